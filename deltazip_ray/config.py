@@ -1,0 +1,79 @@
+"""Settings of the whole system: frozen, and strict about unknown keys.
+
+A Serve config's ``args`` is one :class:`AppConfig`. Credentials never appear here: object stores take them
+from where boto3 looks (environment, profiles, web identity).
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MIB = 1 << 20
+
+
+class Settings(BaseModel):
+    """Base of all settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StoreConfig(Settings):
+    """Where artifacts live."""
+
+    url: str = Field(description="file:///path or s3://bucket/prefix", pattern=r"^(file|s3)://.+")
+    endpoint_url: str | None = Field(None, description="S3 endpoint; boto3's own default when absent")
+    region: str | None = None
+    profile: str | None = Field(None, description="a profile of the AWS configuration files")
+    path_style: bool = Field(False, description="address buckets as a path, as most S3-compatible servers want")
+    timeout_s: float = Field(10.0, gt=0, description="connect and read timeout of one request")
+    max_attempts: int = Field(4, ge=1, description="tries of one request, the first included")
+
+
+class EngineConfig(Settings):
+    """One replica's engine."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_model_len: int = Field(2048, ge=1, description="prompt plus output tokens of one request")
+    max_batch_tokens: int = Field(512, ge=1, description="token budget of one step, prefill chunks and decodes together")
+    max_running: int = Field(64, ge=1, description="requests that may be in a batch at once")
+    max_waiting: int = Field(4096, ge=0, description="requests that may wait; more are answered with 429")
+    block_size: int = Field(16, ge=1, description="tokens of one KV block")
+    kv_blocks: int = Field(1024, ge=1, description="KV blocks in all")
+    slots: int = Field(8, ge=1, description="deltas on the device at once")
+    slot_bytes: int | None = Field(None, ge=1, description="room of one slot; sized for a dense int4 delta when absent")
+    max_added_tokens: int = Field(64, ge=0, description="tokens a variant may add to the base's vocabulary")
+    load_timeout_s: float = Field(60.0, gt=0, description="how long a request waits for its delta before it gets a 503")
+    threads: int | None = Field(None, ge=1, description="torch CPU threads; torch's default when absent")
+
+
+class NodeStoreConfig(Settings):
+    """The store actor of one host."""
+
+    arena_bytes: int = Field(256 * MIB, ge=MIB, description="shared memory for blobs")
+    shm_dir: Path = Field(Path("/dev/shm"), description="where the shared arena is created")  # noqa: S108
+    fetch_threads: int = Field(8, ge=1, description="blobs and ranges fetched in parallel")
+    lease_timeout_s: float = Field(15.0, gt=0, description="leases of a replica that was silent for this long are dropped")
+
+
+class RouterConfig(Settings):
+    """The HTTP front."""
+
+    catalog_refresh_s: float = Field(5.0, gt=0, description="how old the list of variants may become")
+    max_ongoing_requests: int = Field(1024, ge=1)
+    request_timeout_s: float = Field(300.0, gt=0)
+    resume_attempts: int = Field(2, ge=0, description="times a request moves on when its replica dies")
+
+
+class AppConfig(Settings):
+    """The Serve application."""
+
+    base: str = Field(description="path of the base checkpoint on every host")
+    base_name: str = Field("base", description="what clients put in `model` to get the base itself")
+    store: StoreConfig
+    replicas: int = Field(1, ge=1)
+    replica_resources: dict[str, float] = Field(default={"CPU": 1.0}, description="Ray resources of one replica")
+    engine: EngineConfig = EngineConfig()
+    node_store: NodeStoreConfig = NodeStoreConfig()
+    router: RouterConfig = RouterConfig()

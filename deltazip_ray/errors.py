@@ -1,0 +1,130 @@
+"""The one tree of errors.
+
+DeltaZipError
+├── ConfigError             a setting is missing, contradictory or does not fit the machine
+├── RequestError            the client must change its request
+│   ├── InvalidRequest
+│   ├── InvalidName         a variant, alias or version that is not well formed
+│   ├── UnknownVariant
+│   └── PromptTooLong
+├── Overloaded              come back later
+├── ArtifactError           a version cannot be used, whoever asks
+│   ├── ManifestInvalid
+│   ├── BaseMismatch
+│   ├── BlobCorrupt
+│   └── DeltaTooLarge
+├── StoreError              a tier did not do its work
+│   ├── StoreUnavailable
+│   ├── ObjectNotFound
+│   ├── StoreConflict       compare-and-swap lost
+│   └── StoreFull
+├── LoadTimeout             a delta was not ready before its request's deadline
+├── EngineError
+│   └── EngineStopped
+└── CompressionError
+    ├── CheckpointInvalid
+    └── CheckpointMismatch
+
+Every error takes one message that says what is wrong and what to do next, and survives pickling:
+errors cross process boundaries. HTTP statuses are given in one place, ``deltazip_deployments.http_errors``.
+"""
+
+
+class DeltaZipError(Exception):
+    """Root of every error that this project raises on purpose."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ConfigError(DeltaZipError):
+    """A setting is missing, contradictory or does not fit the machine."""
+
+
+class RequestError(DeltaZipError):
+    """The client must change its request."""
+
+
+class InvalidRequest(RequestError):
+    """The request is malformed or asks for something that is not offered."""
+
+
+class InvalidName(RequestError):
+    """A variant, alias or version name is not well formed."""
+
+
+class UnknownVariant(RequestError):
+    """No such variant, alias or version."""
+
+
+class PromptTooLong(RequestError):
+    """Prompt plus requested output exceed the model's context length."""
+
+
+class Overloaded(DeltaZipError):
+    """Queues are full; the same request may succeed later."""
+
+
+class ArtifactError(DeltaZipError):
+    """A version cannot be used, whoever asks for it."""
+
+
+class ManifestInvalid(ArtifactError):
+    """A manifest cannot be parsed, contradicts itself or has another digest than its name."""
+
+
+class BaseMismatch(ArtifactError):
+    """A delta belongs to another base than the one that is served."""
+
+
+class BlobCorrupt(ArtifactError):
+    """A blob's bytes differ from its digest or size, or its contents from the manifest."""
+
+
+class DeltaTooLarge(ArtifactError):
+    """A delta does not fit the slots of this deployment."""
+
+
+class StoreError(DeltaZipError):
+    """A storage tier did not do its work."""
+
+
+class StoreUnavailable(StoreError):
+    """The store does not answer, or refuses for the moment."""
+
+
+class ObjectNotFound(StoreError):
+    """The store has no object of that key."""
+
+
+class StoreConflict(StoreError):
+    """Somebody else wrote the object first; read it again and retry."""
+
+
+class StoreFull(StoreError):
+    """A tier has no room left that may be taken."""
+
+
+class LoadTimeout(DeltaZipError):
+    """A delta was not ready before its request's deadline."""
+
+
+class EngineError(DeltaZipError):
+    """The engine failed."""
+
+
+class EngineStopped(EngineError):
+    """The engine has stopped and takes no requests."""
+
+
+class CompressionError(DeltaZipError):
+    """A delta cannot be made."""
+
+
+class CheckpointInvalid(CompressionError):
+    """A checkpoint is incomplete, unsafe or of an unsupported kind."""
+
+
+class CheckpointMismatch(CompressionError):
+    """Base and fine-tune do not belong together."""

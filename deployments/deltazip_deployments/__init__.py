@@ -1,0 +1,1 @@
+"""Everything Ray: router, replicas, node stores."""

@@ -1,0 +1,1 @@
+"""The grouped delta product: packed layouts, torch references, kernels."""

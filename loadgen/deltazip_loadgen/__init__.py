@@ -1,0 +1,1 @@
+"""Traces, arrivals and an open-loop client for multi-variant endpoints."""
