@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from deltazip_ray.residency.tiers import Tier
+
 FinishReason = Literal["stop", "length"]
-Tier = Literal["device", "host", "disk", "remote"]
 
 
 @dataclass(frozen=True, slots=True)

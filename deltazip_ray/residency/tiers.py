@@ -1,0 +1,38 @@
+"""Where a version's bytes are, and who brings them to the host."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from deltazip_ray.artifact.manifest import Manifest
+
+Tier = Literal["device", "host", "disk", "remote"]
+
+
+@dataclass(frozen=True)
+class HostDelta:
+    """One version in host memory, verified against its manifest's digests.
+
+    The views stay valid until the version is released.
+    """
+
+    manifest: Manifest
+    blobs: Mapping[str, memoryview]
+    """Block name (``layers.0``, ``outer``) to the bytes of its safetensors blob."""
+    tier: Tier
+    """Where the slowest blob was found."""
+
+
+class DeltaSource(Protocol):
+    """Brings versions into host memory: the node store, or in tests a cache in the same process."""
+
+    async def acquire(self, version: str) -> HostDelta:
+        """Bring a version to the host and hold it there until :meth:`release`.
+
+        Concurrent calls for one version make one fetch. Raises ArtifactError, StoreError.
+        """
+        ...
+
+    async def release(self, version: str) -> None:
+        """Let go of one :meth:`acquire`; the bytes may stay cached."""
+        ...
