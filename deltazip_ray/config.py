@@ -36,7 +36,9 @@ class EngineConfig(Settings):
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_model_len: int = Field(2048, ge=1, description="prompt plus output tokens of one request")
-    max_batch_tokens: int = Field(512, ge=1, description="token budget of one step, prefill chunks and decodes together")
+    max_batch_tokens: int = Field(
+        512, ge=1, description="token budget of one step, prefill chunks and decodes together"
+    )
     max_running: int = Field(64, ge=1, description="requests that may be in a batch at once")
     max_waiting: int = Field(4096, ge=0, description="requests that may wait; more are answered with 429")
     block_size: int = Field(16, ge=1, description="tokens of one KV block")
@@ -54,7 +56,9 @@ class NodeStoreConfig(Settings):
     arena_bytes: int = Field(256 * MIB, ge=MIB, description="shared memory for blobs")
     shm_dir: Path = Field(Path("/dev/shm"), description="where the shared arena is created")  # noqa: S108
     fetch_threads: int = Field(8, ge=1, description="blobs and ranges fetched in parallel")
-    lease_timeout_s: float = Field(15.0, gt=0, description="leases of a replica that was silent for this long are dropped")
+    lease_timeout_s: float = Field(
+        15.0, gt=0, description="leases of a replica that was silent for this long are dropped"
+    )
 
 
 class RouterConfig(Settings):

@@ -47,7 +47,13 @@ def make_base(path: Path, *, seed: int = 0, tied: bool = False, hidden: int = 12
 
 
 def make_finetune(
-    base: Path, path: Path, *, seed: int = 1, scale: float = 0.02, added: tuple[str, ...] = (), template: str | None = None
+    base: Path,
+    path: Path,
+    *,
+    seed: int = 1,
+    scale: float = 0.02,
+    added: tuple[str, ...] = (),
+    template: str | None = None,
 ) -> Path:
     """Write a full-parameter fine-tune of ``base``: every weight moved by noise of std ``scale``."""
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)

@@ -1,0 +1,29 @@
+"""Settings are frozen, refuse unknown keys and say which."""
+
+import pytest
+from pydantic import ValidationError
+
+from deltazip_ray.config import AppConfig, StoreConfig
+
+
+def test_config_minimal_has_usable_defaults() -> None:
+    config = AppConfig.model_validate({"base": "/models/base", "store": {"url": "file:///deltas"}})
+    assert config.engine.slots >= 1
+    assert config.base_name == "base"
+
+
+def test_config_refuses_unknown_keys_at_any_depth() -> None:
+    with pytest.raises(ValidationError, match="slotz"):
+        AppConfig.model_validate({"base": "/b", "store": {"url": "file:///d"}, "engine": {"slotz": 3}})
+
+
+def test_config_is_frozen() -> None:
+    config = StoreConfig(url="file:///d")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.url = "file:///e"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("url", ["/plain/path", "http://host/x", "s3://", "file:", ""])
+def test_config_refuses_urls_it_cannot_open(url: str) -> None:
+    with pytest.raises(ValidationError):
+        StoreConfig(url=url)
