@@ -1,0 +1,1 @@
+"""KV blocks of the device: who has which."""

@@ -1,0 +1,1 @@
+"""Where the bytes of versions are: device slots and host memory."""

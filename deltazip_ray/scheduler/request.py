@@ -17,6 +17,7 @@ class SamplingParams:
     """
 
     max_tokens: int = 128
+    """Output tokens of the request in all, those of an earlier replica (``output_offset``) included."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
