@@ -5,20 +5,26 @@ A version's name is the sha256 of its manifest's canonical bytes, so a manifest 
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from deltazip_ray.errors import ManifestInvalid
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 CodecName = Literal["int4", "int2", "sparse24_int4", "raw"]
+WeightName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+){0,31}$", max_length=200)]
+Dimension = Annotated[int, Field(gt=0, lt=1 << 31)]
+Size = Annotated[int, Field(ge=0, lt=1 << 63)]
+MAX_MANIFEST = 64 << 20
+MAX_FILE = 256 << 20
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TensorEntry(_Part):
@@ -29,40 +35,60 @@ class TensorEntry(_Part):
     """
 
     codec: CodecName
-    shape: tuple[int, ...]
-    bytes_finetuned: int = Field(ge=0, description="size of the weight in the fine-tuned checkpoint")
+    shape: Annotated[tuple[Dimension, ...], Field(max_length=8)]
+    bytes_finetuned: Size = Field(description="size of the weight in the fine-tuned checkpoint")
     relative_error: float | None = Field(None, ge=0, description="output error on calibration inputs, relative")
+
+    @model_validator(mode="after")
+    def _codes_are_matrices(self) -> Self:
+        if self.codec != "raw" and len(self.shape) != 2:
+            raise ValueError(f"codec {self.codec} codes matrices, not shape {self.shape}")
+        return self
 
 
 class BlobEntry(_Part):
     """One content-addressed safetensors file: a decoder block, or ``outer`` (embeddings, final norm, head)."""
 
-    block: str = Field(pattern=r"^(outer|layers\.\d+)$")
+    block: str = Field(pattern=r"^(outer|layers\.(0|[1-9][0-9]{0,4}))$")
     digest: Digest
-    size: int = Field(gt=0)
-    tensors: dict[str, TensorEntry]
+    size: Size = Field(gt=0)
+    tensors: dict[WeightName, TensorEntry] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _weights_belong_here(self) -> Self:
+        for weight, tensor in self.tensors.items():
+            home = re.match(r"model\.(layers\.[0-9]+)\.", weight)
+            if (home.group(1) if home else "outer") != self.block:
+                raise ValueError(f"{weight} does not belong to block {self.block}")
+            # In a blob "<weight>.codes" is a part of "<weight>": it cannot be a weight of its own beside it.
+            parts = {f"{weight}.{part}" for part in ("codes", "scales", "index")}
+            if tensor.codec != "raw" and parts & self.tensors.keys():
+                raise ValueError(f"a weight has the name of a part of {weight}")
+        return self
 
 
 class FileEntry(_Part):
     """A small file that travels with the version: tokenizer, chat template, generation defaults."""
 
     digest: Digest
-    size: int = Field(ge=0)
+    size: int = Field(ge=0, le=MAX_FILE)
 
 
 class BaseRef(_Part):
     """The base a delta belongs to. ``digest`` is that of ``base_digest`` over the checkpoint."""
 
     digest: Digest
-    architecture: str
-    vocab_size: int = Field(ge=1)
+    architecture: str = Field(max_length=200)
+    vocab_size: Dimension
 
 
 class Quality(_Part):
     """What the compression cost, measured on the calibration or held-out set named in ``data``."""
 
     data: str
-    block_errors: dict[str, float] = Field(description="relative output error of each decoder block, all before it compressed")
+    block_errors: dict[str, float] = Field(
+        description="relative output error of each decoder block, all before it compressed"
+    )
     kl_divergence: float | None = Field(None, description="mean KL(fine-tune ‖ reconstruction) per token, in nats")
 
 
@@ -72,11 +98,18 @@ class Manifest(_Part):
     format_version: Literal[1] = FORMAT_VERSION
     layout_version: int = Field(ge=1, description="version of the packed layout inside the blobs")
     base: BaseRef
-    added_tokens: int = Field(0, ge=0, description="rows beyond the base's vocabulary")
-    bytes_finetuned: int = Field(ge=0, description="size of the whole fine-tuned checkpoint's weights")
+    added_tokens: int = Field(0, ge=0, lt=1 << 31, description="rows beyond the base's vocabulary")
+    bytes_finetuned: Size = Field(description="size of the whole fine-tuned checkpoint's weights")
     blobs: tuple[BlobEntry, ...]
     files: dict[FileName, FileEntry] = {}
     quality: Quality | None = None
+
+    @model_validator(mode="after")
+    def _blocks_are_distinct(self) -> Self:
+        blocks = [blob.block for blob in self.blobs]
+        if len(set(blocks)) != len(blocks):
+            raise ValueError("a block is named twice")
+        return self
 
     @property
     def bytes_artifact(self) -> int:
@@ -89,8 +122,12 @@ class Manifest(_Part):
         return self.base.vocab_size
 
     def canonical(self) -> bytes:
-        """The bytes whose sha256 names the version."""
-        data: dict[str, Any] = self.model_dump(mode="json")
+        """The bytes whose sha256 names the version.
+
+        Fields at their defaults are left out, so that a field added later leaves the names of older versions alone.
+        """
+        data: dict[str, Any] = self.model_dump(mode="json", exclude_defaults=True)
+        data["format_version"] = self.format_version
         return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
     def version(self) -> str:
@@ -106,11 +143,8 @@ def parse_manifest(raw: bytes, version: str | None = None) -> Manifest:
     if version is not None and hashlib.sha256(raw).hexdigest() != version:
         raise ManifestInvalid(f"the manifest of version {version[:12]} has another digest: publish the version again")
     try:
-        manifest = Manifest.model_validate_json(raw)
+        return Manifest.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ManifestInvalid(f"not a manifest of format {FORMAT_VERSION}: {first['loc']}: {first['msg']}") from error
-    blocks = [blob.block for blob in manifest.blobs]
-    if len(set(blocks)) != len(blocks):
-        raise ManifestInvalid("the manifest names a block twice")
-    return manifest
+        where = ".".join(str(step) for step in first["loc"])
+        raise ManifestInvalid(f"not a manifest of format {FORMAT_VERSION}: {where[:200]}: {first['msg']}") from error
