@@ -19,6 +19,7 @@ DeltaZipError
 │   ├── StoreConflict       compare-and-swap lost
 │   └── StoreFull
 ├── LoadTimeout             a delta was not ready before its request's deadline
+├── RequestTimeout          an answer was not complete before its request's deadline
 ├── EngineError
 │   └── EngineStopped
 └── CompressionError
@@ -108,6 +109,10 @@ class StoreFull(StoreError):
 
 class LoadTimeout(DeltaZipError):
     """A delta was not ready before its request's deadline."""
+
+
+class RequestTimeout(DeltaZipError):
+    """An answer was not complete before its request's deadline."""
 
 
 class EngineError(DeltaZipError):
