@@ -1,0 +1,307 @@
+"""The device tier's policy: which version is in which slot, who may stay, and who is next.
+
+A slot is free, loading, or resident. A resident version is pinned by the requests that use it and never leaves while
+it is; unpinned ones stay until somebody needs the room, the least recently used going first.
+
+* **Single flight.** All who want a version wait for one load. A waiter that leaves, by cancellation or deadline,
+  changes nothing for the others. When the last one leaves, the load goes on and the version stays: the bytes are half
+  there, and the client may come back. It is cancelled only when another version has no other slot to go to.
+* **First come, first served.** Versions that find no slot queue up.
+* **Bounded overtaking.** Requests for resident versions pass those that wait, which keeps the device busy; but when
+  ``max_overtakes`` have passed a waiting version, the resident version with the fewest pins is closed: new requests
+  for it queue up like everybody's, so that it drains and its slot becomes free. Each overdue version closes one slot.
+* **A failed load** frees its slot and fails those who waited for it, nobody else.
+"""
+
+import asyncio
+import functools
+import itertools
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from deltazip_ray.errors import ConfigError, EngineError, EngineStopped, LoadTimeout
+from deltazip_ray.residency.tiers import Tier
+
+logger = logging.getLogger(__name__)
+
+Load = Callable[[int], Awaitable[Tier]]
+"""Fills a slot and tells where the bytes came from. It must not return or raise, not even CancelledError, while
+anything may still write to the slot: the slot is given to another version right after."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Pin:
+    """The right to use ``version`` in ``slot`` until it is given back by ``unpin``."""
+
+    version: str
+    slot: int
+    tier: Tier
+    """Where the delta was when it was asked for; ``device`` is warm."""
+
+
+Waiters = dict[asyncio.Future[Pin], None]
+"""An ordered set: who waits for one version."""
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """A version that waits for a slot."""
+
+    version: str
+    load: Load
+    due: int
+    """It is overdue when the table's count of overtakes has come to this."""
+    waiters: Waiters = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Occupant:
+    """A version in a slot."""
+
+    version: str
+    slot: int
+    waiters: Waiters
+    """Those who get a pin when the load is done; empty when resident."""
+    load: asyncio.Future[Tier] | None = None
+    """None when resident."""
+    pins: int = 0
+    closed: bool = False
+    """Whether it takes no new pins, so that it drains."""
+
+
+class SlotTable:
+    """Versions in slots. It belongs to one event loop and never touches the memory itself."""
+
+    def __init__(self, slots: int, max_overtakes: int = 32) -> None:
+        """``max_overtakes``: requests that may pass a version that waits for a slot. Raises ConfigError."""
+        if slots < 1 or max_overtakes < 0:
+            raise ConfigError(f"{slots} slots and {max_overtakes} overtakes: at least 1 and at least 0 are needed")
+        self.slots = slots
+        self.evictions = 0
+        """Versions that had to leave since the start."""
+        self._max_overtakes = max_overtakes
+        self._overtakes = 0
+        self._free = list(range(slots - 1, -1, -1))
+        self._occupants: dict[str, _Occupant] = {}  # least recently used first
+        self._cancelled: set[_Occupant] = set()  # loads that were told to stop and still have their slots
+        self._queue: dict[str, _Ticket] = {}  # first come first
+        self._pins: set[Pin] = set()
+        self._stopped = False
+
+    @property
+    def resident(self) -> frozenset[str]:
+        """Versions that are on the device."""
+        return frozenset(o.version for o in self._occupants.values() if o.load is None)
+
+    @property
+    def loading(self) -> frozenset[str]:
+        """Versions that are on their way to a slot."""
+        return frozenset(o.version for o in self._occupants.values() if o.load is not None)
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """Versions that wait for a slot, the next one first."""
+        return tuple(self._queue)
+
+    async def pin(self, version: str, load: Load, timeout_s: float | None = None) -> Pin:
+        """Have ``version`` on the device, loading it if need be, and keep it there until :meth:`unpin`.
+
+        Of several callers that wait for one version, the first one's ``load`` is used. Raises LoadTimeout after
+        ``timeout_s`` seconds, EngineStopped, and whatever ``load`` raises.
+        """
+        if self._stopped:
+            raise EngineStopped("the engine has stopped: send the request to another replica")
+        occupant = self._occupants.get(version)
+        if occupant is not None and occupant.load is None and not occupant.closed:
+            pin = self._grant(occupant, "device")
+            self._count_overtake()
+            return pin
+        waiter: asyncio.Future[Pin] = asyncio.get_running_loop().create_future()
+        self._join(version, load, waiter)
+        try:
+            await asyncio.wait({waiter}, timeout=timeout_s)
+        except asyncio.CancelledError:
+            self._leave(version, waiter)
+            raise
+        if not waiter.done():
+            self._leave(version, waiter)
+            raise LoadTimeout(f"version {version[:12]} was not on the device within {timeout_s} s: try again later")
+        return waiter.result()
+
+    def unpin(self, pin: Pin) -> None:
+        """Give a pin back, once nothing reads the slot on its behalf any more. Raises EngineError the second time."""
+        if pin not in self._pins:
+            raise EngineError(f"the pin of version {pin.version[:12]} in slot {pin.slot} was given back already")
+        self._pins.remove(pin)
+        occupant = self._occupants[pin.version]
+        occupant.pins -= 1
+        self._touch(occupant)
+        self._dispatch()
+
+    async def close(self) -> None:
+        """Fail those who wait with EngineStopped, cancel the loads and wait for their end. Pins stay valid."""
+        self._stopped = True
+        loading = [o for o in (*self._occupants.values(), *self._cancelled) if o.load is not None]
+        stopped = EngineStopped("the engine has stopped: send the request to another replica")
+        for waiters in [t.waiters for t in self._queue.values()] + [o.waiters for o in loading]:
+            _fail(waiters, stopped)
+        self._queue.clear()
+        self._balance_closed()
+        loads = [o.load for o in loading if o.load is not None]
+        for task in loads:
+            task.cancel()
+        if loads:
+            await asyncio.wait(loads)
+
+    def check(self) -> None:
+        """Raise EngineError unless slots, pins and the queue agree with the rules above. Linear in the slots."""
+        residents = [o for o in self._occupants.values() if o.load is None]
+        closed = [o for o in residents if o.closed]
+        taken = [o.slot for o in (*self._occupants.values(), *self._cancelled)]
+        first = next(iter(self._queue), None)
+        rules = {
+            "a slot is lost or taken twice": sorted(taken + self._free) == list(range(self.slots)),
+            "pins do not add up": all(o.pins == sum(p.slot == o.slot for p in self._pins) for o in residents)
+            and len(self._pins) == sum(o.pins for o in self._occupants.values()),
+            "a version waits though there is room": not self._queue
+            or not (self._free or any(not o.pins for o in residents)),
+            "a version waits for itself": first is None or all(o.version != first for o in residents),
+            "a resident version has waiters": not any(o.waiters for o in residents),
+            "nobody waits for a queued version": all(t.waiters for t in self._queue.values()),
+            "too many or too few slots are closed": len(closed) == min(self._overdue(), len(residents)),
+        }
+        for problem, holds in rules.items():
+            if not holds:
+                raise EngineError(f"slot table: {problem}; restart the replica and report this")
+
+    def _join(self, version: str, load: Load, waiter: asyncio.Future[Pin]) -> None:
+        """Put a waiter where its version is: on the way to a slot, in the queue, or new at the queue's end."""
+        occupant = self._occupants.get(version)
+        if occupant is not None and occupant.load is not None:
+            occupant.waiters[waiter] = None
+            self._count_overtake()
+        elif version in self._queue:
+            self._queue[version].waiters[waiter] = None
+            self._count_overtake()
+        else:
+            self._queue[version] = _Ticket(version, load, self._overtakes + self._max_overtakes, {waiter: None})
+            self._dispatch()
+
+    def _leave(self, version: str, waiter: asyncio.Future[Pin]) -> None:
+        """A waiter gives up; the pin that it may have got in this very moment goes back."""
+        if waiter.done():
+            if waiter.exception() is None:
+                self.unpin(waiter.result())
+            return
+        if version in self._occupants:
+            self._occupants[version].waiters.pop(waiter, None)
+        if version in self._queue:
+            self._queue[version].waiters.pop(waiter, None)
+            if not self._queue[version].waiters:
+                del self._queue[version]
+        self._dispatch()
+
+    def _count_overtake(self) -> None:
+        if self._queue:
+            self._overtakes += 1
+            self._dispatch()
+
+    def _grant(self, occupant: _Occupant, tier: Tier) -> Pin:
+        occupant.pins += 1
+        self._touch(occupant)
+        pin = Pin(occupant.version, occupant.slot, tier)
+        self._pins.add(pin)
+        return pin
+
+    def _touch(self, occupant: _Occupant) -> None:
+        self._occupants[occupant.version] = self._occupants.pop(occupant.version)
+
+    def _dispatch(self) -> None:
+        """Serve the queue as far as there are slots, then see to it that slots become free for the rest."""
+        while self._queue:
+            version, ticket = next(iter(self._queue.items()))
+            occupant = self._occupants.get(version)
+            if occupant is not None:  # It was closed for others, and they are gone.
+                self._reopen(occupant)
+                continue
+            slot = self._take_slot()
+            if slot is None:
+                break
+            del self._queue[version]
+            self._start(ticket, slot)
+        self._cancel_abandoned()
+        self._balance_closed()
+
+    def _take_slot(self) -> int | None:
+        if self._free:
+            return self._free.pop()
+        victim = next((o for o in self._occupants.values() if o.load is None and not o.pins), None)
+        if victim is None:
+            return None
+        del self._occupants[victim.version]
+        self.evictions += 1
+        return victim.slot
+
+    def _start(self, ticket: _Ticket, slot: int) -> None:
+        occupant = _Occupant(ticket.version, slot, ticket.waiters)
+        occupant.load = asyncio.ensure_future(ticket.load(slot))
+        occupant.load.add_done_callback(functools.partial(self._loaded, occupant))
+        self._occupants[ticket.version] = occupant
+
+    def _loaded(self, occupant: _Occupant, load: asyncio.Future[Tier]) -> None:
+        """The end of a load, good or bad."""
+        occupant.load = None
+        error = EngineStopped("the load was cancelled") if load.cancelled() else load.exception()
+        if occupant in self._cancelled:
+            self._cancelled.remove(occupant)
+            self._free.append(occupant.slot)
+        elif error is None:
+            for waiter in occupant.waiters:
+                waiter.set_result(self._grant(occupant, load.result()))
+            occupant.waiters.clear()
+        else:
+            del self._occupants[occupant.version]
+            self._free.append(occupant.slot)
+            if not occupant.waiters:
+                logger.warning("version %s did not load, but nobody waits for it: %r", occupant.version[:12], error)
+            _fail(occupant.waiters, error)
+        self._dispatch()
+
+    def _cancel_abandoned(self) -> None:
+        """Stop loads that nobody waits for, one for each version that waits for a slot."""
+        abandoned = [o for o in self._occupants.values() if o.load is not None and not o.waiters]
+        for occupant in abandoned[: max(0, len(self._queue) - len(self._cancelled))]:
+            del self._occupants[occupant.version]
+            self._cancelled.add(occupant)
+            if occupant.load is not None:
+                occupant.load.cancel()
+
+    def _balance_closed(self) -> None:
+        """Have one closed slot for each overdue version, as far as there are resident ones."""
+        closed = sorted((o for o in self._occupants.values() if o.closed), key=lambda o: o.pins)
+        for occupant in closed[self._overdue() :]:
+            self._reopen(occupant)
+        residents = [o for o in self._occupants.values() if o.load is None]
+        missing = self._overdue() - sum(o.closed for o in residents)
+        for occupant in sorted((o for o in residents if not o.closed), key=lambda o: o.pins)[: max(0, missing)]:
+            occupant.closed = True
+
+    def _overdue(self) -> int:
+        """How many versions wait overdue; as tickets are numbered in order, they are the first of the queue."""
+        return sum(1 for _ in itertools.takewhile(lambda t: t.due <= self._overtakes, self._queue.values()))
+
+    def _reopen(self, occupant: _Occupant) -> None:
+        """Take pins again, at once those of the waiters that queued up meanwhile."""
+        occupant.closed = False
+        ticket = self._queue.pop(occupant.version, None)
+        if ticket is not None:
+            for waiter in ticket.waiters:
+                waiter.set_result(self._grant(occupant, "device"))
+            self._overtakes += 1
+
+
+def _fail(waiters: Waiters, error: BaseException) -> None:
+    for waiter in waiters:
+        waiter.set_exception(error)
+    waiters.clear()
