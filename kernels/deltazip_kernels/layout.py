@@ -42,6 +42,11 @@ class Codec:
         return 1 << (self.bits - 1)
 
     @property
+    def high(self) -> int:
+        """The bits of a code that lie in ``codes``: a third bit, which would straddle bytes, lies in ``low``."""
+        return 2 if self.bits == 3 else self.bits
+
+    @property
     def unit(self) -> int:
         """What a level of one is as a byte: codes unpack to the top bits of an int8, without a subtraction."""
         return 1 << (8 - self.bits)
@@ -56,8 +61,11 @@ CODECS: Mapping[str, Codec] = {
     codec.name: codec
     for codec in (
         Codec("int4", bits=4, zero=8.0),
+        Codec("int3", bits=3, zero=3.5),
         Codec("int2", bits=2, zero=1.5),
+        Codec("int1", bits=1, zero=0.5),
         Codec("sparse24_int4", bits=4, zero=8.0, sparse=True),
+        Codec("sparse24_int2", bits=2, zero=1.5, sparse=True),
     )
 }
 
@@ -83,9 +91,11 @@ def packed_layout(codec: str, shape: tuple[int, int]) -> dict[str, tuple[tuple[i
     kind, grid = find_codec(codec), tiles(shape)
     stored = GROUP // 2 if kind.sparse else GROUP
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "codes": ((*grid, ROWS, stored * kind.bits // 8), torch.uint8),
+        "codes": ((*grid, ROWS, stored * kind.high // 8), torch.uint8),
         "scales": ((*grid, ROWS), torch.bfloat16),
     }
+    if kind.high < kind.bits:
+        layout["low"] = ((*grid, ROWS, stored // 8), torch.uint8)
     if kind.sparse:
         layout["index"] = ((*grid, ROWS, QUADS // 2), torch.uint8)
     return layout
@@ -112,10 +122,13 @@ def pack(codec: str, codes: Tensor, scales: Tensor, kept: Tensor | None = None) 
     scale_edge = (0, 0, 0, edge[3])
     packed = {"scales": pad(scales.to(torch.bfloat16), scale_edge).view(row_tiles, ROWS, column_tiles).mT.contiguous()}
     if kept is None:
-        packed["codes"] = _join(to_positions(levels), kind.bits)
-        return packed
-    values, packed["index"] = _select(torch.unflatten(levels, -1, (QUADS, QUAD)), _to_tiles(pad(kept, edge)))
-    packed["codes"] = _join(values, kind.bits)
+        values = to_positions(levels)
+    else:
+        values, packed["index"] = _select(torch.unflatten(levels, -1, (QUADS, QUAD)), _to_tiles(pad(kept, edge)))
+    low = kind.bits - kind.high
+    packed["codes"] = _join(values >> low, kind.high)
+    if low:
+        packed["low"] = _join(values & 1, low)
     return packed
 
 
@@ -213,31 +226,34 @@ def _split(joined: Tensor, bits: int) -> Tensor:
 
 
 def _select(levels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The two kept levels of each quad, ``[..., 2 * QUADS]`` (all firsts, then all seconds), and the index bytes.
+    """The left and the right kept level of each quad, ``[..., 2 * QUADS]`` (all left, then all right), and the index.
 
-    A quad with fewer than two kept columns keeps the leftmost others too, at level 0.
+    A quad that keeps one column has its level on both sides: either is right wherever it is read.
     """
-    mask = torch.unflatten(kept, -1, (QUADS, QUAD))
-    # A stable sort of "not kept" brings the kept columns to the front in their order, then the leftmost others.
-    chosen = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., :2].sort(dim=-1).values
-    pair = (levels * mask).gather(-1, chosen)
-    bitmap = (1 << chosen).sum(-1).to(torch.uint8)
+    mask = torch.unflatten(kept, -1, (QUADS, QUAD)).to(torch.uint8)
+    # The kept column furthest left has the largest product with 4, 3, 2, 1, the one furthest right with 1, 2, 3, 4.
+    weights = torch.arange(1, QUAD + 1, dtype=torch.uint8, device=kept.device)
+    left, right = (mask * weights.flip(0)).argmax(-1), (mask * weights).argmax(-1)
+    pair = (levels * mask).gather(-1, torch.stack((left, right), dim=-1))
+    bitmap = (mask << (weights - 1)).sum(-1).to(torch.uint8)
     return pair.transpose(-1, -2).flatten(-2), _join(bitmap, 4)
 
 
 def _levels(kind: Codec, packed: Mapping[str, Tensor]) -> Tensor:
     """``(code - zero) * kind.unit`` of every position, int8 ``[..., GROUP]``, from bytes ``[..., bytes]``."""
-    levels = _split(packed["codes"], kind.bits) | kind.half
+    levels = _split(packed["codes"], kind.high) | kind.half
+    if "low" in packed:
+        levels |= _split(packed["low"], 1) >> kind.high
     if not kind.sparse:
         return levels.view(torch.int8)
-    first, second = torch.unflatten(levels, -1, (2, QUADS)).unbind(-2)
+    left, right = torch.unflatten(levels, -1, (2, QUADS)).unbind(-2)
     bitmap = _split(packed["index"], 4)
     m0, m1, m2, m3 = (((bitmap >> (4 + p)) & 1) * 0xFF for p in range(QUAD))
-    # Exactly two bits are set: column 1 is the second kept one if column 0 is kept, column 2 the first if column 3 is.
+    # At most two bits are set: column 1 is the right kept one if column 0 is kept, column 2 the left if column 3 is.
     planes = (
-        m0 & first,
-        m1 & ((m0 & second) | (~m0 & first)),
-        m2 & ((m3 & first) | (~m3 & second)),
-        m3 & second,
+        m0 & left,
+        m1 & ((m0 & right) | (~m0 & left)),
+        m2 & ((m3 & left) | (~m3 & right)),
+        m3 & right,
     )
     return torch.cat(planes, dim=-1).view(torch.int8)
