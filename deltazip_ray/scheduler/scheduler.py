@@ -4,16 +4,17 @@ The rules, all in arrival order:
 
 1. **Admission is first come, first served.** The waiting request that came first is admitted, or nobody is. So every
    running request came before every waiting one, always.
-2. **Blocks.** An admitted request gets the KV blocks of all tokens it has at once, and one block when a decode crosses
-   into it. Admission leaves one free block for each running request, so that it does not cause a preemption at once.
-3. **Tokens of a step.** Each sequence with one token left to run (a decode) gets it; then prefills, oldest first, take
-   what is left of ``max_batch_tokens`` in chunks; then requests are admitted into the rest.
-   *No prefill starves*: at most ``max_batch_tokens`` sequences run, so the decodes leave at least as many tokens as
-   there are running prefills, and the oldest of these advances in every step.
+2. **Blocks.** An admitted request gets the KV blocks of all tokens it has at once, and later one block whenever a
+   decode crosses into it. Admission leaves one block free for each running request, lest it preempts one at once.
+3. **Tokens of a step.** Running sequences come first: one token for each decode, and for the prefill under way a chunk
+   of what is left of ``max_batch_tokens``. The rest goes to requests that are admitted now.
+   *No prefill starves*: as nobody is admitted without a token to run, there are never more running sequences than
+   tokens in a step, and all of them advance in every step. An unfinished prefill leaves nothing to admit anybody
+   with, so there is at most one, and it is the youngest: decodes never wait for it.
 4. **Preemption.** When blocks run out, the youngest running request gives up all of its blocks and goes back to the
    head of the queue; it keeps its output and recomputes it as part of its prompt.
-   *No livelock*: the oldest running request is never preempted (alone it fits, see :meth:`Scheduler.validate`) and
-   advances in every step, so it finishes, and then the next one is the oldest.
+   *No livelock*: the oldest running request is never preempted, since alone it fits (see :meth:`Scheduler.validate`);
+   it advances in every step, so it finishes, and then the next one is the oldest.
 
 There is no torch here and no lock: everything but ``validate`` belongs to the engine's step thread. How many requests
 may wait is decided where they arrive, since those that wait for their delta are not here yet.
@@ -38,7 +39,7 @@ class Scheduler:
         self.blocks = BlockManager(config.kv_blocks, config.block_size)
         self._max_model_len = config.max_model_len
         self._max_batch_tokens = config.max_batch_tokens
-        self._max_running = min(config.max_running, config.max_batch_tokens)
+        self._max_running = config.max_running
         self._sequences: dict[str, SequenceState] = {}
         self._running: list[SequenceState] = []
         self._waiting: deque[SequenceState] = deque()
@@ -115,20 +116,16 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """Choose the next step's work. Nothing advances before ``update``; blocks are taken here."""
-        preempted = self._grow_tables()
+        self._grow_tables()
         budget = self._max_batch_tokens
         chunks = []
-        for sequence in sorted(self._running, key=lambda sequence: sequence.pending > 1):
-            if budget:
-                chunks.append(self._chunk(sequence, budget))
-                budget -= len(chunks[-1].tokens)
-        # Blocks that a preemption has just freed are for those who run.
-        while budget and not preempted and self._admit():
+        for sequence in self._running:
+            chunks.append(self._chunk(sequence, budget))
+            budget -= len(chunks[-1].tokens)
+        while budget and self._admit():
             chunks.append(self._chunk(self._running[-1], budget))
             budget -= len(chunks[-1].tokens)
-        arrival = {id(sequence): index for index, sequence in enumerate(self._running)}
-        chunks.sort(key=lambda chunk: (chunk.slot, arrival[id(chunk.sequence)]))
-        return Batch(tuple(chunks))
+        return Batch(tuple(sorted(chunks, key=lambda chunk: chunk.slot)))
 
     def update(self, batch: Batch, tokens: Sequence[int]) -> dict[str, TokenChunk]:
         """Record that ``batch`` ran, with one token for each of its ``sampling_chunks``, in their order.
@@ -163,17 +160,15 @@ class Scheduler:
         if held + self.blocks.free_blocks != self.blocks.num_blocks:
             raise EngineError("KV blocks are held by no running request; restart the replica and report this")
 
-    def _grow_tables(self) -> bool:
-        """Give every running sequence the blocks of its tokens, oldest first; whether that took a preemption."""
-        index, preempted = 0, False
+    def _grow_tables(self) -> None:
+        """Give every running sequence the blocks of its tokens, oldest first, preempting from the youngest."""
+        index = 0
         while index < len(self._running):
             sequence = self._running[index]
             if self.blocks.grow(sequence.request.request_id, len(sequence)):
                 index += 1
             else:
                 self._preempt(self._running.pop())
-                preempted = True
-        return preempted
 
     def _preempt(self, sequence: SequenceState) -> None:
         self.blocks.free(sequence.request.request_id)

@@ -1,0 +1,209 @@
+"""What a step consists of: chunks, segments, sampling, budget."""
+
+import pytest
+
+from deltazip_ray.config import EngineConfig
+from deltazip_ray.errors import EngineError, InvalidRequest, PromptTooLong
+from deltazip_ray.scheduler.batch import Batch
+from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, TokenChunk
+from deltazip_ray.scheduler.scheduler import Scheduler
+
+
+def request(name: str, prompt: int, max_tokens: int = 4, **sampling: object) -> GenerateRequest:
+    params = SamplingParams(max_tokens=max_tokens, **sampling)  # type: ignore[arg-type]
+    return GenerateRequest(name, None, tuple(range(100, 100 + prompt)), params)
+
+
+def scheduler(**settings: int) -> Scheduler:
+    return Scheduler(EngineConfig(**{"kv_blocks": 64, "block_size": 4, "max_batch_tokens": 16} | settings))
+
+
+def step(sched: Scheduler, token: int = 7) -> tuple[Batch, dict[str, TokenChunk]]:
+    batch = sched.schedule()
+    news = sched.update(batch, [token] * len(batch.sampling_chunks))
+    sched.check()
+    return batch, news
+
+
+def shape(batch: Batch) -> list[tuple[str, int, int, bool]]:
+    return [(c.request_id, c.start, len(c.tokens), c.samples) for c in batch.chunks]
+
+
+def test_a_prompt_longer_than_the_budget_runs_in_chunks_and_samples_at_its_end() -> None:
+    sched = scheduler()
+    sched.add(request("a", 35), slot=-1)
+    batches = [step(sched)[0] for _ in range(4)]
+    assert [shape(b) for b in batches] == [
+        [("a", 0, 16, False)],
+        [("a", 16, 16, False)],
+        [("a", 32, 3, True)],
+        [("a", 35, 1, True)],
+    ]
+    assert batches[1].chunks[0].tokens == tuple(range(116, 132))
+    assert batches[3].chunks[0].tokens == (7,), "the sampled token is run next"
+    assert len(batches[0].chunks[0].block_table) >= 9
+
+
+def test_chunks_are_sorted_by_slot_and_segments_are_consecutive() -> None:
+    sched = scheduler()
+    for name, slot in [("a", 2), ("b", -1), ("c", 2), ("d", 0), ("e", -1)]:
+        sched.add(request(name, 2), slot)
+    batch, _ = step(sched)
+    assert [c.request_id for c in batch.chunks] == ["b", "e", "d", "a", "c"]
+    assert batch.segments() == ([0, 4, 6, 10], [-1, 0, 2])
+    assert batch.num_tokens == 10
+
+
+def test_an_empty_batch_is_false_and_has_no_segments() -> None:
+    batch = scheduler().schedule()
+    assert not batch
+    assert batch.segments() == ([0], [])
+
+
+def test_decodes_come_first_and_prefills_take_the_rest() -> None:
+    sched = scheduler()
+    sched.add(request("a", 2), 0)
+    sched.add(request("b", 2), 0)
+    step(sched)
+    sched.add(request("long", 40), 0)
+    batch, _ = step(sched)
+    assert shape(batch) == [("a", 2, 1, True), ("b", 2, 1, True), ("long", 0, 14, False)]
+
+
+def test_the_oldest_prefill_advances_in_every_step_even_when_decodes_could_fill_the_budget() -> None:
+    """Four tokens a step for four running requests: three decodes leave one token for the prefill."""
+    sched = scheduler(max_batch_tokens=4, max_running=64)
+    for name in "abc":
+        sched.add(request(name, 1, max_tokens=50), 0)
+    step(sched)
+    sched.add(request("long", 10, max_tokens=1), 0)
+    sched.add(request("later", 1), 0)
+    progress = [next(c.start for c in step(sched)[0].chunks if c.request_id == "long") for _ in range(10)]
+    assert progress == list(range(10))
+    assert sched.num_running == 3, "the long one is done"
+
+
+def test_output_is_reported_once_and_ends_with_a_reason() -> None:
+    sched = scheduler()
+    sched.add(request("a", 2, max_tokens=2), 0)
+    assert step(sched, 5)[1] == {"a": TokenChunk((5,))}
+    assert step(sched, 6)[1] == {"a": TokenChunk((6,), "length")}
+    assert not sched.has_work
+    assert sched.blocks.free_blocks == 64
+
+
+def test_a_stop_token_ends_the_output_and_is_not_returned() -> None:
+    sched = scheduler()
+    sched.add(request("a", 2, stop_token_ids=frozenset({9})), 0)
+    sched.add(request("b", 2, stop_token_ids=frozenset({9}), ignore_eos=True), 0)
+    assert step(sched, 9)[1] == {"a": TokenChunk((), "stop"), "b": TokenChunk((9,))}
+
+
+def test_output_index_counts_tokens_of_an_earlier_replica() -> None:
+    """With 3 of 5 tokens made elsewhere, two are left, and their draws have positions 3 and 4."""
+    sched = scheduler()
+    sched.add(GenerateRequest("a", None, (1, 2, 3, 4, 5), SamplingParams(max_tokens=5), output_offset=3), 0)
+    indices, last = [], TokenChunk(())
+    while sched.has_work:
+        batch = sched.schedule()
+        indices += [c.output_index for c in batch.sampling_chunks]
+        last = sched.update(batch, [7])["a"]
+    assert indices == [3, 4]
+    assert last.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        (request("a", 0), InvalidRequest),
+        (request("a", 2, max_tokens=0), InvalidRequest),
+        (GenerateRequest("a", None, (1, 2), SamplingParams(max_tokens=5), output_offset=2), InvalidRequest),
+        (GenerateRequest("a", None, (1, 2, 3), SamplingParams(max_tokens=2), output_offset=2), InvalidRequest),
+        (GenerateRequest("a", None, (1, 2), SamplingParams(), output_offset=-1), InvalidRequest),
+        (request("a", 60, max_tokens=41), PromptTooLong),
+    ],
+)
+def test_what_can_never_run_is_refused_up_front(bad: GenerateRequest, error: type[Exception]) -> None:
+    sched = scheduler(max_model_len=100)
+    with pytest.raises(error):
+        sched.add(bad, 0)
+    assert not sched.has_work
+
+
+def test_a_request_that_just_fits_the_cache_runs_and_one_more_token_is_refused() -> None:
+    sched = scheduler(kv_blocks=3, block_size=4)
+    with pytest.raises(PromptTooLong, match="kv_blocks"):
+        sched.add(request("big", 10, max_tokens=4), 0)
+    sched.add(request("fits", 10, max_tokens=3), 0)
+    tokens = 0
+    while sched.has_work:
+        tokens += len(step(sched)[1].get("fits", TokenChunk(())).tokens)
+    assert tokens == 3
+
+
+def test_an_id_is_live_only_once() -> None:
+    sched = scheduler()
+    sched.add(request("a", 2), 0)
+    with pytest.raises(InvalidRequest, match="already"):
+        sched.add(request("a", 2), 0)
+    assert sched.abort("a")
+    sched.add(request("a", 2), 0)
+
+
+def test_update_wants_one_token_for_each_sampling_chunk() -> None:
+    sched = scheduler()
+    sched.add(request("a", 2), 0)
+    batch = sched.schedule()
+    with pytest.raises(EngineError):
+        sched.update(batch, [])
+    assert sched.update(batch, [1]) == {"a": TokenChunk((1,))}
+
+
+def test_abort_in_every_state_gives_everything_back() -> None:
+    sched = scheduler(max_running=2)
+    for name, prompt in [("a", 10), ("b", 20), ("c", 20)]:
+        sched.add(request(name, prompt), 0)
+    assert sched.abort("c"), "waiting"
+    batch = sched.schedule()
+    assert sched.abort("a"), "in a step"
+    sched.add(request("a", 3), 1)
+    assert [chunk.request_id for chunk in batch.sampling_chunks] == ["a"]
+    assert sched.update(batch, [1]) == {}, "the old one's token is dropped"
+    sched.check()
+    assert sched.abort("b"), "in the middle of its prompt"
+    assert sched.abort("a")
+    assert not sched.abort("a"), "gone"
+    sched.check()
+    assert (sched.blocks.free_blocks, sched.has_work) == (64, False)
+
+
+def test_preemption_takes_the_youngest_and_keeps_its_output() -> None:
+    """Two requests of one block each, three blocks: when both grow, the younger one goes and recomputes later."""
+    sched = scheduler(kv_blocks=3, block_size=4, max_batch_tokens=16)
+    sched.add(request("old", 3, max_tokens=6), 0)
+    sched.add(request("young", 3, max_tokens=6), 0)
+    output: dict[str, list[int]] = {"old": [], "young": []}
+    token, recomputed = 0, 0
+    while sched.has_work:
+        batch = sched.schedule()
+        for chunk in batch.chunks:
+            recomputed += chunk.request_id == "young" and chunk.start == 0 and len(chunk.tokens) > 3
+        drawn = list(range(token, token + len(batch.sampling_chunks)))
+        token += len(drawn)
+        for name, chunk_out in sched.update(batch, drawn).items():
+            output[name] += chunk_out.tokens
+        sched.check()
+    assert (sched.preemptions, recomputed) == (1, 1)
+    assert [len(tokens) for tokens in output.values()] == [6, 6]
+    assert len(set(output["old"] + output["young"])) == 12, "no token comes twice"
+
+
+def test_admission_leaves_running_requests_a_block_to_grow_into() -> None:
+    """Two free blocks would take the newcomer's eight tokens, but the running one would find none for its next."""
+    sched = scheduler(kv_blocks=3, block_size=4)
+    sched.add(request("old", 3, max_tokens=4), 0)
+    step(sched)
+    sched.add(request("new", 8, max_tokens=2), 0)
+    seen = [name for _ in range(5) for name, *_ in shape(step(sched)[0])]
+    assert seen == ["old"] * 3 + ["new"] * 2
+    assert sched.preemptions == 0
