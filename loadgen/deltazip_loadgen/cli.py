@@ -69,20 +69,23 @@ def trace(
 ) -> None:
     """Make a trace: who is asked what, and when.
 
-    A minute of skewed Poisson traffic:  [cyan]trace out.jsonl -m base,math,sql -r 4[/cyan]
-    Bursts, as of many small tenants:  [cyan]trace out.jsonl -m a,b,c,d --arrivals burst --on 5 --off 60[/cyan]
-    Your own prompts, 200 requests:  [cyan]trace out.jsonl -m math,sql --prompts pool.jsonl -n 200[/cyan]
+    A minute of skewed Poisson traffic:  trace out.jsonl -m base,math,sql -r 4
+
+    Bursts, as of many small tenants:  trace out.jsonl -m a,b,c,d --arrivals burst --on 5 --off 60
+
+    Your own prompts, 200 requests:  trace out.jsonl -m math,sql --prompts pool.jsonl -n 200
+
+    A line of a prompt pool is {"model": …, "messages": […]} or {"model": …, "prompt": …}, and may hold max_tokens,
+    expected (the right answer, checked in the report) and tags. Without a model it serves all of them.
     """
     with _explained() as console:
-        laws = {"poisson": Poisson, "gamma": lambda: Gamma(cv=cv), "burst": lambda: Burst(on_s=on, off_s=off)}
-        shares = {"uniform": UniformPopularity, "zipf": lambda: Zipf(s=zipf_s), "weights": lambda: _weights(weights)}
         spec = TraceSpec(
             models=tuple(name for names in model for name in names.split(",")),
             rate=rate,
             duration_s=60.0 if duration is None and requests is None else duration,
             requests=requests,
-            arrivals=laws[arrivals](),
-            popularity=shares[popularity](),
+            arrivals=_arrivals(arrivals, cv, on, off),
+            popularity=_popularity(popularity, zipf_s, weights),
             drift_every_s=drift_every,
             endpoint=endpoint,
             prompt_words=parse_lengths(prompt_words),
@@ -91,9 +94,8 @@ def trace(
         )
         made = GeneratedTrace(spec, seed, PromptPool.load(prompts) if prompts else None)
         write_trace(out, made.header, made)
-        console.print(
-            f"{out}: {len(made)} requests to {len(spec.models)} models, seed {seed}", markup=False, highlight=False
-        )
+        done = f"{out}: {len(made)} requests to {len(spec.models)} models, seed {seed}"
+        console.print(done, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -155,6 +157,18 @@ def report(
         summary = summarize(done, slo=Slo(ttft_s=slo_ttft, tpot_s=slo_tpot))
         outputs.write(done, summary)
         console.print(render(summary))
+
+
+def _arrivals(kind: str, cv: float, on_s: float, off_s: float) -> Poisson | Gamma | Burst:
+    if kind == "burst":
+        return Burst(on_s=on_s, off_s=off_s)
+    return Gamma(cv=cv) if kind == "gamma" else Poisson()
+
+
+def _popularity(kind: str, zipf_s: float, weights: str | None) -> UniformPopularity | Zipf | Weights:
+    if kind == "weights":
+        return _weights(weights)
+    return Zipf(s=zipf_s) if kind == "zipf" else UniformPopularity()
 
 
 def _weights(text: str | None) -> Weights:

@@ -59,7 +59,8 @@ Arrivals = Annotated[
     Literal["poisson", "gamma", "burst"],
     typer.Option(
         rich_help_panel=_WHEN,
-        help="poisson: independent. gamma: gaps with variation --cv. burst: each model on and off on its own, as in the Azure functions traces.",
+        help="poisson: independent. gamma: gaps with variation --cv. "
+        "burst: each model on and off on its own, as in the Azure functions traces.",
     ),
 ]
 Cv = Annotated[

@@ -30,7 +30,7 @@ class Connections:
         if api_key:
             self._headers["authorization"] = f"Bearer {api_key}"
         self._timeout = httpx.Timeout(None, connect=options.connect_timeout_s)
-        self._tls: "ssl.SSLContext | bool" = httpx.create_ssl_context() if root.startswith("https:") else False
+        self._tls: ssl.SSLContext | bool = httpx.create_ssl_context() if root.startswith("https:") else False
         self._idle: list[httpx.AsyncClient] = []
 
     async def __aenter__(self) -> Self:

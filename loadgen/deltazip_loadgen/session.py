@@ -67,9 +67,8 @@ class Session:
         started_at = datetime.now(UTC)
         with ExitStack() as stack:
             counts = stack.enter_context(LiveCounts(total, console, shown=not quiet))
-            file = (
-                stack.enter_context(self.outputs.records.open("w", encoding="utf-8")) if self.outputs.records else None
-            )
+            path = self.outputs.records
+            file = stack.enter_context(path.open("w", encoding="utf-8")) if path else None
             records, interrupted = asyncio.run(self._replay(counts, file))
         run = RunInfo(
             url=root,
@@ -122,6 +121,5 @@ def _interrupt_sets(stop: asyncio.Event) -> Iterator[None]:
 
 def read_records(path: Path) -> list[Record]:
     """Records that an earlier replay wrote; raises :class:`TraceInvalid` with the line's number."""
-    return [
-        parse_line(Record, line, f"{path}:{number}", TraceInvalid) for number, line in read_lines(path, TraceInvalid)
-    ]
+    lines = read_lines(path, TraceInvalid)
+    return [parse_line(Record, line, f"{path}:{number}", TraceInvalid) for number, line in lines]

@@ -9,26 +9,20 @@ from rich.text import Text
 from deltazip_loadgen.report import Group, Report
 from deltazip_loadgen.stats import Distribution
 
+COLUMNS = (
+    *("sent", "ok", "failed"),
+    *("TTFT p50", "p90", "p99"),
+    *("TPOT p50", "p90"),
+    *("latency p50", "p90"),
+    *("tok/s", "good", "right"),
+)
+
 
 def render(report: Report) -> RenderableType:
     """The report as a table with a summary below it."""
     table = Table(title="Replay", title_justify="left", header_style="bold", pad_edge=False)
     table.add_column("")
-    for name in (
-        "sent",
-        "ok",
-        "failed",
-        "TTFT p50",
-        "p90",
-        "p99",
-        "TPOT p50",
-        "p90",
-        "latency p50",
-        "p90",
-        "tok/s",
-        "good",
-        "right",
-    ):
+    for name in COLUMNS:
         table.add_column(name, justify="right")
     for model, breakdown in report.variants.items():
         _row(table, escape(model), breakdown.all)

@@ -12,20 +12,22 @@ def warnings(records: Sequence[Record], max_concurrency: int | None) -> Iterator
     late = [record.lag_s for record in records if record.lag_s > LATE_S]
     if max_concurrency is not None:
         yield (
-            f"at most {max_concurrency} requests were under way at once, so this was not an open-loop replay: {len(late)} requests "
-            f"waited more than {LATE_S * 1000:.0f} ms in the client (times from the intended start include that wait)"
+            f"at most {max_concurrency} requests were under way at once, so this was not an open-loop replay: "
+            f"{len(late)} requests waited more than {LATE_S * 1000:.0f} ms in the client (times from the intended start include that wait)"
         )
     elif late:
         yield (
-            f"{len(late)} of {len(records)} requests were sent more than {LATE_S * 1000:.0f} ms late (up to {max(late):.2f} s): this client, "
-            "not the server, was the bottleneck; use a faster or idle machine, or a lower --speed"
+            f"{len(late)} of {len(records)} requests were sent more than {LATE_S * 1000:.0f} ms late "
+            f"(up to {max(late):.2f} s): this client, not the server, was the bottleneck; "
+            "use a faster or idle machine, or a lower --speed"
         )
     if records and all(record.outcome == "connect" for record in records):
         yield f"no connection was made ({records[0].error}): is the server up, and is --url right?"
     uncounted = sum(record.ok and record.output_tokens is None for record in records)
     if uncounted:
         yield (
-            f"{uncounted} answers came without usage, so their tokens and TPOT are missing: the server must honour stream_options.include_usage"
+            f"{uncounted} answers came without usage, so their tokens and TPOT are missing: "
+            "the server must honour stream_options.include_usage"
         )
     complete = [record for record in records if record.ok]
     if complete and all(record.tier is None for record in complete):
