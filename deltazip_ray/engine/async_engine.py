@@ -1,0 +1,239 @@
+"""The engine as asyncio sees it: one async generator a request, one loop of steps behind all of them."""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from deltazip_ray.config import EngineConfig
+from deltazip_ray.engine.admission import check_sampling, check_tokens
+from deltazip_ray.engine.core import EngineCore, build_core
+from deltazip_ray.engine.step_loop import News, StepLoop
+from deltazip_ray.engine.token_stream import TokenStream
+from deltazip_ray.engine.versions import Versions
+from deltazip_ray.errors import DeltaZipError, EngineStopped, Overloaded
+from deltazip_ray.observability.engine_metrics import EngineMetrics, EngineStats
+from deltazip_ray.residency.slot_table import Pin
+from deltazip_ray.residency.tiers import DeltaSource
+from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
+
+__all__ = ["AsyncEngine", "EngineStats"]
+
+_STOPPED = "the engine has stopped: send the request to another replica"
+
+
+@dataclass(frozen=True)
+class _Active:
+    """A request that the step loop has."""
+
+    stream: TokenStream
+    pin: Pin | None
+    """Given back only when the loop says that the request is over: until then a step may read the slot."""
+
+
+@dataclass(frozen=True)
+class _Running:
+    """What exists between start and stop."""
+
+    core: EngineCore
+    versions: Versions
+    steps: StepLoop
+
+
+class AsyncEngine:
+    """Generates tokens for the base and for every version that ``source`` can bring. Belongs to one event loop."""
+
+    def __init__(self, config: EngineConfig, base: Path, source: DeltaSource, registry: CollectorRegistry) -> None:
+        """``base``: folder of the base checkpoint. Nothing is read before :meth:`start`."""
+        self._config = config
+        self._base = base
+        self._source = source
+        self._metrics = EngineMetrics(registry, self.stats)
+        self._parts: _Running | None = None
+        self._stopped = False
+        self._ids = itertools.count()
+        self._active: dict[str, _Active] = {}
+        self._entered = 0
+
+    async def start(self) -> None:
+        """Read the base and begin to step. Raises ConfigError, CheckpointInvalid."""
+        core = await asyncio.to_thread(build_core, self._config, self._base)
+        here = asyncio.get_running_loop()
+        steps = StepLoop(
+            core.scheduler,
+            core.runner,
+            self._metrics,
+            publish=functools.partial(_call_soon, here, self._deliver),
+            ended=functools.partial(_call_soon, here, self._end),
+            threads=self._config.threads,
+        )
+        self._parts = _Running(core, Versions(self._source, core.slots, self._config.slots, self._metrics), steps)
+        steps.start()
+
+    async def stop(self) -> None:
+        """Stop after the running step; whoever still waits gets EngineStopped. A second call does nothing."""
+        if self._parts is None or self._stopped:
+            self._stopped = True
+            return
+        self._stopped = True
+        await self._parts.versions.close()
+        await asyncio.to_thread(self._parts.steps.stop)
+        self._end()
+
+    @property
+    def base_digest(self) -> str:
+        """Digest of the base checkpoint."""
+        return self._started().core.base.digest
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the base knows; versions may add some."""
+        return self._started().core.base.vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of one sequence, prompt and output."""
+        return self._started().core.max_model_len
+
+    def stats(self) -> EngineStats:
+        """The engine at this moment, from its event loop. Zeros before it has started."""
+        if self._parts is None:
+            return EngineStats(frozenset(), frozenset(), 0, self._entered, 0, 0, self._config.slots)
+        table, scheduler = self._parts.versions.table, self._parts.core.scheduler
+        running = scheduler.num_running
+        return EngineStats(
+            resident=table.resident,
+            loading=table.loading,
+            running=running,
+            waiting=max(0, self._entered - running),
+            kv_blocks=scheduler.blocks.num_blocks,
+            kv_blocks_free=scheduler.blocks.free_blocks,
+            slots=table.slots,
+            evictions=table.evictions,
+            preemptions=scheduler.preemptions,
+        )
+
+    async def check(self) -> None:
+        """Check that blocks, slots and pins add up. Raises EngineError when not, EngineStopped."""
+        parts = self._open()
+        parts.versions.table.check()
+        here = asyncio.get_running_loop()
+        checked: asyncio.Future[DeltaZipError | None] = here.create_future()
+        parts.steps.check(functools.partial(_call_soon, here, checked.set_result))
+        error = await checked
+        if error is not None:
+            raise error
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Tokens of one request, as they come; the last chunk has a finish reason.
+
+        Leaving early, by cancellation or ``aclose``, ends the request and frees what it held. Raises InvalidRequest,
+        PromptTooLong, Overloaded, ArtifactError, StoreError, LoadTimeout, EngineError, EngineStopped.
+        """
+        arrived = time.perf_counter()
+        outcome = "aborted"
+        self._entered += 1
+        try:
+            parts = self._open()
+            self._check_request(request, parts.core)
+            async with contextlib.aclosing(self._run(request, parts, arrived)) as chunks:
+                async for chunk in chunks:
+                    outcome = chunk.finish_reason or outcome
+                    yield chunk
+        except DeltaZipError as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            self._entered -= 1
+            self._metrics.requests.labels(outcome).inc()
+
+    async def _run(self, request: GenerateRequest, parts: _Running, arrived: float) -> AsyncGenerator[TokenChunk, None]:
+        pin = await self._pin(request, parts)
+        key = f"{request.request_id}#{next(self._ids)}"  # A client may send an id again while the first one ends.
+        stream = TokenStream()
+        self._active[key] = _Active(stream, pin)
+        parts.steps.add(dataclasses.replace(request, request_id=key), -1 if pin is None else pin.slot)
+        self._metrics.prompt_tokens.inc(len(request.prompt))
+        tier = "device" if pin is None else pin.tier
+        try:
+            chunk = await stream.get()
+            self._metrics.first_token_seconds.labels(tier).observe(time.perf_counter() - arrived)
+            chunk = dataclasses.replace(chunk, tier=tier)
+            while True:
+                self._metrics.output_tokens.inc(len(chunk.tokens))
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+                chunk = await stream.get()
+        finally:
+            if key in self._active:
+                parts.steps.abort(key)
+
+    async def _pin(self, request: GenerateRequest, parts: _Running) -> Pin | None:
+        """The slot of the request's version, with its vocabulary checked; None for the base."""
+        if request.version is None:
+            return None
+        pin = await parts.versions.pin(request.version, self._config.load_timeout_s)
+        try:
+            check_tokens(request, parts.versions.vocab_size(pin))
+            self._open()
+        except DeltaZipError:
+            parts.versions.table.unpin(pin)
+            raise
+        return pin
+
+    def _check_request(self, request: GenerateRequest, core: EngineCore) -> None:
+        """Refuse at once what can be refused without the delta."""
+        check_sampling(request.sampling)
+        core.scheduler.validate(request)
+        added = 0 if request.version is None else self._config.max_added_tokens
+        check_tokens(request, core.base.vocab_size + added)
+        if self._entered > self._config.max_running + self._config.max_waiting:
+            raise Overloaded(f"{self._entered - 1} requests are in the engine already: try again later")
+
+    def _deliver(self, news: News) -> None:
+        """What a step brought, on the event loop."""
+        for key, item in news.items():
+            active = self._active[key]
+            if isinstance(item, TokenChunk):
+                active.stream.put(item)
+                if item.finish_reason is None:
+                    continue
+            elif item is not None:
+                active.stream.fail(item)
+            self._forget(key)
+
+    def _end(self) -> None:
+        """The loop of steps is over, on purpose or not: nobody waits for it any longer."""
+        self._stopped = True
+        for key in list(self._active):
+            self._active[key].stream.fail(EngineStopped(_STOPPED))
+            self._forget(key)
+
+    def _forget(self, key: str) -> None:
+        active = self._active.pop(key)
+        if active.pin is not None:
+            self._started().versions.table.unpin(active.pin)
+
+    def _started(self) -> _Running:
+        if self._parts is None:
+            raise EngineStopped("the engine has not started: call start() first")
+        return self._parts
+
+    def _open(self) -> _Running:
+        parts = self._started()
+        if self._stopped:
+            raise EngineStopped(_STOPPED)
+        return parts
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:
+    """Have ``callback`` called on the event loop, from any thread."""
+    loop.call_soon_threadsafe(callback, *args)

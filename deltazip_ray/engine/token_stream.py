@@ -1,0 +1,38 @@
+"""One request's results on their way from the step loop to whoever iterates over them."""
+
+import asyncio
+
+from deltazip_ray.errors import DeltaZipError
+from deltazip_ray.scheduler.request import FinishReason, TokenChunk
+
+
+class TokenStream:
+    """Joins what arrives faster than it is taken. Belongs to one event loop, with one reader."""
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._finish: FinishReason | None = None
+        self._error: DeltaZipError | None = None
+        self._ready = asyncio.Event()
+
+    def put(self, chunk: TokenChunk) -> None:
+        """Add the next tokens."""
+        self._tokens.extend(chunk.tokens)
+        self._finish = chunk.finish_reason
+        self._ready.set()
+
+    def fail(self, error: DeltaZipError) -> None:
+        """End with an error, after the tokens that have arrived."""
+        self._error = error
+        self._ready.set()
+
+    async def get(self) -> TokenChunk:
+        """All tokens that have arrived since the last call, at least one or the end. Raises what ``fail`` was given."""
+        await self._ready.wait()
+        if self._error is not None and not self._tokens:
+            raise self._error
+        chunk = TokenChunk(tuple(self._tokens), self._finish)
+        self._tokens.clear()
+        if self._error is None:
+            self._ready.clear()
+        return chunk

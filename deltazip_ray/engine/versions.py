@@ -1,0 +1,67 @@
+"""Brings versions into slots, beside the step loop and never in its way."""
+
+import asyncio
+import contextlib
+import functools
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from deltazip_ray.engine.device_slots import DeviceSlots
+from deltazip_ray.errors import DeltaZipError
+from deltazip_ray.observability.engine_metrics import EngineMetrics
+from deltazip_ray.residency.slot_table import Pin, SlotTable
+from deltazip_ray.residency.tiers import DeltaSource, Tier
+
+_COPY_THREADS = 2
+
+
+class Versions:
+    """Versions on the device: pinned while a request uses them, loaded from ``source`` when it asks for them."""
+
+    def __init__(self, source: DeltaSource, slots: DeviceSlots, count: int, metrics: EngineMetrics) -> None:
+        self.table = SlotTable(count)
+        self._source = source
+        self._slots = slots
+        self._metrics = metrics
+        self._copiers = ThreadPoolExecutor(_COPY_THREADS, thread_name_prefix="deltazip-load")
+
+    async def pin(self, version: str, timeout_s: float) -> Pin:
+        """Have ``version`` in a slot until ``table.unpin``.
+
+        Raises LoadTimeout, EngineStopped, ArtifactError, StoreError.
+        """
+        return await self.table.pin(version, functools.partial(self._load, version), timeout_s)
+
+    def vocab_size(self, pin: Pin) -> int:
+        """Tokens that a pinned version knows."""
+        return self._slots.vocab_size(pin.slot)
+
+    async def close(self) -> None:
+        """Fail those who wait for a slot, and end the loads."""
+        await self.table.close()
+        self._copiers.shutdown()
+
+    async def _load(self, version: str, slot: int) -> Tier:
+        began = time.perf_counter()
+        try:
+            delta = await self._source.acquire(version)
+            try:
+                self._slots.check(delta.manifest)
+                await _settled(asyncio.wrap_future(self._copiers.submit(self._slots.load, slot, delta)))
+            finally:
+                await self._source.release(version)
+        except DeltaZipError as error:
+            self._metrics.load_failures.labels(type(error).__name__).inc()
+            raise
+        self._metrics.load_seconds.labels(delta.tier).observe(time.perf_counter() - began)
+        return delta.tier
+
+
+async def _settled(copy: asyncio.Future[None]) -> None:
+    """Wait for a copy, even when cancelled: until it has ended it reads the host's bytes and writes the slot."""
+    try:
+        await asyncio.shield(copy)
+    finally:
+        while not copy.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({copy})

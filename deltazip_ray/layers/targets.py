@@ -1,0 +1,96 @@
+"""Where versions put their weights: one target for each weight of the base, with a place for each slot.
+
+Installing and clearing a slot happen in a loader thread while a step runs; that is safe because no row of a
+running step uses a slot before it is published.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from deltazip_kernels import RAW, PackedDelta
+
+VALUES = "values"
+
+
+class DeltaTarget(ABC):
+    """A weight of the base that a version may change."""
+
+    in_slot: bool
+    """Whether :meth:`install` keeps views of the tensors it is given (they must then live in the slot)."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        self.name = name
+        self.shape = shape
+
+    @abstractmethod
+    def install(self, slot: int, codec: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Use a version's weight, in the tensors of its codec, for the rows of ``slot``."""
+
+    @abstractmethod
+    def clear(self, slot: int) -> None:
+        """Use the base alone for the rows of ``slot``."""
+
+
+class MatrixTarget(DeltaTarget):
+    """A matrix ``[out, in]`` whose delta is added: coded, or raw values that replace the base's."""
+
+    in_slot = True
+
+    def __init__(self, name: str, base: torch.Tensor, slots: int) -> None:
+        """``base`` ``[out, in]`` may be a slice of a fused weight."""
+        super().__init__(name, tuple(base.shape))
+        self.base = base
+        self.deltas: list[PackedDelta | None] = [None] * slots
+
+    def install(self, slot: int, codec: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep views of ``tensors``; raw values become their difference to the base, in place."""
+        if codec == RAW:
+            tensors[VALUES].sub_(self.base)
+        self.deltas[slot] = PackedDelta(codec, (self.base.shape[0], self.base.shape[1]), tensors)
+
+    def clear(self, slot: int) -> None:
+        """Forget the views."""
+        self.deltas[slot] = None
+
+
+class VectorTarget(DeltaTarget):
+    """A vector ``[size]`` (norm weight, bias), raw. ``table[0]`` is the base's, ``table[slot + 1]`` the slot's."""
+
+    in_slot = False
+
+    def __init__(self, name: str, base: torch.Tensor, table: torch.Tensor) -> None:
+        """``table`` ``[slots + 1, size]`` may be a column slice of a wider one; its rows are set to ``base``."""
+        super().__init__(name, tuple(base.shape))
+        self.table = table
+        self.table.copy_(base.expand_as(table))
+
+    def install(self, slot: int, codec: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy the values into the slot's row."""
+        self.table[slot + 1].copy_(tensors[VALUES])
+
+    def clear(self, slot: int) -> None:
+        """Put the base's values back."""
+        self.table[slot + 1].copy_(self.table[0])
+
+
+class AddedTarget(DeltaTarget):
+    """Rows for tokens beyond the base's vocabulary, raw ``[added, hidden]``, up to ``max_added`` a version."""
+
+    in_slot = False
+
+    def __init__(self, name: str, table: torch.Tensor) -> None:
+        """``table``: ``[slots + 1, max_added, hidden]``; row 0, the base's, stays unused."""
+        super().__init__(name, tuple(table.shape[1:]))
+        self.table = table
+        self.counts = [0] * (len(table) - 1)
+
+    def install(self, slot: int, codec: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy the rows into the slot's place."""
+        values = tensors[VALUES]
+        self.table[slot + 1, : len(values)].copy_(values)
+        self.counts[slot] = len(values)
+
+    def clear(self, slot: int) -> None:
+        """Forget that the slot has added rows."""
+        self.counts[slot] = 0

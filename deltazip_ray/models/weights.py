@@ -1,0 +1,92 @@
+"""Builds layers from a checkpoint: straight from safetensors to the device, projections fused."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from deltazip_ray.artifact.checkpoint import Checkpoint
+from deltazip_ray.errors import CheckpointInvalid
+from deltazip_ray.layers.linear import DeltaLinear, Projection
+from deltazip_ray.layers.norm import DeltaRMSNorm
+from deltazip_ray.layers.targets import AddedTarget, DeltaTarget, MatrixTarget, VectorTarget
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where weights go and how many versions there is room for."""
+
+    dtype: torch.dtype
+    device: torch.device
+    slots: int
+    max_added: int
+    """Rows that a version may add to the vocabulary."""
+    backend: str = "torch"
+    """Backend of the delta product, see ``deltazip_kernels.ops``."""
+
+
+@dataclass
+class WeightReader:
+    """Reads weights once and keeps, by checkpoint name, where versions put theirs."""
+
+    checkpoint: Checkpoint
+    placement: Placement
+    targets: dict[str, DeltaTarget] = field(default_factory=dict)
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> MatrixTarget:
+        """One matrix on its own. Raises CheckpointInvalid, as every method here does."""
+        return self._fused((name,), (shape[0],), shape[1])[1][0].target
+
+    def linear(self, names: Sequence[str], outs: Sequence[int], inputs: int, *, bias: bool) -> DeltaLinear:
+        """Modules ``names`` with ``outs`` outputs each, fused into one weight ``[sum(outs), inputs]``."""
+        weight, projections = self._fused([f"{name}.weight" for name in names], outs, inputs)
+        backend = self.placement.backend
+        if not bias:
+            return DeltaLinear(weight, projections, backend=backend)
+        table = self._empty(self.placement.slots + 1, sum(outs))
+        biases = [
+            self._vector(f"{name}.bias", table[:, projection.start : projection.stop])
+            for name, projection in zip(names, projections, strict=True)
+        ]
+        return DeltaLinear(weight, projections, biases, table, backend=backend)
+
+    def norm(self, name: str, size: int, eps: float) -> DeltaRMSNorm:
+        """An RMS norm's weight."""
+        return DeltaRMSNorm(self._vector(f"{name}.weight", self._empty(self.placement.slots + 1, size)), eps)
+
+    def added(self, name: str, hidden: int) -> AddedTarget:
+        """Room for the rows that versions add to the matrix ``name``."""
+        place = self.placement
+        # Zeros, since rows that a version lacks are read, and then masked.
+        table = torch.zeros(place.slots + 1, place.max_added, hidden, dtype=place.dtype, device=place.device)
+        target = AddedTarget(f"{name}.added", table)
+        self.targets[target.name] = target
+        return target
+
+    def _fused(self, names: Sequence[str], outs: Sequence[int], inputs: int) -> tuple[torch.Tensor, list[Projection]]:
+        weight = self._empty(sum(outs), inputs)
+        projections, start = [], 0
+        for name, size in zip(names, outs, strict=True):
+            part = weight[start : start + size]
+            part.copy_(self._read(name, (size, inputs)))
+            target = MatrixTarget(name, part, self.placement.slots)
+            self.targets[name] = target
+            projections.append(Projection(target, start, start + size))
+            start += size
+        return weight, projections
+
+    def _vector(self, name: str, table: torch.Tensor) -> VectorTarget:
+        target = VectorTarget(name, self._read(name, (table.shape[1],)), table)
+        self.targets[name] = target
+        return target
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if self.checkpoint.shape(name) != shape:
+            raise CheckpointInvalid(
+                f"{name} is {list(self.checkpoint.shape(name))}, but config.json makes it {list(shape)}: "
+                "config.json belongs to another checkpoint"
+            )
+        return self.checkpoint.tensor(name)
+
+    def _empty(self, *size: int) -> torch.Tensor:
+        return torch.empty(*size, dtype=self.placement.dtype, device=self.placement.device)

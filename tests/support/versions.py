@@ -1,0 +1,140 @@
+"""Versions without the compressor: deltas of tiny fine-tunes, rounded to nearest, and their merged weights."""
+
+import hashlib
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from deltazip_kernels import CODECS, GROUP, LAYOUT_VERSION, RAW, pack, unpack
+from safetensors.torch import save_file
+from torch.nn.functional import pad
+
+from deltazip_ray.artifact.blob import write_blob
+from deltazip_ray.artifact.checkpoint import Checkpoint, base_digest
+from deltazip_ray.artifact.manifest import BaseRef, BlobEntry, Manifest, TensorEntry
+from deltazip_ray.residency.tiers import HostDelta, Tier
+
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class BuiltVersion:
+    """A version in memory."""
+
+    manifest: Manifest
+    blobs: dict[str, bytes]
+    """Block to blob."""
+    merged: dict[str, torch.Tensor]
+    """What the served weights must equal, float32, by checkpoint name."""
+    finetune: Path
+
+    @property
+    def version(self) -> str:
+        return self.manifest.version()
+
+    def write_merged(self, path: Path) -> Path:
+        """A Hugging Face checkpoint of the merged weights."""
+        path.mkdir(parents=True, exist_ok=True)
+        for file in self.finetune.iterdir():
+            if file.suffix != ".safetensors":
+                shutil.copy(file, path)
+        save_file(self.merged, path / "model.safetensors", {"format": "pt"})
+        return path
+
+
+def build_version(
+    base: Path, finetune: Path, codec: str = "int4", *, raw: str = "$never", codecs: Mapping[str, str] | None = None
+) -> BuiltVersion:
+    """The delta of ``finetune`` to ``base``: matrices in ``codec``, those whose name matches ``raw`` as they are.
+
+    ``codecs``: regular expressions of names with a codec of their own.
+    """
+    old, new = Checkpoint.open(base), Checkpoint.open(finetune)
+    blocks: dict[str, dict[str, torch.Tensor]] = {}
+    entries: dict[str, dict[str, TensorEntry]] = {}
+    merged: dict[str, torch.Tensor] = {}
+    vocab = old.shape(EMBEDDINGS[0])[0]
+    for name in new.names:
+        value, block = new.tensor(name).float(), _block(name)
+        known = value[:vocab] if name in EMBEDDINGS else value
+        chosen = next((c for pattern, c in (codecs or {}).items() if re.search(pattern, name)), codec)
+        if value.dim() != 2 or re.search(raw, name):
+            chosen = RAW
+        tensors, merged[name] = _code(name, chosen, old.tensor(name).float(), known)
+        entry = TensorEntry(codec=chosen, shape=tuple(known.shape), bytes_finetuned=known.nbytes)
+        blocks.setdefault(block, {}).update(tensors)
+        entries.setdefault(block, {})[name] = entry
+        if len(known) < len(value):
+            extra = value[vocab:].contiguous()
+            blocks[block][f"{name}.added"] = extra
+            entries[block][f"{name}.added"] = TensorEntry(
+                codec=RAW, shape=tuple(extra.shape), bytes_finetuned=extra.nbytes
+            )
+            merged[name] = torch.cat([merged[name], extra])
+    blobs = {block: write_blob(tensors) for block, tensors in blocks.items()}
+    manifest = Manifest(
+        layout_version=LAYOUT_VERSION,
+        base=BaseRef(digest=base_digest(old), architecture=old.config["architectures"][0], vocab_size=vocab),
+        added_tokens=new.shape(EMBEDDINGS[0])[0] - vocab,
+        bytes_finetuned=new.nbytes,
+        blobs=tuple(
+            BlobEntry(block=block, digest=hashlib.sha256(blob).hexdigest(), size=len(blob), tensors=entries[block])
+            for block, blob in blobs.items()
+        ),
+    )
+    return BuiltVersion(manifest, blobs, merged, finetune)
+
+
+def round_to_nearest(codec: str, delta: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A delta ``[out, in]`` packed without calibration: the scale of a group is that of its largest weight."""
+    kind = CODECS[codec]
+    rows, columns = delta.shape
+    groups = pad(delta, (0, -columns % GROUP)).view(rows, -1, GROUP)
+    largest_level = (1 << kind.bits) - 1 - kind.zero
+    scales = (groups.abs().amax(-1) / largest_level).clamp(min=1e-8).bfloat16().float()
+    levels = (groups / scales[..., None] + kind.zero).round().clamp(0, (1 << kind.bits) - 1)
+    codes = levels.to(torch.uint8).flatten(1)[:, :columns].contiguous()
+    kept = None
+    if kind.sparse:
+        quads = pad(delta.abs(), (0, -columns % 4)).view(rows, -1, 4)
+        kept = torch.zeros_like(quads, dtype=torch.bool).scatter(-1, quads.topk(2, dim=-1).indices, True)
+        kept = kept.flatten(1)[:, :columns]
+    return pack(codec, codes, scales, kept)
+
+
+class MemorySource:
+    """A DeltaSource over versions in memory that counts who holds what."""
+
+    def __init__(self, *versions: BuiltVersion, tier: Tier = "host") -> None:
+        self.versions = {version.version: version for version in versions}
+        self.held: dict[str, int] = {}
+        self.acquired: list[str] = []
+        self.tier = tier
+
+    async def acquire(self, version: str) -> HostDelta:
+        built = self.versions[version]
+        self.acquired.append(version)
+        self.held[version] = self.held.get(version, 0) + 1
+        return HostDelta(built.manifest, {block: memoryview(blob) for block, blob in built.blobs.items()}, self.tier)
+
+    async def release(self, version: str) -> None:
+        self.held[version] -= 1
+
+
+def _block(name: str) -> str:
+    found = re.match(r"model\.(layers\.\d+)\.", name)
+    return found[1] if found else "outer"
+
+
+def _code(
+    name: str, codec: str, base: torch.Tensor, value: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The tensors of one weight for a blob, and the weight they make."""
+    if codec == RAW:
+        return {name: value.contiguous()}, value.contiguous()
+    packed = round_to_nearest(codec, value - base)
+    merged = base + unpack(codec, packed, (value.shape[0], value.shape[1]))
+    return {f"{name}.{part}": tensor for part, tensor in packed.items()}, merged
