@@ -1,0 +1,107 @@
+"""Round-to-nearest on group scales: codes, scales and, for 2:4, which columns are kept.
+
+A group is up to 128 consecutive columns of one row; ``weight = (code - zero) * scale``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from deltazip_kernels.layout import GROUP, Codec
+from torch import Tensor
+
+CLIP_RATIOS = tuple(1.15 - 0.05 * step for step in range(19))
+"""Scales tried for a group, relative to the one whose lowest level is the group's largest magnitude. Above 1 because
+int4 has one positive level less than negative ones."""
+REFITS = 2
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A matrix ``[N, K]`` on the grid: what :func:`deltazip_kernels.layout.pack` takes."""
+
+    codes: Tensor
+    """u8 ``[N, K]``."""
+    scales: Tensor
+    """float32 ``[N, ceil(K / 128)]``, representable in bf16."""
+    kept: Tensor | None
+    """bool ``[N, K]``, two of every four columns; None for dense codecs."""
+
+    def dequantized(self, codec: Codec) -> Tensor:
+        """The matrix that the codes stand for, float32 ``[N, K]``."""
+        columns = self.codes.shape[1]
+        scales = self.scales.repeat_interleave(GROUP, dim=1)[:, :columns]
+        values = (self.codes.float() - codec.zero) * scales
+        return values if self.kept is None else values.masked_fill(~self.kept, 0.0)
+
+    def rows(self, selected: slice) -> "Coded":
+        """The same for some rows."""
+        kept = None if self.kept is None else self.kept[selected]
+        return Coded(self.codes[selected], self.scales[selected], kept)
+
+    @staticmethod
+    def join(pieces: Sequence["Coded"]) -> "Coded":
+        """The rows of all ``pieces``, in order."""
+        masks = [piece.kept for piece in pieces if piece.kept is not None]
+        codes, scales = torch.cat([piece.codes for piece in pieces]), torch.cat([piece.scales for piece in pieces])
+        return Coded(codes, scales, torch.cat(masks) if masks else None)
+
+
+def to_codes(values: Tensor, scales: Tensor, codec: Codec) -> Tensor:
+    """Nearest codes (float, whole numbers) of ``values`` under ``scales``, which broadcast against them.
+
+    A scale of 0 is allowed: every code then means 0.
+    """
+    steps = torch.where(scales > 0, values / scales.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+    return (steps + codec.zero).round_().clamp_(0, 2**codec.bits - 1)
+
+
+def choose_scales(values: Tensor, weights: Tensor, codec: Codec) -> Tensor:
+    """Scales ``[N]`` of one group ``[N, columns]`` that minimize the squared error weighted by ``weights``.
+
+    ``weights`` broadcast against ``values``; 0 for a column that is not kept. Tries the clip ratios, then refits the
+    best scale by least squares to the codes it gave. Candidates are rounded to bf16, the type in which scales are
+    stored, before their error is taken.
+    """
+    weights = weights.expand_as(values)
+    best = torch.zeros(values.shape[0], device=values.device)
+    best_error = (weights * values.square()).sum(1)
+    widest = (values * (weights > 0)).abs().amax(1) / codec.zero
+
+    def consider(candidates: Tensor) -> None:
+        scales = candidates.bfloat16().float()
+        rounded = (to_codes(values, scales[:, None], codec) - codec.zero) * scales[:, None]
+        error = (weights * (values - rounded).square()).sum(1)
+        better = error < best_error
+        torch.where(better, scales, best, out=best)
+        torch.where(better, error, best_error, out=best_error)
+
+    for ratio in CLIP_RATIOS:
+        consider(widest * ratio)
+    for _ in range(REFITS):
+        levels = to_codes(values, best[:, None], codec) - codec.zero
+        norm = (weights * levels.square()).sum(1)
+        consider((weights * values * levels).sum(1).clamp_min(0) / norm.clamp_min(torch.finfo(torch.float32).tiny))
+    return best
+
+
+def keep_two_of_four(saliency: Tensor) -> Tensor:
+    """The 2:4 mask of the largest ``saliency`` ``[N, columns]``; a last partial four keeps up to two as well."""
+    kept = torch.zeros_like(saliency, dtype=torch.bool)
+    whole = saliency.shape[1] // 4 * 4
+    fours = saliency[:, :whole].unflatten(1, (-1, 4))
+    kept[:, :whole].unflatten(1, (-1, 4)).scatter_(2, fours.topk(2, dim=2).indices, True)
+    rest = saliency[:, whole:]
+    if rest.shape[1]:
+        kept[:, whole:].scatter_(1, rest.topk(min(2, rest.shape[1]), dim=1).indices, True)
+    return kept
+
+
+def round_to_nearest(delta: Tensor, weights: Tensor, codec: Codec) -> Coded:
+    """Code ``delta`` float32 ``[N, K]`` without compensation; a column's error counts by its weight, of ``[K]``."""
+    kept = keep_two_of_four(delta.square() * weights) if codec.sparse else None
+    counted = weights.expand_as(delta) if kept is None else weights * kept
+    groups = [slice(start, start + GROUP) for start in range(0, delta.shape[1], GROUP)]
+    scales = torch.stack([choose_scales(delta[:, g], counted[:, g], codec) for g in groups], 1)
+    columns = scales.repeat_interleave(GROUP, dim=1)[:, : delta.shape[1]]
+    return Coded(to_codes(delta, columns, codec).to(torch.uint8), scales, kept)

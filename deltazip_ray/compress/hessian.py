@@ -1,0 +1,64 @@
+"""The second-order statistics of a linear's inputs."""
+
+import torch
+from torch import Tensor
+
+from deltazip_ray.errors import CompressionError
+
+JITTER = 1e-6
+"""First addition to the diagonal of an indefinite matrix, above the rounding of float32 sums of squares."""
+
+
+class Hessian:
+    """Sum of ``xᵀ x`` over the inputs ``x`` of one linear; half the Hessian of its squared output error."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.matrix = torch.zeros(columns, columns, device=device)
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in ``inputs`` ``[tokens, columns]``. Raises CompressionError when they are not finite."""
+        inputs = inputs.float()
+        self.matrix.addmm_(inputs.T, inputs)
+
+    def check(self, where: str) -> None:
+        """Raise CompressionError when some input was not finite, or too large to be squared."""
+        if not self.matrix.isfinite().all():
+            raise CompressionError(
+                f"the inputs of {where} overflow on the calibration data: compress with dtype float32 or bfloat16, "
+                "and check that the fine-tune itself gives finite outputs"
+            )
+
+    def damped(self, damping: float) -> Tensor:
+        """The matrix scaled to mean diagonal 1, plus ``damping`` on the diagonal: positive definite, float64.
+
+        The damping bounds what compensation may put on directions that few calibration tokens span, and makes a
+        column that was never active (a zero row and column) an independent one, so that it is rounded to nearest.
+        """
+        matrix = self.matrix.double()
+        mean = matrix.diagonal().mean()
+        if mean > 0:
+            matrix /= mean
+        matrix.diagonal().add_(damping)
+        return matrix
+
+    def squared_norm(self, rows: Tensor) -> Tensor:
+        """``‖x rowᵀ‖²`` summed over the inputs and all ``rows`` ``[N, columns]``: a scalar."""
+        return ((rows @ self.matrix) * rows).sum()
+
+
+def inverse_factor(damped: Tensor) -> Tensor:
+    """Upper triangular ``U`` with ``Uᵀ U = damped⁻¹``, float32.
+
+    Its row ``i`` is that of the inverse Hessian of the columns from ``i`` on, divided by the root of its first
+    element: all that the elimination of the columns in order needs (GPTQ, arXiv 2210.17323, section 3.3).
+    A matrix that rounding has left indefinite gets more on its diagonal until it is not.
+    """
+    # With M Mᵀ = H for an upper triangular M (the Cholesky factor of H in reverse order), U = M⁻¹.
+    reverse = damped.flip(0, 1)
+    lower, failed = torch.linalg.cholesky_ex(reverse)
+    extra = JITTER
+    while bool(failed):
+        lower, failed = torch.linalg.cholesky_ex(reverse + extra * torch.eye(len(reverse)).to(reverse))
+        extra *= 10
+    identity = torch.eye(len(lower)).to(lower)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()

@@ -1,0 +1,95 @@
+"""Whether two checkpoints belong together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltazip_ray.artifact.checkpoint import Checkpoint
+from deltazip_ray.compress.skeleton import Skeleton
+from deltazip_ray.errors import CheckpointInvalid, CheckpointMismatch
+
+FIXED_ROPE = {"default", "linear", "llama3"}
+"""Rotary types whose frequencies do not depend on ``max_position_embeddings``."""
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A base and a fine-tune of it, checked against each other."""
+
+    base: Checkpoint
+    finetuned: Checkpoint
+    skeleton: Skeleton
+    """Of the fine-tune; equal to the base's but for the rows of the vocabulary."""
+    base_vocab: int
+    added: int
+    """Rows that the fine-tune adds to the vocabulary."""
+
+
+def open_pair(base: Path, finetuned: Path) -> Pair:
+    """Open both checkpoints and check that they belong together.
+
+    Raises CheckpointInvalid for a checkpoint that is broken by itself, CheckpointMismatch when the two differ in more
+    than weights; the message says in what.
+    """
+    base_checkpoint, finetuned_checkpoint = Checkpoint.open(base), Checkpoint.open(finetuned)
+    base_skeleton, skeleton = Skeleton(base_checkpoint), Skeleton(finetuned_checkpoint)
+    differences = _config_differences(base_skeleton, skeleton)
+    if differences:
+        raise CheckpointMismatch(f"{finetuned} is no fine-tune of {base}: " + "; ".join(differences))
+    _check_tensors(base_checkpoint, base_skeleton)
+    _check_tensors(finetuned_checkpoint, skeleton)
+    vocab, base_vocab = skeleton.shapes()[skeleton.embedding][0], base_skeleton.shapes()[skeleton.embedding][0]
+    if vocab < base_vocab:
+        raise CheckpointMismatch(
+            f"{finetuned} has {vocab} tokens, fewer than the {base_vocab} of {base}: a vocabulary may only grow; "
+            "keep the base's rows when you resize the embedding"
+        )
+    return Pair(base_checkpoint, finetuned_checkpoint, skeleton, base_vocab, vocab - base_vocab)
+
+
+def _config_differences(base: Skeleton, finetuned: Skeleton) -> list[str]:
+    """What differs between the configs and changes the function, in words."""
+    if base.family is not finetuned.family:
+        return [
+            f"architecture is {base.family.architecture} in the base, {finetuned.family.architecture} in the fine-tune"
+        ]
+    keys = list(base.family.config_keys)
+    rope: dict[str, Any] = getattr(base.config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") not in FIXED_ROPE:
+        keys.append("max_position_embeddings")
+    values = [(key, getattr(base.config, key, None), getattr(finetuned.config, key, None)) for key in keys]
+    return [f"{key} is {left} in the base, {right} in the fine-tune" for key, left, right in values if left != right]
+
+
+def _check_tensors(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+    """Check names and shapes of a checkpoint against its own config."""
+    expected, found = skeleton.shapes(), set(checkpoint.names)
+    missing = sorted(expected.keys() - found)
+    if missing:
+        raise CheckpointInvalid(f"{checkpoint.path} lacks {_listed(missing)}: is it complete?")
+    tied_head = f"{skeleton.family.head}.weight"
+    unknown = [name for name in sorted(found - expected.keys()) if not name.endswith(skeleton.family.ignored)]
+    if skeleton.tied and tied_head in unknown:
+        if not checkpoint.tensor(tied_head).equal(checkpoint.tensor(skeleton.embedding)):
+            raise CheckpointInvalid(
+                f"{checkpoint.path}: config.json ties {tied_head} to {skeleton.embedding}, but they differ: "
+                "set tie_word_embeddings to false, or save the checkpoint without the head"
+            )
+        unknown.remove(tied_head)
+    if unknown:
+        raise CheckpointInvalid(
+            f"{checkpoint.path} has tensors that {skeleton.family.architecture} does not know: {_listed(unknown)}; "
+            "merge adapters into the weights and save unquantized weights only"
+        )
+    for name, shape in expected.items():
+        if checkpoint.shape(name) != shape:
+            raise CheckpointInvalid(
+                f"{checkpoint.path}: {name} is {list(checkpoint.shape(name))}, but by config.json it is {list(shape)}"
+            )
+
+
+def _listed(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

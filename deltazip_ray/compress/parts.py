@@ -1,0 +1,76 @@
+"""What goes into one blob, and how a weight comes back out of it."""
+
+from collections.abc import Mapping
+
+import torch
+from deltazip_kernels.layout import CODECS, pack, unpack, unpack_rows
+from torch import Tensor
+
+from deltazip_ray.artifact.manifest import TensorEntry
+from deltazip_ray.compress.grid import Coded
+from deltazip_ray.compress.options import MatrixCodec
+
+ADDED = ".added"
+"""Ends the name of the rows that a fine-tune adds to a matrix of the vocabulary."""
+
+
+class Parts:
+    """Entries and tensors of one blob while it is made; ``tensors`` has the keys of a blob."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, TensorEntry] = {}
+        self.tensors: dict[str, Tensor] = {}
+
+    def add_raw(self, name: str, values: Tensor) -> None:
+        """Keep a weight of the fine-tune as it is."""
+        self.entries[name] = TensorEntry(codec="raw", shape=tuple(values.shape), bytes_finetuned=values.nbytes)
+        self.tensors[name] = values.contiguous()
+
+    def add_coded(self, name: str, coded: Coded, codec: MatrixCodec, bytes_finetuned: int, error: float) -> None:
+        """Keep a coded delta; ``error`` is the relative output error of the weight that it makes."""
+        shape = (coded.codes.shape[0], coded.codes.shape[1])
+        self.entries[name] = TensorEntry(
+            codec=codec, shape=shape, bytes_finetuned=bytes_finetuned, relative_error=error
+        )
+        for part, tensor in pack(codec, coded.codes, coded.scales, coded.kept).items():
+            self.tensors[f"{name}.{part}"] = tensor.cpu()
+
+
+def rebuild(
+    name: str, base: Tensor | None, entries: Mapping[str, TensorEntry], tensors: Mapping[str, Tensor]
+) -> Tensor:
+    """The weight ``name`` of the reconstruction: the base's plus the delta, or the raw one, and added rows below.
+
+    ``base`` as stored in its checkpoint; the result is the base's own tensor when the delta has nothing for it, raw
+    values in their dtype, and float32 otherwise. ``tensors`` has the keys of a blob.
+    """
+    added = tensors.get(name + ADDED)
+    entry = entries.get(name)
+    if entry is not None and entry.codec == "raw":
+        return tensors[name]
+    if base is None:
+        raise KeyError(name)
+    weight = base
+    if entry is not None:
+        weight = base.float() + unpack(entry.codec, packed(name, tensors, entry), (entry.shape[0], entry.shape[1]))
+    return weight if added is None else torch.cat([weight.float(), added.float()])
+
+
+def rebuild_rows(name: str, base: Tensor, rows: Tensor, parts: Parts) -> Tensor:
+    """Rows ``[T]`` of :func:`rebuild`, float32 ``[T, K]``, without the rest of the matrix."""
+    old = rows < base.shape[0]
+    values = torch.empty(rows.shape[0], base.shape[1])
+    values[old] = base[rows[old]].float()
+    entry = parts.entries.get(name)
+    if entry is not None:
+        shape = (entry.shape[0], entry.shape[1])
+        values[old] += unpack_rows(entry.codec, packed(name, parts.tensors, entry), shape, rows[old])
+    if not bool(old.all()):
+        values[~old] = parts.tensors[name + ADDED][rows[~old] - base.shape[0]].float()
+    return values
+
+
+def packed(name: str, tensors: Mapping[str, Tensor], entry: TensorEntry) -> dict[str, Tensor]:
+    """The packed tensors of one coded weight."""
+    keys = ("codes", "scales", "index") if CODECS[entry.codec].sparse else ("codes", "scales")
+    return {key: tensors[f"{name}.{key}"] for key in keys}

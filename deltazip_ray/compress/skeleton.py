@@ -1,0 +1,128 @@
+"""A checkpoint's architecture without its weights, from which single parts are brought to life."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from deltazip_ray.artifact.checkpoint import Checkpoint
+from deltazip_ray.compress.families import FAMILIES, Family
+from deltazip_ray.errors import CheckpointInvalid
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Skeleton:
+    """The transformers model of a checkpoint on the meta device: names, shapes and modules, no memory.
+
+    Raises CheckpointInvalid for an architecture that no family describes, or a config that transformers refuses.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.family = _family(checkpoint)
+        try:
+            config = AutoConfig.for_model(**checkpoint.config)
+            # SDPA without a mask is causal, and right padding needs no mask under causal attention.
+            config._attn_implementation = "sdpa"
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+        except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+            raise CheckpointInvalid(f"{checkpoint.path}/config.json is not usable: {error}") from error
+        self.config: PreTrainedConfig = config
+        self._model: nn.Module = model.eval().requires_grad_(False)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return bool(self.config.tie_word_embeddings)
+
+    @property
+    def blocks(self) -> int:
+        """Number of decoder blocks."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def embedding(self) -> str:
+        """Name of the embedding's weight."""
+        return f"{self.family.embedding}.weight"
+
+    @property
+    def head(self) -> str:
+        """Name of the weight that makes logits: the embedding's when they are tied."""
+        return self.embedding if self.tied else f"{self.family.head}.weight"
+
+    @property
+    def norm(self) -> str:
+        """Name of the final norm's weight."""
+        return f"{self.family.norm}.weight"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every weight; the head is absent when it is tied."""
+        found = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
+        if self.tied:
+            found.pop(f"{self.family.head}.weight", None)
+        return found
+
+    def block_name(self, index: int) -> str:
+        """Prefix of block ``index`` in tensor names, without the dot."""
+        return f"{self.family.layers}.{index}"
+
+    def block_weights(self, index: int) -> list[str]:
+        """Names, inside the block, of all weights of block ``index``."""
+        return list(self._model.get_submodule(self.block_name(index)).state_dict())
+
+    def part(self, name: str, weights: Mapping[str, Tensor]) -> nn.Module:
+        """The submodule ``name`` with ``weights``, which are used and not copied."""
+        module = copy.deepcopy(self._model.get_submodule(name))
+        module.load_state_dict(dict(weights), strict=True, assign=True)
+        return module
+
+    def rotary(self, device: torch.device) -> nn.Module:
+        """The module that gives cosines and sines of positions; its buffers follow from the config."""
+        kind: Any = type(self._model.get_submodule(self.family.rotary))
+        module: nn.Module = kind(config=self.config)
+        return module.to(device)
+
+    def whole(self, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+        """The complete model with ``weights``, which are used and not copied."""
+        model: Any = copy.deepcopy(self._model)
+        model.load_state_dict(dict(weights), strict=False, assign=True)
+        model.tie_weights()
+        parent, _, leaf = self.family.rotary.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, self.rotary(device))
+        module: nn.Module = model
+        return module
+
+
+def load_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """The tensor ``name``, on the CPU, perhaps mapped from the file. Raises CheckpointInvalid when it is not finite."""
+    tensor = checkpoint.tensor(name)
+    if tensor.dtype not in WEIGHT_DTYPES:
+        raise CheckpointInvalid(
+            f"{checkpoint.path}: {name} is {tensor.dtype}: save the checkpoint in float32, bfloat16 or float16"
+        )
+    if not tensor.isfinite().all():
+        raise CheckpointInvalid(
+            f"{checkpoint.path}: {name} holds NaN or Inf: save the checkpoint of an earlier training step"
+        )
+    return tensor
+
+
+def load_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
+    """Several of :func:`load_tensor`."""
+    return {name: load_tensor(checkpoint, name) for name in names}
+
+
+def _family(checkpoint: Checkpoint) -> Family:
+    architectures = checkpoint.config.get("architectures") or []
+    for architecture in architectures:
+        if architecture in FAMILIES:
+            return FAMILIES[architecture]
+    raise CheckpointInvalid(
+        f"{checkpoint.path} is of architecture {', '.join(map(str, architectures)) or 'unknown'}; "
+        f"supported are {', '.join(FAMILIES)}"
+    )
