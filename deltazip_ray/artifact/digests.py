@@ -3,6 +3,7 @@
 import hashlib
 
 from deltazip_ray.artifact.manifest import BlobEntry, FileEntry
+from deltazip_ray.artifact.object_store import ObjectStore
 from deltazip_ray.errors import BlobCorrupt
 
 
@@ -18,3 +19,13 @@ def verify_blob(data: bytes | bytearray | memoryview, entry: BlobEntry | FileEnt
         raise BlobCorrupt(f"blob {entry.digest[:12]} has {size} bytes, not {entry.size}: publish the version again")
     if sha256_hex(data) != entry.digest:
         raise BlobCorrupt(f"blob {entry.digest[:12]} has another digest than its name: publish the version again")
+
+
+def read_verified(store: ObjectStore, key: str, entry: BlobEntry | FileEntry) -> bytes:
+    """A blob or file that is what ``entry`` says; raises BlobCorrupt, ObjectNotFound, StoreUnavailable."""
+    # The store knows how large it is: a manifest may say anything, and that much memory would be taken.
+    if store.size(key) != entry.size:
+        raise BlobCorrupt(f"{store.url}/{key} does not have the {entry.size} bytes of its manifest: make it again")
+    data = store.get(key, entry.size)
+    verify_blob(data, entry)
+    return data

@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from deltazip_ray.artifact.names import check_digest
 from deltazip_ray.errors import ManifestInvalid
 
 FORMAT_VERSION: Literal[1] = 1
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-CodecName = Literal["int4", "int2", "sparse24_int4", "raw"]
+CodecName = Literal["int4", "int3", "int2", "int1", "sparse24_int4", "sparse24_int2", "raw"]
 WeightName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+){0,31}$", max_length=200)]
 Dimension = Annotated[int, Field(gt=0, lt=1 << 31)]
 Size = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -117,6 +118,16 @@ class Manifest(_Part):
         return sum(blob.size for blob in self.blobs)
 
     @property
+    def stored(self) -> tuple[BlobEntry | FileEntry, ...]:
+        """Every blob and file of the version."""
+        return (*self.blobs, *self.files.values())
+
+    @property
+    def bytes_stored(self) -> int:
+        """Bytes of all blobs and files: what publishing writes at most."""
+        return sum(entry.size for entry in self.stored)
+
+    @property
     def added_from(self) -> int:
         """The first token id that this version adds to the base's vocabulary."""
         return self.base.vocab_size
@@ -133,6 +144,11 @@ class Manifest(_Part):
     def version(self) -> str:
         """The version's name: sha256 of :meth:`canonical`, in hex."""
         return hashlib.sha256(self.canonical()).hexdigest()
+
+
+def blob_key(digest: str) -> str:
+    """Where a blob or file is, below an artifact's root or a base's; raises InvalidName."""
+    return f"blobs/sha256/{check_digest(digest)}"
 
 
 def parse_manifest(raw: bytes, version: str | None = None) -> Manifest:

@@ -18,14 +18,26 @@ class VariantRef(NamedTuple):
     selector: str
 
 
+def is_name(name: str) -> bool:
+    """Whether ``name`` may name a variant or alias."""
+    return _NAME.fullmatch(name) is not None and ".." not in name
+
+
 def check_name(name: str, what: str = "variant") -> str:
     """Return ``name`` when it may name a variant or alias, else raise InvalidName."""
-    if not _NAME.fullmatch(name) or ".." in name:
+    if not is_name(name):
         raise InvalidName(
             f"{name[:80]!r} is not a {what} name: use 1 to 64 letters, digits, '.', '_' or '-', "
             "with a letter or digit at both ends and no '..'"
         )
     return name
+
+
+def check_alias(alias: str) -> str:
+    """Return ``alias`` when it may name a version, else raise InvalidName."""
+    if is_version(check_name(alias, "alias")):
+        raise InvalidName(f"{alias!r} looks like the first digits of a version: use an alias with another letter in it")
+    return alias
 
 
 def check_digest(digest: str) -> str:

@@ -1,0 +1,125 @@
+"""An artifact by itself: one version in a folder or under a prefix, as the compressor writes it.
+
+``manifest.json`` beside ``blobs/sha256/<digest>``; the manifest is written last, so where it is, the artifact is whole.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from deltazip_ray.artifact.blob import read_blob, write_blob
+from deltazip_ray.artifact.digests import read_verified, sha256_hex
+from deltazip_ray.artifact.manifest import (
+    MAX_MANIFEST,
+    BaseRef,
+    BlobEntry,
+    FileEntry,
+    Manifest,
+    Quality,
+    TensorEntry,
+    blob_key,
+    parse_manifest,
+)
+from deltazip_ray.artifact.store import ObjectStore, open_store
+from deltazip_ray.config import StoreConfig
+from deltazip_ray.errors import ManifestInvalid, ObjectNotFound
+
+MANIFEST = "manifest.json"
+
+
+class ArtifactWriter:
+    """Collects the blobs and files of one version; :meth:`finish` makes it an artifact."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self._blobs: dict[str, BlobEntry] = {}
+        self._files: dict[str, FileEntry] = {}
+
+    def add_blob(
+        self, block: str, tensors: Mapping[str, torch.Tensor], entries: Mapping[str, TensorEntry]
+    ) -> BlobEntry:
+        """Store the tensors of ``block``; ``entries`` says by weight how they are coded.
+
+        Raises BlobCorrupt when the tensors are not those that ``entries`` call for, and StoreError.
+        """
+        data = write_blob(tensors)
+        entry = BlobEntry(block=block, digest=sha256_hex(data), size=len(data), tensors=dict(entries))
+        read_blob(data, entry)
+        self._put(entry, data)
+        self._blobs[block] = entry
+        return entry
+
+    def add_file(self, name: str, data: bytes) -> FileEntry:
+        """Store a small file that travels with the version; raises StoreError."""
+        entry = FileEntry(digest=sha256_hex(data), size=len(data))
+        self._put(entry, data)
+        self._files[name] = entry
+        return entry
+
+    def finish(
+        self,
+        *,
+        layout_version: int,
+        base: BaseRef,
+        bytes_finetuned: int,
+        added_tokens: int = 0,
+        quality: Quality | None = None,
+    ) -> Manifest:
+        """Write the manifest of what was added and return it; raises StoreError."""
+        manifest = Manifest(
+            layout_version=layout_version,
+            base=base,
+            added_tokens=added_tokens,
+            bytes_finetuned=bytes_finetuned,
+            blobs=tuple(sorted(self._blobs.values(), key=_block_order)),
+            files=self._files,
+            quality=quality,
+        )
+        self._store.put(MANIFEST, manifest.canonical())
+        return manifest
+
+    def _put(self, entry: BlobEntry | FileEntry, data: bytes) -> None:
+        self._store.put(blob_key(entry.digest), data)
+
+
+def open_artifact(location: str | Path | StoreConfig) -> tuple[Manifest, ObjectStore]:
+    """The manifest of the artifact at a folder, ``file://`` or ``s3://`` URL, and the store of its blobs.
+
+    Raises ManifestInvalid when there is none, and StoreError.
+    """
+    store = open_store(_config(location))
+    try:
+        raw = store.get(MANIFEST, MAX_MANIFEST)
+    except ObjectNotFound:
+        raise ManifestInvalid(
+            f"{store.url} holds no {MANIFEST}: give the place that `deltazip compress` wrote to"
+        ) from None
+    return parse_manifest(raw), store
+
+
+def verify_artifact(manifest: Manifest, store: ObjectStore, progress: Callable[[int], None] | None = None) -> None:
+    """Read every blob and file and check digests and contents. ``progress`` gets the bytes of each that is done.
+
+    Raises BlobCorrupt for the first that is not as the manifest says, ObjectNotFound and StoreUnavailable.
+    """
+    for entry in manifest.stored:
+        data = read_verified(store, blob_key(entry.digest), entry)
+        if isinstance(entry, BlobEntry):
+            read_blob(data, entry)
+        if progress is not None:
+            progress(entry.size)
+
+
+def _config(location: str | Path | StoreConfig) -> StoreConfig:
+    if isinstance(location, StoreConfig):
+        return location
+    if isinstance(location, str) and "://" in location:
+        return StoreConfig(url=location)
+    return StoreConfig(url=Path(location).absolute().as_uri())
+
+
+def _block_order(entry: BlobEntry) -> tuple[bool, int]:
+    """Decoder blocks by number, then the rest."""
+    kind, _, number = entry.block.partition(".")
+    return kind != "layers", int(number or 0)

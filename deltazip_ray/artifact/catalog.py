@@ -1,0 +1,180 @@
+"""The versions of one base in a store, and the variants that name them.
+
+``<base digest>/blobs/sha256/<digest>``, ``<base digest>/versions/<version>.json`` and
+``<base digest>/variants/<name>/<generation>.json``. Knows no torch.
+"""
+
+from collections.abc import Callable, Collection
+
+from deltazip_ray.artifact.digests import read_verified, verify_blob
+from deltazip_ray.artifact.manifest import (
+    MAX_FILE,
+    MAX_MANIFEST,
+    BlobEntry,
+    FileEntry,
+    Manifest,
+    blob_key,
+    parse_manifest,
+)
+from deltazip_ray.artifact.names import LATEST, VariantRef, check_alias, check_digest, check_name, is_version
+from deltazip_ray.artifact.object_store import ObjectStore
+from deltazip_ray.artifact.variants import Variant, VariantDocuments
+from deltazip_ray.errors import (
+    BaseMismatch,
+    InvalidName,
+    ObjectNotFound,
+    UnknownVariant,
+)
+
+__all__ = ["Catalog", "Variant", "bases"]
+
+_NAMES_IN_MESSAGE = 20
+
+
+class Catalog:
+    """What a store offers for one base. Blocking and thread-safe; every method raises StoreUnavailable."""
+
+    def __init__(self, store: ObjectStore, base_digest: str) -> None:
+        self.store = store
+        self.base_digest = check_digest(base_digest)
+        self._variants = VariantDocuments(store, f"{base_digest}/variants/")
+
+    def publish(
+        self,
+        source: ObjectStore,
+        manifest: Manifest,
+        name: str,
+        aliases: Collection[str] = (LATEST,),
+        progress: Callable[[int], None] | None = None,
+    ) -> Variant:
+        """Copy an artifact's blobs that are missing here, then its manifest, and last let ``name`` have it.
+
+        Until that last step nobody sees the version, so a publication that breaks off can simply be repeated.
+        ``progress`` gets the bytes of each blob and file that is in place; ``manifest.bytes_stored`` is their sum.
+        Raises InvalidName, BaseMismatch, BlobCorrupt (the source's bytes are not what the manifest says),
+        ObjectNotFound, StoreFull, StoreConflict.
+        """
+        check_name(name)
+        for alias in aliases:
+            check_alias(alias)
+        self._check_base(manifest)
+        for entry in manifest.stored:
+            self._copy(source, entry)
+            if progress is not None:
+                progress(entry.size)
+        version = manifest.version()
+        self.store.put(self._version_key(version), manifest.canonical())
+
+        def with_version(current: Variant | None) -> Variant:
+            return (current or Variant(name=name, aliases={}, versions=[])).with_version(version, aliases)
+
+        return self._variants.update(name, with_version)
+
+    def variants(self) -> list[Variant]:
+        """All variants, by name. One with a broken document is left out, and logged."""
+        return self._variants.all()
+
+    def variant(self, name: str) -> Variant:
+        """The variant of that name; raises InvalidName, UnknownVariant (with those that exist), ManifestInvalid."""
+        variant = self._variants.read(name)
+        if variant is None:
+            raise self._unknown(name)
+        return variant
+
+    def resolve(self, ref: VariantRef) -> str:
+        """The version that a client's reference stands for; raises InvalidName, UnknownVariant."""
+        return _find(self.variant(ref.name), ref.selector)
+
+    def manifest(self, version: str) -> Manifest:
+        """A version's manifest, checked against its name.
+
+        Raises InvalidName, ObjectNotFound, ManifestInvalid, BaseMismatch.
+        """
+        raw = self.store.get(self._version_key(check_digest(version)), MAX_MANIFEST)
+        manifest = parse_manifest(raw, version)
+        self._check_base(manifest)
+        return manifest
+
+    def set_alias(self, name: str, alias: str, selector: str) -> Variant:
+        """Let ``alias`` of variant ``name`` stand for what ``selector``, a version or another alias, stands for.
+
+        Raises InvalidName, UnknownVariant, StoreConflict.
+        """
+        check_alias(alias)
+
+        def with_alias(current: Variant | None) -> Variant:
+            if current is None:
+                raise self._unknown(name)
+            return current.with_version(_find(current, selector), (alias,))
+
+        return self._variants.update(name, with_alias)
+
+    def remove(self, name: str) -> None:
+        """Let go of a variant's name, aliases and list of versions.
+
+        Manifests and blobs stay: other variants may share them. Raises InvalidName, UnknownVariant, StoreConflict.
+        """
+        self.variant(name)
+        self._variants.update(name, lambda _: Variant(name=name, aliases={}, versions=[]))
+
+    def file(self, digest: str) -> bytes:
+        """A file that travels with a version, by its digest; raises ObjectNotFound, BlobCorrupt."""
+        data = self.store.get(self.blob_key(digest), MAX_FILE)
+        verify_blob(data, FileEntry(digest=digest, size=len(data)))
+        return data
+
+    def blob_key(self, digest: str) -> str:
+        """Where in the store a blob or file is; raises InvalidName."""
+        return f"{self.base_digest}/{blob_key(digest)}"
+
+    def _version_key(self, version: str) -> str:
+        return f"{self.base_digest}/versions/{version}.json"
+
+    def _check_base(self, manifest: Manifest) -> None:
+        if manifest.base.digest != self.base_digest:
+            raise BaseMismatch(
+                f"the delta belongs to base {manifest.base.digest[:12]}, not to {self.base_digest[:12]}: "
+                "use the base it was compressed against, or compress it against this one"
+            )
+
+    def _copy(self, source: ObjectStore, entry: BlobEntry | FileEntry) -> None:
+        key = self.blob_key(entry.digest)
+        if self._has(key, entry.size):
+            return
+        self.store.put(key, read_verified(source, blob_key(entry.digest), entry))
+
+    def _has(self, key: str, size: int) -> bool:
+        try:
+            return self.store.size(key) == size
+        except ObjectNotFound:
+            return False
+
+    def _unknown(self, name: str) -> UnknownVariant:
+        names = [variant.name for variant in self.variants()]
+        more = f" and {len(names) - _NAMES_IN_MESSAGE} more" if len(names) > _NAMES_IN_MESSAGE else ""
+        there = ", ".join(names[:_NAMES_IN_MESSAGE]) + more or "none yet"
+        return UnknownVariant(f"there is no variant {name!r}; there are: {there}")
+
+
+def bases(store: ObjectStore) -> list[str]:
+    """Digests of the bases that a store has anything for, sorted."""
+    found = []
+    for name in store.folders():
+        try:
+            found.append(check_digest(name))
+        except InvalidName:
+            continue
+    return found
+
+
+def _find(variant: Variant, selector: str) -> str:
+    """The version that an alias, a digest or its first digits stand for; raises UnknownVariant."""
+    if selector in variant.aliases:
+        return variant.aliases[selector]
+    found = [version for version in variant.versions if is_version(selector) and version.startswith(selector)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UnknownVariant(f"{selector!r} begins {len(found)} versions of {variant.name!r}: give more digits")
+    aliases = ", ".join(sorted(variant.aliases)) or "none"
+    raise UnknownVariant(f"{variant.name!r} has no alias or version {selector!r}; its aliases are: {aliases}")

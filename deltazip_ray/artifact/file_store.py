@@ -1,0 +1,155 @@
+"""A store in a folder."""
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
+
+from deltazip_ray.artifact.object_store import MAX_OBJECT, ObjectStore, check_key, check_prefix
+from deltazip_ray.errors import (
+    BlobCorrupt,
+    ConfigError,
+    ObjectNotFound,
+    StoreConflict,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+)
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_PARTIAL = ".partial"
+
+
+class FileStore(ObjectStore):
+    """Objects are files below ``root``, which is made when something is first written.
+
+    A file is written under ``root/.partial``, flushed to disk and then moved into place, so a reader never sees a part
+    of one and a crash leaves at most a hidden file. Works on any file system with hard links, NFS included.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.url = self.root.as_uri()
+
+    @classmethod
+    def from_url(cls, url: str) -> "FileStore":
+        """The store of a ``file:///path`` URL; raises ConfigError."""
+        parts = urlsplit(url)
+        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/") or parts.query or parts.fragment:
+            raise ConfigError(f"{url!r} is not a folder's URL: write file:///absolute/path")
+        return cls(Path(unquote(parts.path)))
+
+    def get(self, key: str, limit: int = MAX_OBJECT) -> bytes:
+        with self._translated(key), self._path(key).open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise StoreError(f"{self.url}/{key} is larger than {limit} bytes: it is not what its name says")
+        return data
+
+    def size(self, key: str) -> int:
+        with self._translated(key), self._path(key).open("rb") as file:
+            return os.fstat(file.fileno()).st_size
+
+    def read_into(self, key: str, buffer: memoryview) -> None:
+        with self._translated(key), self._path(key).open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            position = 0
+            while position < size == len(buffer) and (count := file.readinto(buffer[position:])):
+                position += count
+        if not position == size == len(buffer):
+            raise BlobCorrupt(f"{self.url}/{key} has {size} bytes, not {len(buffer)}: publish it again")
+
+    def put(self, key: str, data: bytes) -> None:
+        self._write(key, lambda file: file.write(data), Path.replace)
+
+    def put_file(self, key: str, path: Path) -> None:
+        def copy(file: BinaryIO) -> None:
+            with path.open("rb") as source:
+                shutil.copyfileobj(source, file, 1 << 20)
+
+        self._write(key, copy, Path.replace)
+
+    def put_new(self, key: str, data: bytes) -> None:
+        # A hard link either makes the name or fails because it is there: no lock to hold, none to be left behind.
+        try:
+            self._write(key, lambda file: file.write(data), lambda partial, target: target.hardlink_to(partial))
+        except FileExistsError:
+            raise StoreConflict(f"{self.url}/{key} exists already: read it again and retry") from None
+
+    def exists(self, key: str) -> bool:
+        with self._translated(key):
+            return self._path(key).is_file()
+
+    def list(self, prefix: str = "") -> Sequence[str]:
+        start = self.root / check_prefix(prefix).rpartition("/")[0]
+        keys = []
+        with self._translated(prefix):
+            for folder, folders, files in os.walk(start, onerror=_raise_unless_absent):
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                below = Path(folder).relative_to(self.root)
+                keys += [(below / name).as_posix() for name in files if not name.startswith(".")]
+        return sorted(key for key in keys if key.startswith(prefix))
+
+    def folders(self, prefix: str = "") -> Sequence[str]:
+        start = self.root / check_prefix(prefix)
+        with self._translated(prefix):
+            if not start.is_dir():
+                return []
+            return sorted(entry.name for entry in start.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+    def delete(self, key: str) -> None:
+        with self._translated(key):
+            self._path(key).unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    def _write(self, key: str, fill: Callable[[BinaryIO], object], place: Callable[[Path, Path], object]) -> None:
+        target = self._path(key)
+        partial = self.root / _PARTIAL / uuid.uuid4().hex
+        with self._translated(key):
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with partial.open("xb") as file:
+                    fill(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                place(partial, target)
+                _sync_folder(target.parent)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    @contextmanager
+    def _translated(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except _ABSENT as error:
+            raise ObjectNotFound(f"{self.url} has no {key}") from error
+        except FileExistsError:
+            raise
+        except OSError as error:
+            where = f"{self.url}/{key}: {error.strerror}"
+            if error.errno in _FULL:
+                raise StoreFull(f"no room for {where}: free space, or use another store") from error
+            raise StoreUnavailable(f"cannot use {where}: check the disk and the permissions") from error
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, _ABSENT):
+        raise error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in ``folder`` survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,85 @@
+"""What the artifact code asks of a place that keeps objects by key."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+from deltazip_ray.errors import InvalidName
+
+MAX_OBJECT = 64 << 20
+"""Bytes that :meth:`ObjectStore.get` reads at most unless told otherwise."""
+
+_SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
+
+
+class ObjectStore(ABC):
+    """Objects by key, below one root. Blocking and thread-safe.
+
+    A key is segments of letters, digits, ``.``, ``_`` and ``-`` joined by ``/``; other keys raise InvalidName before
+    they get near a path or a request. An object is visible whole or not at all.
+    Every method raises StoreUnavailable when the store does not answer or refuses access.
+    """
+
+    url: str
+    """The root, for messages; holds no credentials."""
+
+    @abstractmethod
+    def get(self, key: str, limit: int = MAX_OBJECT) -> bytes:
+        """An object's bytes. Raises ObjectNotFound, and StoreError when it is larger than ``limit`` bytes."""
+
+    @abstractmethod
+    def size(self, key: str) -> int:
+        """An object's size in bytes; raises ObjectNotFound."""
+
+    @abstractmethod
+    def read_into(self, key: str, buffer: memoryview) -> None:
+        """Fill ``buffer`` with an object of exactly its size, in parallel where that helps.
+
+        Raises ObjectNotFound, and BlobCorrupt when the object has another size; ``buffer`` is undefined after both.
+        """
+
+    @abstractmethod
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object, replacing what was there. Raises StoreFull."""
+
+    @abstractmethod
+    def put_file(self, key: str, path: Path) -> None:
+        """Write a file's contents as an object, replacing what was there. Raises StoreFull."""
+
+    @abstractmethod
+    def put_new(self, key: str, data: bytes) -> None:
+        """Write an object that must not exist yet: of many concurrent calls for one key, exactly one succeeds.
+
+        Raises StoreConflict when it exists, and StoreFull.
+        """
+
+    @abstractmethod
+    def exists(self, key: str) -> bool:
+        """Whether there is such an object."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Sequence[str]:
+        """The keys that start with ``prefix``, sorted."""
+
+    @abstractmethod
+    def folders(self, prefix: str = "") -> Sequence[str]:
+        """The first segments below ``prefix`` (empty, or ending in ``/``) that have keys below them, sorted."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove an object; it is no error if there is none."""
+
+
+def check_key(key: str) -> str:
+    """Return ``key`` when it is well formed, else raise InvalidName."""
+    if len(key) > 900 or not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
+        raise InvalidName(f"{key[:120]!r} is not an object's key: use letters, digits, '.', '_', '-' and '/' between")
+    return key
+
+
+def check_prefix(prefix: str) -> str:
+    """Return ``prefix`` when keys may start with it, else raise InvalidName."""
+    if prefix:
+        check_key(prefix.removesuffix("/"))
+    return prefix

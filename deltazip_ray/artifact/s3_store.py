@@ -1,0 +1,209 @@
+"""A store in a bucket of S3 or a compatible server.
+
+Credentials come from where boto3 looks: environment, profiles, web identity.
+"""
+
+import io
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from urllib.parse import urlsplit
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
+
+from deltazip_ray.artifact.object_store import MAX_OBJECT, ObjectStore, check_key, check_prefix
+from deltazip_ray.artifact.s3_errors import translated
+from deltazip_ray.config import MIB, StoreConfig
+from deltazip_ray.errors import BlobCorrupt, ConfigError, ObjectNotFound, StoreError, StoreUnavailable
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+T = TypeVar("T")
+
+PART = 8 * MIB
+"""Bytes of one ranged request."""
+PARALLEL = 8
+"""Ranged requests of one store under way at once, whatever the number of readers."""
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_CHUNK = MIB
+_BACKOFF_S = 0.1
+_BROKEN_OFF = (ReadTimeoutError, ResponseStreamingError, IncompleteReadError)
+_UPLOAD = TransferConfig(multipart_threshold=16 * MIB, multipart_chunksize=16 * MIB, max_concurrency=PARALLEL)
+
+
+class S3Store(ObjectStore):
+    """Objects below ``s3://bucket/prefix``.
+
+    ``put_new`` needs a server that honours ``If-None-Match: *`` (S3, MinIO, Ceph, R2, Swift do).
+    """
+
+    def __init__(self, config: StoreConfig) -> None:
+        parts = urlsplit(config.url)
+        if not _BUCKET.fullmatch(parts.netloc) or parts.query or parts.fragment:
+            raise ConfigError(f"{config.url!r} is not a bucket's URL: write s3://bucket/prefix")
+        self.url = config.url.rstrip("/")
+        self._bucket = parts.netloc
+        self._prefix = f"{check_key(parts.path.strip('/'))}/" if parts.path.strip("/") else ""
+        self._attempts = config.max_attempts
+        self._client = _make_client(config)
+        self._ranges = ThreadPoolExecutor(PARALLEL, thread_name_prefix="s3-range")
+
+    def get(self, key: str, limit: int = MAX_OBJECT) -> bytes:
+        where = self._where(key)
+
+        def read() -> bytes | None:
+            answer = self._client.get_object(Bucket=self._bucket, Key=where)
+            with closing(answer["Body"]) as body:
+                return None if answer["ContentLength"] > limit else body.read()
+
+        with translated(self.url, key):
+            data = self._again(read)
+        if data is None:
+            raise StoreError(f"{self.url}/{key} is larger than {limit} bytes: it is not what its name says")
+        return data
+
+    def size(self, key: str) -> int:
+        where = self._where(key)
+        with translated(self.url, key):
+            return self._client.head_object(Bucket=self._bucket, Key=where)["ContentLength"]
+
+    def read_into(self, key: str, buffer: memoryview) -> None:
+        where = self._where(key)
+        parts = [(start, buffer[start : start + PART]) for start in range(0, len(buffer), PART)]
+        if len(parts) == 1:
+            self._read_range(key, where, 0, buffer, len(buffer))
+            return
+        if not parts and self.size(key):
+            raise BlobCorrupt(f"{self.url}/{key} is not empty: publish it again")
+        tasks = [self._ranges.submit(self._read_range, key, where, start, part, len(buffer)) for start, part in parts]
+        try:
+            for task in tasks:
+                task.result()
+        finally:
+            # Nobody may write into the buffer once this call has failed.
+            running = [task for task in tasks if not task.cancel()]
+            for task in running:
+                task.exception()
+
+    def put(self, key: str, data: bytes) -> None:
+        self._upload(key, io.BytesIO(data))
+
+    def put_file(self, key: str, path: Path) -> None:
+        with path.open("rb") as file:
+            self._upload(key, file)
+
+    def put_new(self, key: str, data: bytes) -> None:
+        where = self._where(key)
+        with translated(self.url, key):
+            self._client.put_object(Bucket=self._bucket, Key=where, Body=data, IfNoneMatch="*")
+
+    def exists(self, key: str) -> bool:
+        try:
+            self.size(key)
+        except ObjectNotFound:
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> Sequence[str]:
+        where = self._prefix + check_prefix(prefix)
+        with translated(self.url, prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=where)
+            keys = [item["Key"] for page in pages for item in page.get("Contents", ())]
+        return sorted(key.removeprefix(self._prefix) for key in keys)
+
+    def folders(self, prefix: str = "") -> Sequence[str]:
+        where = self._prefix + check_prefix(prefix)
+        with translated(self.url, prefix):
+            lister = self._client.get_paginator("list_objects_v2")
+            pages = lister.paginate(Bucket=self._bucket, Prefix=where, Delimiter="/")
+            found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
+        return sorted(name.removeprefix(where).removesuffix("/") for name in found)
+
+    def delete(self, key: str) -> None:
+        where = self._where(key)
+        with translated(self.url, key):
+            self._client.delete_object(Bucket=self._bucket, Key=where)
+
+    def _where(self, key: str) -> str:
+        return self._prefix + check_key(key)
+
+    def _upload(self, key: str, file: BinaryIO) -> None:
+        where = self._where(key)
+        with translated(self.url, key):
+            self._client.upload_fileobj(file, self._bucket, where, Config=_UPLOAD)
+
+    def _read_range(self, key: str, where: str, start: int, part: memoryview, total: int) -> None:
+        """Read ``len(part)`` bytes from ``start`` of an object that must have ``total`` bytes."""
+
+        def read() -> int:
+            wanted = f"bytes={start}-{start + len(part) - 1}"
+            answer = self._client.get_object(Bucket=self._bucket, Key=where, Range=wanted)
+            stream: Any = answer["Body"]  # boto3-stubs has readinto() wrong
+            with closing(stream) as body:
+                size = _whole_size(answer, len(part), total)
+                position = 0
+                while size == total and (count := body.readinto(part[position : position + _CHUNK])):
+                    position += count
+            return size
+
+        with translated(self.url, key):
+            size = self._again(read)
+        if size != total:
+            raise BlobCorrupt(f"{self.url}/{key} has {size} bytes, not {total}: publish it again")
+
+    def _again(self, read: Callable[[], T]) -> T:
+        """botocore repeats requests that fail, but not bodies that break off in the middle: read those again."""
+        for attempt in range(self._attempts - 1):
+            try:
+                return read()
+            except _BROKEN_OFF:
+                time.sleep(_BACKOFF_S * 2**attempt)
+        return read()
+
+
+def _whole_size(answer: Mapping[str, Any], asked: int, expected: int) -> int:
+    """The size of the object of which ``answer`` carries ``asked`` bytes, or all."""
+    carried: int = answer["ContentLength"]
+    size = str(answer.get("ContentRange", "")).rpartition("/")[2]
+    if size.isdecimal() and int(size) != expected:
+        return int(size)
+    if carried == asked:
+        return expected
+    if asked < expected == carried:
+        raise StoreUnavailable("the S3 server ignores the Range header: use one that honours it")
+    return carried
+
+
+def _make_client(config: StoreConfig) -> "S3Client":
+    endpoint = config.endpoint_url
+    if endpoint is not None and "@" in urlsplit(endpoint).netloc:
+        raise ConfigError("the endpoint URL holds credentials: take them out, boto3 finds them in the environment")
+    settings = Config(
+        retries={"mode": "standard", "total_max_attempts": config.max_attempts},
+        connect_timeout=config.timeout_s,
+        read_timeout=config.timeout_s,
+        max_pool_connections=4 * PARALLEL,
+        s3={"addressing_style": "path" if config.path_style else "auto"},
+        # Many compatible servers don't know the newer checksums; blobs are verified by sha256 anyway.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        user_agent_extra="deltazip-ray",
+    )
+    try:
+        session = boto3.Session(profile_name=config.profile, region_name=config.region)
+        return session.client("s3", endpoint_url=endpoint, config=settings)
+    except (BotoCoreError, ValueError) as error:
+        raise ConfigError(f"cannot connect to {config.url}: {error}") from error
