@@ -89,8 +89,8 @@ def keep_two_of_four(saliency: Tensor) -> Tensor:
     """The 2:4 mask of the largest ``saliency`` ``[N, columns]``; a last partial four keeps up to two as well."""
     kept = torch.zeros_like(saliency, dtype=torch.bool)
     whole = saliency.shape[1] // 4 * 4
-    fours = saliency[:, :whole].unflatten(1, (-1, 4))
-    kept[:, :whole].unflatten(1, (-1, 4)).scatter_(2, fours.topk(2, dim=2).indices, True)
+    fours = torch.unflatten(saliency[:, :whole], 1, (-1, 4))
+    torch.unflatten(kept[:, :whole], 1, (-1, 4)).scatter_(2, fours.topk(2, dim=2).indices, True)
     rest = saliency[:, whole:]
     if rest.shape[1]:
         kept[:, whole:].scatter_(1, rest.topk(min(2, rest.shape[1]), dim=1).indices, True)

@@ -61,4 +61,5 @@ def inverse_factor(damped: Tensor) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(reverse + extra * torch.eye(len(reverse)).to(reverse))
         extra *= 10
     identity = torch.eye(len(lower)).to(lower)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
+    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.flip(0, 1).float()

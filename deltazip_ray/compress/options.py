@@ -9,7 +9,7 @@ from pydantic import Field
 
 from deltazip_ray.config import Settings
 
-MatrixCodec = Literal["int4", "int2", "sparse24_int4"]
+MatrixCodec = Literal["int4", "int3", "int2", "int1", "sparse24_int4", "sparse24_int2"]
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction (0 to 1) of the whole that is done."""
 

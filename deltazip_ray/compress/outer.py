@@ -42,7 +42,7 @@ class OuterCompressor:
             coded, error = self._nearest(base, kept)
             self.parts.add_coded(name, coded, self._options.outer_codec, kept.nbytes, error)
         self._add_rows(name, finetuned, base.shape[0])
-        flat, where = calibration.tokens.unique(return_inverse=True)
+        flat, where = torch.unique(calibration.tokens, return_inverse=True)
         ours = self._runner.place(finetuned[flat])[where]
         if not self.parts.entries:
             return States(ours, ours)
@@ -87,7 +87,7 @@ class OuterCompressor:
         codec = CODECS[self._options.outer_codec]
         weights = torch.ones(base.shape[1])
         pieces, error, norm = [], torch.zeros(()), torch.zeros(())
-        for before, after in zip(base.split(ROWS), finetuned.split(ROWS), strict=True):
+        for before, after in zip(torch.split(base, ROWS), torch.split(finetuned, ROWS), strict=True):
             delta = after.float() - before.float()
             pieces.append(round_to_nearest(delta, weights, codec))
             error += (delta - pieces[-1].dequantized(codec)).square().sum()
@@ -102,7 +102,7 @@ class OuterCompressor:
 def _divergence(ours: Tensor, our_head: Tensor, theirs: Tensor, their_head: Tensor) -> float:
     """Mean KL per row between the softmaxes of two models' logits; states are ``[tokens, hidden]``."""
     total = 0.0
-    for mine, other in zip(ours.split(TOKENS), theirs.split(TOKENS), strict=True):
+    for mine, other in zip(torch.split(ours, TOKENS), torch.split(theirs, TOKENS), strict=True):
         target = linear(mine, our_head).float().log_softmax(-1)
         guess = linear(other, their_head).float().log_softmax(-1)
         total += float(kl_div(guess, target, reduction="sum", log_target=True))

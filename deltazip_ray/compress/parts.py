@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from deltazip_kernels.layout import CODECS, pack, unpack, unpack_rows
+from deltazip_kernels.layout import pack, packed_layout, unpack, unpack_rows
 from torch import Tensor
 
 from deltazip_ray.artifact.manifest import TensorEntry
@@ -72,5 +72,5 @@ def rebuild_rows(name: str, base: Tensor, rows: Tensor, parts: Parts) -> Tensor:
 
 def packed(name: str, tensors: Mapping[str, Tensor], entry: TensorEntry) -> dict[str, Tensor]:
     """The packed tensors of one coded weight."""
-    keys = ("codes", "scales", "index") if CODECS[entry.codec].sparse else ("codes", "scales")
-    return {key: tensors[f"{name}.{key}"] for key in keys}
+    layout = packed_layout(entry.codec, (entry.shape[0], entry.shape[1]))
+    return {key: tensors[f"{name}.{key}"] for key in layout}

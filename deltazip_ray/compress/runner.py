@@ -37,7 +37,7 @@ class Runner:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Outputs of ``block`` for all sequences."""
-        return torch.cat([self._forward(block, part) for part in hidden.split(self._batch)])
+        return torch.cat([self._forward(block, part) for part in torch.split(hidden, self._batch)])
 
     def visit_inputs(self, block: nn.Module, linear: str, hidden: Tensor, take: Callable[[Tensor], None]) -> None:
         """Give ``take`` the inputs ``[tokens, columns]`` of one linear of ``block``, over the calibrated sequences."""
@@ -46,9 +46,9 @@ class Runner:
             raise _Reached(inputs[0])
 
         handle = block.get_submodule(linear).register_forward_pre_hook(stop)
-        masks = self.mask[: self.fitted].split(self._batch)
+        masks = torch.split(self.mask[: self.fitted], self._batch)
         try:
-            for part, mask in zip(hidden[: self.fitted].split(self._batch), masks, strict=True):
+            for part, mask in zip(torch.split(hidden[: self.fitted], self._batch), masks, strict=True):
                 try:
                     self._forward(block, part)
                 except _Reached as reached:

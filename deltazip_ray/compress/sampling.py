@@ -40,7 +40,7 @@ def sample_sequences(
     ends = _ends(skeleton)
     sequences: list[list[int]] = []
     draws = torch.Generator(device).manual_seed(options.seed)
-    for part in forced.split(ROWS):
+    for part in torch.split(forced, ROWS):
         sequences += _sample(model, part.to(device), ends.to(device), draws)
         progress(len(sequences) / options.samples)
     return sequences

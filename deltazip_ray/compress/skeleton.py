@@ -24,12 +24,13 @@ class Skeleton:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.family = _family(checkpoint)
+        auto: Any = AutoModelForCausalLM
         try:
             config = AutoConfig.for_model(**checkpoint.config)
             # SDPA without a mask is causal, and right padding needs no mask under causal attention.
             config._attn_implementation = "sdpa"
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
+                model = auto.from_config(config)
         except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
             raise CheckpointInvalid(f"{checkpoint.path}/config.json is not usable: {error}") from error
         self.config: PreTrainedConfig = config

@@ -22,7 +22,7 @@ def solve(delta: Tensor, damped: Tensor, codec: Codec) -> Coded:
     error in the norm of the damped Hessian is larger than by :func:`round_to_nearest`.
     """
     factor, metric = inverse_factor(damped), damped.float()
-    return Coded.join([_solve_rows(rows, factor, metric, codec) for rows in delta.split(ROWS)])
+    return Coded.join([_solve_rows(rows, factor, metric, codec) for rows in torch.split(delta, ROWS)])
 
 
 def _solve_rows(delta: Tensor, factor: Tensor, metric: Tensor, codec: Codec) -> Coded:

@@ -12,7 +12,9 @@ from deltazip_ray.compress.pairing import Pair, open_pair
 from deltazip_ray.errors import CompressionError
 from tests.support.tiny import make_base, make_finetune, make_tokenizer
 
-TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")

@@ -126,13 +126,13 @@ def test_a_tied_head_may_be_saved_but_not_differ(tmp_path: Path) -> None:
     edit_tensors(finetuned, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert open_pair(base, finetuned).skeleton.head == "model.embed_tokens.weight"
     edit_tensors(finetuned, lambda t: t["lm_head.weight"].add_(1))
-    with pytest.raises(CheckpointInvalid, match=r"ties lm_head\.weight to model\.embed_tokens\.weight, but they differ"):
+    with pytest.raises(CheckpointInvalid, match=r"ties lm_head\.weight to .*, but they differ"):
         open_pair(base, finetuned)
 
 
 def test_an_architecture_that_is_not_supported(base: Path, finetuned: Path) -> None:
     edit_config(finetuned, lambda config: config.update(architectures=["OPTForCausalLM"]))
-    with pytest.raises(CheckpointInvalid, match="architecture OPTForCausalLM; supported are .*LlamaForCausalLM"):
+    with pytest.raises(CheckpointInvalid, match=r"architecture OPTForCausalLM; supported are .*LlamaForCausalLM"):
         open_pair(base, finetuned)
 
 
