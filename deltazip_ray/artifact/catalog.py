@@ -16,7 +16,7 @@ from deltazip_ray.artifact.manifest import (
     blob_key,
     parse_manifest,
 )
-from deltazip_ray.artifact.names import LATEST, VariantRef, check_alias, check_digest, check_name, is_version
+from deltazip_ray.artifact.names import LATEST, VariantRef, check_alias, check_digest, check_name
 from deltazip_ray.artifact.object_store import ObjectStore
 from deltazip_ray.artifact.variants import Variant, VariantDocuments
 from deltazip_ray.errors import (
@@ -83,7 +83,7 @@ class Catalog:
 
     def resolve(self, ref: VariantRef) -> str:
         """The version that a client's reference stands for; raises InvalidName, UnknownVariant."""
-        return _find(self.variant(ref.name), ref.selector)
+        return self.variant(ref.name).resolve(ref.selector)
 
     def manifest(self, version: str) -> Manifest:
         """A version's manifest, checked against its name.
@@ -105,7 +105,7 @@ class Catalog:
         def with_alias(current: Variant | None) -> Variant:
             if current is None:
                 raise self._unknown(name)
-            return current.with_version(_find(current, selector), (alias,))
+            return current.with_version(current.resolve(selector), (alias,))
 
         return self._variants.update(name, with_alias)
 
@@ -165,16 +165,3 @@ def bases(store: ObjectStore) -> list[str]:
         except InvalidName:
             continue
     return found
-
-
-def _find(variant: Variant, selector: str) -> str:
-    """The version that an alias, a digest or its first digits stand for; raises UnknownVariant."""
-    if selector in variant.aliases:
-        return variant.aliases[selector]
-    found = [version for version in variant.versions if is_version(selector) and version.startswith(selector)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UnknownVariant(f"{selector!r} begins {len(found)} versions of {variant.name!r}: give more digits")
-    aliases = ", ".join(sorted(variant.aliases)) or "none"
-    raise UnknownVariant(f"{variant.name!r} has no alias or version {selector!r}; its aliases are: {aliases}")

@@ -16,9 +16,9 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from deltazip_ray.artifact.manifest import Digest
-from deltazip_ray.artifact.names import check_alias, check_name, is_name
+from deltazip_ray.artifact.names import check_alias, check_name, is_name, is_version
 from deltazip_ray.artifact.object_store import ObjectStore
-from deltazip_ray.errors import InvalidName, ManifestInvalid, ObjectNotFound, StoreConflict
+from deltazip_ray.errors import InvalidName, ManifestInvalid, ObjectNotFound, StoreConflict, UnknownVariant
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,18 @@ class Variant(BaseModel):
         if not set(self.aliases.values()) <= set(self.versions):
             raise ValueError("an alias names a version that the variant does not have")
         return self
+
+    def resolve(self, selector: str) -> str:
+        """The version that an alias, a digest or its first digits stand for; raises UnknownVariant."""
+        if selector in self.aliases:
+            return self.aliases[selector]
+        found = [version for version in self.versions if is_version(selector) and version.startswith(selector)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UnknownVariant(f"{selector!r} begins {len(found)} versions of {self.name!r}: give more digits")
+        aliases = ", ".join(sorted(self.aliases)) or "none"
+        raise UnknownVariant(f"{self.name!r} has no alias or version {selector!r}; its aliases are: {aliases}")
 
     def with_version(self, version: str, aliases: Iterable[str]) -> "Variant":
         """This variant with a version it may have had before, and ``aliases`` moved to it."""
