@@ -1,0 +1,49 @@
+"""The paged attention backend against plain attention over each sequence, and with rubbish in free blocks."""
+
+import pytest
+import torch
+
+from deltazip_ray.layers.attention.backend import CacheShape, SequenceRows
+from deltazip_ray.layers.attention.sdpa import SdpaBackend
+
+BLOCK, HEAD_DIM = 4, 8
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of the last rows: ``q`` ``[n, heads, d]``, ``k`` and ``v`` ``[context, kv_heads, d]``."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1).double(), v.repeat_interleave(group, 1).double()
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k) / HEAD_DIM**0.5
+    hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(len(k) - len(q) + 1)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).flatten(1)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_chunks_and_decodes_share_a_step(kv_heads: int) -> None:
+    generator = torch.Generator().manual_seed(kv_heads)
+    lengths = [1, 4, 11, 17, 9]
+    shape = CacheShape(layers=2, blocks=40, block_size=BLOCK, heads=4, kv_heads=kv_heads, head_dim=HEAD_DIM)
+    backend = SdpaBackend(shape, torch.float32, torch.device("cpu"))
+    # Memory that was never written, or belonged to a broken version, must not reach anybody.
+    backend.keys.fill_(torch.nan)
+    backend.values.fill_(torch.nan)
+    q, k, v = (
+        [torch.randn(n, heads, HEAD_DIM, generator=generator) for n in lengths] for heads in (4, kv_heads, kv_heads)
+    )
+    blocks = torch.randperm(40, generator=generator).tolist()
+    tables = [[blocks.pop() for _ in range(-(-n // BLOCK))] for n in lengths]
+    done = [0] * len(lengths)
+    # Tokens that each sequence runs in each step: whole prompts, chunks across block borders, single tokens, none.
+    for step in ([1, 4, 3, 1, 5], [0, 0, 7, 9, 1], [0, 0, 1, 7, 1], [0, 0, 0, 0, 2]):
+        running = [i for i, count in enumerate(step) if count]
+        parts = {i: slice(done[i], done[i] + step[i]) for i in running}
+        plan = backend.plan([SequenceRows(step[i], done[i] + step[i], tables[i]) for i in running])
+        flat = (torch.cat([values[i][parts[i]] for i in running]) for values in (q, k, v))
+        out = backend.attend(1, *flat, plan)
+        expected = torch.cat(
+            [plain_attention(q[i][parts[i]], k[i][: parts[i].stop], v[i][: parts[i].stop]) for i in running]
+        )
+        torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+        done = [a + b for a, b in zip(done, step, strict=True)]
+    assert done == lengths
+    assert backend.keys[0].isnan().all(), "the other layer was not touched"

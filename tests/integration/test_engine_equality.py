@@ -1,0 +1,102 @@
+"""Greedy tokens of the engine against transformers on the merged weights, with versions sharing batches."""
+
+import asyncio
+
+import pytest
+
+from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
+from tests.support.engines import GREEDY, RunningEngine, random_prompt, running
+from tests.support.versions import MemorySource
+from tests.support.zoo import Zoo
+
+
+async def mismatches(run: RunningEngine, zoo: Zoo, count: int, *, shortest: int = 5, longest: int = 40) -> list[int]:
+    """Of ``count`` requests at once, one of each version after the other: those whose tokens differ from the oracle's."""
+    versions = [zoo.names[i % len(zoo.names)] for i in range(count)]
+    prompts = [random_prompt(i, shortest + (7 * i) % (longest - shortest)) for i in range(count)]
+    outputs = await asyncio.gather(*map(run.generate, prompts, versions))
+    expected = [zoo.oracles[v].greedy(p, GREEDY.max_tokens) for v, p in zip(versions, prompts, strict=True)]
+    return [i for i in range(count) if outputs[i] != expected[i]]
+
+
+async def warm_up(run: RunningEngine, zoo: Zoo) -> None:
+    """Bring all versions to the device, so that requests start in the order in which they come."""
+    await asyncio.gather(*(run.generate([5], version) for version in zoo.names))
+
+
+@pytest.mark.parametrize("fixture", ["zoo", "tied_zoo"])
+async def test_versions_that_share_batches_get_the_tokens_of_their_merged_weights(
+    fixture: str, request: pytest.FixtureRequest
+) -> None:
+    zoo: Zoo = request.getfixturevalue(fixture)
+    async with running(zoo.base, MemorySource(*zoo.versions)) as run:
+        await warm_up(run, zoo)
+        assert await mismatches(run, zoo, 20) == []
+        assert run.steps_with(5) >= 5
+        assert run.metric("step_rows_count") - run.metric("step_rows_bucket", le="8.0") >= 5
+
+
+def test_the_versions_differ_from_the_base_and_from_one_another(zoo: Zoo) -> None:
+    prompt = random_prompt(0, 12)
+    outputs = {tuple(oracle.greedy(prompt, GREEDY.max_tokens)) for oracle in zoo.oracles.values()}
+    assert len(outputs) == len(zoo.oracles)
+
+
+async def test_prompts_in_small_chunks(zoo: Zoo) -> None:
+    async with running(zoo.base, MemorySource(*zoo.versions), max_batch_tokens=12, block_size=4) as run:
+        await warm_up(run, zoo)
+        assert await mismatches(run, zoo, 15, shortest=30, longest=90) == []
+        assert run.steps_with(3) > 0
+
+
+async def test_fewer_slots_than_versions(zoo: Zoo) -> None:
+    source = MemorySource(*zoo.versions)
+    async with running(zoo.base, source, slots=2) as run:
+        assert await mismatches(run, zoo, 20) == []
+        assert await mismatches(run, zoo, 10) == []
+        assert run.metric("evictions_total") >= 4
+        assert max(map(source.acquired.count, source.versions)) >= 2
+        assert len(run.engine.stats().resident) == 2
+    assert not any(source.held.values())
+
+
+async def test_kv_preemption(zoo: Zoo) -> None:
+    async with running(zoo.base, MemorySource(*zoo.versions), block_size=4, kv_blocks=40) as run:
+        assert await mismatches(run, zoo, 20, shortest=8, longest=32) == []
+        assert run.metric("preemptions_total") > 0
+
+
+async def test_cancellation_in_the_middle_leaves_the_others_alone(zoo: Zoo) -> None:
+    async with running(zoo.base, MemorySource(*zoo.versions)) as run:
+
+        async def leave_after_two(version: str | None) -> None:
+            sampling = SamplingParams(max_tokens=200, temperature=0.0)
+            stream = run.engine.generate(GenerateRequest("leaver", version, tuple(random_prompt(99, 10)), sampling))
+            seen = 0
+            async for chunk in stream:
+                seen += len(chunk.tokens)
+                if seen >= 2:
+                    break
+            await stream.aclose()
+
+        wrong, *_ = await asyncio.gather(mismatches(run, zoo, 15), *map(leave_after_two, zoo.names))
+        assert wrong == []
+        assert run.metric("requests_total", outcome="aborted") == len(zoo.names)
+
+
+async def test_an_added_token_can_be_read_and_written(zoo: Zoo) -> None:
+    odd = zoo.versions[3]
+    added = odd.manifest.added_from
+    prompt = [*random_prompt(5, 6), added, added + 1, 7]
+    async with running(zoo.base, MemorySource(*zoo.versions)) as run:
+        tokens, *_ = await asyncio.gather(
+            run.generate(prompt, odd.version), *(run.generate(random_prompt(i, 9), zoo.names[i]) for i in range(4))
+        )
+        assert tokens == zoo.oracles[odd.version].greedy(prompt, GREEDY.max_tokens)
+        # Drawn from nearly uniform logits, added tokens come for the version that has them and for nobody else.
+        hot = SamplingParams(max_tokens=200, temperature=50.0, seed=1)
+        mine, other = await asyncio.gather(
+            run.generate([5], odd.version, hot), run.generate([5], zoo.versions[0].version, hot)
+        )
+        assert {added, added + 1} <= set(mine)
+        assert max(other) < added
