@@ -1,7 +1,7 @@
 """The versions of one base in a store, and the variants that name them.
 
 ``<base digest>/blobs/sha256/<digest>``, ``<base digest>/versions/<version>.json`` and
-``<base digest>/variants/<name>/<generation>.json``. Knows no torch.
+``<base digest>/variants/<name>/<id>.json``. Knows no torch.
 """
 
 from collections.abc import Callable, Collection
@@ -52,7 +52,8 @@ class Catalog:
         Until that last step nobody sees the version, so a publication that breaks off can simply be repeated.
         ``progress`` gets the bytes of each blob and file that is in place; ``manifest.bytes_stored`` is their sum.
         Raises InvalidName, BaseMismatch, BlobCorrupt (the source's bytes are not what the manifest says),
-        ObjectNotFound, StoreFull, StoreConflict.
+        ObjectNotFound, StoreFull. Concurrent publications of one name all take effect; of an alias that several move,
+        the last one holds.
         """
         check_name(name)
         for alias in aliases:
@@ -64,11 +65,7 @@ class Catalog:
                 progress(entry.size)
         version = manifest.version()
         self.store.put(self._version_key(version), manifest.canonical())
-
-        def with_version(current: Variant | None) -> Variant:
-            return (current or Variant(name=name, aliases={}, versions=[])).with_version(version, aliases)
-
-        return self._variants.update(name, with_version)
+        return self._variants.publish(name, version, aliases)
 
     def variants(self) -> list[Variant]:
         """All variants, by name. One with a broken document is left out, and logged."""
@@ -98,24 +95,18 @@ class Catalog:
     def set_alias(self, name: str, alias: str, selector: str) -> Variant:
         """Let ``alias`` of variant ``name`` stand for what ``selector``, a version or another alias, stands for.
 
-        Raises InvalidName, UnknownVariant, StoreConflict.
+        Raises InvalidName, UnknownVariant.
         """
         check_alias(alias)
-
-        def with_alias(current: Variant | None) -> Variant:
-            if current is None:
-                raise self._unknown(name)
-            return current.with_version(current.resolve(selector), (alias,))
-
-        return self._variants.update(name, with_alias)
+        return self._variants.publish(name, self.variant(name).resolve(selector), (alias,))
 
     def remove(self, name: str) -> None:
         """Let go of a variant's name, aliases and list of versions.
 
-        Manifests and blobs stay: other variants may share them. Raises InvalidName, UnknownVariant, StoreConflict.
+        Manifests and blobs stay: other variants may share them. Raises InvalidName, UnknownVariant.
         """
         self.variant(name)
-        self._variants.update(name, lambda _: Variant(name=name, aliases={}, versions=[]))
+        self._variants.remove(name)
 
     def file(self, digest: str) -> bytes:
         """A file that travels with a version, by its digest; raises ObjectNotFound, BlobCorrupt."""

@@ -15,7 +15,6 @@ from deltazip_ray.errors import (
     BlobCorrupt,
     ConfigError,
     ObjectNotFound,
-    StoreConflict,
     StoreError,
     StoreFull,
     StoreUnavailable,
@@ -30,7 +29,7 @@ class FileStore(ObjectStore):
     """Objects are files below ``root``, which is made when something is first written.
 
     A file is written under ``root/.partial``, flushed to disk and then moved into place, so a reader never sees a part
-    of one and a crash leaves at most a hidden file. Works on any file system with hard links, NFS included.
+    of one and a crash leaves at most a hidden file.
     """
 
     def __init__(self, root: Path) -> None:
@@ -66,21 +65,14 @@ class FileStore(ObjectStore):
             raise BlobCorrupt(f"{self.url}/{key} has {size} bytes, not {len(buffer)}: publish it again")
 
     def put(self, key: str, data: bytes) -> None:
-        self._write(key, lambda file: file.write(data), Path.replace)
+        self._write(key, lambda file: file.write(data))
 
     def put_file(self, key: str, path: Path) -> None:
         def copy(file: BinaryIO) -> None:
             with path.open("rb") as source:
                 shutil.copyfileobj(source, file, 1 << 20)
 
-        self._write(key, copy, Path.replace)
-
-    def put_new(self, key: str, data: bytes) -> None:
-        # A hard link either makes the name or fails because it is there: no lock to hold, none to be left behind.
-        try:
-            self._write(key, lambda file: file.write(data), lambda partial, target: target.hardlink_to(partial))
-        except FileExistsError:
-            raise StoreConflict(f"{self.url}/{key} exists already: read it again and retry") from None
+        self._write(key, copy)
 
     def exists(self, key: str) -> bool:
         with self._translated(key):
@@ -105,12 +97,14 @@ class FileStore(ObjectStore):
 
     def delete(self, key: str) -> None:
         with self._translated(key):
-            self._path(key).unlink(missing_ok=True)
+            path = self._path(key)
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
 
-    def _write(self, key: str, fill: Callable[[BinaryIO], object], place: Callable[[Path, Path], object]) -> None:
+    def _write(self, key: str, fill: Callable[[BinaryIO], object]) -> None:
         target = self._path(key)
         partial = self.root / _PARTIAL / uuid.uuid4().hex
         with self._translated(key):
@@ -121,7 +115,7 @@ class FileStore(ObjectStore):
                     fill(file)
                     file.flush()
                     os.fsync(file.fileno())
-                place(partial, target)
+                partial.replace(target)
                 _sync_folder(target.parent)
             finally:
                 partial.unlink(missing_ok=True)
@@ -132,8 +126,6 @@ class FileStore(ObjectStore):
             yield
         except _ABSENT as error:
             raise ObjectNotFound(f"{self.url} has no {key}") from error
-        except FileExistsError:
-            raise
         except OSError as error:
             where = f"{self.url}/{key}: {error.strerror}"
             if error.errno in _FULL:

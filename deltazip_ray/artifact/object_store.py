@@ -48,13 +48,6 @@ class ObjectStore(ABC):
         """Write a file's contents as an object, replacing what was there. Raises StoreFull."""
 
     @abstractmethod
-    def put_new(self, key: str, data: bytes) -> None:
-        """Write an object that must not exist yet: of many concurrent calls for one key, exactly one succeeds.
-
-        Raises StoreConflict when it exists, and StoreFull.
-        """
-
-    @abstractmethod
     def exists(self, key: str) -> bool:
         """Whether there is such an object."""
 

@@ -12,14 +12,12 @@ from deltazip_ray.errors import (
     BlobCorrupt,
     DeltaZipError,
     ObjectNotFound,
-    StoreConflict,
     StoreFull,
     StoreUnavailable,
 )
 
 _ABSENT = {"NoSuchKey", "404"}
 _SHORT = {"InvalidRange", "416"}
-_CONFLICT = {"PreconditionFailed", "ConditionalRequestConflict", "412"}
 _FULL = {"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "InsufficientStorage", "507"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
 _DENIED = {
@@ -59,14 +57,10 @@ def _from_answer(url: str, key: str, error: ClientError) -> DeltaZipError:
         return ObjectNotFound(f"{url} has no {key}")
     if code in _SHORT:
         return BlobCorrupt(f"{url}/{key} is shorter than its manifest says: publish it again")
-    if code in _CONFLICT:
-        return StoreConflict(f"{url}/{key} exists already: read it again and retry")
     if code in _FULL:
         return StoreFull(f"no room for {url}/{key} ({code}): free space or raise the quota")
     if code in _EXPIRED:
         return StoreUnavailable(f"the credentials for {url} have expired ({code}): renew them")
     if code in _DENIED:
         return StoreUnavailable(f"{url} refuses access to {key} ({code}): check credentials and bucket policy")
-    if code == "NotImplemented":
-        return StoreUnavailable(f"{url} does not implement what {key} needs ({status}): see docs/artifact-format.md")
     return StoreUnavailable(f"{url} failed on {key} ({code or status}): try again later")

@@ -45,10 +45,7 @@ _UPLOAD = TransferConfig(multipart_threshold=16 * MIB, multipart_chunksize=16 * 
 
 
 class S3Store(ObjectStore):
-    """Objects below ``s3://bucket/prefix``.
-
-    ``put_new`` needs a server that honours ``If-None-Match: *`` (S3, MinIO, Ceph, R2, Swift do).
-    """
+    """Objects below ``s3://bucket/prefix``; needs a server with ranged reads and consistent listings, no more."""
 
     def __init__(self, config: StoreConfig) -> None:
         parts = urlsplit(config.url)
@@ -99,16 +96,16 @@ class S3Store(ObjectStore):
                 task.exception()
 
     def put(self, key: str, data: bytes) -> None:
-        self._upload(key, io.BytesIO(data))
+        if len(data) > _UPLOAD.multipart_threshold:
+            self._upload(key, io.BytesIO(data))
+            return
+        where = self._where(key)
+        with translated(self.url, key):
+            self._client.put_object(Bucket=self._bucket, Key=where, Body=data)
 
     def put_file(self, key: str, path: Path) -> None:
         with path.open("rb") as file:
             self._upload(key, file)
-
-    def put_new(self, key: str, data: bytes) -> None:
-        where = self._where(key)
-        with translated(self.url, key):
-            self._client.put_object(Bucket=self._bucket, Key=where, Body=data, IfNoneMatch="*")
 
     def exists(self, key: str) -> bool:
         try:

@@ -1,19 +1,19 @@
-"""The documents that give versions their names, each update written by compare-and-swap.
+"""The documents that give versions their names. Concurrent writers lose nothing, on any object store.
 
-The document of a variant is immutable; every change is a new generation of it, ``<name>/<generation>.json``, made by
-a write that fails when that generation exists. So two writers can never both build on the same one, on any store that
-can create an object exclusively: servers that lack ``If-Match`` do (docs/decisions/004).
+A variant is the fold of its events: a version was published or an alias moved, or the variant was removed. Events are
+only ever added. Every write makes a new object ``<name>/<id>.json`` with all events it knows and its own, and readers
+take the union of what they find; so no write can overwrite another, and none needs a conditional request. S3-compatible
+servers that lack those, or only seem to have them, are why (docs/decisions/004).
 """
 
 import logging
-import random
 import re
-import time
-from collections.abc import Callable, Iterable
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Self
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from deltazip_ray.artifact.manifest import Digest
 from deltazip_ray.artifact.names import check_alias, check_name, is_name, is_version
@@ -22,9 +22,8 @@ from deltazip_ray.errors import InvalidName, ManifestInvalid, ObjectNotFound, St
 
 logger = logging.getLogger(__name__)
 
-_KEY = re.compile(r"([^/]+)/([0-9]{8})\.json")
-_ATTEMPTS = 60
-_PAUSE_S = 0.05
+_KEY = re.compile(r"([^/]+)/[0-9a-f]{32}\.json")
+_ATTEMPTS = 20
 _MAX_DOCUMENT = 16 << 20
 _READERS = 8
 
@@ -38,18 +37,6 @@ class Variant(BaseModel):
     aliases: dict[str, Digest]
     versions: list[Digest]
 
-    @model_validator(mode="after")
-    def _names_are_sound(self) -> Self:
-        try:
-            check_name(self.name)
-            for alias in self.aliases:
-                check_alias(alias)
-        except InvalidName as error:
-            raise ValueError(error.message) from error
-        if not set(self.aliases.values()) <= set(self.versions):
-            raise ValueError("an alias names a version that the variant does not have")
-        return self
-
     def resolve(self, selector: str) -> str:
         """The version that an alias, a digest or its first digits stand for; raises UnknownVariant."""
         if selector in self.aliases:
@@ -62,123 +49,140 @@ class Variant(BaseModel):
         aliases = ", ".join(sorted(self.aliases)) or "none"
         raise UnknownVariant(f"{self.name!r} has no alias or version {selector!r}; its aliases are: {aliases}")
 
-    def with_version(self, version: str, aliases: Iterable[str]) -> "Variant":
-        """This variant with a version it may have had before, and ``aliases`` moved to it."""
-        versions = [*self.versions, *({version} - set(self.versions))]
-        return Variant(name=self.name, versions=versions, aliases=self.aliases | dict.fromkeys(aliases, version))
+
+def _alias(alias: str) -> str:
+    try:
+        return check_alias(alias)
+    except InvalidName as error:
+        raise ValueError(error.message) from error
+
+
+class _Event(BaseModel):
+    """A version came, or came again, and ``aliases`` moved to it; without a version: the variant was removed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    turn: int = Field(ge=1, lt=1 << 53)
+    """One more than the highest that the writer had seen (Lamport's clock)."""
+    id: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+    version: Digest | None = None
+    aliases: tuple[Annotated[str, AfterValidator(_alias)], ...] = ()
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    events: frozenset[_Event]
+
+
+Documents = Mapping[str, frozenset[_Event]]
+"""Key of each document of one variant to its events."""
 
 
 class VariantDocuments:
-    """The variants below ``prefix`` (ends in ``/``). Thread-safe.
-
-    A variant that was removed has a last generation without versions: to begin again at generation 1 would let a
-    writer that still knows an older one win over those that came after.
-    """
+    """The variants below ``prefix`` (ends in ``/``). Thread-safe."""
 
     def __init__(self, store: ObjectStore, prefix: str) -> None:
         self._store = store
         self._prefix = prefix
-        self._read_before: dict[str, tuple[int, Variant]] = {}
+        self._read_before: dict[str, frozenset[_Event]] = {}
 
     def all(self) -> list[Variant]:
-        """All variants by name, those left out (and logged) whose document is broken: it hurts only itself."""
-        newest: dict[str, int] = {}
-        for name, generation in self._keys(self._prefix):
-            newest[name] = max(generation, newest.get(name, 0))
+        """All variants by name, but for those with a broken document, which are logged: it hurts only its own."""
+        keys: dict[str, list[str]] = {}
+        for key in self._store.list(self._prefix):
+            match = _KEY.fullmatch(key.removeprefix(self._prefix))
+            if match and is_name(match.group(1)):
+                keys.setdefault(match.group(1), []).append(key)
         with ThreadPoolExecutor(_READERS) as pool:
-            found = list(pool.map(self._read_or_log, newest, newest.values()))
-        return sorted((variant for variant in found if variant and variant.versions), key=lambda variant: variant.name)
+            found = list(pool.map(self._read_or_log, keys, keys.values()))
+        return sorted((variant for variant in found if variant), key=lambda variant: variant.name)
 
     def read(self, name: str) -> Variant | None:
-        """The variant of that name, or None; raises ManifestInvalid when its document is broken."""
-        _, variant = self._current(name)
-        return variant if variant and variant.versions else None
+        """The variant of that name, or None; raises InvalidName, ManifestInvalid when a document is broken."""
+        return _fold(name, _union(self._documents(name)))
 
-    def update(self, name: str, change: Callable[[Variant | None], Variant]) -> Variant:
-        """Write ``change(current)`` (None: there is none), and once more if somebody else wrote meanwhile.
+    def publish(self, name: str, version: str, aliases: Iterable[str]) -> Variant:
+        """Give ``name`` a version that it may have already, move ``aliases`` to it, and return what came of it."""
+        return self._add(name, version, tuple(aliases))
 
-        ``change`` may be called often and must be idempotent. Raises StoreConflict after many lost races.
+    def remove(self, name: str) -> None:
+        """Let go of all versions and aliases that were known until now."""
+        self._add(name, None, ())
+
+    def _add(self, name: str, version: str | None, aliases: tuple[str, ...]) -> Variant:
+        known = self._documents(name)
+        events = _union(known)
+        turn = 1 + max((event.turn for event in events), default=0)
+        event = _Event(turn=turn, id=uuid.uuid4().hex, version=version, aliases=aliases)
+        before, after = _fold(name, events), _fold(name, events | {event})
+        if after != before:
+            document = _Document(name=name, events=events | {event})
+            self._store.put(f"{self._prefix}{name}/{event.id}.json", document.model_dump_json().encode())
+            self._sweep(known)
+        return after or Variant(name=name, aliases={}, versions=[])
+
+    def _sweep(self, known: Documents) -> None:
+        """Delete documents that a newer one had replaced when we began.
+
+        Those that only our own replaces stay until the next write, for readers who have listed and not yet read.
         """
-        for attempt in range(_ATTEMPTS):
-            generation, current = self._current(name)
-            changed = change(current if current and current.versions else None)
-            if changed == current:
-                return changed
-            if self._write(name, generation + 1, changed):
-                return changed
-            time.sleep(random.uniform(0, _PAUSE_S * min(attempt + 1, 10)))  # noqa: S311
-        raise StoreConflict(f"others kept changing variant {name!r} for {_ATTEMPTS} attempts: try again later")
+        for key, events in known.items():
+            if any(events < other for other in known.values()):
+                self._store.delete(key)
 
-    def _write(self, name: str, generation: int, variant: Variant) -> bool:
-        """Whether ``variant`` became the newest generation."""
-        try:
-            self._store.put_new(self._key(name, generation), variant.model_dump_json().encode())
-        except StoreConflict:
-            return False
-        generations = self._generations(name)
-        if max(generations, default=generation) > generation:
-            # Ours took a number that had been swept, or somebody built on it already: reading again tells which.
-            return False
-        # The one before stays for those who have listed and not yet read.
-        for old in generations:
-            if old < generation - 1:
-                self._store.delete(self._key(name, old))
-        return True
-
-    def _current(self, name: str) -> tuple[int, Variant | None]:
-        """The newest generation's number, 0 if there is none, and its document."""
+    def _documents(self, name: str) -> Documents:
+        prefix = f"{self._prefix}{check_name(name)}/"
         for _ in range(_ATTEMPTS):
-            generation = max(self._generations(name), default=0)
-            if not generation:
-                return 0, None
+            keys = [key for key in self._store.list(prefix) if _KEY.fullmatch(key.removeprefix(self._prefix))]
             try:
-                return generation, self._document(name, generation)
+                return {key: self._events(name, key) for key in keys}
             except ObjectNotFound:
-                # Two more were written between listing and reading, and this one was swept.
+                # Swept between listing and reading: what replaced it is there by now.
                 continue
         raise StoreConflict(f"variant {name!r} changes faster than it can be read: try again later")
 
-    def _read_or_log(self, name: str, generation: int) -> Variant | None:
+    def _read_or_log(self, name: str, keys: Sequence[str]) -> Variant | None:
         try:
             try:
-                return self._document(name, generation)
+                return _fold(name, _union({key: self._events(name, key) for key in keys}))
             except ObjectNotFound:
-                return self._current(name)[1]
+                return self.read(name)
         except ManifestInvalid as error:
-            logger.warning("variant left out: %s", error.message)
+            logger.warning("variant %s left out: %s", name, error.message)
             return None
 
-    def _document(self, name: str, generation: int) -> Variant:
-        # A generation never changes, so what was read once need not be read again.
-        known = self._read_before.get(name)
-        if known and known[0] == generation:
-            return known[1]
-        key = self._key(name, generation)
-        variant = _parse(self._store.get(key, _MAX_DOCUMENT), name, f"{self._store.url}/{key}")
-        self._read_before[name] = (generation, variant)
-        return variant
-
-    def _generations(self, name: str) -> list[int]:
-        prefix = f"{self._prefix}{check_name(name)}/"
-        return [found[1] for found in self._keys(prefix) if found[0] == name]
-
-    def _keys(self, prefix: str) -> Iterable[tuple[str, int]]:
-        for key in self._store.list(prefix):
-            match = _KEY.fullmatch(key.removeprefix(self._prefix))
-            if match and is_name(match.group(1)):
-                yield match.group(1), int(match.group(2))
-
-    def _key(self, name: str, generation: int) -> str:
-        return f"{self._prefix}{check_name(name)}/{generation:08d}.json"
+    def _events(self, name: str, key: str) -> frozenset[_Event]:
+        # A document never changes, so what was read once need not be read again.
+        if key not in self._read_before:
+            where = f"{self._store.url}/{key}"
+            try:
+                document = _Document.model_validate_json(self._store.get(key, _MAX_DOCUMENT))
+            except ValidationError as error:
+                problem = error.errors()[0]["msg"]
+                raise ManifestInvalid(
+                    f"{where} is no variant's document ({problem}): delete it and publish again"
+                ) from error
+            if document.name != name:
+                raise ManifestInvalid(f"{where} belongs to variant {document.name!r}: delete it and publish again")
+            self._read_before[key] = document.events
+        return self._read_before[key]
 
 
-def _parse(raw: bytes, name: str, where: str) -> Variant:
-    try:
-        variant = Variant.model_validate_json(raw)
-    except ValidationError as error:
-        raise ManifestInvalid(
-            f"{where} is not a variant's document ({error.errors()[0]['msg']}): delete it and publish again"
-        ) from error
-    if variant.name != name:
-        raise ManifestInvalid(f"{where} belongs to variant {variant.name!r}: delete it and publish again")
-    return variant
+def _union(documents: Documents) -> frozenset[_Event]:
+    return frozenset[_Event]().union(*documents.values())
+
+
+def _fold(name: str, events: Iterable[_Event]) -> Variant | None:
+    """What the events, in the order of their turns, come to; None when nothing is left of the variant."""
+    versions: dict[str, None] = {}
+    aliases: dict[str, str] = {}
+    for event in sorted(events, key=lambda event: (event.turn, event.id)):
+        if event.version is None:
+            versions.clear()
+            aliases.clear()
+        else:
+            versions[event.version] = None
+            aliases |= dict.fromkeys(event.aliases, event.version)
+    return Variant(name=name, aliases=aliases, versions=list(versions)) if versions else None

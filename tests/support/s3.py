@@ -18,6 +18,8 @@ import pytest
 from botocore.config import Config
 
 ACCESS_KEY, SECRET_KEY, REGION = "test:tester", "testing", "us-east-1"
+LIST_PAGE = 100
+"""Keys in one answer to a listing: few, so that tests see more than one."""
 READY_WITHIN_S = 60.0
 _SERVERS = ("account", "container", "object", "proxy")
 
@@ -146,7 +148,7 @@ class S3Server:
         filters = {f"filter:{name}": {"use": f"egg:swift#{name.replace('-', '_')}"} for name in _PIPELINE[:-1]}
         filters["filter:cache"] = {"use": "egg:swift#memcache"}
         filters["filter:tempauth"] |= {"user_test_tester": f"{SECRET_KEY} .admin", "account_autocreate": "true"}
-        filters["filter:s3api"] |= {"location": REGION, "s3_acl": "false"}
+        filters["filter:s3api"] |= {"location": REGION, "max_bucket_listing": str(LIST_PAGE)}
         self._write(
             "proxy",
             {
