@@ -1,0 +1,1 @@
+"""The commands that need no cluster: compress, inspect, merge, publish, variants."""

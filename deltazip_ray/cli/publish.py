@@ -1,0 +1,38 @@
+"""``deltazip publish``: let a store offer an artifact under a name."""
+
+from typing import Annotated
+
+import typer
+
+from deltazip_ray.artifact.names import LATEST
+from deltazip_ray.cli.console import EndpointUrl, PathStyle, byte_progress, out, size, store_config
+
+
+def publish(
+    artifact: Annotated[str, typer.Argument(help="Folder or s3:// prefix that `deltazip compress` wrote.")],
+    store: Annotated[str, typer.Argument(help="Folder or s3:// prefix that the servers read.")],
+    name: Annotated[str, typer.Option(help="What clients will put in `model`.")],
+    alias: Annotated[
+        list[str] | None, typer.Option(help=f"Alias to move to this version; repeat for several. Default: {LATEST}.")
+    ] = None,
+    endpoint_url: EndpointUrl = None,
+    path_style: PathStyle = False,
+) -> None:
+    """Copy an artifact to a store and name it; running servers offer it within seconds.
+
+    Without --alias the version becomes the variant's `latest`. With --alias canary alone, only clients that ask for
+    NAME@canary get it.
+
+    Example: deltazip publish ./sorter-delta s3://models/deltas --name sorter
+    """
+    from deltazip_ray.artifact.artifact import open_artifact
+    from deltazip_ray.artifact.catalog import Catalog
+    from deltazip_ray.artifact.store import open_store
+
+    manifest, source = open_artifact(store_config(artifact, endpoint_url, path_style))
+    catalog = Catalog(open_store(store_config(store, endpoint_url, path_style)), manifest.base.digest)
+    aliases = alias or [LATEST]
+    with byte_progress(f"Publishing {name}", manifest.bytes_stored) as advance:
+        catalog.publish(source, manifest, name, aliases, progress=advance)
+    named = ", ".join(f"{name}@{each}" for each in aliases)
+    out.print(f"Published {named}: version {manifest.version()[:12]}, {size(manifest.bytes_stored)}.")
