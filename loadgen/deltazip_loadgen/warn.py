@@ -13,7 +13,8 @@ def warnings(records: Sequence[Record], max_concurrency: int | None) -> Iterator
     if max_concurrency is not None:
         yield (
             f"at most {max_concurrency} requests were under way at once, so this was not an open-loop replay: "
-            f"{len(late)} requests waited more than {LATE_S * 1000:.0f} ms in the client (times from the intended start include that wait)"
+            f"{len(late)} requests waited more than {LATE_S * 1000:.0f} ms in the client "
+            "(times from the intended start include that wait)"
         )
     elif late:
         yield (
