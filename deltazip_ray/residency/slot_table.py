@@ -136,7 +136,7 @@ class SlotTable:
         self._pins.remove(pin)
         occupant = self._occupants[pin.version]
         occupant.pins -= 1
-        self._touch(occupant)
+        self._occupants[pin.version] = self._occupants.pop(pin.version)
         self._dispatch()
 
     async def close(self) -> None:
@@ -209,13 +209,9 @@ class SlotTable:
 
     def _grant(self, occupant: _Occupant, tier: Tier) -> Pin:
         occupant.pins += 1
-        self._touch(occupant)
         pin = Pin(occupant.version, occupant.slot, tier)
         self._pins.add(pin)
         return pin
-
-    def _touch(self, occupant: _Occupant) -> None:
-        self._occupants[occupant.version] = self._occupants.pop(occupant.version)
 
     def _dispatch(self) -> None:
         """Serve the queue as far as there are slots, then see to it that slots become free for the rest."""

@@ -253,6 +253,20 @@ async def test_a_closed_version_opens_again_when_the_waiting_one_leaves() -> Non
     bench.table.check()
 
 
+async def test_a_version_that_opens_again_passes_those_before_it_and_that_counts() -> None:
+    bench = Bench(slots=1, max_overtakes=1)
+    await bench.pin("hot")
+    overdue = await bench.start("overdue")
+    await bench.pin("hot")
+    patient, late = await bench.start("patient"), await bench.start("hot")
+    overdue.cancel()
+    assert (await late).tier == "device"
+    assert not (await bench.start("hot")).done(), "the patient one has been passed once, which is the limit"
+    assert bench.table.waiting == ("patient", "hot")
+    assert not patient.done()
+    await bench.table.close()
+
+
 @pytest.mark.parametrize("pinned", [True, False], ids=["all slots pinned", "load hangs"])
 async def test_a_deadline_ends_the_wait(pinned: bool) -> None:
     bench = Bench(slots=1)
@@ -299,20 +313,24 @@ async def test_close_answers_everybody_and_waits_for_the_loads() -> None:
     bench.loader.hold("a")
     tasks = [await bench.start(name) for name in ("a", "b")]
     await bench.table.close()
+    assert bench.loader.cancelled == ["a"]
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(result) for result in results] == [EngineStopped, EngineStopped]
-    assert bench.loader.cancelled == ["a"]
     with pytest.raises(EngineStopped):
         await bench.pin("a")
     bench.table.check()
 
 
 async def test_pins_outlive_close() -> None:
-    bench = Bench(slots=1)
+    bench = Bench(slots=1, max_overtakes=0)
     pin = await bench.pin("a")
+    waiting = await bench.start("b")
     await bench.table.close()
+    bench.table.check()
     bench.table.unpin(pin)
     bench.table.check()
+    with pytest.raises(EngineStopped):
+        await waiting
 
 
 @pytest.mark.parametrize(("slots", "overtakes"), [(0, 1), (1, -1)])

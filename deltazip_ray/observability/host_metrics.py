@@ -1,0 +1,69 @@
+"""What the host tier records. Names begin with ``deltazip_host_``; times are seconds, sizes bytes."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+_FETCH = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+@dataclass(frozen=True)
+class HostStats:
+    """A host arena at one moment. ``free + cached + held = arena``, in bytes, each blob counted in whole pages."""
+
+    arena_bytes: int
+    free_bytes: int
+    cached_bytes: int
+    """Verified, and held by nobody: may be evicted."""
+    held_bytes: int
+    """In use or on their way."""
+    blobs: int
+    fetching: int
+    """Blobs on their way."""
+    evictions: int
+    """Blobs that left to make room, since the start."""
+
+
+class HostMetrics:
+    """Counters and histograms of one host cache, in a registry that is passed in."""
+
+    def __init__(self, registry: CollectorRegistry, stats: Callable[[], HostStats]) -> None:
+        """``stats`` is read at each scrape, from the thread that scrapes."""
+        prefix = "deltazip_host_"
+        self.acquires = Counter(
+            f"{prefix}acquires", "Versions acquired, by where their slowest blob was", ["tier"], registry=registry
+        )
+        self.failures = Counter(f"{prefix}failures", "Acquires that failed", ["error"], registry=registry)
+        self.fetch_seconds = Histogram(
+            f"{prefix}fetch_seconds", "To fetch and verify one blob", buckets=_FETCH, registry=registry
+        )
+        self.fetched_bytes = Counter(f"{prefix}fetched_bytes", "Fetched and verified", registry=registry)
+        self.refetches = Counter(
+            f"{prefix}refetches", "Blobs that came damaged and were fetched again", registry=registry
+        )
+        registry.register(_StatsCollector(prefix, stats))
+
+
+class _StatsCollector(Collector):
+    def __init__(self, prefix: str, stats: Callable[[], HostStats]) -> None:
+        self._prefix = prefix
+        self._stats = stats
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: names are found at the first scrape, not at registration, when the cache is not built yet."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """Gauges of the moment."""
+        stats = self._stats()
+        by_state = GaugeMetricFamily(self._prefix + "bytes", "Bytes of the arena by state", labels=["state"])
+        by_state.add_metric(["free"], stats.free_bytes)
+        by_state.add_metric(["cached"], stats.cached_bytes)
+        by_state.add_metric(["held"], stats.held_bytes)
+        yield by_state
+        yield GaugeMetricFamily(self._prefix + "blobs", "Blobs in the arena or on their way", stats.blobs)
+        yield GaugeMetricFamily(self._prefix + "fetching_blobs", "Blobs on their way", stats.fetching)
+        yield CounterMetricFamily(self._prefix + "evictions", "Blobs that left to make room", stats.evictions)

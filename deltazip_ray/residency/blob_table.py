@@ -1,0 +1,174 @@
+"""Which blobs are in the arena, who holds them, and which one goes when room is needed."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+
+from deltazip_ray.artifact.manifest import BlobEntry
+from deltazip_ray.errors import StoreError
+from deltazip_ray.observability.host_metrics import HostStats
+from deltazip_ray.residency.arena import ArenaAllocator, aligned
+
+BlobKey = tuple[str, int]
+"""Digest and size: a manifest that is wrong about a size must not harm one that is right."""
+
+
+def blob_key(entry: BlobEntry) -> BlobKey:
+    """What makes two blobs the same."""
+    return entry.digest, entry.size
+
+
+@dataclass(eq=False)
+class Blob:
+    """A blob's place in the arena. Its bytes may be used when ``ready`` is done without an error, while it is held."""
+
+    key: BlobKey
+    offset: int
+    ready: asyncio.Future[None]
+    job: Future[None] | None = None
+    """The fetch; None when it is over."""
+    holds: int = 0
+
+    @property
+    def evictable(self) -> bool:
+        """Whether its room may be taken."""
+        return not self.holds and self.job is None
+
+
+class BlobTable:
+    """Blobs in an arena. It belongs to one event loop; only ``fetch`` runs in threads."""
+
+    def __init__(self, memory: memoryview, fetch: Callable[[BlobEntry, memoryview], None], threads: Executor) -> None:
+        """``fetch`` fills a blob's place with verified bytes, or raises."""
+        self._memory = memory
+        self._fetch = fetch
+        self._threads = threads
+        self._arena = ArenaAllocator(len(memory))
+        self._blobs: dict[BlobKey, Blob] = {}  # those that were let go of least recently come first
+        self.room_changed = asyncio.Event()
+        """Set whenever there may be more room than before."""
+        self._evictions = 0
+
+    @property
+    def arena_bytes(self) -> int:
+        """Room in all."""
+        return self._arena.size
+
+    def has_all(self, entries: Iterable[BlobEntry]) -> bool:
+        """Whether all of these blobs are here or on their way."""
+        return all(blob_key(entry) in self._blobs for entry in entries)
+
+    def ready(self, entries: Iterable[BlobEntry]) -> bool:
+        """Whether all of these blobs are here."""
+        found = (self._blobs.get(blob_key(entry)) for entry in entries)
+        return all(blob is not None and blob.job is None for blob in found)
+
+    def view(self, blob: Blob) -> memoryview:
+        """A blob's bytes."""
+        return self._memory[blob.offset : blob.offset + blob.key[1]]
+
+    def try_hold(self, entries: Sequence[BlobEntry]) -> list[Blob] | None:
+        """Hold a blob for each entry, fetches of those that are missing under way; None when there is no room.
+
+        All or nothing: without room for all nobody is held and nothing is fetched.
+        """
+        missing = {blob_key(entry): entry for entry in entries if blob_key(entry) not in self._blobs}
+        keep = {blob_key(entry) for entry in entries} - missing.keys()
+        offsets = self._place([entry.size for entry in missing.values()], keep)
+        if offsets is None:
+            return None
+        for entry, offset in zip(missing.values(), offsets, strict=True):
+            self._start(entry, offset)
+        blobs = [self._blobs[blob_key(entry)] for entry in entries]
+        for blob in blobs:
+            blob.holds += 1
+        return blobs
+
+    def let_go(self, blobs: Iterable[Blob]) -> None:
+        """Undo one ``try_hold``. A fetch that nobody wants any more is dropped unless it has begun."""
+        for blob in blobs:
+            blob.holds -= 1
+            if blob.holds or self._blobs.get(blob.key) is not blob:
+                continue
+            if blob.job is not None and blob.job.cancel():
+                self._remove(blob)
+            else:
+                self._blobs[blob.key] = self._blobs.pop(blob.key)
+        self.room_changed.set()
+
+    def cancel_fetches(self, error: Exception) -> None:
+        """Fail the fetches that have not begun."""
+        for blob in list(self._blobs.values()):
+            if blob.job is not None and blob.job.cancel():
+                self._remove(blob, error)
+
+    def stats(self) -> HostStats:
+        """The state of the arena now."""
+        blobs = list(self._blobs.values())
+        free = self._arena.free_bytes
+        cached = sum(aligned(blob.key[1]) for blob in blobs if blob.evictable)
+        return HostStats(
+            arena_bytes=self._arena.size,
+            free_bytes=free,
+            cached_bytes=cached,
+            held_bytes=self._arena.size - free - cached,
+            blobs=len(blobs),
+            fetching=sum(blob.job is not None for blob in blobs),
+            evictions=self._evictions,
+        )
+
+    def check(self) -> None:
+        """Raise StoreError unless arena and blobs agree."""
+        self._arena.check()
+        if sum(aligned(blob.key[1]) for blob in self._blobs.values()) + self._arena.free_bytes != self._arena.size:
+            raise StoreError("host arena: bytes are taken by no blob; restart the node store and report this")
+        if any(blob.holds < 0 for blob in self._blobs.values()):
+            raise StoreError("host arena: a blob was let go of too often; restart the node store and report this")
+
+    def _place(self, sizes: Sequence[int], keep: set[BlobKey]) -> list[int] | None:
+        """Offsets for blobs of these sizes, evicting what nobody holds but ``keep``; None when that is not enough."""
+        victims = [blob for blob in self._blobs.values() if blob.evictable and blob.key not in keep]
+        room = self._arena.free_bytes + sum(aligned(blob.key[1]) for blob in victims)
+        if sum(map(aligned, sizes)) > room:
+            return None
+        going = iter(victims)
+        offsets: list[int] = []
+        for size in sizes:
+            while (offset := self._arena.allocate(size)) is None:
+                victim = next(going, None)
+                if victim is None:  # enough bytes, but held blobs lie between them
+                    for taken in offsets:
+                        self._arena.free(taken)
+                    return None
+                self._remove(victim)
+                self._evictions += 1
+            offsets.append(offset)
+        return offsets
+
+    def _start(self, entry: BlobEntry, offset: int) -> None:
+        loop = asyncio.get_running_loop()
+        blob = Blob(blob_key(entry), offset, loop.create_future())
+        self._blobs[blob.key] = blob
+        blob.job = self._threads.submit(self._fetch, entry, self.view(blob))
+        blob.job.add_done_callback(lambda job: loop.call_soon_threadsafe(self._fetched, blob, job))
+
+    def _fetched(self, blob: Blob, job: Future[None]) -> None:
+        blob.job = None
+        if job.cancelled():
+            return
+        error = job.exception()
+        if error is None:
+            blob.ready.set_result(None)
+            self.room_changed.set()
+        else:
+            self._remove(blob, error)
+
+    def _remove(self, blob: Blob, error: BaseException | None = None) -> None:
+        """Free a blob's room; those who wait for it get ``error``."""
+        del self._blobs[blob.key]
+        self._arena.free(blob.offset)
+        if error is not None:
+            blob.ready.set_exception(error)
+            blob.ready.exception()  # seen, even if nobody waits
+        self.room_changed.set()

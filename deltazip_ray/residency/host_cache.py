@@ -1,0 +1,196 @@
+"""The host tier: verified blobs of versions in one arena, shared by all versions that have them in common.
+
+* **Single flight.** A blob is fetched once, whichever versions and callers want it; a caller that leaves does not
+  disturb the others. When the last one leaves, fetches that have begun are finished and stay cached (a thread cannot
+  be stopped while it writes), those that have not are dropped.
+* **Nothing unverified is seen.** A blob is published when its sha256 has been checked, never before.
+* **Held blobs never move and never leave.** The others stay until their room is needed; those let go of least recently
+  leave first.
+* **Order, and no deadlock.** A version takes the room of all its missing blobs at once or none, so nobody keeps a part
+  and waits for the rest. Versions that find no room wait in order of arrival, holding nothing; one whose blobs are all
+  here passes them. A version that is larger than the arena gets StoreFull at once, one that has waited for
+  ``room_timeout_s`` gets it then, so that whoever keeps holding cannot make others wait for ever.
+"""
+
+import asyncio
+import functools
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
+
+from deltazip_ray.artifact.catalog import Catalog
+from deltazip_ray.artifact.manifest import Manifest
+from deltazip_ray.errors import ConfigError, DeltaZipError, StoreError, StoreFull, StoreUnavailable
+from deltazip_ray.observability.host_metrics import HostMetrics, HostStats
+from deltazip_ray.residency.arena import aligned
+from deltazip_ray.residency.blob_fetch import fetch_blob
+from deltazip_ray.residency.blob_table import Blob, BlobTable, blob_key
+from deltazip_ray.residency.tiers import HostDelta, Tier
+
+_MANIFESTS = 1024
+"""Manifests kept in memory, so that a version that is here can be had while the store is down."""
+
+
+@dataclass(eq=False)
+class _Held:
+    """A version that callers hold."""
+
+    manifest: Manifest
+    blobs: Sequence[Blob]
+    """One for each entry of the manifest, in its order."""
+    count: int = 0
+
+
+class HostCache:
+    """A DeltaSource over a catalog. It belongs to one event loop; only reads from the store run in threads."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        buffer: memoryview | bytearray,
+        fetch_threads: int,
+        registry: CollectorRegistry,
+        room_timeout_s: float = 30.0,
+    ) -> None:
+        """``buffer``: the arena, any writable memory that the caller keeps alive. Raises ConfigError."""
+        memory = memoryview(buffer).cast("B")
+        if memory.readonly:
+            raise ConfigError("the host arena is read-only: map it writable")
+        self._catalog = catalog
+        self._threads = ThreadPoolExecutor(fetch_threads, thread_name_prefix="deltazip-fetch")
+        metrics = HostMetrics(registry, self.stats)
+        self._blobs = BlobTable(memory, functools.partial(fetch_blob, catalog, metrics), self._threads)
+        self._metrics = metrics
+        self._room_timeout_s = room_timeout_s
+        self._held: dict[str, _Held] = {}
+        self._manifests: dict[str, Manifest] = {}  # least recently used first
+        self._manifest_reads: dict[str, asyncio.Task[Manifest]] = {}
+        self._turn = asyncio.Lock()  # serves its waiters in order of arrival
+        self._closed = False
+
+    @property
+    def versions(self) -> frozenset[str]:
+        """Versions whose blobs are all here, held or not."""
+        return frozenset(name for name, manifest in self._manifests.items() if self._blobs.ready(manifest.blobs))
+
+    async def acquire(self, version: str) -> HostDelta:
+        """Bring a version to the host and hold it until :meth:`release`. The views are read-only.
+
+        Raises InvalidName, ObjectNotFound, ManifestInvalid, BaseMismatch, BlobCorrupt, StoreUnavailable, StoreFull.
+        A failure is not remembered: the next call tries again.
+        """
+        try:
+            manifest = await self._manifest(version)
+            blobs, tier = await self._hold(version, manifest)
+            try:
+                await _all_ready(blobs)
+            except BaseException:
+                self._blobs.let_go(blobs)
+                raise
+        except DeltaZipError as error:
+            self._metrics.failures.labels(type(error).__name__).inc()
+            raise
+        self._held.setdefault(version, _Held(manifest, blobs)).count += 1
+        self._metrics.acquires.labels(tier).inc()
+        views = [self._blobs.view(blob).toreadonly() for blob in blobs]
+        return HostDelta(manifest, dict(zip((e.block for e in manifest.blobs), views, strict=True)), tier)
+
+    async def release(self, version: str) -> None:
+        """Let go of one :meth:`acquire`; the bytes stay cached. Raises StoreError when the version is not held."""
+        held = self._get_held(version)
+        held.count -= 1
+        if not held.count:
+            del self._held[version]
+        self._blobs.let_go(held.blobs)
+
+    def offsets(self, version: str) -> dict[str, tuple[int, int]]:
+        """Block to (offset, size) in the arena, in bytes. Raises StoreError when the version is not held."""
+        held = self._get_held(version)
+        return {e.block: (b.offset, e.size) for e, b in zip(held.manifest.blobs, held.blobs, strict=True)}
+
+    def stats(self) -> HostStats:
+        """The state of the arena now."""
+        return self._blobs.stats()
+
+    def check(self) -> None:
+        """Raise StoreError unless arena, blobs and holds agree."""
+        self._blobs.check()
+        for held in self._held.values():
+            if not self._blobs.ready(held.manifest.blobs) or any(blob.holds < held.count for blob in held.blobs):
+                raise StoreError("host cache: a held blob is gone; restart the node store and report this")
+
+    async def close(self) -> None:
+        """Fail those who wait with StoreUnavailable, and wait for the reads under way. Views stay valid."""
+        self._closed = True
+        self._blobs.room_changed.set()
+        self._blobs.cancel_fetches(_closed())
+        await asyncio.to_thread(self._threads.shutdown)
+        await asyncio.gather(*self._manifest_reads.values(), return_exceptions=True)
+
+    def _get_held(self, version: str) -> _Held:
+        if version not in self._held:
+            raise StoreError(f"version {version[:12]} is not held: acquire it first, and release it once for each time")
+        return self._held[version]
+
+    async def _manifest(self, version: str) -> Manifest:
+        if self._closed:
+            raise _closed()
+        if version in self._manifests:
+            self._manifests[version] = self._manifests.pop(version)
+            return self._manifests[version]
+        read = self._manifest_reads.get(version)
+        if read is None:
+            read = asyncio.create_task(asyncio.to_thread(self._catalog.manifest, version))
+            read.add_done_callback(functools.partial(self._manifest_read, version))
+            self._manifest_reads[version] = read
+        return await asyncio.shield(read)
+
+    def _manifest_read(self, version: str, read: asyncio.Task[Manifest]) -> None:
+        del self._manifest_reads[version]
+        if not read.cancelled() and read.exception() is None:
+            self._manifests[version] = read.result()
+            if len(self._manifests) > _MANIFESTS:
+                del self._manifests[next(iter(self._manifests))]
+
+    async def _hold(self, version: str, manifest: Manifest) -> tuple[list[Blob], Tier]:
+        """Hold all blobs of a version, those that are missing on their way; waits for room. Raises StoreFull."""
+        wanted = sum(aligned(size) for _, size in {blob_key(entry) for entry in manifest.blobs})
+        arena = self._blobs.arena_bytes
+        if wanted > arena:
+            raise StoreFull(
+                f"version {version[:12]} takes {wanted} bytes, the host arena has {arena}: raise node_store.arena_bytes"
+            )
+        tier: Tier = "host" if self._blobs.ready(manifest.blobs) else "remote"
+        if self._blobs.has_all(manifest.blobs) and (blobs := self._blobs.try_hold(manifest.blobs)) is not None:
+            return blobs, tier
+        try:
+            async with asyncio.timeout(self._room_timeout_s), self._turn:
+                while not self._closed:
+                    blobs = self._blobs.try_hold(manifest.blobs)
+                    if blobs is not None:
+                        return blobs, tier
+                    self._blobs.room_changed.clear()
+                    await self._blobs.room_changed.wait()
+        except TimeoutError:
+            now = self.stats()
+            raise StoreFull(
+                f"version {version[:12]} takes {wanted} bytes, but of the {arena} of the host arena {now.held_bytes} "
+                f"are held, for {len(self._held)} versions: try again later, or raise node_store.arena_bytes"
+            ) from None
+        raise _closed()
+
+
+async def _all_ready(blobs: Iterable[Blob]) -> None:
+    """Wait until all blobs are verified; raises the first one's error as soon as it is known."""
+    pending = [blob.ready for blob in blobs if not blob.ready.done()]
+    if pending:
+        await asyncio.wait(pending, return_when=asyncio.FIRST_EXCEPTION)
+    for blob in blobs:
+        if blob.ready.done():
+            blob.ready.result()
+
+
+def _closed() -> StoreUnavailable:
+    return StoreUnavailable("the host cache was closed: try again in a moment")
