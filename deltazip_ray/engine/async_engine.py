@@ -57,10 +57,12 @@ class AsyncEngine:
         self._source = source
         self._metrics = EngineMetrics(registry, self.stats)
         self._parts: _Running | None = None
+        self._to_stop: _Running | None = None
         self._stopped = False
         self._ids = itertools.count()
         self._active: dict[str, _Active] = {}
         self._entered = 0
+        self._verdicts: set[asyncio.Future[DeltaZipError | None]] = set()
 
     async def start(self) -> None:
         """Read the base and begin to step. Raises ConfigError, CheckpointInvalid."""
@@ -74,18 +76,18 @@ class AsyncEngine:
             ended=functools.partial(_call_soon, here, self._end),
             threads=self._config.threads,
         )
-        self._parts = _Running(core, Versions(self._source, core.slots, self._config.slots, self._metrics), steps)
+        versions = Versions(self._source, core.slots, self._config.slots, self._metrics)
+        self._parts = self._to_stop = _Running(core, versions, steps)
         steps.start()
 
     async def stop(self) -> None:
         """Stop after the running step; whoever still waits gets EngineStopped. A second call does nothing."""
-        if self._parts is None or self._stopped:
-            self._stopped = True
-            return
         self._stopped = True
-        await self._parts.versions.close()
-        await asyncio.to_thread(self._parts.steps.stop)
-        self._end()
+        parts, self._to_stop = self._to_stop, None
+        if parts is not None:
+            await parts.versions.close()
+            await asyncio.to_thread(parts.steps.stop)
+            self._end()
 
     @property
     def base_digest(self) -> str:
@@ -125,9 +127,13 @@ class AsyncEngine:
         parts = self._open()
         parts.versions.table.check()
         here = asyncio.get_running_loop()
-        checked: asyncio.Future[DeltaZipError | None] = here.create_future()
-        parts.steps.check(functools.partial(_call_soon, here, checked.set_result))
-        error = await checked
+        verdict: asyncio.Future[DeltaZipError | None] = here.create_future()
+        self._verdicts.add(verdict)
+        parts.steps.check(functools.partial(_call_soon, here, _settle, verdict))
+        try:
+            error = await verdict
+        finally:
+            self._verdicts.discard(verdict)
         if error is not None:
             raise error
 
@@ -216,6 +222,8 @@ class AsyncEngine:
         for key in list(self._active):
             self._active[key].stream.fail(EngineStopped(_STOPPED))
             self._forget(key)
+        for verdict in self._verdicts:
+            _settle(verdict, EngineStopped(_STOPPED))
 
     def _forget(self, key: str) -> None:
         active = self._active.pop(key)
@@ -237,3 +245,9 @@ class AsyncEngine:
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:
     """Have ``callback`` called on the event loop, from any thread."""
     loop.call_soon_threadsafe(callback, *args)
+
+
+def _settle(verdict: asyncio.Future[DeltaZipError | None], error: DeltaZipError | None) -> None:
+    """Tell who waits for a check, if anybody still does."""
+    if not verdict.done():
+        verdict.set_result(error)

@@ -11,7 +11,7 @@ from tests.support.zoo import Zoo
 
 
 async def mismatches(run: RunningEngine, zoo: Zoo, count: int, *, shortest: int = 5, longest: int = 40) -> list[int]:
-    """Of ``count`` requests at once, one of each version after the other: those whose tokens differ from the oracle's."""
+    """Of ``count`` requests at once, one of each version after the other: those that the oracle answers otherwise."""
     versions = [zoo.names[i % len(zoo.names)] for i in range(count)]
     prompts = [random_prompt(i, shortest + (7 * i) % (longest - shortest)) for i in range(count)]
     outputs = await asyncio.gather(*map(run.generate, prompts, versions))

@@ -1,10 +1,9 @@
 """Versions without the compressor: deltas of tiny fine-tunes, rounded to nearest, and their merged weights."""
 
-import hashlib
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,9 +11,14 @@ from deltazip_kernels import CODECS, GROUP, LAYOUT_VERSION, RAW, pack, unpack
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 
-from deltazip_ray.artifact.blob import write_blob
+from deltazip_ray.artifact.artifact import ArtifactWriter, open_artifact
+from deltazip_ray.artifact.blob import read_blob, write_blob
+from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.checkpoint import Checkpoint, base_digest
-from deltazip_ray.artifact.manifest import BaseRef, BlobEntry, Manifest, TensorEntry
+from deltazip_ray.artifact.digests import sha256_hex
+from deltazip_ray.artifact.file_store import FileStore
+from deltazip_ray.artifact.manifest import BaseRef, BlobEntry, FileEntry, Manifest, TensorEntry
+from deltazip_ray.artifact.object_store import ObjectStore
 from deltazip_ray.residency.tiers import HostDelta, Tier
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -27,6 +31,8 @@ class BuiltVersion:
     manifest: Manifest
     blobs: dict[str, bytes]
     """Block to blob."""
+    files: dict[str, bytes]
+    """Tokenizer and the like, by name."""
     merged: dict[str, torch.Tensor]
     """What the served weights must equal, float32, by checkpoint name."""
     finetune: Path
@@ -34,6 +40,37 @@ class BuiltVersion:
     @property
     def version(self) -> str:
         return self.manifest.version()
+
+    def write_artifact(self, folder: Path) -> Path:
+        """An artifact, as the compressor would write it."""
+        writer = ArtifactWriter(FileStore(folder))
+        for entry in self.manifest.blobs:
+            writer.add_blob(entry.block, read_blob(self.blobs[entry.block], entry), entry.tensors)
+        for name, data in self.files.items():
+            writer.add_file(name, data)
+        m = self.manifest
+        written = writer.finish(
+            layout_version=m.layout_version, base=m.base, bytes_finetuned=m.bytes_finetuned, added_tokens=m.added_tokens
+        )
+        assert written.version() == self.version
+        return folder
+
+    def publish(self, store: ObjectStore, name: str, folder: Path, aliases: tuple[str, ...] = ("latest",)) -> str:
+        """Publish under ``name`` by way of an artifact in ``folder``; returns the version."""
+        manifest, source = open_artifact(self.write_artifact(folder))
+        Catalog(store, manifest.base.digest).publish(source, manifest, name, aliases)
+        return self.version
+
+    def with_raw(self, values: Mapping[str, torch.Tensor]) -> "BuiltVersion":
+        """Another version, in which some raw weights have these values."""
+        blobs, entries = dict(self.blobs), []
+        for entry in self.manifest.blobs:
+            tensors = read_blob(self.blobs[entry.block], entry)
+            tensors |= {name: value for name, value in values.items() if name in tensors}
+            blobs[entry.block] = data = write_blob(tensors)
+            entries.append(entry.model_copy(update={"digest": sha256_hex(data), "size": len(data)}))
+        manifest = self.manifest.model_copy(update={"blobs": tuple(entries)})
+        return replace(self, manifest=manifest, blobs=blobs, merged=self.merged | dict(values))
 
     def write_merged(self, path: Path) -> Path:
         """A Hugging Face checkpoint of the merged weights."""
@@ -74,18 +111,20 @@ def build_version(
                 codec=RAW, shape=tuple(extra.shape), bytes_finetuned=extra.nbytes
             )
             merged[name] = torch.cat([merged[name], extra])
-    blobs = {block: write_blob(tensors) for block, tensors in blocks.items()}
+    blobs = {block: write_blob(blocks[block]) for block in sorted(blocks, key=lambda b: (b == "outer", len(b), b))}
+    files = {name: path.read_bytes() for name, path in new.files.items()}
     manifest = Manifest(
         layout_version=LAYOUT_VERSION,
         base=BaseRef(digest=base_digest(old), architecture=old.config["architectures"][0], vocab_size=vocab),
         added_tokens=new.shape(EMBEDDINGS[0])[0] - vocab,
         bytes_finetuned=new.nbytes,
         blobs=tuple(
-            BlobEntry(block=block, digest=hashlib.sha256(blob).hexdigest(), size=len(blob), tensors=entries[block])
+            BlobEntry(block=block, digest=sha256_hex(blob), size=len(blob), tensors=entries[block])
             for block, blob in blobs.items()
         ),
+        files={name: FileEntry(digest=sha256_hex(data), size=len(data)) for name, data in files.items()},
     )
-    return BuiltVersion(manifest, blobs, merged, finetune)
+    return BuiltVersion(manifest, blobs, files, merged, finetune)
 
 
 def round_to_nearest(codec: str, delta: torch.Tensor) -> dict[str, torch.Tensor]:
