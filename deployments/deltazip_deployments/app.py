@@ -1,0 +1,63 @@
+"""The application as Ray Serve builds it: ``deltazip_deployments.app:build``."""
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import BackpressureConfig, RequestRouterConfig
+
+from deltazip_deployments.node_store.discovery import node_store_client
+from deltazip_deployments.replica import EngineFactory, HostSource, Replica, make_engine
+from deltazip_deployments.request_router import DeltaAwareRouter
+from deltazip_deployments.router.deployment import Router
+from deltazip_ray.config import AppConfig
+
+_STATS_PERIOD_S = 0.1
+_QUEUED_PER_ONGOING = 8
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Build from the ``args`` of a Serve config: the fields of AppConfig. Raises pydantic.ValidationError."""
+    return application(AppConfig.model_validate(args))
+
+
+def application(config: AppConfig, engine_factory: EngineFactory = make_engine) -> Application:
+    """Router, replicas and, started by these, node stores. Tests pass in an engine of their own."""
+    replica = serve.deployment(**_replica_options(config))(Replica)
+    router = serve.deployment(**_router_options(config))(serve.ingress()(Router))
+    return router.bind(config, replica.bind(config, engine_factory, _source))
+
+
+def _source(config: AppConfig, base_digest: Any) -> HostSource:
+    context = serve.get_replica_context()
+    return node_store_client(context.app_name, context.replica_tag, config, base_digest)
+
+
+def _replica_options(config: AppConfig) -> dict[str, Any]:
+    resources = dict(config.replica_resources)
+    actor: dict[str, Any] = {"num_cpus": resources.pop("CPU", 0.0), "num_gpus": resources.pop("GPU", 0.0)}
+    placement: dict[str, Any] = {
+        "request_router_class": DeltaAwareRouter,
+        "request_routing_stats_period_s": _STATS_PERIOD_S,
+    }
+    return {
+        "name": "replica",
+        "num_replicas": config.replicas,
+        "ray_actor_options": actor | ({"resources": resources} if resources else {}),
+        # The engine itself refuses what is too much, with a message of its own.
+        "max_ongoing_requests": config.engine.max_running + config.engine.max_waiting + 1,
+        "request_router_config": RequestRouterConfig(**placement),
+        "graceful_shutdown_timeout_s": 20.0,
+        "health_check_period_s": 5.0,
+    }
+
+
+def _router_options(config: AppConfig) -> dict[str, Any]:
+    return {
+        "name": "router",
+        # It waits for replicas and writes text: it shares a core with whatever runs beside it.
+        "ray_actor_options": {"num_cpus": 0},
+        "max_ongoing_requests": config.router.max_ongoing_requests,
+        "max_queued_requests": config.router.max_ongoing_requests * _QUEUED_PER_ONGOING,
+        "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
+    }

@@ -1,0 +1,81 @@
+"""The one place that gives the project's errors their HTTP status and OpenAI error body."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from deltazip_ray.errors import (
+    ArtifactError,
+    CompressionError,
+    ConfigError,
+    DeltaZipError,
+    EngineError,
+    EngineStopped,
+    LoadTimeout,
+    ObjectNotFound,
+    Overloaded,
+    PromptTooLong,
+    RequestError,
+    RequestTimeout,
+    StoreError,
+    UnknownVariant,
+)
+
+
+@dataclass(frozen=True)
+class ErrorAnswer:
+    """How one error is answered: status, OpenAI's ``type`` and ``code``, seconds until a retry makes sense."""
+
+    status: int
+    type: str
+    code: str
+    retry_after_s: int | None = None
+
+
+_ANSWERS: dict[type[DeltaZipError], ErrorAnswer] = {
+    DeltaZipError: ErrorAnswer(500, "server_error", "internal_error"),
+    ConfigError: ErrorAnswer(500, "server_error", "misconfigured"),
+    RequestError: ErrorAnswer(400, "invalid_request_error", "invalid_request"),
+    UnknownVariant: ErrorAnswer(404, "invalid_request_error", "model_not_found"),
+    PromptTooLong: ErrorAnswer(400, "invalid_request_error", "context_length_exceeded"),
+    Overloaded: ErrorAnswer(429, "rate_limit_error", "overloaded", retry_after_s=1),
+    ArtifactError: ErrorAnswer(500, "server_error", "variant_unusable"),
+    StoreError: ErrorAnswer(503, "server_error", "store_unavailable", retry_after_s=2),
+    ObjectNotFound: ErrorAnswer(500, "server_error", "variant_unusable"),
+    LoadTimeout: ErrorAnswer(503, "server_error", "load_timeout", retry_after_s=5),
+    RequestTimeout: ErrorAnswer(504, "server_error", "request_timeout"),
+    EngineError: ErrorAnswer(500, "server_error", "engine_error"),
+    EngineStopped: ErrorAnswer(503, "server_error", "no_replica", retry_after_s=2),
+    CompressionError: ErrorAnswer(500, "server_error", "variant_unusable"),
+}
+
+
+def answer_for(error: DeltaZipError) -> ErrorAnswer:
+    """The answer of the nearest ancestor that has one of its own."""
+    return next(_ANSWERS[kind] for kind in type(error).__mro__ if kind in _ANSWERS)
+
+
+def error_body(error: DeltaZipError) -> dict[str, Any]:
+    """OpenAI's error object."""
+    answer = answer_for(error)
+    param = getattr(error, "param", None)
+    if isinstance(error, UnknownVariant):
+        param = "model"
+    return {"error": {"message": error.message, "type": answer.type, "param": param, "code": answer.code}}
+
+
+def error_response(error: DeltaZipError) -> JSONResponse:
+    """The whole HTTP answer, ``Retry-After`` included where a retry may succeed."""
+    answer = answer_for(error)
+    headers = {} if answer.retry_after_s is None else {"retry-after": str(answer.retry_after_s)}
+    return JSONResponse(error_body(error), status_code=answer.status, headers=headers)
+
+
+def plain_error_response(status: int, message: str) -> JSONResponse:
+    """An OpenAI error body for what the web framework itself refuses: unknown path, wrong method, a bug of ours."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    code = {404: "not_found", 405: "method_not_allowed"}.get(
+        status, "internal_error" if status >= 500 else "invalid_request"
+    )
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status_code=status)

@@ -1,0 +1,1 @@
+"""One store of deltas for each host, shared by the replicas there."""

@@ -1,0 +1,97 @@
+"""The node store: one detached actor for each host and application, found by name.
+
+Nobody owns it: it lives while replicas show life, and ends by itself when none has for a while.
+"""
+
+import logging
+import time
+
+from deltazip_ray.residency.host_cache import HostCache
+from prometheus_client import CollectorRegistry, generate_latest
+
+from deltazip_deployments.node_store.arena import Arena, ArenaRef
+from deltazip_deployments.node_store.leases import Leases
+from deltazip_deployments.node_store.protocol import NodeReport, StoredDelta
+
+_LINGER_LEASES = 4
+"""How many lease timeouts without a replica are the end: a restarting one finds the deltas still here."""
+
+logger = logging.getLogger(__name__)
+
+
+class NodeStore:
+    """Leases on a host cache, kept for replicas of the same host."""
+
+    def __init__(
+        self, node: str, cache: HostCache, arena: Arena, lease_timeout_s: float, registry: CollectorRegistry
+    ) -> None:
+        self._node = node
+        self._cache = cache
+        self._arena = arena
+        self._leases = Leases(lease_timeout_s, time.monotonic())
+        self._registry = registry
+        self._metrics: dict[str, str] = {}
+
+    async def arena(self) -> ArenaRef:
+        """How to map the memory."""
+        return self._arena.ref
+
+    async def acquire(self, replica: str, version: str) -> StoredDelta:
+        """Hold a version for a replica; raises what HostCache raises."""
+        self._leases.touch(replica, time.monotonic())
+        delta = await self._cache.acquire(version)
+        self._leases.touch(replica, time.monotonic())
+        self._leases.add(replica, version)
+        return StoredDelta(delta.manifest, self._cache.offsets(version), delta.tier)
+
+    async def release(self, replica: str, version: str) -> bool:
+        """Let go of one hold; False when it had been dropped."""
+        self._leases.touch(replica, time.monotonic())
+        kept = self._leases.remove(replica, version)
+        if kept:
+            await self._cache.release(version)
+        return kept
+
+    async def heartbeat(self, replica: str, metrics: str) -> frozenset[str]:
+        """The replica lives; returns the versions in memory."""
+        self._leases.touch(replica, time.monotonic())
+        self._metrics[replica] = metrics
+        return self._cache.versions
+
+    async def leave(self, replica: str) -> None:
+        """The replica ends: drop its holds and its metrics."""
+        self._metrics.pop(replica, None)
+        for version in self._leases.drop(replica):
+            await self._cache.release(version)
+
+    async def report(self) -> NodeReport:
+        """Everything a scrape wants to know of this host."""
+        return NodeReport(self._node, generate_latest(self._registry).decode(), dict(self._metrics))
+
+    async def drop_silent(self) -> float:
+        """Drop what silent replicas hold; returns for how many seconds there has been no replica."""
+        now = time.monotonic()
+        for replica in self._leases.silent(now):
+            logger.warning("replica %s is silent: its holds are dropped", replica)
+            await self.leave(replica)
+        return self._leases.alone_s(now)
+
+
+@ray.remote(num_cpus=0, max_concurrency=1000, max_restarts=0)
+class NodeStoreActor(NodeStore):
+    """The node store as an actor that ends itself. What it has to say about its settings it says by dying early."""
+
+    def __init__(self, node: str, store: StoreConfig, settings: NodeStoreConfig, base_digest: str) -> None:
+        """Raises ConfigError when the arena does not fit."""
+        arena = Arena(settings.shm_dir, settings.arena_bytes)
+        registry = CollectorRegistry()
+        catalog = Catalog(open_store(store), base_digest)
+        cache = HostCache(catalog, arena.buffer, settings.fetch_threads, registry)
+        super().__init__(node, cache, arena, settings.lease_timeout_s, registry)
+        self._watch_task = asyncio.get_running_loop().create_task(self._watch(settings.lease_timeout_s))
+
+    async def _watch(self, lease_timeout_s: float) -> None:
+        while await self.drop_silent() < _LINGER_LEASES * lease_timeout_s:
+            await asyncio.sleep(lease_timeout_s / 4)
+        logger.info("no replica needs this node store any more")
+        ray.kill(ray.get_runtime_context().current_actor)

@@ -1,0 +1,136 @@
+"""A replica's way to its node store: a DeltaSource whose bytes are the store's own, mapped read-only."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ray.exceptions import RayActorError, RayTaskError
+
+from deltazip_deployments.node_store.arena import ArenaRef, map_arena
+from deltazip_deployments.node_store.protocol import StoredDelta
+from deltazip_deployments.ray_errors import unwrapped
+from deltazip_ray.errors import StoreUnavailable
+from deltazip_ray.residency.tiers import HostDelta
+
+_ATTEMPTS = 5
+_PAUSE_S = 0.2
+
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True, eq=False)
+class _Link:
+    """One life of the node store: its actor and its memory."""
+
+    actor: Any
+    arena: memoryview
+
+
+class NodeStoreClient:
+    """Survives the store's death: the next call finds or starts another one and maps its memory.
+
+    Views from before stay valid, for their memory lives as long as they do.
+    """
+
+    def __init__(self, replica: str, find: Callable[[], Any]) -> None:
+        """``find`` returns the actor's handle and starts the actor where there is none; it may block."""
+        self._replica = replica
+        self._find = find
+        self._link: _Link | None = None
+        self._connecting = asyncio.Lock()
+        self._held: defaultdict[str, list[_Link]] = defaultdict(list)
+
+    async def acquire(self, version: str) -> HostDelta:
+        """See DeltaSource; also raises StoreUnavailable when no node store can be reached."""
+        # A caller that leaves must not leave a hold behind: the call is finished for it and taken back.
+        call = asyncio.create_task(self._acquire(version))
+        try:
+            return await asyncio.shield(call)
+        except asyncio.CancelledError:
+            call.add_done_callback(lambda _: None if call.cancelled() or call.exception() else self._give_back(version))
+            raise
+
+    async def release(self, version: str) -> None:
+        """Let go of one acquire. Raises StoreUnavailable when the store had dropped the hold before.
+
+        Then the bytes may have been overwritten since, and what was read from them must not be used.
+        """
+        link = self._held[version].pop()
+        if link is not self._link:
+            return
+        try:
+            kept = await _result(link.actor.release.remote(self._replica, version))
+        except RayActorError:
+            return
+        if not kept:
+            raise StoreUnavailable(f"the node store took version {version[:12]} for abandoned: load it again")
+
+    async def connect(self) -> None:
+        """Find or start the node store; raises StoreUnavailable."""
+        await self._call(lambda link: link.actor.heartbeat.remote(self._replica, ""))
+
+    async def heartbeat(self, metrics: str) -> frozenset[str]:
+        """Show life and leave the replica's metrics; returns the versions in the host's memory."""
+        versions: frozenset[str] = await self._call(lambda link: link.actor.heartbeat.remote(self._replica, metrics))
+        return versions
+
+    async def leave(self) -> None:
+        """Tell the store that this replica is gone."""
+        if self._link is not None:
+            try:
+                await self._link.actor.leave.remote(self._replica)
+            except RayActorError:
+                return
+
+    async def _acquire(self, version: str) -> HostDelta:
+        held_by: list[_Link] = []
+
+        def ask(link: _Link) -> Awaitable[StoredDelta]:
+            held_by[:] = [link]
+            answer: Awaitable[StoredDelta] = link.actor.acquire.remote(self._replica, version)
+            return answer
+
+        stored = await self._call(ask)
+        arena = held_by[0].arena
+        self._held[version].append(held_by[0])
+        views = {block: arena[offset : offset + size] for block, (offset, size) in stored.blobs.items()}
+        return HostDelta(manifest=stored.manifest, blobs=views, tier=stored.tier)
+
+    def _give_back(self, version: str) -> None:
+        link = self._held[version].pop()
+        link.actor.release.remote(self._replica, version)
+
+    async def _call(self, ask: Callable[[_Link], Awaitable[_Answer]]) -> _Answer:
+        """Ask the store, another life of it if this one ends. Raises StoreUnavailable, and what the store raises."""
+        problem: Exception | None = None
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(_PAUSE_S * attempt)
+            link: _Link | None = None
+            try:
+                link = await self._connect()
+                return await _result(ask(link))
+            except (RayActorError, StoreUnavailable) as error:
+                if isinstance(error, StoreUnavailable) and link is not None:
+                    raise
+                problem = error
+                if self._link is link:
+                    self._link = None
+        raise StoreUnavailable(f"the node store of this host does not stay up: {problem}") from problem
+
+    async def _connect(self) -> _Link:
+        async with self._connecting:
+            if self._link is None:
+                actor = await asyncio.to_thread(self._find)
+                ref: ArenaRef = await actor.arena.remote()
+                self._link = _Link(actor, map_arena(ref))
+            return self._link
+
+
+async def _result(answer: Awaitable[_Answer]) -> _Answer:
+    try:
+        return await answer
+    except RayTaskError as error:
+        raise unwrapped(error) from error

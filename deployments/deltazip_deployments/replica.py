@@ -1,0 +1,128 @@
+"""One Serve replica: an engine, its way to the node store, and what it tells the routers and the scrape."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from deltazip_deployments.request_router import routing_stats
+from deltazip_deployments.router.backend import ReplicaDescription
+from deltazip_ray.config import AppConfig
+from deltazip_ray.engine.async_engine import AsyncEngine, EngineStats
+from deltazip_ray.errors import StoreUnavailable
+from deltazip_ray.residency.tiers import DeltaSource
+from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
+
+logger = logging.getLogger(__name__)
+
+_GROUP_S = 0.01
+_MAX_BEAT_S = 1.0
+
+
+class Engine(Protocol):
+    """What a replica needs of an engine: AsyncEngine, or a scripted one in tests."""
+
+    @property
+    def base_digest(self) -> str: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def check(self) -> None: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]: ...
+
+
+class HostSource(DeltaSource, Protocol):
+    """A DeltaSource that wants to know whether its user still lives."""
+
+    async def connect(self) -> None: ...
+
+    async def heartbeat(self, metrics: str) -> frozenset[str]: ...
+
+    async def leave(self) -> None: ...
+
+
+EngineFactory = Callable[[AppConfig, DeltaSource, CollectorRegistry], Engine]
+SourceFactory = Callable[[AppConfig, Callable[[], str]], HostSource]
+"""Makes the way to the host's store; the second argument tells the base's digest once the engine has started."""
+
+
+def make_engine(config: AppConfig, source: DeltaSource, registry: CollectorRegistry) -> Engine:
+    """The real engine."""
+    return AsyncEngine(config.engine, Path(config.base), source, registry)
+
+
+class Replica:
+    """Runs requests. Made by Serve, which checks its health before it sends anything: that is when it starts."""
+
+    def __init__(self, config: AppConfig, engine_factory: EngineFactory, source_factory: SourceFactory) -> None:
+        self._config = config
+        self._registry = CollectorRegistry()
+        self._source = source_factory(config, lambda: self._engine.base_digest)
+        self._engine = engine_factory(config, self._source, self._registry)
+        self._started = False
+        self._beats: asyncio.Task[None] | None = None
+        self._on_host: frozenset[str] = frozenset()
+
+    async def check_health(self) -> None:
+        """Start at the first call; later raise what is broken, so that Serve replaces the replica."""
+        if not self._started:
+            await self._engine.start()
+            await self._source.connect()
+            self._beats = asyncio.create_task(self._beat())
+            self._started = True
+        await self._engine.check()
+
+    async def describe(self) -> ReplicaDescription:
+        """What the router must know of the base."""
+        return ReplicaDescription(self._engine.base_digest, self._engine.max_model_len)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Tokens in groups: the first at once, then all that came within a few milliseconds.
+
+        The engine joins what is not taken, so that leaving it alone for a moment makes the group.
+        """
+        async with contextlib.aclosing(self._engine.generate(request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+                if chunk.finish_reason is None:
+                    await asyncio.sleep(_GROUP_S)
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Serve's hook: what placement goes by."""
+        stats = self._engine.stats()
+        return routing_stats(
+            device=stats.resident,
+            loading=stats.loading,
+            host=self._on_host,
+            slots=stats.slots,
+            capacity=self._config.engine.max_running,
+        )
+
+    async def __del__(self) -> None:
+        """Serve's hook for a graceful end."""
+        if self._beats is not None:
+            self._beats.cancel()
+        await self._engine.stop()
+        await self._source.leave()
+
+    async def _beat(self) -> None:
+        """Tell the node store that this replica lives, and what it measured; learn what the host holds."""
+        period = min(_MAX_BEAT_S, self._config.node_store.lease_timeout_s / 3)
+        while True:
+            try:
+                self._on_host = await self._source.heartbeat(generate_latest(self._registry).decode())
+            except StoreUnavailable as error:
+                logger.warning("no heartbeat: %s", error.message)
+            await asyncio.sleep(period)

@@ -1,0 +1,1 @@
+"""The HTTP front: names, tokenizers, placement's caller, text."""

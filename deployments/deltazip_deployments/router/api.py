@@ -1,0 +1,141 @@
+"""The HTTP face: paths, statuses, headers. What is behind them is the service's."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from functools import partial
+
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from deltazip_deployments.http_errors import answer_for, error_response, plain_error_response
+from deltazip_deployments.openai.answers import CHAT, COMPLETION, Answer, Form
+from deltazip_deployments.openai.models import model_list
+from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest, parse_request
+from deltazip_deployments.router.generation import Generation
+from deltazip_deployments.router.metrics import RouterMetrics
+from deltazip_deployments.router.scrape import Labels, merge
+from deltazip_deployments.router.service import RouterService
+from deltazip_ray.errors import DeltaZipError, UnknownVariant
+
+Scrape = Callable[[], Awaitable[Iterable[tuple[Labels, str]]]]
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events that end the generation however they end, even before the first byte."""
+
+    def __init__(
+        self, events: AsyncIterator[bytes], headers: dict[str, str], done: Callable[[], Awaitable[None]]
+    ) -> None:
+        super().__init__(events, headers={**headers, "cache-control": "no-cache"}, media_type="text/event-stream")
+        self._done = done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._done()
+
+
+def build_api(service: RouterService, metrics: RouterMetrics, scrape: Scrape) -> FastAPI:
+    """The application. ``scrape`` collects what replicas and node stores have to tell."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        yield
+        await service.stop()
+
+    api = FastAPI(title="DeltaZip", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    api.add_exception_handler(DeltaZipError, _project_error)
+    api.add_exception_handler(HTTPException, _framework_error)
+    api.add_exception_handler(Exception, _bug)
+
+    @api.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _answer(service, metrics, request, partial(parse_request, CompletionRequest), COMPLETION)
+
+    @api.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await _answer(service, metrics, request, partial(parse_request, ChatRequest), CHAT)
+
+    @api.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": model_list(service.config.base_name, await service.variants())})
+
+    @api.get("/v1/models/{model:path}")
+    async def one_model(model: str) -> Response:
+        version = await service.resolve(model)
+        for entry in model_list(service.config.base_name, await service.variants()):
+            if entry["id"] == model or (version is not None and entry["version"] == version):
+                return JSONResponse({**entry, "id": model})
+        raise UnknownVariant(f"there is no model {model!r}: GET /v1/models lists those that exist")
+
+    @api.get("/health")
+    async def health() -> Response:
+        state = service.health()
+        status = 503 if state.status == "starting" else 200
+        return JSONResponse({"status": state.status, "problems": list(state.problems)}, status_code=status)
+
+    @api.get("/metrics")
+    async def all_metrics() -> Response:
+        own = generate_latest(metrics.registry).decode()
+        return Response(merge([({}, own), *await scrape()]), media_type=CONTENT_TYPE_LATEST)
+
+    return api
+
+
+async def _answer(
+    service: RouterService,
+    metrics: RouterMetrics,
+    request: Request,
+    parse: Callable[[bytes], CompletionRequest | ChatRequest],
+    form: Form,
+) -> Response:
+    arrived = metrics.arrived()
+    endpoint = request.url.path
+    generation: Generation | None = None
+    try:
+        asked = parse(await request.body())
+        generation = await service.begin(asked)
+        metrics.begun(arrived, generation)
+        answer = Answer(form, generation, include_usage=asked.include_usage)
+        headers = {"x-deltazip-version": generation.version or "base", "x-deltazip-tier": generation.tier}
+        if asked.stream:
+            return _Stream(answer.events(), headers, _closing(metrics, endpoint, generation))
+        async with generation:
+            whole = await answer.whole()
+    except DeltaZipError as error:
+        metrics.ended(endpoint, answer_for(error).status, generation)
+        raise
+    except BaseException:
+        metrics.ended(endpoint, 499, generation)
+        raise
+    metrics.ended(endpoint, 200, generation)
+    return JSONResponse(whole, headers=headers)
+
+
+def _closing(metrics: RouterMetrics, endpoint: str, generation: Generation) -> Callable[[], Awaitable[None]]:
+    async def close() -> None:
+        metrics.ended(endpoint, 200 if generation.finish_reason else 499, generation)
+        await generation.aclose()
+
+    return close
+
+
+async def _project_error(_: Request, error: Exception) -> Response:
+    if not isinstance(error, DeltaZipError):
+        raise error
+    return error_response(error)
+
+
+async def _framework_error(_: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    return plain_error_response(error.status_code, f"{error.detail}: the API is under /v1, beside /health and /metrics")
+
+
+async def _bug(_: Request, __: Exception) -> Response:
+    return plain_error_response(500, "the router failed: see its log under this answer's x-request-id")

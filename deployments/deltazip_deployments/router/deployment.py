@@ -1,0 +1,49 @@
+"""The ingress deployment: the router's service and its HTTP API around a handle to the replicas."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deltazip_deployments.node_store.discovery import reports
+from deltazip_deployments.replica import Replica
+from deltazip_deployments.router.api import build_api
+from deltazip_deployments.router.backend import HandleBackend
+from deltazip_deployments.router.metrics import RouterMetrics
+from deltazip_deployments.router.scrape import Labels
+from deltazip_deployments.router.service import RouterService
+from deltazip_ray.artifact.catalog import Catalog
+from deltazip_ray.artifact.checkpoint import FILES
+from deltazip_ray.artifact.store import open_store
+from deltazip_ray.config import AppConfig
+from deltazip_ray.errors import ConfigError
+
+
+class Router:
+    """Serve's ingress: it builds its application when it is made, so that it can hold what cannot be pickled."""
+
+    def __init__(self, config: AppConfig, replicas: DeploymentHandle[Replica]) -> None:
+        self._app = serve.get_replica_context().app_name
+        store = open_store(config.store)
+        self._service = RouterService(
+            config, HandleBackend(replicas), lambda digest: Catalog(store, digest), _tokenizer_files(Path(config.base))
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve's hook."""
+        return build_api(self._service, RouterMetrics(), self._scrape)
+
+    async def _scrape(self) -> Iterable[tuple[Labels, str]]:
+        texts: list[tuple[Labels, str]] = []
+        for report in await reports(self._app):
+            texts.append(({"node": report.node}, report.store))
+            texts += [({"node": report.node, "replica": name}, text) for name, text in report.replicas.items()]
+        return texts
+
+
+def _tokenizer_files(base: Path) -> dict[str, bytes]:
+    if not (base / "tokenizer.json").is_file():
+        raise ConfigError(f"{base} has no tokenizer.json: the router needs the base's folder on its host too")
+    return {name: (base / name).read_bytes() for name in FILES if (base / name).is_file()}

@@ -1,0 +1,94 @@
+"""What clients may ask for: the store's variants as of a moment ago, kept while the store is away."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from deltazip_ray.artifact.catalog import Catalog, Variant
+from deltazip_ray.artifact.names import VariantRef
+from deltazip_ray.errors import DeltaZipError, StoreUnavailable, UnknownVariant
+
+logger = logging.getLogger(__name__)
+
+_NAMES_IN_MESSAGE = 20
+_RETRY_S = 1.0
+
+
+class Directory:
+    """Names to versions. One refresh at a time; an unknown name may cause one, but not more often than each second."""
+
+    def __init__(self, catalog: Catalog, base_name: str, refresh_s: float) -> None:
+        self._catalog = catalog
+        self._base_name = base_name
+        self._refresh_s = refresh_s
+        self._variants: dict[str, Variant] | None = None
+        self._refreshing: asyncio.Task[None] | None = None
+        self._tried_at = float("-inf")
+        self.problem: str | None = None
+        """Why the last refresh failed; None when it worked."""
+
+    async def keep_fresh(self) -> None:
+        """Refresh for ever, sooner while the store is away."""
+        while True:
+            await self.refresh()
+            await asyncio.sleep(self._refresh_s if self.problem is None else min(self._refresh_s, _RETRY_S))
+
+    async def refresh(self) -> None:
+        """Read the variants; on failure the known ones stay and ``problem`` says why."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(self._read())
+        await asyncio.shield(self._refreshing)
+
+    @property
+    def tried(self) -> bool:
+        """Whether the store was asked at all."""
+        return self._variants is not None or self.problem is not None
+
+    async def variants(self) -> Sequence[Variant]:
+        """All known variants by name; raises StoreUnavailable when there never was an answer."""
+        await self._first_answer()
+        return sorted(self._known().values(), key=lambda variant: variant.name)
+
+    async def resolve(self, ref: VariantRef) -> str:
+        """The version that a name stands for; raises UnknownVariant, StoreUnavailable."""
+        await self._first_answer()
+        try:
+            return self._find(ref)
+        except UnknownVariant:
+            if time.monotonic() - self._tried_at < _RETRY_S:
+                raise
+        await self.refresh()
+        return self._find(ref)
+
+    async def _first_answer(self) -> None:
+        if not self.tried:
+            await self.refresh()
+
+    async def _read(self) -> None:
+        self._tried_at = time.monotonic()
+        try:
+            found = await asyncio.to_thread(self._catalog.variants)
+        except DeltaZipError as error:
+            if self.problem is None:
+                logger.warning("the list of variants cannot be read: %s", error.message)
+            self.problem = error.message
+            return
+        self._variants = {variant.name: variant for variant in found}
+        self.problem = None
+
+    def _known(self) -> dict[str, Variant]:
+        if self._variants is None:
+            raise StoreUnavailable(f"the list of variants could not be read yet: {self.problem}")
+        return self._variants
+
+    def _find(self, ref: VariantRef) -> str:
+        known = self._known()
+        variant = known.get(ref.name)
+        if variant is None:
+            names = sorted([self._base_name, *known])
+            more = f" and {len(names) - _NAMES_IN_MESSAGE} more" if len(names) > _NAMES_IN_MESSAGE else ""
+            raise UnknownVariant(
+                f"there is no model {ref.name!r}; there are: {', '.join(names[:_NAMES_IN_MESSAGE])}{more}"
+            )
+        return variant.resolve(ref.selector)

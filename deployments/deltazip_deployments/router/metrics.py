@@ -1,0 +1,45 @@
+"""What the router itself counts."""
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from deltazip_deployments.router.generation import Generation
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class RouterMetrics:
+    """Prometheus metrics in a registry of their own. ``tier`` says where a delta was: ``device`` is warm."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "deltazip_router_requests", "Requests by answer", ("endpoint", "status"), registry=self.registry
+        )
+        self._open = Gauge("deltazip_router_open_requests", "Requests being answered", registry=self.registry)
+        self._first_token = Histogram(
+            "deltazip_router_first_token_seconds",
+            "From a request's arrival to its first token",
+            ("tier",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._tokens = Counter("deltazip_router_tokens", "Tokens taken and made", ("kind",), registry=self.registry)
+
+    def arrived(self) -> float:
+        """A request has come; returns its time for :meth:`begun`."""
+        self._open.inc()
+        return time.perf_counter()
+
+    def begun(self, arrived: float, generation: Generation) -> None:
+        """The first token is there."""
+        self._first_token.labels(generation.tier).observe(time.perf_counter() - arrived)
+
+    def ended(self, endpoint: str, status: int, generation: Generation | None) -> None:
+        """The request is over, answered or not."""
+        self._open.dec()
+        self._requests.labels(endpoint, str(status)).inc()
+        if generation is not None:
+            self._tokens.labels("prompt").inc(generation.prompt_tokens)
+            self._tokens.labels("completion").inc(generation.completion_tokens)

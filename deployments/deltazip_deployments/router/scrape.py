@@ -1,0 +1,33 @@
+"""One scrape for the whole application: many Prometheus texts become one, told apart by labels."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+Labels = Mapping[str, str]
+
+
+class _Merged(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = list(families)
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._families
+
+
+def merge(sources: Iterable[tuple[Labels, str]]) -> bytes:
+    """Prometheus text of all sources; each source's samples get its labels besides their own.
+
+    A family that several sources have appears once, as the format wants.
+    """
+    families: dict[str, Metric] = {}
+    for labels, text in sources:
+        for family in text_string_to_metric_families(text):
+            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                merged.samples.append(sample._replace(labels={**sample.labels, **labels}))
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Merged(families.values()))
+    return generate_latest(registry)

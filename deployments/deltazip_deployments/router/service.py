@@ -1,0 +1,159 @@
+"""The router's work, apart from HTTP: from an OpenAI request to tokens, and from tokens to text."""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
+from deltazip_deployments.router.backend import Backend, ReplicaDescription
+from deltazip_deployments.router.directory import Directory
+from deltazip_deployments.router.generation import Generation
+from deltazip_deployments.router.health import Health
+from deltazip_deployments.router.resume import generate_resuming
+from deltazip_deployments.text.output import OutputText
+from deltazip_deployments.text.text_cache import TextCache
+from deltazip_deployments.text.version_text import VersionText, load_version_text
+from deltazip_ray.artifact.catalog import Catalog, Variant
+from deltazip_ray.artifact.names import parse_ref
+from deltazip_ray.config import AppConfig
+from deltazip_ray.errors import DeltaZipError, EngineStopped, InvalidRequest, PromptTooLong, StoreUnavailable
+from deltazip_ray.scheduler.request import GenerateRequest
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S = 0.5
+
+
+class RouterService:
+    """Everything behind the HTTP API. It starts without replicas and without a store, and says so until it has both."""
+
+    def __init__(
+        self,
+        config: AppConfig,
+        backend: Backend,
+        open_catalog: Callable[[str], Catalog],
+        base_files: Mapping[str, bytes],
+    ) -> None:
+        """``open_catalog`` takes the base's digest; ``base_files`` are the base's tokenizer files by name."""
+        self.config = config
+        self._backend = backend
+        self._open_catalog = open_catalog
+        self._base_files = base_files
+        self._texts = TextCache(self._load_text)
+        self._replicas: ReplicaDescription | None = None
+        self._catalog: Catalog | None = None
+        self._directory: Directory | None = None
+        self._background: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to look for replicas and variants, in the background."""
+        self._background = asyncio.create_task(self._learn())
+
+    async def stop(self) -> None:
+        """End the background work."""
+        if self._background is not None:
+            self._background.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._background
+
+    def health(self) -> Health:
+        """Whether requests can be answered, and what is in the way."""
+        if self._directory is None:
+            return Health("starting", ("no replica has answered yet",))
+        if not self._directory.tried:
+            return Health("starting", ("the list of variants is being read",))
+        problem = self._directory.problem
+        return Health("ok") if problem is None else Health("degraded", (problem,))
+
+    async def variants(self) -> Sequence[Variant]:
+        """The known variants; raises StoreUnavailable, EngineStopped."""
+        return await self._ready_directory().variants()
+
+    async def resolve(self, model: str) -> str | None:
+        """The version that ``model`` stands for, None for the base.
+
+        Raises InvalidName, UnknownVariant, StoreUnavailable, EngineStopped.
+        """
+        if model == self.config.base_name:
+            return None
+        return await self._ready_directory().resolve(parse_ref(model))
+
+    async def begin(self, request: CompletionRequest | ChatRequest) -> Generation:
+        """Start to answer, and wait for the first tokens. The caller closes what it gets. Raises DeltaZipError."""
+        version = await self.resolve(request.model)
+        text = await self._texts.get(version)
+        prompt = await _prompt(request, text)
+        sampling = request.sampling(
+            max_tokens=self._output_limit(len(prompt), request.output_limit),
+            stop_token_ids=text.end_token_ids,
+            defaults=text.defaults,
+        )
+        wanted = GenerateRequest(uuid.uuid4().hex, version, tuple(prompt), sampling)
+        generation = Generation(
+            generate_resuming(self._backend, wanted, self.config.router.resume_attempts),
+            OutputText(text.detokenizer(prompt), request.stops),
+            model=request.model,
+            version=version,
+            prompt_tokens=len(prompt),
+            timeout_s=self.config.router.request_timeout_s,
+        )
+        try:
+            await generation.begin()
+        except BaseException:
+            await generation.aclose()
+            raise
+        return generation
+
+    def _output_limit(self, prompt_tokens: int, wanted: int | None) -> int:
+        if self._replicas is None:
+            raise EngineStopped("no replica has answered yet: try again in a moment")
+        room = self._replicas.max_model_len - prompt_tokens
+        if room < (wanted or 1):
+            raise PromptTooLong(
+                f"this model's context is {self._replicas.max_model_len} tokens; the prompt has {prompt_tokens} and "
+                f"{wanted or 1} more were asked for: shorten the prompt or lower max_tokens"
+            )
+        return wanted or room
+
+    def _ready_directory(self) -> Directory:
+        if self._directory is None:
+            raise EngineStopped("no replica has answered yet: try again in a moment")
+        return self._directory
+
+    async def _learn(self) -> None:
+        while self._replicas is None:
+            try:
+                self._replicas = await self._backend.describe()
+            except DeltaZipError as error:
+                logger.warning("no replica answers yet: %s", error.message)
+                await asyncio.sleep(_RETRY_S)
+        self._catalog = self._open_catalog(self._replicas.base_digest)
+        self._directory = Directory(self._catalog, self.config.base_name, self.config.router.catalog_refresh_s)
+        await self._directory.keep_fresh()
+
+    def _load_text(self, version: str | None) -> VersionText:
+        """Blocking: runs in a thread."""
+        if version is None:
+            return load_version_text(self._base_files)
+        if self._catalog is None:
+            raise StoreUnavailable("the list of variants could not be read yet: try again in a moment")
+        manifest = self._catalog.manifest(version)
+        files = {name: self._catalog.file(entry.digest) for name, entry in manifest.files.items()}
+        if "tokenizer.json" not in files:
+            files = {**self._base_files, **files}
+        return load_version_text(files)
+
+
+async def _prompt(request: CompletionRequest | ChatRequest, text: VersionText) -> list[int]:
+    if isinstance(request, ChatRequest):
+        turns = [message.plain() for message in request.messages]
+        prompt = await asyncio.to_thread(text.encode_chat, turns)
+    elif isinstance(given := request.text_or_tokens, str):
+        prompt = await asyncio.to_thread(text.encode, given)
+    else:
+        prompt = given
+    if not prompt:
+        raise InvalidRequest("the prompt is empty: this model needs at least one token to start from")
+    return prompt

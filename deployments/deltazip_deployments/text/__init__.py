@@ -1,0 +1,1 @@
+"""Between text and tokens: each version's own tokenizer and chat template, and text that grows token by token."""

@@ -1,0 +1,40 @@
+"""Text of a growing token sequence.
+
+``tokenizers.decoders.DecodeStream`` does this too, but it raises on byte-fallback output that is not UTF-8 and
+repeats the prompt when that ends inside a character: a model may emit anything, so neither may break a stream.
+"""
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+_CONTEXT = 6  # prompt tokens that decide how the first output token reads: a leading space, a pending byte
+_INCOMPLETE = "\ufffd"  # what the decoder writes for bytes that are not a character (yet)
+
+
+class Detokenizer:
+    """Turns output tokens into text; text never changes once it is out, and no character is split."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt[-_CONTEXT:])
+        self._read = len(self._ids)
+
+    def feed(self, tokens: Sequence[int]) -> str:
+        """The text that ``tokens`` add; empty while a character is incomplete."""
+        self._ids.extend(tokens)
+        before, after = self._texts()
+        if after.endswith(_INCOMPLETE) or len(after) <= len(before):
+            return ""
+        self._ids = self._ids[self._read :]
+        self._read = len(self._ids)
+        return after[len(before) :]
+
+    def finish(self) -> str:
+        """What was held back as incomplete."""
+        before, after = self._texts()
+        return after[len(before) :]
+
+    def _texts(self) -> tuple[str, str]:
+        before = self._tokenizer.decode(self._ids[: self._read], skip_special_tokens=True)
+        return before, self._tokenizer.decode(self._ids, skip_special_tokens=True)

@@ -1,0 +1,191 @@
+"""What requests may say: everything else is refused by name."""
+
+import json
+from typing import Any
+
+import pytest
+from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest, InvalidField, parse_request
+
+from deltazip_ray.errors import InvalidRequest
+
+COMPLETION: dict[str, Any] = {"model": "m", "prompt": "abc"}
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def chat(**fields: Any) -> ChatRequest:
+    return parse_request(ChatRequest, json.dumps(CHAT | fields).encode())
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return parse_request(CompletionRequest, json.dumps(COMPLETION | fields).encode())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2),
+        ("n", True),
+        ("best_of", 3),
+        ("logprobs", True),
+        ("logprobs", 0),
+        ("top_logprobs", 2),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "json_object"}),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -1),
+        ("logit_bias", {"5": 10}),
+        ("echo", True),
+        ("suffix", "end"),
+        ("min_p", 0.1),
+        ("reasoning_effort", "high"),
+        ("no_such_field", 1),
+    ],
+)
+def test_fields_that_would_change_the_answer_are_refused_by_name(field: str, value: Any) -> None:
+    for request in (chat, completion):
+        with pytest.raises(InvalidField, match=field) as refused:
+            request(**{field: value})
+        assert refused.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("user", "u"),
+        ("metadata", {"a": "b"}),
+        ("store", False),
+        ("service_tier", "auto"),
+        ("n", 1),
+        ("logprobs", None),
+        ("logprobs", False),
+        ("presence_penalty", 0.0),
+        ("frequency_penalty", 0),
+        ("tools", []),
+        ("tool_choice", "auto"),
+        ("response_format", {"type": "text"}),
+        ("logit_bias", {}),
+    ],
+)
+def test_fields_that_ask_for_nothing_are_accepted(field: str, value: Any) -> None:
+    assert chat(**{field: value}).model == completion(**{field: value}).model == "m"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.5}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"stop": 7}, "stop"),
+        ({"model": 7}, "model"),
+        ({"stream_options": {"include_usage": 1}, "stream": True}, "stream_options"),
+        ({"stream_options": {"surprise": True}, "stream": True}, "stream_options"),
+    ],
+)
+def test_bad_values_name_their_field(fields: dict[str, Any], param: str) -> None:
+    for request in (chat, completion):
+        with pytest.raises(InvalidField, match=param) as refused:
+            request(**fields)
+        assert refused.value.param == param
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000, b'"text"'])
+def test_bodies_that_are_no_json_object_are_refused(body: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="JSON"):
+        parse_request(ChatRequest, body)
+
+
+def test_not_a_number_is_refused() -> None:
+    with pytest.raises(InvalidField, match="temperature"):
+        parse_request(CompletionRequest, b'{"model": "m", "prompt": "a", "temperature": NaN}')
+
+
+def test_missing_fields_are_named() -> None:
+    with pytest.raises(InvalidField, match="prompt") as refused:
+        parse_request(CompletionRequest, b'{"model": "m"}')
+    assert refused.value.param == "prompt"
+    with pytest.raises(InvalidField, match="messages"):
+        parse_request(ChatRequest, b'{"model": "m", "messages": []}')
+
+
+def test_one_prompt_in_any_form() -> None:
+    assert completion(prompt="ab").text_or_tokens == "ab"
+    assert completion(prompt=["ab"]).text_or_tokens == "ab"
+    assert completion(prompt=[5, 6]).text_or_tokens == [5, 6]
+    assert completion(prompt=[[5, 6]]).text_or_tokens == [5, 6]
+    assert completion(prompt=[]).text_or_tokens == []
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], [-1], [1.5], {"a": 1}, [1, "a"]])
+def test_other_prompts_are_refused(prompt: Any) -> None:
+    with pytest.raises(InvalidField, match="prompt"):
+        completion(prompt=prompt)
+
+
+def test_messages_are_flattened_to_text() -> None:
+    request = chat(
+        messages=[
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "n"},
+            {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None, "annotations": []},
+        ]
+    )
+    assert [message.plain() for message in request.messages] == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "ab", "name": "n"},
+        {"role": "assistant", "content": "c"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "tool", "content": "x"},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"content": "x"},
+        "x",
+    ],
+)
+def test_messages_beyond_text_are_refused(message: Any) -> None:
+    with pytest.raises(InvalidField, match="messages"):
+        chat(messages=[message])
+
+
+def test_output_limits() -> None:
+    assert completion().output_limit == 16
+    assert completion(max_tokens=None).output_limit is None
+    assert chat().output_limit is None
+    assert chat(max_tokens=5).output_limit == 5
+    assert chat(max_tokens=5, max_completion_tokens=7).output_limit == 7
+
+
+def test_sampling_prefers_the_request_over_the_version_over_neutral() -> None:
+    defaults = {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
+    ends = frozenset({2})
+    own = completion(temperature=0, seed=3).sampling(max_tokens=4, stop_token_ids=ends, defaults=defaults)
+    assert (own.temperature, own.top_p, own.top_k, own.seed, own.max_tokens) == (0.0, 0.9, 20, 3, 4)
+    neutral = completion(top_k=-1).sampling(max_tokens=4, stop_token_ids=ends, defaults={})
+    assert (neutral.temperature, neutral.top_p, neutral.top_k, neutral.ignore_eos) == (1.0, 1.0, 0, False)
+
+
+def test_a_missing_seed_is_drawn_anew_and_a_negative_one_fits() -> None:
+    seeds = {completion().sampling(max_tokens=1, stop_token_ids=frozenset(), defaults={}).seed for _ in range(8)}
+    assert len(seeds) == 8
+    negative = completion(seed=-1).sampling(max_tokens=1, stop_token_ids=frozenset(), defaults={}).seed
+    assert 0 <= negative < 1 << 63
+
+
+def test_stops_are_few_and_not_empty() -> None:
+    assert completion(stop="x").stops == ("x",)
+    assert completion(stop=["x", "y"]).stops == ("x", "y")
+    for stop in ("", ["x", ""], ["x"] * 17):
+        with pytest.raises(InvalidField, match="stop"):
+            completion(stop=stop)
+    with pytest.raises(InvalidField, match="stream"):
+        completion(stream_options={"include_usage": True})
