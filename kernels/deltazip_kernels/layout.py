@@ -47,6 +47,11 @@ class Codec:
         return 2 if self.bits == 3 else self.bits
 
     @property
+    def planes(self) -> int:
+        """How many levels of one row and group share a byte lane of ``codes``."""
+        return 2 if self.sparse or self.high == 4 else 4
+
+    @property
     def unit(self) -> int:
         """What a level of one is as a byte: codes unpack to the top bits of an int8, without a subtraction."""
         return 1 << (8 - self.bits)
@@ -88,16 +93,18 @@ def tiles(shape: tuple[int, int]) -> tuple[int, int]:
 
 def packed_layout(codec: str, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each tensor that :func:`pack` makes of a matrix ``[N, K]``."""
-    kind, grid = find_codec(codec), tiles(shape)
-    stored = GROUP // 2 if kind.sparse else GROUP
+    kind, (row_tiles, column_tiles) = find_codec(codec), tiles(shape)
+    half = (row_tiles, -(-column_tiles // 2), ROWS, QUADS)
+    levels = GROUP // 2 if kind.sparse else GROUP
+    codes = half if kind.planes * kind.high == 4 else (row_tiles, column_tiles, ROWS, levels // kind.planes)
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "codes": ((*grid, ROWS, stored * kind.high // 8), torch.uint8),
-        "scales": ((*grid, ROWS), torch.bfloat16),
+        "codes": (codes, torch.uint8),
+        "scales": ((row_tiles, column_tiles, ROWS), torch.bfloat16),
     }
     if kind.high < kind.bits:
-        layout["low"] = ((*grid, ROWS, stored // 8), torch.uint8)
+        layout["low"] = (half, torch.uint8)
     if kind.sparse:
-        layout["index"] = ((*grid, ROWS, QUADS // 2), torch.uint8)
+        layout["index"] = (half, torch.uint8)
     return layout
 
 
@@ -119,16 +126,18 @@ def pack(codec: str, codes: Tensor, scales: Tensor, kept: Tensor | None = None) 
     _check_input(kind, codes, scales, kept)
     edge = (0, column_tiles * GROUP - shape[1], 0, row_tiles * ROWS - shape[0])
     levels = _to_tiles(pad(codes ^ kind.flip, edge))
-    scale_edge = (0, 0, 0, edge[3])
-    packed = {"scales": pad(scales.to(torch.bfloat16), scale_edge).view(row_tiles, ROWS, column_tiles).mT.contiguous()}
+    by_tile = pad(scales.to(torch.bfloat16), (0, 0, 0, edge[3])).view(row_tiles, ROWS, column_tiles).mT
+    packed = {"scales": by_tile[..., _scale_order(scales.device)].contiguous()}
     if kept is None:
         values = to_positions(levels)
     else:
-        values, packed["index"] = _select(torch.unflatten(levels, -1, (QUADS, QUAD)), _to_tiles(pad(kept, edge)))
+        values, bitmap = _select(torch.unflatten(levels, -1, (QUADS, QUAD)), _to_tiles(pad(kept, edge)))
+        packed["index"] = _pair(bitmap)
     low = kind.bits - kind.high
-    packed["codes"] = _join(values >> low, kind.high)
+    lanes = _join(values >> low, kind.high, kind.planes)
+    packed["codes"] = _pair(lanes) if kind.planes * kind.high == 4 else lanes
     if low:
-        packed["low"] = _join(values & 1, low)
+        packed["low"] = _pair(_join(values & 1, 1, kind.planes))
     return packed
 
 
@@ -145,7 +154,8 @@ def unpack_rows(codec: str, packed: Mapping[str, Tensor], shape: tuple[int, int]
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < shape[0]:
         raise ValueError(f"rows must be in 0..{shape[0] - 1}")
     tile, row = rows // ROWS, rows % ROWS
-    picked = {name: tensor[tile, :, row] for name, tensor in packed.items()}
+    place = row // 16 * 16 + row % 8 * 2 + row // 8 % 2  # where _scale_order puts the row's scale
+    picked = {name: tensor[tile, :, place if name == "scales" else row] for name, tensor in packed.items()}
     weights = _levels(kind, picked) * (picked["scales"].float() / kind.unit).unsqueeze(-1)
     return from_positions(weights.flatten(-2))[:, : shape[1]].contiguous()
 
@@ -158,7 +168,7 @@ def dequantize(codec: str, packed: Mapping[str, Tensor], shape: tuple[int, int])
     # The product is written straight into row-major order: the only pass over the matrix that moves floats.
     device = packed["codes"].device
     weights = torch.empty((row_tiles, ROWS, column_tiles, GROUP), dtype=torch.float32, device=device)
-    scales = packed["scales"].float() / kind.unit
+    scales = _row_scales(packed["scales"]).float() / kind.unit
     torch.mul(_levels(kind, packed), scales.unsqueeze(-1), out=weights.transpose(1, 2))
     return weights.view(row_tiles * ROWS, column_tiles * GROUP)
 
@@ -204,29 +214,53 @@ def _check_input(kind: Codec, codes: Tensor, scales: Tensor, kept: Tensor | None
         raise ValueError("a 2:4 codec keeps at most two of every four columns")
 
 
+def _scale_order(device: torch.device) -> Tensor:
+    """The rows of a tile in the order of its scales: rows ``r`` and ``r + 8`` of 16 are neighbours, one 32-bit word.
+
+    One thread of a tensor-core warp holds results of exactly these two rows.
+    """
+    return torch.arange(ROWS, device=device).view(-1, 2, 8).mT.flatten()
+
+
+def _row_scales(scales: Tensor) -> Tensor:
+    """Stored scales ``[..., ROWS]`` in the order of rows, as a view where possible."""
+    return torch.unflatten(scales, -1, (-1, 8, 2)).mT.flatten(-3)
+
+
 def _to_tiles(matrix: Tensor) -> Tensor:
     """Padded ``[N, K]`` to ``[row tiles, column tiles, ROWS, GROUP]``."""
     return matrix.view(matrix.shape[0] // ROWS, ROWS, matrix.shape[1] // GROUP, GROUP).transpose(1, 2)
 
 
-def _join(levels: Tensor, bits: int) -> Tensor:
-    """Levels ``[..., n]`` to bytes ``[..., m]``: byte ``j`` has levels ``j, j + m, j + 2m ...``, low bits first."""
-    planes = torch.unflatten(levels, -1, (8 // bits, -1)).unbind(-2)
-    joined = torch.zeros_like(planes[0])
-    for i, plane in enumerate(planes):
-        joined |= plane << (bits * i)
+def _join(levels: Tensor, bits: int, planes: int) -> Tensor:
+    """Levels ``[..., n]`` to lanes ``[..., m = n / planes]``: lane ``j`` has levels ``j, j + m, ...``, low first."""
+    joined, *others = torch.unflatten(levels, -1, (planes, -1)).unbind(-2)
+    for i, plane in enumerate(others, start=1):
+        joined = joined | plane << (bits * i)
     return joined.contiguous()
 
 
-def _split(joined: Tensor, bits: int) -> Tensor:
+def _split(lanes: Tensor, bits: int, planes: int) -> Tensor:
     """The inverse of :func:`_join`, each level moved to the top bits of its byte."""
-    shifts = torch.arange(8 - bits, -1, -bits, dtype=torch.uint8, device=joined.device)
-    planes = (joined.unsqueeze(-2) << shifts.unsqueeze(-1)) & (0x100 - (1 << (8 - bits)))
-    return planes.flatten(-2)
+    shifts = torch.arange(8 - bits, 8 - bits * (planes + 1), -bits, dtype=torch.uint8, device=lanes.device)
+    levels = (lanes.unsqueeze(-2) << shifts.unsqueeze(-1)) & (0x100 - (1 << (8 - bits)))
+    return levels.flatten(-2)
+
+
+def _pair(nibbles: Tensor) -> Tensor:
+    """Half bytes ``[row tiles, column tiles, ROWS, lanes]`` to bytes of two groups, the even one's bits below."""
+    even = nibbles[:, 0::2]
+    odd = pad(nibbles[:, 1::2], (0, 0, 0, 0, 0, nibbles.shape[1] % 2))
+    return (even | odd << 4).contiguous()
+
+
+def _unpair(joined: Tensor, groups: int) -> Tensor:
+    """The inverse of :func:`_pair`, over ``[n, pairs of groups, ..., lanes]``; upper halves may hold anything."""
+    return torch.stack((joined & 0xF, joined >> 4), dim=2).flatten(1, 2)[:, :groups]
 
 
 def _select(levels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The left and the right kept level of each quad, ``[..., 2 * QUADS]`` (all left, then all right), and the index.
+    """The left and the right kept level of each quad, ``[..., 2 * QUADS]`` (all left, then all right), and its bitmap.
 
     A quad that keeps one column has its level on both sides: either is right wherever it is read.
     """
@@ -236,19 +270,21 @@ def _select(levels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     left, right = (mask * weights.flip(0)).argmax(-1), (mask * weights).argmax(-1)
     pair = (levels * mask).gather(-1, torch.stack((left, right), dim=-1))
     bitmap = (mask << (weights - 1)).sum(-1).to(torch.uint8)
-    return pair.transpose(-1, -2).flatten(-2), _join(bitmap, 4)
+    return pair.transpose(-1, -2).flatten(-2), bitmap
 
 
 def _levels(kind: Codec, packed: Mapping[str, Tensor]) -> Tensor:
     """``(code - zero) * kind.unit`` of every position, int8 ``[..., GROUP]``, from bytes ``[..., bytes]``."""
-    levels = _split(packed["codes"], kind.high) | kind.half
+    groups = packed["scales"].shape[1]
+    codes = packed["codes"] if kind.planes * kind.high == 8 else _unpair(packed["codes"], groups)
+    levels = _split(codes, kind.high, kind.planes) | kind.half
     if "low" in packed:
-        levels |= _split(packed["low"], 1) >> kind.high
+        levels |= _split(_unpair(packed["low"], groups), 1, kind.planes) >> kind.high
     if not kind.sparse:
         return levels.view(torch.int8)
     left, right = torch.unflatten(levels, -1, (2, QUADS)).unbind(-2)
-    bitmap = _split(packed["index"], 4)
-    m0, m1, m2, m3 = (((bitmap >> (4 + p)) & 1) * 0xFF for p in range(QUAD))
+    bitmap = _unpair(packed["index"], groups)
+    m0, m1, m2, m3 = (((bitmap >> p) & 1) * 0xFF for p in range(QUAD))
     # At most two bits are set: column 1 is the right kept one if column 0 is kept, column 2 the left if column 3 is.
     planes = (
         m0 & left,

@@ -4,7 +4,7 @@ from deltazip_kernels import CODECS, GROUP, pack, packed_bytes, packed_layout, u
 
 from tests.support.deltas import Coded, random_coded
 
-SHAPES = [(64, 128), (1, 1), (63, 129), (65, 127), (130, 260), (200, 64), (96, 390)]
+SHAPES = [(64, 128), (64, 256), (1, 1), (63, 129), (65, 127), (130, 260), (200, 64), (96, 390)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -13,6 +13,7 @@ def test_unpack_returns_what_was_packed(codec: str, shape: tuple[int, int]) -> N
     coded = random_coded(codec, shape)
     packed = coded.packed()
     assert {k: (tuple(t.shape), t.dtype) for k, t in packed.items()} == packed_layout(codec, shape)
+    assert all(t.is_contiguous() for t in packed.values())
     assert sum(t.numel() * t.itemsize for t in packed.values()) == packed_bytes(codec, shape)
     assert torch.equal(unpack(codec, packed, shape).double(), coded.dense())
 
@@ -36,9 +37,13 @@ def test_unpack_rows_refuses_rows_outside(codec: str) -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_shards_are_slices_of_whole_tiles(codec: str) -> None:
-    coded = random_coded(codec, (192, 384))
-    shard = {name: tensor[1:, 1:3].contiguous() for name, tensor in coded.packed().items()}
-    assert torch.equal(unpack(codec, shard, (128, 256)).double(), coded.dense()[64:, 128:384])
+    coded = random_coded(codec, (192, 768))
+    packed = coded.packed()
+    shard = {}
+    for name, tensor in packed.items():
+        unit = tensor.shape[1] // 3  # of each tensor, the middle third along K: columns 256..511
+        shard[name] = tensor[1:, unit : 2 * unit].contiguous()
+    assert torch.equal(unpack(codec, shard, (128, 256)).double(), coded.dense()[64:, 256:512])
 
 
 def test_int4_tile_bytes_are_as_documented() -> None:
