@@ -134,7 +134,7 @@ def replay(
         outputs = Outputs(json, plot, records)
         report = Session(TraceFile(trace), url, options, slo, outputs, api_key).run(console, quiet=quiet)
         if not quiet:
-            console.print(render(report))
+            console.print(render(report, console.width))
     if report.run is not None and report.run.interrupted:
         raise typer.Exit(INTERRUPTED)
     if not report.total.all.ok:
@@ -156,7 +156,7 @@ def report(
         done = read_records(records)
         summary = summarize(done, slo=Slo(ttft_s=slo_ttft, tpot_s=slo_tpot))
         outputs.write(done, summary)
-        console.print(render(summary))
+        console.print(render(summary, console.width))
 
 
 def _arrivals(kind: str, cv: float, on_s: float, off_s: float) -> Poisson | Gamma | Burst:

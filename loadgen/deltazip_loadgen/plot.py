@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deltazip_loadgen.errors import PlotUnavailable
 from deltazip_loadgen.record import Record
 from deltazip_loadgen.report import Report
-from deltazip_loadgen.series import Array, bin_edges, rate, token_rate
+from deltazip_loadgen.series import Array, bin_edges, rate, token_rate, under_way
 from deltazip_loadgen.stats import Distribution
 from deltazip_loadgen.tables import duration
 
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
-WARM, COLD, OTHER, FAILED = "#0072B2", "#D55E00", "#555555", "#CC3311"
+WARM, COLD, UNKNOWN = "#0072B2", "#D55E00", "#555555"
+TTFT, LATENCY = "#3A87C0", "#B5508A"
+ANSWERS, FAILED, BACKGROUND = "#009E73", "#CC3311", "#C4C4C4"
 MAX_VARIANTS = 20
+LEGEND: dict[str, Any] = {"fontsize": 9, "loc": "best", "framealpha": 0.85, "edgecolor": "none"}
 
 
 def check_plotting() -> None:
@@ -37,7 +40,7 @@ def plot(records: Sequence[Record], report: Report, path: Path) -> None:
     figure = Figure(figsize=(13, 8.5), layout="constrained")
     panels = figure.subplots(2, 2)
     if records:
-        _first_token(panels[0, 0], records)
+        _first_token(panels[0, 0], records, report.slo.ttft_s)
         _per_variant(panels[0, 1], report)
         edges = bin_edges(records)
         _requests(panels[1, 0], records, edges)
@@ -57,14 +60,16 @@ def plot(records: Sequence[Record], report: Report, path: Path) -> None:
     figure.savefig(path, format="png", dpi=110)
 
 
-def _first_token(panel: "Axes", records: Sequence[Record]) -> None:
-    """TTFT, cumulative, apart for warm and cold."""
-    for name, warmth, color in (("warm", "warm", WARM), ("cold", "cold", COLD), ("tier unknown", None, OTHER)):
+def _first_token(panel: "Axes", records: Sequence[Record], limit_s: float | None) -> None:
+    """TTFT, cumulative, apart for warm and cold, and the limit that was set."""
+    for name, warmth, color in (("warm", "warm", WARM), ("cold", "cold", COLD), ("tier unknown", None, UNKNOWN)):
         samples = np.sort([r.ttft_s for r in records if r.ok and r.ttft_s is not None and r.warmth == warmth])
         if samples.size:
             shares = np.arange(1, samples.size + 1) / samples.size
             label = f"{name} (n={samples.size}, p50 {duration(float(np.median(samples)))})"
             panel.step(samples, shares, where="post", color=color, label=label, linewidth=1.8)
+    if limit_s is not None:
+        panel.axvline(limit_s, color=FAILED, linewidth=1, linestyle="--", label=f"SLO {duration(limit_s)}")
     panel.set(title="Time to first token, from the intended start", xlabel="seconds", ylabel="share of requests")
     panel.set_ylim(0, 1.02)
     _log_seconds(panel)
@@ -75,8 +80,8 @@ def _per_variant(panel: "Axes", report: Report) -> None:
     """TTFT and latency of each variant: p50 as a dot, a line to p99 with a tick at p90; busiest first."""
     busiest = sorted(report.variants.items(), key=lambda item: -item[1].all.requests)[:MAX_VARIANTS]
     for row, (_, breakdown) in enumerate(busiest):
-        _spread(panel, row - 0.16, breakdown.all.ttft_s, WARM, "TTFT" if row == 0 else None)
-        _spread(panel, row + 0.16, breakdown.all.latency_s, COLD, "latency" if row == 0 else None)
+        _spread(panel, row - 0.16, breakdown.all.ttft_s, TTFT, "TTFT" if row == 0 else None)
+        _spread(panel, row + 0.16, breakdown.all.latency_s, LATENCY, "latency" if row == 0 else None)
     names = [f"{_short(model)} ({breakdown.all.requests})" for model, breakdown in busiest]
     panel.set_yticks(range(len(names)), names, fontsize=8 if len(names) > 10 else 9)
     panel.invert_yaxis()
@@ -84,7 +89,9 @@ def _per_variant(panel: "Axes", report: Report) -> None:
     more = f" (the busiest {MAX_VARIANTS}; {left_out} more)" if left_out else ""
     panel.set(title=f"Per variant{more}: p50 ●, p90 |, line to p99", xlabel="seconds")
     _log_seconds(panel)
-    _legend(panel)
+    if busiest:
+        # Below the axis, beside its label: there is no free corner among twenty variants.
+        panel.legend(ncols=2, fontsize=9, frameon=False, loc="upper right", bbox_to_anchor=(1.0, -0.06))
 
 
 def _spread(panel: "Axes", row: float, spread: Distribution | None, color: str, label: str | None) -> None:
@@ -100,10 +107,10 @@ def _requests(panel: "Axes", records: Sequence[Record], edges: Array) -> None:
     intended = rate([record.intended_s for record in records], edges)
     answered = rate([record.end_s for record in records if record.ok], edges)
     failed = rate([record.end_s for record in records if not record.ok], edges)
-    panel.stairs(intended, edges, fill=True, color="#BBBBBB", label="intended starts")
-    panel.stairs(answered, edges, color=WARM, linewidth=1.6, label="complete answers")
+    panel.stairs(intended, edges, fill=True, color=BACKGROUND, label="intended starts")
     if failed.any():
-        panel.stairs(failed, edges, color=FAILED, linewidth=1.6, label="failed or cut off")
+        panel.stairs(failed, edges, fill=True, color=FAILED, alpha=0.75, label="failed or cut off")
+    panel.stairs(answered, edges, color=ANSWERS, linewidth=1.6, label="complete answers")
     panel.set(title="Requests", xlabel="seconds since the start", ylabel="requests/s")
     panel.set_ylim(bottom=0)
     panel.set_xlim(0, edges[-1])
@@ -111,21 +118,22 @@ def _requests(panel: "Axes", records: Sequence[Record], edges: Array) -> None:
 
 
 def _tokens(panel: "Axes", records: Sequence[Record], edges: Array) -> None:
-    """Output tokens and requests under way over time."""
-    panel.stairs(token_rate(records, edges), edges, color=WARM, linewidth=1.6, label="output tokens/s")
+    """Output tokens over time, above the number of requests under way."""
+    right = panel.twinx()
+    right.stairs(under_way(records, edges), edges, fill=True, color=BACKGROUND, label="requests under way (right)")
+    right.set_ylim(bottom=0)
+    right.set_ylabel("requests")
+    right.spines["top"].set_visible(False)
+    panel.stairs(token_rate(records, edges), edges, color=ANSWERS, linewidth=1.6, label="output tokens/s")
     panel.set(title="Output tokens and requests under way", xlabel="seconds since the start", ylabel="tokens/s")
     panel.set_ylim(bottom=0)
     panel.set_xlim(0, edges[-1])
-    times = np.sort([record.intended_s for record in records] + [record.end_s for record in records])
-    starts = np.searchsorted(np.sort([record.intended_s for record in records]), times, side="right")
-    ends = np.searchsorted(np.sort([record.end_s for record in records]), times, side="right")
-    second = panel.twinx()
-    second.step(times, starts - ends, where="post", color=COLD, linewidth=1.0, alpha=0.8, label="under way (right)")
-    second.set_ylim(bottom=0)
-    second.spines["top"].set_visible(False)
-    lines, labels = panel.get_legend_handles_labels()
-    more_lines, more_labels = second.get_legend_handles_labels()
-    panel.legend(lines + more_lines, labels + more_labels, frameon=False, fontsize=9, loc="best")
+    # The right axes lie above the left ones by default, and their area would hide the line.
+    panel.set_zorder(right.get_zorder() + 1)
+    panel.patch.set_visible(False)
+    areas, names = right.get_legend_handles_labels()
+    lines, more_names = panel.get_legend_handles_labels()
+    panel.legend(lines + areas, more_names + names, **LEGEND)
 
 
 def _log_seconds(panel: "Axes") -> None:
@@ -140,8 +148,8 @@ def _log_seconds(panel: "Axes") -> None:
 
 def _legend(panel: "Axes") -> None:
     if panel.get_legend_handles_labels()[0]:
-        panel.legend(frameon=False, fontsize=9, loc="best")
+        panel.legend(**LEGEND)
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 24 else name[:23] + "…"
+    return name if len(name) <= 24 else f"{name[:11]}…{name[-12:]}"

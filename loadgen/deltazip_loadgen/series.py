@@ -26,6 +26,14 @@ def rate(times_s: Sequence[float], edges: Array, weights: Sequence[float] | None
     return np.asarray(counts / np.diff(edges), dtype=np.float64)
 
 
+def under_way(records: Sequence[Record], edges: Array) -> Array:
+    """Mean number of requests between their intended start and their end in each bin; [bins]."""
+    starts = np.array([record.intended_s for record in records])
+    lasted = np.array([record.end_s for record in records]) - starts
+    spent_s = np.array([np.clip(edge - starts, 0, lasted).sum() for edge in edges])
+    return np.asarray(np.diff(spent_s) / np.diff(edges), dtype=np.float64)
+
+
 def token_rate(records: Sequence[Record], edges: Array) -> Array:
     """Output tokens a second in each bin; an answer's tokens are spread evenly over its groups; [bins]."""
     times, weights = [], []

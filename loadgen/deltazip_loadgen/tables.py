@@ -1,64 +1,89 @@
 """A report on the terminal."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+from rich import box
 from rich.console import Group as Lines
 from rich.console import RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from deltazip_loadgen.report import Group, Report
 from deltazip_loadgen.stats import Distribution
 
+WIDE = 120
+
+
+class Column(NamedTuple):
+    """One number of a group; those that are not ``always`` shown need a terminal of ``WIDE`` columns."""
+
+    name: str
+    cell: Callable[[Group], str | Text]
+    always: bool = True
+
+
+def _failed(group: Group) -> Text:
+    failed = group.requests - group.ok - group.aborted
+    return Text(str(failed), style="red" if failed else "")
+
+
 COLUMNS = (
-    *("sent", "ok", "failed"),
-    *("TTFT p50", "p90", "p99"),
-    *("TPOT p50", "p90"),
-    *("latency p50", "p90"),
-    *("tok/s", "good", "right"),
+    Column("sent", lambda group: str(group.requests)),
+    Column("ok", lambda group: str(group.ok)),
+    Column("failed", _failed),
+    Column("TTFT p50", lambda group: _p50(group.ttft_s)),
+    Column("p90", lambda group: _p90(group.ttft_s)),
+    Column("p99", lambda group: _p99(group.ttft_s), always=False),
+    Column("TPOT p50", lambda group: _p50(group.tpot_s)),
+    Column("p90", lambda group: _p90(group.tpot_s), always=False),
+    Column("latency p50", lambda group: _p50(group.latency_s), always=False),
+    Column("p90", lambda group: _p90(group.latency_s), always=False),
+    Column("tok/s", lambda group: f"{group.output_tokens_per_s:.1f}"),
+    Column("good", lambda group: _share(group.goodput)),
 )
+RIGHT = Column("right", lambda group: _share(group.exact_match))
 
 
-def render(report: Report) -> RenderableType:
-    """The report as a table with a summary below it."""
-    table = Table(title="Replay", title_justify="left", header_style="bold", pad_edge=False)
+def render(report: Report, width: int = WIDE) -> RenderableType:
+    """The report as a table for a terminal of ``width`` columns, with a summary below it."""
+    columns = [column for column in COLUMNS if column.always or width >= WIDE]
+    if report.total.all.exact_match is not None:
+        columns.append(RIGHT)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
-    for name in COLUMNS:
-        table.add_column(name, justify="right")
-    for model, breakdown in report.variants.items():
-        _row(table, escape(model), breakdown.all)
+    for column in columns:
+        table.add_column(column.name, justify="right")
+    rows = [(model, breakdown.all) for model, breakdown in report.variants.items()]
+    summary = [("warm", report.total.warm), ("cold", report.total.cold), ("all", report.total.all)]
+    for name, group in rows:
+        table.add_row(Text(name), *(column.cell(group) for column in columns))
     table.add_section()
-    if report.total.warm is not None:
-        _row(table, "warm", report.total.warm)
-    if report.total.cold is not None:
-        _row(table, "cold", report.total.cold)
-    _row(table, "all", report.total.all, style="bold")
+    for name, part in summary:
+        if part is not None:
+            table.add_row(
+                Text(name), *(column.cell(part) for column in columns), style="bold" if name == "all" else None
+            )
     return Lines(table, *_notes(report))
 
 
-def _row(table: Table, name: str, group: Group, style: str | None = None) -> None:
-    failed = group.requests - group.ok - group.aborted
-    table.add_row(
-        name,
-        str(group.requests),
-        str(group.ok),
-        f"[red]{failed}[/red]" if failed else "0",
-        *_seconds(group.ttft_s, "p50", "p90", "p99"),
-        *_seconds(group.tpot_s, "p50", "p90"),
-        *_seconds(group.latency_s, "p50", "p90"),
-        f"{group.output_tokens_per_s:.1f}",
-        _share(group.goodput),
-        _share(group.exact_match),
-        style=style,
-    )
-
-
-def _seconds(spread: Distribution | None, *fields: str) -> list[str]:
-    return ["–" if spread is None else duration(getattr(spread, field)) for field in fields]
-
-
 def duration(seconds: float) -> str:
-    """Three digits with a unit."""
-    return f"{seconds * 1000:.3g} ms" if abs(seconds) < 0.9995 else f"{seconds:#.3g} s"
+    """Three digits, or all of a large number, with a unit."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
+
+
+def _p50(spread: Distribution | None) -> str:
+    return "–" if spread is None else duration(spread.p50)
+
+
+def _p90(spread: Distribution | None) -> str:
+    return "–" if spread is None else duration(spread.p90)
+
+
+def _p99(spread: Distribution | None) -> str:
+    return "–" if spread is None else duration(spread.p99)
 
 
 def _share(value: float | None) -> str:
@@ -70,7 +95,7 @@ def _notes(report: Report) -> list[Text]:
     lines = [
         Text(
             f"{report.offered_per_s:.2f} requests/s offered, {total.requests_per_s:.2f} answered, "
-            f"{total.goodput_per_s:.2f} within the SLO ({_slo(report)}), over {duration(report.window_s)}; "
+            f"{total.goodput_per_s:.2f} good (SLO: {_slo(report)}), over {duration(report.window_s)}; "
             "times count from the intended start"
         )
     ]

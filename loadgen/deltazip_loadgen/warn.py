@@ -19,7 +19,7 @@ def warnings(records: Sequence[Record], max_concurrency: int | None) -> Iterator
     elif late:
         yield (
             f"{len(late)} of {len(records)} requests were sent more than {LATE_S * 1000:.0f} ms late "
-            f"(up to {max(late):.2f} s): this client, not the server, was the bottleneck; "
+            f"(up to {max(late):.2f} s): this client, not the server, delayed them; "
             "use a faster or idle machine, or a lower --speed"
         )
     if records and all(record.outcome == "connect" for record in records):

@@ -38,6 +38,7 @@ class FaultyServer:
     most_under_way: int = 0
     connections: int = 0
     crowd: int = 0
+    _crowded: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()
@@ -138,8 +139,9 @@ class FaultyServer:
 
     async def _crowd(self, seen: Seen, writer: asyncio.StreamWriter) -> None:
         """Nothing for anybody until ``crowd`` requests are under way."""
-        while self.most_under_way < self.crowd:
-            await asyncio.sleep(0.01)
+        if self.under_way == self.crowd:
+            self._crowded.set()
+        await self._crowded.wait()
         await self._stream(seen, writer)
 
     async def _hang(self, seen: Seen, writer: asyncio.StreamWriter) -> None:

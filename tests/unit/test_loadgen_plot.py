@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from deltazip_loadgen import Record, summarize
 from deltazip_loadgen.plot import plot
-from deltazip_loadgen.series import BINS, bin_edges, rate, token_rate
+from deltazip_loadgen.series import BINS, bin_edges, rate, token_rate, under_way
 
 
 def record(at_s: float, model: str = "m", outcome: str = "ok", tier: str | None = "device") -> Record:
@@ -40,6 +40,8 @@ def test_rates_are_per_second() -> None:
     assert rate([0.1, 0.2, 1.7], edges).tolist() == [4, 0, 0, 2]
     # Six tokens in two groups, at 0.1 s and 1.1 s.
     assert token_rate([record(0.0)], edges).tolist() == [6, 0, 6, 0]
+    # One from 0 to 1.2 s, one from 0.75 to 1.95 s.
+    assert under_way([record(0.0), record(0.75)], edges) == pytest.approx([1, 1.5, 1.4, 0.9])
 
 
 @pytest.mark.parametrize("count", [0, 1, 200])
