@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from prometheus_client import CollectorRegistry
 
+from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.async_engine import AsyncEngine
+from deltazip_ray.residency.host_cache import HostCache
 from deltazip_ray.residency.tiers import DeltaSource
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
+from tests.support.zoo import Zoo
 
 SETTINGS: dict[str, Any] = {
     "threads": 1,
@@ -58,6 +61,20 @@ async def running(base: Path, source: DeltaSource, **settings: Any) -> AsyncIter
         await engine.check()
     finally:
         await engine.stop()
+
+
+@asynccontextmanager
+async def serving(zoo: Zoo, arena_bytes: int = 4 << 20, **settings: Any) -> AsyncIterator[RunningEngine]:
+    """An engine that gets its versions from the zoo's catalog by way of a host cache."""
+    catalog = Catalog(zoo.store, zoo.versions[0].manifest.base.digest)
+    cache = HostCache(catalog, bytearray(arena_bytes), 2, CollectorRegistry())
+    try:
+        async with running(zoo.base, cache, **settings) as run:
+            yield run
+        cache.check()
+        assert cache.stats().held_bytes == 0
+    finally:
+        await cache.close()
 
 
 def random_prompt(seed: int, length: int, vocab: int = 80) -> list[int]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltazip_ray.artifact.file_store import FileStore
 from tests.support.oracle import Oracle
 from tests.support.tiny import make_base, make_finetune
 from tests.support.versions import BuiltVersion, build_version
@@ -13,6 +14,8 @@ class Zoo:
     """A base, its versions, and an oracle for each."""
 
     base: Path
+    store: FileStore
+    """A catalog's store; the versions are published as ``variant-0``, ``variant-1`` …"""
     versions: tuple[BuiltVersion, ...]
     oracles: dict[str | None, Oracle]
     """By version; None is the base."""
@@ -34,7 +37,9 @@ def make_zoo(path: Path, *, tied: bool) -> Zoo:
         build_version(base, tunes[2], "sparse24_int4"),
         build_version(base, odd, "int4", raw=r"1\.self_attn\.o_proj|embed_tokens", codecs={"mlp": "int2"}),
     )
+    store = FileStore(path / "store")
     oracles: dict[str | None, Oracle] = {None: Oracle(base)}
     for i, version in enumerate(versions):
         oracles[version.version] = Oracle(version.write_merged(path / f"merged{i}"))
-    return Zoo(base, versions, oracles)
+        version.publish(store, f"variant-{i}", path / f"artifact{i}")
+    return Zoo(base, store, versions, oracles)
