@@ -45,18 +45,18 @@ class FileStore(ObjectStore):
         return cls(Path(unquote(parts.path)))
 
     def get(self, key: str, limit: int = MAX_OBJECT) -> bytes:
-        with self._translated(key), self._path(key).open("rb") as file:
+        with self._reading(key), self._path(key).open("rb") as file:
             data = file.read(limit + 1)
         if len(data) > limit:
             raise StoreError(f"{self.url}/{key} is larger than {limit} bytes: it is not what its name says")
         return data
 
     def size(self, key: str) -> int:
-        with self._translated(key), self._path(key).open("rb") as file:
+        with self._reading(key), self._path(key).open("rb") as file:
             return os.fstat(file.fileno()).st_size
 
     def read_into(self, key: str, buffer: memoryview) -> None:
-        with self._translated(key), self._path(key).open("rb", buffering=0) as file:
+        with self._reading(key), self._path(key).open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             position = 0
             while position < size == len(buffer) and (count := file.readinto(buffer[position:])):
@@ -98,7 +98,7 @@ class FileStore(ObjectStore):
     def delete(self, key: str) -> None:
         with self._translated(key):
             path = self._path(key)
-            if not path.is_dir():
+            if path.is_file():
                 path.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
@@ -121,11 +121,17 @@ class FileStore(ObjectStore):
                 partial.unlink(missing_ok=True)
 
     @contextmanager
+    def _reading(self, key: str) -> Iterator[None]:
+        with self._translated(key):
+            try:
+                yield
+            except _ABSENT as error:
+                raise ObjectNotFound(f"{self.url} has no {key}") from error
+
+    @contextmanager
     def _translated(self, key: str) -> Iterator[None]:
         try:
             yield
-        except _ABSENT as error:
-            raise ObjectNotFound(f"{self.url} has no {key}") from error
         except OSError as error:
             where = f"{self.url}/{key}: {error.strerror}"
             if error.errno in _FULL:

@@ -1,5 +1,6 @@
 """What every store promises, over a folder and over a real S3 server."""
 
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,13 +19,12 @@ from deltazip_ray.errors import (
 )
 
 
-@pytest.fixture(params=["file", "s3", "s3-prefix"])
+@pytest.fixture(params=["file", "s3"])
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> StoreConfig:
     if request.param == "file":
         return StoreConfig(url=(tmp_path / "a store with spaces").as_uri())
     server = request.getfixturevalue("s3_environment")
-    prefix = "/some/prefix" if request.param == "s3-prefix" else ""
-    return StoreConfig(url=f"s3://{server.new_bucket()}{prefix}", endpoint_url=server.endpoint, path_style=True)
+    return StoreConfig(url=f"s3://{server.new_bucket()}/some/prefix", endpoint_url=server.endpoint, path_style=True)
 
 
 @pytest.fixture
@@ -130,37 +130,37 @@ def test_list_is_complete_beyond_a_page(store: ObjectStore) -> None:
     assert store.list("many/") == keys
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        *("", "/etc/passwd", "../x", "a/../b", "a//b", "a/", ".", ".hidden", "a/.partial"),
-        *("a b", "a\\b", "a\0", "ü", "a\n", "x" * 901),
-    ],
+HOSTILE_KEYS = (
+    *("", "/etc/passwd", "../x", "a/../b", "a//b", "a/", ".", ".hidden", "a/.partial"),
+    *("a b", "a\\b", "a\0", "ü", "a\n", "x" * 901),
 )
-def test_hostile_keys_are_refused(store: ObjectStore, key: str, tmp_path: Path) -> None:
+
+
+def test_hostile_keys_are_refused(store: ObjectStore, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"x")
     before = sorted(tmp_path.rglob("*"))
-    (tmp_path / "source").write_bytes(b"x")
-    for attack in (
-        lambda: store.get(key),
-        lambda: store.size(key),
-        lambda: store.put(key, b"x"),
-        lambda: store.put_file(key, tmp_path / "source"),
-        lambda: store.read_into(key, memoryview(bytearray(1))),
-        lambda: store.exists(key),
-        lambda: store.delete(key),
-    ):
+    attacks = (
+        store.get,
+        store.size,
+        store.exists,
+        store.delete,
+        lambda key: store.put(key, b"x"),
+        lambda key: store.put_file(key, source),
+        lambda key: store.read_into(key, memoryview(bytearray(1))),
+    )
+    for key, attack in itertools.product(HOSTILE_KEYS, attacks):
         with pytest.raises(InvalidName):
-            attack()
-    (tmp_path / "source").unlink()
+            attack(key)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("prefix", ["../", "/", "a/../", "a//"])
-def test_hostile_prefixes_are_refused(store: ObjectStore, prefix: str) -> None:
-    with pytest.raises(InvalidName):
-        store.list(prefix)
-    with pytest.raises(InvalidName):
-        store.folders(prefix)
+def test_hostile_prefixes_are_refused(store: ObjectStore) -> None:
+    for prefix in ("../", "/", "a/../", "a//"):
+        with pytest.raises(InvalidName):
+            store.list(prefix)
+        with pytest.raises(InvalidName):
+            store.folders(prefix)
 
 
 def test_parallel_use_of_one_handle(store: ObjectStore) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ class S3Server:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
+    @cached_property
     def client(self) -> Any:
         """A plain boto3 client, for looking behind a store's back."""
         return boto3.client(
@@ -86,7 +88,7 @@ class S3Server:
     def new_bucket(self) -> str:
         """Make an empty bucket and return its name."""
         name = f"bucket-{next(self._buckets)}"
-        self.client().create_bucket(Bucket=name)
+        self.client.create_bucket(Bucket=name)
         return name
 
     def start(self) -> None:
