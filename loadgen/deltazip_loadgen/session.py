@@ -1,6 +1,7 @@
 """One replay as a command runs it: outputs checked first, Ctrl-C heard, records written as they come."""
 
 import asyncio
+import resource
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -61,6 +62,7 @@ class Session:
         """Replay; on the first Ctrl-C stop and report on what was done, on the second give up."""
         root = api_root(self.url)
         self.outputs.check()
+        _allow_many_connections()
         # The whole trace is checked before anything is sent, not when half of it has been.
         end_s = float("inf") if self.options.duration_s is None else self.options.duration_s * self.options.speed
         total = sum(1 for _ in takewhile(lambda request: request.at_s <= end_s, self.trace))
@@ -96,6 +98,12 @@ class Session:
                 self.trace, self.url, options=self.options, api_key=self.api_key, on_event=on_event, stop=stop
             )
         return records, stop.is_set()
+
+
+def _allow_many_connections() -> None:
+    """Raise this process's limit of open files as far as it may: the usual 1024 would cap the requests under way."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextmanager

@@ -75,6 +75,14 @@ def test_the_key_is_sent_and_written_nowhere(tmp_path: Path, server: FaultyServe
     assert "sekret" not in written
 
 
+def test_more_requests_at_once_than_the_usual_limit_of_open_files(tmp_path: Path) -> None:
+    """The server answers none of them before it has them all."""
+    trace = write(tmp_path / "t", [completion("crowd", 0) for _ in range(100)])
+    with FaultyServer(crowd=100) as server:
+        command = f"ulimit -S -n 64; exec {sys.executable} -m deltazip_loadgen replay {trace} --url {server.url} -q"
+        subprocess.run(["bash", "-c", command], check=True, timeout=60)
+
+
 def test_all_failed_ends_with_one_and_says_why(tmp_path: Path) -> None:
     with FaultyServer() as gone:
         pass
