@@ -29,11 +29,6 @@ class ArenaAllocator:
         """Bytes in gaps."""
         return sum(size for _, size in self._gaps)
 
-    @property
-    def largest_gap(self) -> int:
-        """Bytes of the largest thing that fits now."""
-        return max((size for _, size in self._gaps), default=0)
-
     def allocate(self, size: int) -> int | None:
         """The offset of ``size`` free bytes, now taken; None when no gap is large enough."""
         wanted = aligned(size)

@@ -1,7 +1,7 @@
 """Which blobs are in the arena, who holds them, and which one goes when room is needed."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
@@ -73,13 +73,15 @@ class BlobTable:
 
         All or nothing: without room for all nobody is held and nothing is fetched.
         """
-        missing = {blob_key(entry): entry for entry in entries if blob_key(entry) not in self._blobs}
-        keep = {blob_key(entry) for entry in entries} - missing.keys()
-        offsets = self._place([entry.size for entry in missing.values()], keep)
+        wanted = {blob_key(entry): entry for entry in entries}
+        # An attempt that fails for want of gaps has evicted all it can, so that another one finds the gaps whole.
+        offsets = self._place_missing(wanted.keys())
+        if offsets is None:
+            offsets = self._place_missing(wanted.keys())
         if offsets is None:
             return None
-        for entry, offset in zip(missing.values(), offsets, strict=True):
-            self._start(entry, offset)
+        for key, offset in offsets.items():
+            self._start(wanted[key], offset)
         blobs = [self._blobs[blob_key(entry)] for entry in entries]
         for blob in blobs:
             blob.holds += 1
@@ -126,24 +128,31 @@ class BlobTable:
         if any(blob.holds < 0 for blob in self._blobs.values()):
             raise StoreError("host arena: a blob was let go of too often; restart the node store and report this")
 
-    def _place(self, sizes: Sequence[int], keep: set[BlobKey]) -> list[int] | None:
-        """Offsets for blobs of these sizes, evicting what nobody holds but ``keep``; None when that is not enough."""
-        victims = [blob for blob in self._blobs.values() if blob.evictable and blob.key not in keep]
-        room = self._arena.free_bytes + sum(aligned(blob.key[1]) for blob in victims)
-        if sum(map(aligned, sizes)) > room:
+    def _place_missing(self, wanted: Set[BlobKey]) -> dict[BlobKey, int] | None:
+        """Take room for those of ``wanted`` that are missing, evicting what nobody holds; None when it is not enough.
+
+        When the gaps that others leave are too small, wanted blobs are evicted too, and are missing then.
+        """
+        missing = [key for key in wanted if key not in self._blobs]
+        others = [blob for blob in self._blobs.values() if blob.evictable and blob.key not in wanted]
+        own = [blob for blob in self._blobs.values() if blob.evictable and blob.key in wanted]
+        room = self._arena.free_bytes + sum(aligned(blob.key[1]) for blob in others)
+        if sum(aligned(size) for _, size in missing) > room:
             return None
-        going = iter(victims)
-        offsets: list[int] = []
-        for size in sizes:
-            while (offset := self._arena.allocate(size)) is None:
-                victim = next(going, None)
-                if victim is None:  # enough bytes, but held blobs lie between them
-                    for taken in offsets:
+        victims = iter(others + own)
+        offsets: dict[BlobKey, int] = {}
+        for key in missing:  # grows while it is walked
+            while (offset := self._arena.allocate(key[1])) is None:
+                victim = next(victims, None)
+                if victim is None:
+                    for taken in offsets.values():
                         self._arena.free(taken)
                     return None
                 self._remove(victim)
                 self._evictions += 1
-            offsets.append(offset)
+                if victim.key in wanted:
+                    missing.append(victim.key)
+            offsets[key] = offset
         return offsets
 
     def _start(self, entry: BlobEntry, offset: int) -> None:

@@ -7,9 +7,9 @@
 * **Held blobs never move and never leave.** The others stay until their room is needed; those let go of least recently
   leave first.
 * **Order, and no deadlock.** A version takes the room of all its missing blobs at once or none, so nobody keeps a part
-  and waits for the rest. Versions that find no room wait in order of arrival, holding nothing; one whose blobs are all
-  here passes them. A version that is larger than the arena gets StoreFull at once, one that has waited for
-  ``room_timeout_s`` gets it then, so that whoever keeps holding cannot make others wait for ever.
+  and waits for the rest. Versions that find no room wait, holding nothing, in the order in which their manifests came;
+  one whose blobs are all here passes them. A version that is larger than the arena gets StoreFull at once, one that
+  has waited for ``room_timeout_s`` gets it then, so that whoever keeps holding cannot make others wait for ever.
 """
 
 import asyncio

@@ -1,0 +1,86 @@
+"""Random acquires, releases, cancellations and store faults: whoever gets a version gets its bytes, and books agree."""
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from deltazip_ray.artifact.catalog import Catalog
+from deltazip_ray.errors import BlobCorrupt, StoreFull, StoreUnavailable
+from deltazip_ray.residency.arena import ALIGNMENT
+from deltazip_ray.residency.host_cache import HostCache
+from tests.support.faulty_store import Fault, FaultyStore
+from tests.support.plain_versions import BASE, put_version
+
+PAGES = 12
+
+
+class Mischief(FaultyStore):
+    """Decides about faults by chance; on average one read in eight goes wrong."""
+
+    def __init__(self, root: Path, rng: random.Random) -> None:
+        super().__init__(root)
+        self.rng = rng
+        self.active = True
+
+    def read_into(self, key: str, buffer: memoryview) -> None:
+        if self.active and self.rng.random() < 0.12:
+            kind = self.rng.choice(["unavailable", "wrong bytes", "truncated"])
+            self.faults.append(Fault(kind, key, 1))  # type: ignore[arg-type]
+        self.latency_s = self.rng.choice([0.0, 0.0, 0.002])
+        super().read_into(key, buffer)
+
+
+def make_versions(rng: random.Random, catalog: Catalog) -> dict[str, dict[str, bytes]]:
+    """Versions of one to four blobs out of a few, so that many are shared; none is larger than the arena."""
+    pool = [bytes([65 + i]) * rng.randint(1, 3 * ALIGNMENT) for i in range(10)]
+    made: dict[str, dict[str, bytes]] = {}
+    for _ in range(8):
+        blobs = {f"layers.{i}": blob for i, blob in enumerate(rng.sample(pool, rng.randint(1, 4)))}
+        made[put_version(catalog, blobs)] = blobs
+    return made
+
+
+async def client(rng: random.Random, cache: HostCache, version: str, blobs: dict[str, bytes]) -> str:
+    try:
+        delta = await cache.acquire(version)
+    except (BlobCorrupt, StoreUnavailable, StoreFull) as error:
+        return type(error).__name__
+    try:
+        assert {block: bytes(view) for block, view in delta.blobs.items()} == blobs
+        await asyncio.sleep(rng.choice([0.0, 0.001, 0.003]))
+        assert {block: bytes(view) for block, view in delta.blobs.items()} == blobs, "overwritten while it was held"
+    finally:
+        await cache.release(version)
+    return "served"
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_whoever_gets_a_version_gets_its_bytes(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    store = Mischief(tmp_path, rng)
+    catalog = Catalog(store, BASE)
+    versions = make_versions(rng, catalog)
+    cache = HostCache(catalog, bytearray(PAGES * ALIGNMENT), 3, CollectorRegistry(), room_timeout_s=0.2)
+    tasks: list[asyncio.Task[str]] = []
+    for _ in range(150):
+        version = rng.choice(list(versions))
+        tasks.append(asyncio.create_task(client(rng, cache, version, versions[version])))
+        if rng.random() < 0.2:
+            rng.choice(tasks).cancel()
+        for _ in range(rng.randrange(4)):
+            await asyncio.sleep(0.0005)
+            cache.check()
+    results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+    ends = [result if isinstance(result, str) else type(result).__name__ for result in results]
+    assert set(ends) <= {"served", "BlobCorrupt", "StoreUnavailable", "StoreFull", "CancelledError"}
+    assert ends.count("served") > 40
+    store.active = False
+    store.faults = []
+    for version, blobs in versions.items():
+        assert await client(rng, cache, version, blobs) == "served", "nothing that failed before is remembered"
+    await cache.close()
+    cache.check()
+    assert cache.stats().held_bytes == 0, "nothing leaks"
