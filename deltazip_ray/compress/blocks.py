@@ -1,4 +1,4 @@
-"""Compresses one decoder block (DeltaZip, arXiv 2312.05215, section 4)."""
+"""Compresses one decoder block (the ΔCompress of DeltaZip, arXiv 2312.05215)."""
 
 from dataclasses import dataclass
 
@@ -85,4 +85,5 @@ class BlockCompressor:
 def relative(squared_error: Tensor, squared_norm: Tensor) -> float:
     """Root of a ratio of squared norms; 0 when there is nothing to be relative to."""
     norm = float(squared_norm)
-    return (max(0.0, float(squared_error)) / norm) ** 0.5 if norm > 0 else 0.0
+    # max keeps a first argument that is NaN, so that an overflow is seen.
+    return max(float(squared_error) / norm, 0.0) ** 0.5 if norm != 0 else 0.0

@@ -50,16 +50,24 @@ def inverse_factor(damped: Tensor) -> Tensor:
     """Upper triangular ``U`` with ``Uᵀ U = damped⁻¹``, float32.
 
     Its row ``i`` is that of the inverse Hessian of the columns from ``i`` on, divided by the root of its first
-    element: all that the elimination of the columns in order needs (GPTQ, arXiv 2210.17323, section 3.3).
+    element: all that the elimination of the columns in order needs (GPTQ, arXiv 2210.17323, step 3).
     A matrix that rounding has left indefinite gets more on its diagonal until it is not.
     """
     # With M Mᵀ = H for an upper triangular M (the Cholesky factor of H in reverse order), U = M⁻¹.
-    reverse = damped.flip(0, 1)
-    lower, failed = torch.linalg.cholesky_ex(reverse)
+    lower = _cholesky(damped.flip(0, 1))
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    return inverse.float().flip(0, 1)
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Lower Cholesky factor of ``matrix``, or of it plus as little on the diagonal as makes it positive definite."""
+    lower: Tensor
+    lower, failed = torch.linalg.cholesky_ex(matrix)
     extra = JITTER
     while bool(failed):
-        lower, failed = torch.linalg.cholesky_ex(reverse + extra * torch.eye(len(reverse)).to(reverse))
+        raised = matrix.clone()
+        raised.diagonal().add_(extra)
+        lower, failed = torch.linalg.cholesky_ex(raised)
         extra *= 10
-    identity = torch.eye(len(lower)).to(lower)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse.flip(0, 1).float()
+    return lower

@@ -106,4 +106,5 @@ def _divergence(ours: Tensor, our_head: Tensor, theirs: Tensor, their_head: Tens
         target = linear(mine, our_head).float().log_softmax(-1)
         guess = linear(other, their_head).float().log_softmax(-1)
         total += float(kl_div(guess, target, reduction="sum", log_target=True))
-    return max(0.0, total / ours.shape[0])
+    # Rounding may leave a hair below zero where the models agree; max keeps a first argument that is NaN.
+    return max(total / ours.shape[0], 0.0)

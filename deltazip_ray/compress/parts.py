@@ -36,9 +36,7 @@ class Parts:
             self.tensors[f"{name}.{part}"] = tensor.cpu()
 
 
-def rebuild(
-    name: str, base: Tensor | None, entries: Mapping[str, TensorEntry], tensors: Mapping[str, Tensor]
-) -> Tensor:
+def rebuild(name: str, base: Tensor, entries: Mapping[str, TensorEntry], tensors: Mapping[str, Tensor]) -> Tensor:
     """The weight ``name`` of the reconstruction: the base's plus the delta, or the raw one, and added rows below.
 
     ``base`` as stored in its checkpoint; the result is the base's own tensor when the delta has nothing for it, raw
@@ -48,8 +46,6 @@ def rebuild(
     entry = entries.get(name)
     if entry is not None and entry.codec == "raw":
         return tensors[name]
-    if base is None:
-        raise KeyError(name)
     weight = base
     if entry is not None:
         weight = base.float() + unpack(entry.codec, packed(name, tensors, entry), (entry.shape[0], entry.shape[1]))

@@ -1,7 +1,7 @@
 """From two checkpoints to an artifact."""
 
 from collections.abc import Callable
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from deltazip_ray.compress.pairing import Pair, open_pair
 from deltazip_ray.compress.parts import Parts
 from deltazip_ray.compress.runner import Runner
 from deltazip_ray.config import StoreConfig
+from deltazip_ray.errors import CompressionError
 
 OUTER = "outer"
 CALIBRATED, BLOCKS_DONE = 0.2, 0.95
@@ -56,10 +57,10 @@ def compress_checkpoint(
         share = (BLOCKS_DONE - CALIBRATED) / pair.skeleton.blocks
         progress(f"block {index + 1} of {pair.skeleton.blocks}", CALIBRATED + index * share)
         parts, states = blocks.compress(index, states)
-        errors[f"layers.{index}"] = _state_error(states, runner)
+        errors[f"layers.{index}"] = _finite(_state_error(states, runner), f"block {index}")
         _add(writer, f"layers.{index}", parts)
     progress("head and quality", BLOCKS_DONE)
-    divergence = outer.finish(states)
+    divergence = _finite(outer.finish(states), "the head")
     _add(writer, OUTER, outer.parts)
     for name, path in sorted(({"config.json": pair.finetuned.path / "config.json"} | pair.finetuned.files).items()):
         writer.add_file(name, path.read_bytes())
@@ -98,6 +99,16 @@ def _state_error(states: States, runner: Runner) -> float:
 
     ours = held_out(states.finetuned)
     return relative((held_out(states.compressed) - ours).square().sum(), ours.square().sum())
+
+
+def _finite(measured: float, where: str) -> float:
+    """Return what was measured. Raises CompressionError when it is not a number."""
+    if not isfinite(measured):
+        raise CompressionError(
+            f"the outputs of {where} overflow on the calibration data: compress with dtype float32 or bfloat16, "
+            "and check that base and fine-tune themselves give finite outputs"
+        )
+    return measured
 
 
 def _add(writer: ArtifactWriter, block: str, parts: Parts) -> None:

@@ -18,7 +18,7 @@ from deltazip_ray.artifact.manifest import Manifest, blob_key
 from deltazip_ray.compress.merge import merge
 from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.compress.pipeline import compress_checkpoint
-from deltazip_ray.errors import BaseMismatch, BlobCorrupt, CheckpointInvalid, ConfigError
+from deltazip_ray.errors import BaseMismatch, BlobCorrupt, CheckpointInvalid, CompressionError, ConfigError
 from tests.support.tiny import make_base, make_finetune, make_tokenizer
 
 SMALL = {"samples": 8, "sequence_length": 24}
@@ -240,6 +240,25 @@ def test_a_broken_weight_is_named(base: Path, finetuned: Path, tmp_path: Path, n
         with pytest.raises(CheckpointInvalid, match=f"broken: {name} holds NaN or Inf"):
             compress(*arguments, tmp_path / "artifact", calibration=text)
     assert not (tmp_path / "artifact" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("weight", "where"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", r"the inputs of model\.layers\.0\.mlp\.down_proj"),
+        ("model.layers.1.mlp.down_proj.weight", "the outputs of block 1"),
+        (HEAD, "the outputs of the head"),
+    ],
+)
+def test_overflow_is_reported_where_it_happens(
+    base: Path, finetuned: Path, tmp_path: Path, weight: str, where: str
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefgh " * 20)
+    large = edit(finetuned, tmp_path / "large", lambda tensors: tensors[weight].mul_(2e5))
+    with pytest.raises(CompressionError, match=f"{where} overflow on the calibration data"):
+        compress(base, large, tmp_path / "artifact", calibration=text, dtype="float16")
+    assert compress(base, large, tmp_path / "artifact", calibration=text).quality is not None
 
 
 def test_progress_runs_from_zero_to_one(base: Path, finetuned: Path, tmp_path: Path) -> None:
