@@ -62,7 +62,7 @@ class BlobEntry(_Part):
             if (home.group(1) if home else "outer") != self.block:
                 raise ValueError(f"{weight} does not belong to block {self.block}")
             # In a blob "<weight>.codes" is a part of "<weight>": it cannot be a weight of its own beside it.
-            parts = {f"{weight}.{part}" for part in ("codes", "scales", "index")}
+            parts = {f"{weight}.{part}" for part in ("codes", "low", "scales", "index")}
             if tensor.codec != "raw" and parts & self.tensors.keys():
                 raise ValueError(f"a weight has the name of a part of {weight}")
         return self
