@@ -10,6 +10,7 @@ from deltazip_ray.errors import InvalidName
 MAX_OBJECT = 64 << 20
 """Bytes that :meth:`ObjectStore.get` reads at most unless told otherwise."""
 
+_MAX_KEY = 900
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
 
@@ -64,9 +65,14 @@ class ObjectStore(ABC):
         """Remove an object; it is no error if there is none."""
 
 
+def is_key(key: str) -> bool:
+    """Whether ``key`` is well formed."""
+    return len(key) <= _MAX_KEY and all(_SEGMENT.fullmatch(segment) for segment in key.split("/"))
+
+
 def check_key(key: str) -> str:
     """Return ``key`` when it is well formed, else raise InvalidName."""
-    if len(key) > 900 or not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
+    if not is_key(key):
         raise InvalidName(f"{key[:120]!r} is not an object's key: use letters, digits, '.', '_', '-' and '/' between")
     return key
 

@@ -23,7 +23,7 @@ from botocore.exceptions import (
     ResponseStreamingError,
 )
 
-from deltazip_ray.artifact.object_store import MAX_OBJECT, ObjectStore, check_key, check_prefix
+from deltazip_ray.artifact.object_store import MAX_OBJECT, ObjectStore, check_key, check_prefix, is_key
 from deltazip_ray.artifact.s3_errors import translated
 from deltazip_ray.config import MIB, StoreConfig
 from deltazip_ray.errors import BlobCorrupt, ConfigError, ObjectNotFound, StoreError, StoreUnavailable
@@ -49,11 +49,13 @@ class S3Store(ObjectStore):
 
     def __init__(self, config: StoreConfig) -> None:
         parts = urlsplit(config.url)
-        if not _BUCKET.fullmatch(parts.netloc) or parts.query or parts.fragment:
+        prefix = parts.path.strip("/")
+        sound = _BUCKET.fullmatch(parts.netloc) and not parts.query and not parts.fragment
+        if not sound or (prefix and not is_key(prefix)):
             raise ConfigError(f"{config.url!r} is not a bucket's URL: write s3://bucket/prefix")
         self.url = config.url.rstrip("/")
         self._bucket = parts.netloc
-        self._prefix = f"{check_key(parts.path.strip('/'))}/" if parts.path.strip("/") else ""
+        self._prefix = f"{prefix}/" if prefix else ""
         self._attempts = config.max_attempts
         self._client = _make_client(config)
         self._ranges = ThreadPoolExecutor(PARALLEL, thread_name_prefix="s3-range")
