@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
-from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import LocalityMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from deltazip_deployments.placement import Costs, ReplicaView, choose
 
@@ -48,7 +48,7 @@ class _Assignments:
         return frozenset(version for owner, version in self._recent if owner == replica)
 
 
-class DeltaAwareRouter(RequestRouter):
+class DeltaAwareRouter(LocalityMixin, RequestRouter):
     """Sends each request where its first token should come soonest."""
 
     def initialize_state(self, **kwargs: float) -> None:
@@ -63,25 +63,34 @@ class DeltaAwareRouter(RequestRouter):
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
-        """The cheapest replica that may take the request; waits until there is one."""
+        """The best replica that may take the request; waits until there is one."""
         attempt = 0
         if is_retry:
             # The replica refused or was gone: give its state a moment to reach us.
             await self._backoff(attempt)
-        while True:
-            while not self._replicas:
+        while not (ranked := await self.choose_replicas(self._open_replicas(), pending_request)):
+            if self._replicas:
+                await self._backoff(attempt)
+                attempt += 1
+            else:
                 self._replicas_updated_event.clear()
                 await self._replicas_updated_event.wait()
-            open_ones = {replica.replica_id: replica for replica in self._open_replicas()}
-            if open_ones:
-                break
-            await self._backoff(attempt)
-            attempt += 1
-        version = pending_request.metadata.multiplexed_model_id or None
-        chosen = choose({key: self._view(replica) for key, replica in open_ones.items()}, version, self._costs)
-        if version is not None:
-            self._assignments.add(chosen, version)
-        return open_ones[chosen]
+        replica = ranked[0][0]
+        version = pending_request.metadata.multiplexed_model_id
+        if version:
+            self._assignments.add(replica.replica_id, version)
+        return replica
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """One rank with the cheapest candidate; none without candidates."""
+        if not candidate_replicas:
+            return []
+        version = pending_request.metadata.multiplexed_model_id or None if pending_request else None
+        views = {replica.replica_id: self._view(replica) for replica in candidate_replicas}
+        best = choose(views, version, self._costs)
+        return [[replica for replica in candidate_replicas if replica.replica_id == best]]
 
     def _open_replicas(self) -> list[RunningReplica]:
         """Replicas with room, without those that just failed to answer unless there is nothing else."""

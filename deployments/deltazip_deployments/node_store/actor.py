@@ -3,15 +3,21 @@
 Nobody owns it: it lives while replicas show life, and ends by itself when none has for a while.
 """
 
+import asyncio
 import logging
 import time
+from typing import Any
 
-from deltazip_ray.residency.host_cache import HostCache
+import ray
 from prometheus_client import CollectorRegistry, generate_latest
 
 from deltazip_deployments.node_store.arena import Arena, ArenaRef
 from deltazip_deployments.node_store.leases import Leases
 from deltazip_deployments.node_store.protocol import NodeReport, StoredDelta
+from deltazip_ray.artifact.catalog import Catalog
+from deltazip_ray.artifact.store import open_store
+from deltazip_ray.config import NodeStoreConfig, StoreConfig
+from deltazip_ray.residency.host_cache import HostCache
 
 _LINGER_LEASES = 4
 """How many lease timeouts without a replica are the end: a restarting one finds the deltas still here."""
@@ -77,9 +83,8 @@ class NodeStore:
         return self._leases.alone_s(now)
 
 
-@ray.remote(num_cpus=0, max_concurrency=1000, max_restarts=0)
-class NodeStoreActor(NodeStore):
-    """The node store as an actor that ends itself. What it has to say about its settings it says by dying early."""
+class _SelfEnding(NodeStore):
+    """Builds itself from settings, and ends its actor when nobody needs it."""
 
     def __init__(self, node: str, store: StoreConfig, settings: NodeStoreConfig, base_digest: str) -> None:
         """Raises ConfigError when the arena does not fit."""
@@ -95,3 +100,6 @@ class NodeStoreActor(NodeStore):
             await asyncio.sleep(lease_timeout_s / 4)
         logger.info("no replica needs this node store any more")
         ray.kill(ray.get_runtime_context().current_actor)
+
+
+NodeStoreActor: Any = ray.remote(num_cpus=0, max_concurrency=1000, max_restarts=0)(_SelfEnding)

@@ -1,0 +1,177 @@
+"""Running the application from a program: the ``deltazip serve`` command, the demo, tests.
+
+What is started here ends here, however the program ends: Ray's processes, the detached node stores, their memory.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import httpx
+import ray
+from ray import serve
+from ray._private import ray_constants
+
+from deltazip_deployments.app import application
+from deltazip_deployments.node_store.discovery import kill_stores
+from deltazip_deployments.replica import EngineFactory, make_engine
+from deltazip_ray.config import AppConfig
+from deltazip_ray.errors import EngineError
+
+APP_NAME = "deltazip"
+_HEALTH_PAUSE_S = 0.1
+_SIGNAL_TAKES_S = 0.2
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running application."""
+
+    url: str
+    owns_ray: bool
+    """Whether the Ray cluster was started for it, or at least the connection to one was made for it."""
+
+    def stop(self) -> None:
+        """End the application and its node stores, and what was started for them. Harmless when repeated."""
+        stop(owns_ray=self.owns_ray)
+
+
+def start(
+    config: AppConfig,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    engine_factory: EngineFactory = make_engine,
+    ready_timeout_s: float = 600.0,
+) -> Server:
+    """Run the application and wait until it answers.
+
+    Uses the Ray cluster that this process is connected to, else that of ``RAY_ADDRESS``, else starts one on loopback
+    without a dashboard. Raises EngineError; call :func:`stop` after that too, or use :func:`running`.
+    """
+    owns_ray = connect(config)
+    _deploy(config, host, port, engine_factory)
+    url = f"http://{host}:{port}"
+    _wait_until_healthy(url, ready_timeout_s)
+    return Server(url, owns_ray)
+
+
+def stop(*, owns_ray: bool = True) -> None:
+    """End the application, its node stores, and, if they are ours, Serve and Ray. Harmless when repeated."""
+    if not ray.is_initialized():
+        return
+    try:
+        if owns_ray and "RAY_ADDRESS" not in os.environ:
+            _end_haproxy()
+        else:
+            serve.delete(APP_NAME)
+            kill_stores(APP_NAME)
+    finally:
+        if owns_ray:
+            # A cluster of ours takes all actors with it.
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def running(
+    config: AppConfig,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    engine_factory: EngineFactory = make_engine,
+) -> Iterator[str]:
+    """The application's URL, for as long as the block runs. SIGTERM ends the block as Ctrl-C does."""
+    owns_ray = not ray.is_initialized()
+    try:
+        connect(config)
+        with _sigterm_as_interrupt():
+            yield start(config, host, port, engine_factory=engine_factory).url
+    finally:
+        with _uninterrupted():
+            stop(owns_ray=owns_ray)
+
+
+def connect(config: AppConfig) -> bool:
+    """Connect to Ray if this process is not; True when it was not."""
+    if ray.is_initialized():
+        return False
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+        return True
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # On Linux Ray listens on all interfaces and takes loopback addresses for a mistake, unless it is told, as on
+    # other systems by default, that there is only this host. The variable is for the processes that Ray starts.
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    wanted = config.replicas * config.replica_resources.get("CPU", 0.0)
+    ray.init(
+        address="local",
+        # Logical: replicas on a small machine share its cores rather than wait for each other for ever.
+        num_cpus=max(os.cpu_count() or 1, int(wanted) + 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    return True
+
+
+def _deploy(config: AppConfig, host: str, port: int, engine_factory: EngineFactory) -> None:
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    try:
+        serve.run(application(config, engine_factory), name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise EngineError(f"the application does not come up: {error}") from error
+
+
+def _end_haproxy() -> None:
+    """HAProxy, where Serve was told to use it, is the one process that outlives Ray.
+
+    When a signal has reached Ray's processes too, as service managers signal the whole group, there is nobody to ask:
+    trying takes minutes.
+    """
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+        return
+    time.sleep(_SIGNAL_TAKES_S)
+    if not ray._private.worker._global_node.dead_processes():
+        serve.shutdown()
+
+
+def _wait_until_healthy(url: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health", timeout=5.0).status_code == 200:
+                return
+        if time.monotonic() > deadline:
+            raise EngineError(f"{url}/health did not answer within {timeout_s:g} s: is something else on this port?")
+        time.sleep(_HEALTH_PAUSE_S)
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """To be entered once Ray is connected: connecting puts a handler of its own in place, which just dies."""
+
+    def interrupt(signum: int, _: object) -> None:
+        raise KeyboardInterrupt(f"signal {signum}")
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Somebody who presses Ctrl-C twice must not be left with half of the processes."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
