@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import ray
@@ -137,8 +138,9 @@ def _end_haproxy() -> None:
     if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
         return
     time.sleep(_SIGNAL_TAKES_S)
-    if not ray._private.worker._global_node.dead_processes():
-        serve.shutdown()
+    node: Any = ray._private.worker._global_node
+    if not node.dead_processes():
+        serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _wait_until_healthy(url: str, timeout_s: float) -> None:

@@ -96,10 +96,12 @@ class _SelfEnding(NodeStore):
         self._watch_task = asyncio.get_running_loop().create_task(self._watch(settings.lease_timeout_s))
 
     async def _watch(self, lease_timeout_s: float) -> None:
-        while await self.drop_silent() < _LINGER_LEASES * lease_timeout_s:
+        alone_s = 0.0
+        while alone_s < _LINGER_LEASES * lease_timeout_s:
             await asyncio.sleep(lease_timeout_s / 4)
+            alone_s = await self.drop_silent()
         logger.info("no replica needs this node store any more")
         ray.kill(ray.get_runtime_context().current_actor)
 
 
-NodeStoreActor: Any = ray.remote(num_cpus=0, max_concurrency=1000, max_restarts=0)(_SelfEnding)
+NodeStoreActor: Any = ray.remote(_SelfEnding)
