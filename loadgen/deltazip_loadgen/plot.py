@@ -80,8 +80,8 @@ def _per_variant(panel: "Axes", report: Report) -> None:
     """TTFT and latency of each variant: p50 as a dot, a line to p99 with a tick at p90; busiest first."""
     busiest = sorted(report.variants.items(), key=lambda item: -item[1].all.requests)[:MAX_VARIANTS]
     for row, (_, breakdown) in enumerate(busiest):
-        _spread(panel, row - 0.16, breakdown.all.ttft_s, TTFT, "TTFT" if row == 0 else None)
-        _spread(panel, row + 0.16, breakdown.all.latency_s, LATENCY, "latency" if row == 0 else None)
+        _spread(panel, row - 0.16, breakdown.all.ttft_s, TTFT)
+        _spread(panel, row + 0.16, breakdown.all.latency_s, LATENCY)
     names = [f"{_short(model)} ({breakdown.all.requests})" for model, breakdown in busiest]
     panel.set_yticks(range(len(names)), names, fontsize=8 if len(names) > 10 else 9)
     panel.invert_yaxis()
@@ -89,17 +89,19 @@ def _per_variant(panel: "Axes", report: Report) -> None:
     more = f" (the busiest {MAX_VARIANTS}; {left_out} more)" if left_out else ""
     panel.set(title=f"Per variant{more}: p50 ●, p90 |, line to p99", xlabel="seconds")
     _log_seconds(panel)
-    if busiest:
-        # Below the axis, beside its label: there is no free corner among twenty variants.
-        panel.legend(ncols=2, fontsize=9, frameon=False, loc="upper right", bbox_to_anchor=(1.0, -0.06))
+    # Any variant may be without an answer, so the legend has marks of its own. It stands below the axis, beside
+    # the axis' label: there is no free corner among twenty variants.
+    marks = [panel.plot([], [], "o", color=color, markersize=5)[0] for color in (TTFT, LATENCY)]
+    place: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (1.0, -0.06), "ncols": 2}
+    panel.legend(marks, ["TTFT", "latency"], fontsize=9, frameon=False, **place)
 
 
-def _spread(panel: "Axes", row: float, spread: Distribution | None, color: str, label: str | None) -> None:
+def _spread(panel: "Axes", row: float, spread: Distribution | None, color: str) -> None:
     if spread is None:
         return
     panel.plot([spread.p50, spread.p99], [row, row], color=color, linewidth=1.5, alpha=0.6)
     panel.plot(spread.p90, row, "|", color=color, markersize=8, markeredgewidth=1.8)
-    panel.plot(spread.p50, row, "o", color=color, markersize=5, label=label)
+    panel.plot(spread.p50, row, "o", color=color, markersize=5)
 
 
 def _requests(panel: "Axes", records: Sequence[Record], edges: Array) -> None:
