@@ -87,6 +87,14 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     made.cache.check()
 
 
+@pytest.fixture(autouse=True)
+async def no_error_in_a_callback() -> AsyncIterator[None]:
+    problems: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+    yield
+    assert problems == []
+
+
 def as_bytes(blobs: Mapping[str, memoryview]) -> dict[str, bytes]:
     return {block: bytes(view) for block, view in blobs.items()}
 
@@ -279,9 +287,11 @@ async def test_a_manifest_with_a_wrong_size_harms_only_itself(bench: Bench) -> N
     assert not isinstance(results[1], BaseException)
 
 
-async def test_a_caller_that_leaves_does_not_stop_the_others(bench: Bench) -> None:
+@pytest.mark.parametrize("stage", ["manifest", "blobs"])
+async def test_a_caller_that_leaves_does_not_stop_the_others(bench: Bench, stage: str) -> None:
     version = bench.version("a", "b")
-    await bench.know(version)
+    if stage == "blobs":
+        await bench.know(version)
     bench.store.gate.clear()
     first, second = await bench.start(version), await bench.start(version)
     first.cancel()
@@ -408,6 +418,22 @@ async def test_those_who_wait_for_room_hold_nothing_and_are_passed_by_what_is_he
     await bench.cache.close()
 
 
+async def test_room_of_an_abandoned_fetch_can_be_had_when_it_ends(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, room_timeout_s=20)
+    abandoned, wanted = bench.version("a", pages=6), bench.version("b", pages=3)
+    await bench.know(abandoned, wanted)
+    bench.store.gate.clear()
+    first = await bench.start(abandoned)
+    await until(lambda: bench.store.reading == 1)
+    first.cancel()
+    second = await bench.start(wanted)
+    assert bench.store.count("/blobs/") == 1, "a thread still writes there"
+    bench.store.gate.set()
+    async with asyncio.timeout(5):
+        await second
+    await bench.cache.close()
+
+
 async def test_close_answers_everybody(tmp_path: Path) -> None:
     bench = Bench(tmp_path, room_timeout_s=20, fetch_threads=1)
     held, wanted, behind = bench.version("a", pages=6), bench.version("b", pages=3), bench.version("c", pages=3)
@@ -425,6 +451,18 @@ async def test_close_answers_everybody(tmp_path: Path) -> None:
         await bench.cache.acquire(held)
     await bench.cache.release(held)
     bench.cache.check()
+
+
+async def test_close_answers_who_waits_for_room_when_nothing_moves(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, room_timeout_s=60)
+    held, wanted = bench.version("a", pages=6), bench.version("b", pages=3)
+    await bench.know(wanted)
+    await bench.cache.acquire(held)
+    waiting = await bench.start(wanted)
+    await bench.cache.close()
+    async with asyncio.timeout(5):
+        with pytest.raises(StoreUnavailable):
+            await waiting
 
 
 async def test_a_version_is_released_once_for_each_acquire(bench: Bench) -> None:
