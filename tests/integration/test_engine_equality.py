@@ -1,11 +1,14 @@
 """Greedy tokens of the engine against transformers on the merged weights, with versions sharing batches."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
-from tests.support.engines import GREEDY, RunningEngine, random_prompt, serving
+from tests.support.engines import GREEDY, RunningEngine, random_prompt, running, serving
+from tests.support.oracle import Oracle
+from tests.support.versions import MemorySource
 from tests.support.zoo import Zoo
 
 
@@ -57,6 +60,16 @@ async def test_evicted_and_loaded_again(zoo: Zoo) -> None:
         assert run.metric("evictions_total") >= 8
         assert run.metric("load_seconds_count", tier="remote") >= 6
         assert len(run.engine.stats().resident) == 2
+
+
+async def test_weights_that_a_version_leaves_alone_are_the_bases(zoo: Zoo, tmp_path: Path) -> None:
+    full, part = zoo.versions[3], zoo.versions[0].without(r"^lm_head|^model\.norm|layers\.0")
+    oracle = Oracle(part.write_merged(tmp_path))
+    prompt = random_prompt(1, 20)
+    async with running(zoo.base, MemorySource(full, part), slots=1) as run:
+        for _ in range(2):
+            await run.generate(prompt, full.version)
+            assert await run.generate(prompt, part.version) == oracle.greedy(prompt, GREEDY.max_tokens)
 
 
 async def test_kv_preemption(zoo: Zoo) -> None:

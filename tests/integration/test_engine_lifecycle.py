@@ -200,6 +200,17 @@ async def test_leaving_a_load_does_not_cancel_it_for_others(zoo: Zoo) -> None:
         assert first.cancelled()
 
 
+async def test_leaving_a_request_ends_its_work(zoo: Zoo) -> None:
+    async with running(zoo.base, MemorySource(*zoo.versions)) as run:
+        for version in (None, zoo.versions[0].version):
+            steps = run.metric("step_seconds_count")
+            stream = run.engine.generate(GenerateRequest("leaver", version, tuple(PROMPT), LONG))
+            await anext(stream)
+            await stream.aclose()
+            await until(lambda: run.engine.stats().kv_blocks_free == SETTINGS["kv_blocks"])
+            assert run.metric("step_seconds_count") - steps < LONG.max_tokens / 2
+
+
 async def test_one_request_id_may_be_used_again_while_the_first_ends(zoo: Zoo) -> None:
     async with running(zoo.base, MemorySource()) as run:
         outputs = await asyncio.gather(*(run.generate(PROMPT) for _ in range(4)))

@@ -35,6 +35,7 @@ class BuiltVersion:
     """Tokenizer and the like, by name."""
     merged: dict[str, torch.Tensor]
     """What the served weights must equal, float32, by checkpoint name."""
+    base: Checkpoint
     finetune: Path
 
     @property
@@ -60,6 +61,20 @@ class BuiltVersion:
         manifest, source = open_artifact(self.write_artifact(folder))
         Catalog(store, manifest.base.digest).publish(source, manifest, name, aliases)
         return self.version
+
+    def without(self, pattern: str) -> "BuiltVersion":
+        """Another version, in which weights whose name matches are the base's and not in the delta."""
+        blobs, entries, merged = {}, [], dict(self.merged)
+        for entry in self.manifest.blobs:
+            kept = {name: tensor for name, tensor in entry.tensors.items() if not re.search(pattern, name)}
+            merged |= {name: self.base.tensor(name).float() for name in entry.tensors.keys() - kept.keys()}
+            if kept:
+                tensors = read_blob(self.blobs[entry.block], entry)
+                data = write_blob({k: v for k, v in tensors.items() if not re.search(pattern, k)})
+                blobs[entry.block] = data
+                entries.append(BlobEntry(block=entry.block, digest=sha256_hex(data), size=len(data), tensors=kept))
+        manifest = self.manifest.model_copy(update={"blobs": tuple(entries)})
+        return replace(self, manifest=manifest, blobs=blobs, merged=merged)
 
     def with_raw(self, values: Mapping[str, torch.Tensor]) -> "BuiltVersion":
         """Another version, in which some raw weights have these values."""
@@ -124,7 +139,7 @@ def build_version(
         ),
         files={name: FileEntry(digest=sha256_hex(data), size=len(data)) for name, data in files.items()},
     )
-    return BuiltVersion(manifest, blobs, files, merged, finetune)
+    return BuiltVersion(manifest, blobs, files, merged, old, finetune)
 
 
 def round_to_nearest(codec: str, delta: torch.Tensor) -> dict[str, torch.Tensor]:
