@@ -273,7 +273,7 @@ def test_remove_and_publish_again(catalog: Catalog, publish: Callable[..., str])
 
 
 def test_concurrent_publishers_lose_nothing(config: StoreConfig, tmp_path: Path) -> None:
-    publishers, rounds = 8, 2
+    publishers, rounds = 8, 4 if config.url.startswith("file:") else 1
     expected: dict[str, str] = {}
     for i in range(publishers * rounds):
         expected[f"alias-{i}"] = make_artifact(tmp_path / f"a{i}", float(i)).version()
@@ -299,7 +299,7 @@ def test_concurrent_publishers_lose_nothing(config: StoreConfig, tmp_path: Path)
     assert catalog.variants()[0].aliases["latest"] == latest
 
 
-def test_readers_never_miss_a_variant_that_changes(
+def test_readers_never_miss_a_changing_variant(
     config: StoreConfig, catalog: Catalog, publish: Callable[..., str]
 ) -> None:
     version = publish(1.0)
@@ -316,7 +316,7 @@ def test_readers_never_miss_a_variant_that_changes(
     with ThreadPoolExecutor(2) as pool:
         readers = [pool.submit(read) for _ in range(2)]
         try:
-            for i in range(15):
+            for i in range(8):
                 catalog.set_alias("sorter", f"a{i}", version)
         finally:
             done.set()
@@ -366,5 +366,5 @@ def test_a_publication_that_breaks_off_can_be_repeated(
 
 
 def test_the_catalog_needs_no_torch() -> None:
-    script = "import sys; import deltazip_ray.artifact.catalog, deltazip_ray.artifact.store; sys.exit('torch' in sys.modules)"
+    script = "import sys; from deltazip_ray.artifact import catalog, store; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -40,6 +40,7 @@ def rewrite_header(data: bytes, change: Any) -> bytes:
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     text = json.dumps(change(header) or header).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
