@@ -47,16 +47,22 @@ class Exchange:
     """One request's life; ``run`` gives its record and raises nothing but cancellation."""
 
     def __init__(
-        self, request: TraceRequest, index: int, intended_s: float, options: ReplayOptions, clock: Clock
+        self,
+        request: TraceRequest,
+        index: int,
+        intended_s: float,
+        options: ReplayOptions,
+        clock: Clock,
+        on_first_token: Callable[[], None],
     ) -> None:
         self._request = request
         self._index = index
         self._intended_s = intended_s
         self._options = options
         self._clock = clock
+        self._on_first_token = on_first_token
         self._answer = _Answer()
         self._sent_s = 0.0
-        self.on_first_token: Callable[[], None] = lambda: None
 
     async def run(self, connections: Connections) -> Record:
         """Send the request now and follow its stream to the end."""
@@ -123,7 +129,7 @@ class Exchange:
             if not answer.arrivals_s or answer.arrivals_s[-1] != now_s:
                 answer.arrivals_s.append(now_s)
             if len(answer.text) == 1:
-                self.on_first_token()
+                self._on_first_token()
         answer.finish_reason = finish_reason or answer.finish_reason
         answer.usage = usage or answer.usage
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from deltazip_loadgen.client import Exchange
@@ -94,11 +95,11 @@ class _Run:
             if self._options.duration_s is not None and intended_s > self._options.duration_s:
                 return
             await asyncio.sleep(max(0.0, intended_s - self._clock()))
-            exchange = Exchange(request, index, intended_s, self._options, self._clock)
+            first_token = partial(self._on_event, Event("first_token", request.model))
+            exchange = Exchange(request, index, intended_s, self._options, self._clock, first_token)
             self._keep(group.create_task(self._one(exchange, request.model)))
 
     async def _one(self, exchange: Exchange, model: str) -> None:
-        exchange.on_first_token = lambda: self._on_event(Event("first_token", model))
         async with self._limit:
             self._on_event(Event("sent", model))
             try:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import takewhile
 from pathlib import Path
 from typing import TextIO
 
@@ -65,7 +64,7 @@ class Session:
         _allow_many_connections()
         # The whole trace is checked before anything is sent, not when half of it has been.
         end_s = float("inf") if self.options.duration_s is None else self.options.duration_s * self.options.speed
-        total = sum(1 for _ in takewhile(lambda request: request.at_s <= end_s, self.trace))
+        total = sum(request.at_s <= end_s for request in self.trace)
         started_at = datetime.now(UTC)
         with ExitStack() as stack:
             counts = stack.enter_context(LiveCounts(total, console, shown=not quiet))

@@ -65,6 +65,15 @@ def test_from_a_new_trace_to_a_report(tmp_path: Path, server: FaultyServer) -> N
     assert Report.model_validate_json(again.read_text()).total == report.total
 
 
+def test_a_bad_line_is_found_before_anything_is_sent(tmp_path: Path, server: FaultyServer) -> None:
+    trace = write(tmp_path / "t", [completion("fine", 0), completion("fine", 9)])
+    trace.write_text(trace.read_text() + "{}\n")
+    result = run("replay", trace, "--url", server.url, "--duration", 1)
+    assert result.exit_code == 2
+    assert "t:4: " in result.output
+    assert server.seen == []
+
+
 def test_the_key_is_sent_and_written_nowhere(tmp_path: Path, server: FaultyServer) -> None:
     trace = write(tmp_path / "t", [completion("fine", 0)])
     outputs = ("--json", tmp_path / "r.json", "--records", tmp_path / "records")
