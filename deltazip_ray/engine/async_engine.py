@@ -61,12 +61,19 @@ class AsyncEngine:
         self._stopped = False
         self._ids = itertools.count()
         self._active: dict[str, _Active] = {}
-        self._entered = 0
+        self._pinning = 0
         self._verdicts: set[asyncio.Future[DeltaZipError | None]] = set()
 
     async def start(self) -> None:
-        """Read the base and begin to step. Raises ConfigError, CheckpointInvalid."""
+        """Read the base and begin to step; a second call does nothing.
+
+        Raises ConfigError, CheckpointInvalid, and EngineStopped when it was stopped meanwhile.
+        """
+        if self._parts is not None:
+            return
         core = await asyncio.to_thread(build_core, self._config, self._base)
+        if self._stopped:
+            raise EngineStopped(_STOPPED)
         here = asyncio.get_running_loop()
         steps = StepLoop(
             core.scheduler,
@@ -107,14 +114,13 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """The engine at this moment, from its event loop. Zeros before it has started."""
         if self._parts is None:
-            return EngineStats(frozenset(), frozenset(), 0, self._entered, 0, 0, self._config.slots)
+            return EngineStats(frozenset(), frozenset(), 0, 0, 0, 0, self._config.slots)
         table, scheduler = self._parts.versions.table, self._parts.core.scheduler
-        running = scheduler.num_running
         return EngineStats(
             resident=table.resident,
             loading=table.loading,
-            running=running,
-            waiting=max(0, self._entered - running),
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting + self._pinning,
             kv_blocks=scheduler.blocks.num_blocks,
             kv_blocks_free=scheduler.blocks.free_blocks,
             slots=table.slots,
@@ -145,7 +151,6 @@ class AsyncEngine:
         """
         arrived = time.perf_counter()
         outcome = "aborted"
-        self._entered += 1
         try:
             parts = self._open()
             self._check_request(request, parts.core)
@@ -157,7 +162,6 @@ class AsyncEngine:
             outcome = type(error).__name__
             raise
         finally:
-            self._entered -= 1
             self._metrics.requests.labels(outcome).inc()
 
     async def _run(self, request: GenerateRequest, parts: _Running, arrived: float) -> AsyncGenerator[TokenChunk, None]:
@@ -186,7 +190,11 @@ class AsyncEngine:
         """The slot of the request's version, with its vocabulary checked; None for the base."""
         if request.version is None:
             return None
-        pin = await parts.versions.pin(request.version, self._config.load_timeout_s)
+        self._pinning += 1
+        try:
+            pin = await parts.versions.pin(request.version, self._config.load_timeout_s)
+        finally:
+            self._pinning -= 1
         try:
             check_tokens(request, parts.versions.vocab_size(pin))
             self._open()
@@ -201,8 +209,9 @@ class AsyncEngine:
         core.scheduler.validate(request)
         added = 0 if request.version is None else self._config.max_added_tokens
         check_tokens(request, core.base.vocab_size + added)
-        if self._entered > self._config.max_running + self._config.max_waiting:
-            raise Overloaded(f"{self._entered - 1} requests are in the engine already: try again later")
+        inside = len(self._active) + self._pinning
+        if inside >= self._config.max_running + self._config.max_waiting:
+            raise Overloaded(f"{inside} requests are in the engine already: try again later")
 
     def _deliver(self, news: News) -> None:
         """What a step brought, on the event loop."""

@@ -1,6 +1,7 @@
 """Checkpoints that are made once for all tests of this folder."""
 
 import pytest
+
 from tests.support.zoo import Zoo, make_zoo
 
 

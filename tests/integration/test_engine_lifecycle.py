@@ -240,6 +240,7 @@ async def test_stopping_answers_everybody(zoo: Zoo) -> None:
         with pytest.raises(EngineStopped, match="call start"):
             await run.generate(PROMPT)
         await run.engine.start()
+        await run.engine.start()
         tasks = [asyncio.create_task(run.generate(PROMPT, None, LONG)) for _ in range(4)]
         tasks += [asyncio.create_task(run.generate(PROMPT, version.version)) for version in zoo.versions]
         await until(lambda: run.engine.stats().running == 4)
@@ -251,6 +252,15 @@ async def test_stopping_answers_everybody(zoo: Zoo) -> None:
         await run.engine.stop()
         assert not any(source.held.values())
         assert len(await other.generate(PROMPT)) == GREEDY.max_tokens
+
+
+async def test_stopped_while_it_starts(zoo: Zoo) -> None:
+    run = unstarted(zoo, MemorySource())
+    start = asyncio.create_task(run.engine.start())
+    await asyncio.sleep(0)
+    await run.engine.stop()
+    with pytest.raises(EngineStopped):
+        await start
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
