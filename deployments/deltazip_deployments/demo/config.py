@@ -1,0 +1,34 @@
+"""What one run of the demo does: settings only."""
+
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from deltazip_deployments.demo.recipe import Recipe
+from deltazip_ray.compress.options import MatrixCodec
+from deltazip_ray.config import Settings
+from deltazip_ray.errors import ConfigError
+
+
+class DemoConfig(Settings):
+    """Sizes and rates; the defaults are those of ``deltazip demo``."""
+
+    recipe: Recipe = Recipe()
+    codec: MatrixCodec = Field("int4", description="of the matrices inside the decoder blocks")
+    calibration_samples: int = Field(256, ge=2, description="training examples that each compression looks at")
+    questions: int = Field(100, ge=1, description="held-out questions of each model")
+    requests: int = Field(480, ge=1, description="of the replayed trace")
+    rate: float = Field(24.0, gt=0, description="requests a second, on average")
+    replicas: int = Field(2, ge=1)
+    slots: int = Field(2, ge=1, description="of each replica: together fewer than variants, so that deltas move")
+    seed: int = Field(1, ge=0, description="of questions and traffic")
+
+
+def load_config(path: Path | None) -> DemoConfig:
+    """Read a file of settings, or the defaults without one. Raises ConfigError."""
+    if path is None:
+        return DemoConfig()
+    try:
+        return DemoConfig.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ConfigError(f"{path} holds no settings of the demo: {error}") from error

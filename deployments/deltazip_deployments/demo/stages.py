@@ -1,0 +1,73 @@
+"""Progress on stderr: one live display on a terminal, two lines a stage elsewhere. Also keeps the time of each."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+
+class Bar:
+    """The progress of one stage."""
+
+    def __init__(self, bars: Progress, task: TaskID) -> None:
+        self._bars = bars
+        self._task = task
+
+    def advance(self, done: float = 1) -> None:
+        """So much more of the stage's total is done."""
+        self._bars.update(self._task, advance=done)
+
+    def reach(self, what: str, done: float) -> None:
+        """So much of the stage's total is done by now. What is being done is not shown: it changes too fast."""
+        self._bars.update(self._task, completed=done)
+
+
+class Stages:
+    """Use as a context manager around all stages."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
+        """By stage, in the order in which they ended."""
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def pause(self) -> None:
+        """Leave what is shown as it is; the next stage begins a new display."""
+        self._bars.stop()
+        for task in self._bars.task_ids:
+            self._bars.remove_task(task)
+
+    @contextmanager
+    def stage(self, name: str, total: float | None = None) -> Iterator[Bar]:
+        """Show a stage while the block runs; ``total`` is the work it has, None when that is unknown."""
+        self._bars.start()
+        task = self._bars.add_task(name, total=total)
+        self._line(f"{name}: started")
+        began = time.monotonic()
+        yield Bar(self._bars, task)
+        self.seconds[name] = round(time.monotonic() - began, 3)
+        self._bars.update(task, total=1.0, completed=1.0)
+        self._line(f"{name}: {self.seconds[name]:.1f} s")
+
+    def _line(self, text: str) -> None:
+        if not self.console.is_terminal:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
