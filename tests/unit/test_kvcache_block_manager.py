@@ -1,7 +1,7 @@
 """Blocks are handed out all or nothing, and always add up."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltazip_ray.errors import ConfigError, EngineError
@@ -62,6 +62,7 @@ def test_check_sees_a_block_that_is_held_twice() -> None:
         blocks.check()
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 40)), max_size=60), st.integers(1, 5))
 def test_blocks_add_up_after_any_sequence_of_operations(operations: list[tuple[str, int]], block_size: int) -> None:
     """Zero tokens stand for freeing; sizes are compared with a model that only counts."""

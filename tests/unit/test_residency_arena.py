@@ -1,7 +1,7 @@
 """The arena's allocator against a model that knows only which pages are taken."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltazip_ray.errors import ConfigError, StoreError
@@ -59,6 +59,7 @@ def test_check_sees_lost_bytes() -> None:
         arena.check()
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.integers(1, 6 * ALIGNMENT), st.integers(-40, -1)), max_size=80))
 def test_pieces_never_overlap_and_a_gap_that_fits_is_found(steps: list[int]) -> None:
     """A positive step allocates as many bytes; a negative one frees one of the pieces."""
