@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from deltazip_kernels import LAYOUT_VERSION, RAW, packed_layout
 
+from deltazip_kernels import LAYOUT_VERSION, RAW, packed_layout
 from deltazip_ray.artifact.blob import read_blob
 from deltazip_ray.artifact.manifest import Manifest, TensorEntry
 from deltazip_ray.errors import BaseMismatch, DeltaTooLarge, ManifestInvalid
@@ -85,6 +85,9 @@ class DeviceSlots:
 
         Nothing of the version is visible before all of it was read. Raises BlobCorrupt.
         """
+        # Whoever was here before is gone, also when this fails half-way.
+        for target in self.targets.values():
+            target.clear(slot)
         memory, start = self.memory[slot], 0
         installs = []
         for blob in delta.manifest.blobs:
@@ -94,8 +97,6 @@ class DeviceSlots:
                 if target.in_slot:
                     parts, start = self._place(parts, entry, memory, start)
                 installs.append((target, entry.codec, parts))
-        for target in self.targets.values():
-            target.clear(slot)
         for target, codec, parts in installs:
             target.install(slot, codec, parts)
         self._vocab[slot] = self.base.vocab_size + delta.manifest.added_tokens

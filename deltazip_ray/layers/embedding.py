@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from deltazip_kernels import RAW, PackedDelta, delta_matmul, unpack_rows
 
+from deltazip_kernels import RAW, PackedDelta, delta_matmul, unpack_rows
 from deltazip_ray.layers.rows import Rows
 from deltazip_ray.layers.targets import VALUES, AddedTarget, MatrixTarget
 

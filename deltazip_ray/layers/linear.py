@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from deltazip_kernels import delta_matmul
 
+from deltazip_kernels import delta_matmul
 from deltazip_ray.layers.rows import Rows
 from deltazip_ray.layers.targets import MatrixTarget, VectorTarget
 

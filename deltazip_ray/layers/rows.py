@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from deltazip_kernels import Segments
 
 BASE_SLOT = -1

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
+
 from deltazip_kernels import RAW, PackedDelta
 
 VALUES = "values"

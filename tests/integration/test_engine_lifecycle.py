@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from deltazip_kernels import PackedDelta
 from prometheus_client import CollectorRegistry
 
+from deltazip_kernels import PackedDelta
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.async_engine import AsyncEngine
 from deltazip_ray.errors import (

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from deltazip_kernels import CODECS, GROUP, LAYOUT_VERSION, RAW, pack, unpack
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 
+from deltazip_kernels import CODECS, GROUP, LAYOUT_VERSION, RAW, pack, unpack
 from deltazip_ray.artifact.artifact import ArtifactWriter, open_artifact
 from deltazip_ray.artifact.blob import read_blob, write_blob
 from deltazip_ray.artifact.catalog import Catalog

@@ -87,9 +87,15 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
 
     def _attend_group(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: _Group) -> torch.Tensor:
         """``[sequences, queries, heads, head_dim]``."""
-        query = q[group.rows].transpose(1, 2)
+        query = q[group.rows]
         key = keys[group.positions].transpose(1, 2)
         value = values[group.positions].transpose(1, 2)
-        shared = self.shape.heads != self.shape.kv_heads
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=group.mask, enable_gqa=shared)
+        if query.shape[1] == 1:
+            # The heads that share keys become queries of one head, so that a decode does not repeat its context.
+            shared = query.view(len(query), self.shape.kv_heads, -1, self.shape.head_dim)
+            return F.scaled_dot_product_attention(shared, key, value, attn_mask=group.mask).view_as(query)
+        grouped = self.shape.heads != self.shape.kv_heads
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key, value, attn_mask=group.mask, enable_gqa=grouped
+        )
         return out.transpose(1, 2)
