@@ -16,7 +16,7 @@ DeltaZipError
 ├── StoreError              a tier did not do its work
 │   ├── StoreUnavailable
 │   ├── ObjectNotFound
-│   ├── StoreConflict       compare-and-swap lost
+│   ├── StoreConflict       an object changes faster than it can be read
 │   └── StoreFull
 ├── LoadTimeout             a delta was not ready before its request's deadline
 ├── RequestTimeout          an answer was not complete before its request's deadline
@@ -100,7 +100,7 @@ class ObjectNotFound(StoreError):
 
 
 class StoreConflict(StoreError):
-    """Somebody else wrote the object first; read it again and retry."""
+    """Others change an object faster than it can be read; try again later."""
 
 
 class StoreFull(StoreError):

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from deltazip_kernels.layout import packed_layout
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from deltazip_kernels.layout import packed_layout
 from deltazip_ray.artifact.digests import verify_blob
 from deltazip_ray.artifact.manifest import BlobEntry
 from deltazip_ray.errors import BlobCorrupt

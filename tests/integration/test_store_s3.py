@@ -19,7 +19,7 @@ from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server, free_ports
 
 
 def store_at(endpoint: str, bucket: str, **changes: object) -> ObjectStore:
-    fields = {"timeout_s": 2.0, "max_attempts": 2, "path_style": True} | changes
+    fields = {"timeout_s": 10.0, "max_attempts": 2, "path_style": True} | changes
     return open_store(StoreConfig(url=f"s3://{bucket}/store", endpoint_url=endpoint, **fields))
 
 
@@ -134,7 +134,7 @@ def test_down_at_start_and_in_the_middle(own_s3_server: S3Server, monkeypatch: p
         monkeypatch.setenv(name, value)
     bucket = server.new_bucket()
     data = os.urandom(64 << 20)
-    store_at(server.endpoint, bucket, timeout_s=20.0).put("big", data)
+    store_at(server.endpoint, bucket).put("big", data)
     server.stop()
     store = store_at(server.endpoint, bucket)
     with pytest.raises(StoreUnavailable):

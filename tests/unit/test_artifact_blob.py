@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deltazip_kernels.layout import CODECS, GROUP, pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
+from deltazip_kernels.layout import CODECS, GROUP, pack
 from deltazip_ray.artifact.blob import ALIGNMENT, read_blob, verify_blob, write_blob
 from deltazip_ray.artifact.manifest import BlobEntry, TensorEntry
 from deltazip_ray.errors import BlobCorrupt
