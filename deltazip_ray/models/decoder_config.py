@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -45,7 +46,10 @@ def read_decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     family = _FAMILIES.get(architectures[0])
     if family is None:
         raise ConfigError(f"architecture {architectures[0]} is not served: use a checkpoint of {', '.join(_FAMILIES)}")
-    config = AutoConfig.for_model(family, **{key: value for key, value in raw.items() if key != "model_type"})
+    try:
+        config = AutoConfig.for_model(family, **{key: value for key, value in raw.items() if key != "model_type"})
+    except (StrictDataclassError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"config.json is not that of a {architectures[0]}: {error}") from error
     if config.hidden_act != "silu":
         raise ConfigError(f"hidden_act {config.hidden_act!r} is not served: only silu")
     if getattr(config, "use_sliding_window", False):

@@ -51,6 +51,13 @@ async def test_prompts_in_small_chunks(zoo: Zoo) -> None:
         assert run.steps_with(3) > 0
 
 
+async def test_a_request_may_fill_the_context(zoo: Zoo) -> None:
+    prompt = random_prompt(2, 64 - GREEDY.max_tokens)
+    version = zoo.versions[1].version
+    async with serving(zoo, max_model_len=64, block_size=16, kv_blocks=4) as run:
+        assert await run.generate(prompt, version) == zoo.oracles[version].greedy(prompt, GREEDY.max_tokens)
+
+
 async def test_evicted_and_loaded_again(zoo: Zoo) -> None:
     # Neither the slots nor the arena hold all versions, so that these come from the store again and again.
     largest = max(version.manifest.bytes_artifact for version in zoo.versions)
