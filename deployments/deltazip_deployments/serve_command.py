@@ -8,7 +8,6 @@ import typer
 import yaml
 from pydantic import ValidationError
 
-from deltazip_deployments import serving
 from deltazip_ray.config import AppConfig
 from deltazip_ray.errors import ConfigError
 
@@ -30,6 +29,9 @@ def serve(
     Starts Ray on this machine, or uses the cluster that RAY_ADDRESS names, and ends what it started on Ctrl-C.
     `serve deploy` and RayService take the same file for clusters that outlive the terminal.
     """
+    # Imported here, for torch and ray take seconds that `deltazip --help` need not take.
+    from deltazip_deployments import serving
+
     settings, http = read_config(config)
     address = (host or http.get("host", "127.0.0.1"), port or http.get("port", 8000))
     with serving.running(settings, *address) as url:
