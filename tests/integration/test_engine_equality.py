@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from deltazip_kernels import CODECS
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 from tests.support.engines import GREEDY, RunningEngine, random_prompt, running, serving
 from tests.support.oracle import Oracle
-from tests.support.versions import MemorySource
+from tests.support.versions import MemorySource, build_version
 from tests.support.zoo import Zoo
 
 
@@ -49,6 +50,18 @@ async def test_prompts_in_small_chunks(zoo: Zoo) -> None:
         await warm_up(run, zoo)
         assert await mismatches(run, zoo, 15, shortest=30, longest=90) == []
         assert run.steps_with(3) > 0
+
+
+async def test_every_codec_in_one_batch(zoo: Zoo, tmp_path: Path) -> None:
+    built = {codec: build_version(zoo.base, zoo.versions[0].finetune, codec) for codec in CODECS}
+    async with running(zoo.base, MemorySource(*built.values()), slots=len(CODECS)) as run:
+        prompts = [random_prompt(i, 10 + i) for i in range(len(CODECS))]
+        outputs = await asyncio.gather(
+            *(run.generate(prompt, version.version) for prompt, version in zip(prompts, built.values(), strict=True))
+        )
+    for codec, prompt, output in zip(CODECS, prompts, outputs, strict=True):
+        oracle = Oracle(built[codec].write_merged(tmp_path / codec))
+        assert output == oracle.greedy(prompt, GREEDY.max_tokens), codec
 
 
 async def test_a_request_may_fill_the_context(zoo: Zoo) -> None:

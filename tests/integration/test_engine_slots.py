@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from deltazip_kernels import CODECS, packed_bytes
 from deltazip_ray.artifact.manifest import Manifest
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.core import EngineCore, build_core
@@ -87,6 +88,14 @@ def test_the_default_slot_holds_int4_of_everything_and_little_more(zoo: Zoo) -> 
     core = build_core(EngineConfig(**SETTINGS | {"slot_bytes": None}), zoo.base)
     core.slots.check(zoo.versions[0].manifest)
     assert core.slots.slot_bytes <= zoo.versions[0].manifest.bytes_artifact * 1.1
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_int4_is_the_largest_codec(codec: str, core: EngineCore) -> None:
+    for target in core.slots.targets.values():
+        if target.in_slot:
+            shape = (target.shape[0], target.shape[1])
+            assert packed_bytes(codec, shape) <= packed_bytes("int4", shape)
 
 
 def test_a_delta_that_is_larger_than_a_slot_is_refused(zoo: Zoo) -> None:
