@@ -1,5 +1,6 @@
 """Pure arithmetic over samples."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,12 +21,17 @@ class Distribution(Frozen):
 
 
 def distribution(samples: Sequence[float]) -> Distribution | None:
-    """None for an empty sample."""
+    """None for an empty sample; the same numbers to the last bit in whatever order the samples come."""
     if not samples:
         return None
     p50, p90, p99 = np.percentile(samples, [50, 90, 99]).tolist()
     return Distribution(
-        count=len(samples), mean=float(np.mean(samples)), p50=p50, p90=p90, p99=p99, max=float(np.max(samples))
+        count=len(samples),
+        mean=math.fsum(samples) / len(samples),
+        p50=p50,
+        p90=p90,
+        p99=p99,
+        max=float(np.max(samples)),
     )
 
 

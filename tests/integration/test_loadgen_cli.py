@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
+
 from deltazip_loadgen import Report, TraceFile, TraceRequest
 from deltazip_loadgen.cli import app
 from deltazip_loadgen.session import read_records
-from typer.testing import CliRunner, Result
-
 from tests.support.sse_server import FaultyServer
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from deltazip_loadgen import Record, ReplayOptions, TraceRequest, replay
 
+from deltazip_loadgen import Record, ReplayOptions, TraceRequest, replay
 from tests.support.sse_server import EVENT_GAP_S, SLOW_S, FaultyServer
 
 

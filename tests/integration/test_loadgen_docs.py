@@ -7,6 +7,9 @@ from typing import get_args
 
 import pytest
 import typer
+from pydantic import BaseModel
+from typer.testing import CliRunner
+
 from deltazip_loadgen import Record, Report, TraceHeader, TraceRequest
 from deltazip_loadgen.cli import app
 from deltazip_loadgen.options import ReplayOptions
@@ -15,9 +18,6 @@ from deltazip_loadgen.record import Outcome
 from deltazip_loadgen.report import Breakdown, Fairness, Group, RunInfo, Slo
 from deltazip_loadgen.stats import Distribution
 from deltazip_loadgen.trace import TraceFile
-from pydantic import BaseModel
-from typer.testing import CliRunner
-
 from tests.support.sse_server import FaultyServer
 
 TEXT = (Path(__file__).parents[2] / "docs" / "loadgen.md").read_text()

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
+
 from deltazip_loadgen import Event, ReplayOptions, TraceRequest, replay, summarize
 from deltazip_loadgen.errors import SettingInvalid, TraceInvalid
-
 from tests.support.sse_server import SLOW_S, FaultyServer
 
 

@@ -5,11 +5,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
+
 from deltazip_loadgen import GeneratedTrace, TraceSpec
 from deltazip_loadgen.arrivals import arrivals
 from deltazip_loadgen.popularity import Popularity
 from deltazip_loadgen.spec import Burst, Gamma, Poisson, UniformPopularity, Weights, Zipf
-from pydantic import ValidationError
 
 # Upper 0.1 % points of the chi-square law, from tables.
 CHI2_999 = {7: 24.32, 19: 43.82}

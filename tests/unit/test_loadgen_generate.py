@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from deltazip_loadgen import GeneratedTrace, PromptPool, TraceFile, TraceSpec, write_trace
 from deltazip_loadgen.errors import PoolInvalid, SettingInvalid
 from deltazip_loadgen.prompts import sample_length

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from deltazip_loadgen import Record, summarize
 from deltazip_loadgen.plot import plot
 from deltazip_loadgen.series import BINS, bin_edges, rate, token_rate, under_way

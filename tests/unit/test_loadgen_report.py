@@ -5,13 +5,14 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
 from deltazip_loadgen import Record, ReplayOptions, Report, Slo, summarize
 from deltazip_loadgen.report import RunInfo
 from deltazip_loadgen.stats import distribution, jain
 from deltazip_loadgen.tables import duration, render
-from hypothesis import given
-from hypothesis import strategies as st
-from rich.console import Console
 
 
 def record(**fields: Any) -> Record:
@@ -184,9 +185,15 @@ def test_variants_and_fairness() -> None:
     assert report.fairness.worst_to_median_ttft_p90 == pytest.approx(1.5)
 
 
-def test_the_order_of_records_does_not_matter() -> None:
-    records = [record(intended_s=float(i), sent_s=float(i), end_s=21.0 + i, model="ab"[i % 2]) for i in range(8)]
-    assert summarize(records) == summarize(records[::-1])
+@given(
+    st.lists(st.floats(0, 100), min_size=2, max_size=20).flatmap(
+        lambda ends: st.tuples(st.just(ends), st.permutations(ends))
+    )
+)
+def test_the_order_of_records_does_not_matter(ends: tuple[list[float], list[float]]) -> None:
+    """Records are written as they end and reported in the order of the trace."""
+    one, other = ([record(end_s=21.0 + end, model="ab"[int(end) % 2]) for end in order] for order in ends)
+    assert summarize(one) == summarize(other)
 
 
 def test_no_records_at_all() -> None:

@@ -2,14 +2,16 @@
 
 from itertools import pairwise
 
-from deltazip_loadgen.sse import EventDecoder
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltazip_loadgen.sse import EventDecoder
+
 STREAM = (
-    ": hello\r\n\r\ndata: one\r\n\r\nevent: x\ndata:two\ndata:  zwei\n\n\n\nid: 7\rdata: é€😀\r\rdata\n\ndata: cut"
+    ": hello\r\n\r\ndata: one\r\n\r\nevent: x\ndata:two\ndata:  zwei\n\n\n\nid: 7\rdata: é€😀\r\rdata\n\n"
+    "data: a\r\ndata: b\r\n\r\ndata: cut"
 ).encode()
-EVENTS = ["one", "two\n zwei", "é€😀", ""]
+EVENTS = ["one", "two\n zwei", "é€😀", "", "a\nb"]
 
 
 def decode(chunks: list[bytes]) -> list[str]:

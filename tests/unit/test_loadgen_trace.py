@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deltazip_loadgen import TraceFile, TraceHeader, TraceRequest, write_trace
-from deltazip_loadgen.errors import TraceInvalid
 from hypothesis import given
 from hypothesis import strategies as st
+
+from deltazip_loadgen import TraceFile, TraceHeader, TraceRequest, write_trace
+from deltazip_loadgen.errors import TraceInvalid
 
 HEADER = '{"format": "deltazip-trace/1"}'
 GOOD: dict[str, Any] = {"at_s": 1, "model": "m", "endpoint": "completion", "prompt": "p", "max_tokens": 4}
