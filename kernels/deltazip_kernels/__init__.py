@@ -11,12 +11,13 @@ from deltazip_kernels.layout import (
     unpack,
     unpack_rows,
 )
-from deltazip_kernels.ops import RAW, PackedDelta, Segments, delta_matmul
+from deltazip_kernels.ops import LOW_RANK, RAW, PackedDelta, Segments, delta_matmul
 
 __all__ = [
     "CODECS",
     "GROUP",
     "LAYOUT_VERSION",
+    "LOW_RANK",
     "RAW",
     "Codec",
     "PackedDelta",

@@ -10,6 +10,9 @@ from deltazip_kernels.layout import check_packed
 
 RAW = "raw"
 """The codec of a delta that is stored as it is: one tensor ``values`` ``[N, K]``."""
+LOW_RANK = "low_rank"
+"""The codec of a delta ``up @ down`` (LoRA is one): tensors ``down`` ``[R, K]`` and ``up`` ``[N, R]``."""
+MAX_RANK = 128
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,16 @@ class PackedDelta:
     tensors: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
-        if self.codec != RAW:
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        if self.codec == RAW:
+            if shapes != {"values": self.shape}:
+                raise ValueError(f"a raw delta {self.shape} has one tensor of that shape, named values")
+        elif self.codec == LOW_RANK:
+            rank = shapes.get("down", (0,))[0]
+            if not 1 <= rank <= MAX_RANK or shapes != {"down": (rank, self.shape[1]), "up": (self.shape[0], rank)}:
+                raise ValueError(f"a low-rank delta {self.shape} has down [R, K] and up [N, R] with R in 1..{MAX_RANK}")
+        else:
             check_packed(self.codec, self.tensors, self.shape)
-        elif set(self.tensors) != {"values"} or tuple(self.tensors["values"].shape) != self.shape:
-            raise ValueError(f"a raw delta {self.shape} has one tensor of that shape, named values")
 
 
 @dataclass(frozen=True)

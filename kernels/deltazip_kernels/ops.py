@@ -4,13 +4,21 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from deltazip_kernels.delta import RAW, PackedDelta, Segments
+from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta, Segments
 from deltazip_kernels.reference import delta_matmul_torch
 
-__all__ = ["BACKENDS", "RAW", "PackedDelta", "Segments", "delta_matmul"]
+__all__ = ["BACKENDS", "LOW_RANK", "RAW", "PackedDelta", "Segments", "delta_matmul"]
 
 Backend = Callable[[Tensor, Tensor, Sequence[PackedDelta | None], Segments], None]
-BACKENDS: Mapping[str, Backend] = {"torch": delta_matmul_torch}
+
+
+def _triton(y: Tensor, x: Tensor, deltas: Sequence[PackedDelta | None], segments: Segments) -> None:
+    from deltazip_kernels.triton_backend import delta_matmul_triton  # compiles for a GPU, which a CPU host has not
+
+    delta_matmul_triton(y, x, deltas, segments)
+
+
+BACKENDS: Mapping[str, Backend] = {"torch": delta_matmul_torch, "triton": _triton}
 
 
 def delta_matmul(
@@ -20,6 +28,7 @@ def delta_matmul(
 
     ``y`` ``[T, N]`` may be a column slice of a wider tensor, ``x`` is ``[T, K]``, ``deltas`` has one matrix ``[N, K]``
     a slot. Rows of slot -1, of a slot that holds None, and of no segment keep their bits.
+    ``torch`` computes in float32; ``triton`` needs a GPU and rounds activations to int8 for packed codecs.
     Raises ValueError for shapes that do not fit and for an unknown backend.
     """
     run = BACKENDS.get(backend)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from deltazip_kernels.delta import RAW, PackedDelta, Segments
+from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta, Segments
 from deltazip_kernels.layout import GROUP, dequantize, to_positions
 
 
@@ -29,6 +29,8 @@ def _product(x: Tensor, delta: PackedDelta) -> Tensor:
     rows, columns = delta.shape
     if delta.codec == RAW:
         return x @ delta.tensors["values"].to(x.dtype).T
+    if delta.codec == LOW_RANK:
+        return x @ delta.tensors["down"].to(x.dtype).T @ delta.tensors["up"].to(x.dtype).T
     # Reordering x costs T x K; reordering the weight would cost N x K.
     weight = dequantize(delta.codec, delta.tensors, delta.shape).to(x.dtype)
     return to_positions(pad(x, (0, -columns % GROUP))) @ weight[:rows].T

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from deltazip_kernels import CODECS, GROUP, pack, packed_bytes, packed_layout, unpack, unpack_rows
 
+from deltazip_kernels import CODECS, GROUP, pack, packed_bytes, packed_layout, unpack, unpack_rows
 from tests.support.deltas import Coded, random_coded
 
 SHAPES = [(64, 128), (64, 256), (1, 1), (63, 129), (65, 127), (130, 260), (200, 64), (96, 390)]

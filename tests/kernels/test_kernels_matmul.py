@@ -2,8 +2,8 @@ from itertools import accumulate
 
 import pytest
 import torch
-from deltazip_kernels import CODECS, PackedDelta, Segments, delta_matmul
 
+from deltazip_kernels import CODECS, PackedDelta, Segments, delta_matmul
 from tests.support.deltas import random_coded, random_raw
 
 SHAPES = [(64, 128), (100, 200), (193, 129)]

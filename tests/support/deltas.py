@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from deltazip_kernels import CODECS, GROUP, RAW, PackedDelta, pack
 from torch import Tensor
+
+from deltazip_kernels import CODECS, GROUP, LOW_RANK, RAW, PackedDelta, pack
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,12 @@ def random_coded(codec: str, shape: tuple[int, int], seed: int = 0) -> Coded:
 def random_raw(shape: tuple[int, int], seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> PackedDelta:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02
     return PackedDelta(RAW, shape, {"values": values.to(dtype)})
+
+
+def random_low_rank(
+    shape: tuple[int, int], rank: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> PackedDelta:
+    generator = torch.Generator().manual_seed(seed)
+    down = torch.randn((rank, shape[1]), generator=generator) * 0.05
+    up = torch.randn((shape[0], rank), generator=generator) * 0.05
+    return PackedDelta(LOW_RANK, shape, {"down": down.to(dtype), "up": up.to(dtype)})

@@ -1,0 +1,1 @@
+"""Code that Triton compiles for the GPU, and nothing else: it follows Triton's types, not Python's."""

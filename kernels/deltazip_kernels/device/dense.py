@@ -1,0 +1,155 @@
+"""The grouped product over deltas that are stored as numbers: raw matrices and low-rank pairs."""
+
+import triton
+import triton.language as tl
+
+from deltazip_kernels.device.locate import add_outputs, load_entry, load_item, load_outputs, part_of, pointer
+
+# The ids of ``table.CODEC_IDS``.
+RAW = tl.constexpr(7)
+LOW_RANK = tl.constexpr(8)
+
+
+@triton.jit
+def _operand(a, PLAIN: tl.constexpr):
+    """Triton's interpreter multiplies no bfloat16."""
+    if PLAIN:
+        a = a.to(tl.float32)
+    return a
+
+
+@triton.jit
+def _walk(
+    w,
+    w_rows,
+    x,
+    x_stride,
+    m,
+    live,
+    start,
+    stop,
+    K,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """float32 [BN, BM]: rows ``w`` times rows ``m`` of x over columns ``start:stop``; ``w_rows`` says which exist."""
+    k = start + tl.arange(0, BK)
+    w += k[None, :]
+    xp = x + m.to(tl.int64)[None, :] * x_stride + k[:, None]
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for at in tl.range(start, stop, BK):
+        inside = at + tl.arange(0, BK) < K
+        a = tl.load(w, mask=w_rows[:, None] & inside[None, :], other=0.0).to(x.dtype.element_ty)
+        b = tl.load(xp, mask=live[None, :] & inside[:, None], other=0.0)
+        acc = tl.dot(_operand(a, PLAIN), _operand(b, PLAIN), acc, input_precision="ieee")
+        w += BK
+        xp += BK
+    return acc
+
+
+@triton.jit
+def raw(
+    y,
+    y_stride,
+    x,
+    x_stride,
+    items,
+    table,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """Adds the products with raw deltas [N, K] of ``DTYPE``."""
+    slot, first, end = load_item(items)
+    part, block, column, width = part_of(tl.program_id(0), ROWS, TILES)
+    codec, values, _, _ = load_entry(table, slot, part, len(ROWS))
+    if slot < 0 or codec != RAW:
+        return
+    n = block * BN + tl.arange(0, BN)
+    m = first + tl.arange(0, BM)
+    live = m < end
+    before = load_outputs(y, y_stride, m, column + n, live, n < width)
+    w = pointer(values, DTYPE) + n.to(tl.int64)[:, None] * K
+    acc = _walk(w, n < width, x, x_stride, m, live, 0, K, K, BN, BM, BK, PLAIN)
+    add_outputs(y, y_stride, m, column + n, live, n < width, before, acc)
+
+
+@triton.jit
+def shrink(
+    inner,
+    T,
+    x,
+    x_stride,
+    items,
+    table,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    R: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """``inner`` [parts, chunks of K, T, R] float32 gets ``x @ down.T`` of each chunk, zero beyond a delta's rank."""
+    slot, first, end = load_item(items)
+    part = tl.program_id(0) % PARTS
+    chunk = tl.program_id(0) // PARTS
+    codec, down, _, rank = load_entry(table, slot, part, PARTS)
+    if slot < 0 or codec != LOW_RANK:
+        return
+    r = tl.arange(0, R)
+    m = first + tl.arange(0, BM)
+    live = m < end
+    start = chunk * CHUNK
+    w = pointer(down, DTYPE) + r[:, None] * K
+    acc = _walk(w, r < rank, x, x_stride, m, live, start, tl.minimum(start + CHUNK, K), K, R, BM, BK, PLAIN)
+    chunks = tl.num_programs(0) // PARTS
+    at = inner + ((part * chunks + chunk) * T + m.to(tl.int64)[None, :]) * R + r[:, None]
+    tl.store(at, acc, mask=live[None, :])
+
+
+@triton.jit
+def expand(
+    y,
+    y_stride,
+    inner,
+    T,
+    CHUNKS,
+    items,
+    table,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    R: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """Adds ``(sum of inner's chunks) @ up.T``; the sum is rounded to ``DTYPE`` first, as a linear's output is."""
+    slot, first, end = load_item(items)
+    part, block, column, width = part_of(tl.program_id(0), ROWS, TILES)
+    codec, _, up, rank = load_entry(table, slot, part, len(ROWS))
+    if slot < 0 or codec != LOW_RANK:
+        return
+    n = block * BN + tl.arange(0, BN)
+    m = first + tl.arange(0, BM)
+    live = m < end
+    r = tl.arange(0, R)
+    before = load_outputs(y, y_stride, m, column + n, live, n < width)
+    w_mask = (n < width)[:, None] & (r < rank)[None, :]
+    w = tl.load(pointer(up, DTYPE) + n.to(tl.int64)[:, None] * rank + r[None, :], mask=w_mask, other=0.0)
+    at = inner + (part * CHUNKS * T + m.to(tl.int64)[None, :]) * R + r[:, None]
+    t = tl.zeros((R, BM), dtype=tl.float32)
+    for _ in tl.range(0, CHUNKS):
+        t += tl.load(at, mask=live[None, :], other=0.0)
+        at += T * R
+    acc = tl.dot(_operand(w, PLAIN), _operand(t.to(DTYPE), PLAIN), input_precision="ieee")
+    add_outputs(y, y_stride, m, column + n, live, n < width, before, acc)

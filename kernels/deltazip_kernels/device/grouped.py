@@ -1,0 +1,163 @@
+"""The grouped delta product over packed codes: one launch over all segments, slots and stacked linears.
+
+A program owns BN outputs of one linear for BM rows of one segment and walks along K, two groups (256 columns) a step.
+Weights are the left operand, so that few rows of x fill a tensor-core tile.
+"""
+
+import triton
+import triton.language as tl
+
+from deltazip_kernels.device.locate import add_outputs, load_entry, load_item, load_outputs, part_of, pointer
+from deltazip_kernels.device.unpack import (
+    unpack_int1,
+    unpack_int2,
+    unpack_int3,
+    unpack_int4,
+    unpack_sparse2,
+    unpack_sparse4,
+)
+
+# The ids of ``table.CODEC_IDS``.
+INT4 = tl.constexpr(1)
+INT3 = tl.constexpr(2)
+INT2 = tl.constexpr(3)
+INT1 = tl.constexpr(4)
+SPARSE4 = tl.constexpr(5)
+SPARSE2 = tl.constexpr(6)
+
+
+@triton.jit
+def _weights(codes, extra, CODEC: tl.constexpr, ODD: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr):
+    """One group's weights int8 [BN, 128] in position order."""
+    if CODEC == INT4:
+        low, high = unpack_int4(codes, PLAIN)
+        w = tl.permute(tl.join(low, high), (0, 2, 1))
+    else:
+        if CODEC == INT3:
+            p0, p1, p2, p3 = unpack_int3(codes, extra, ODD, PLAIN)
+        elif CODEC == INT2:
+            p0, p1, p2, p3 = unpack_int2(codes, PLAIN)
+        elif CODEC == INT1:
+            p0, p1, p2, p3 = unpack_int1(codes, ODD, PLAIN)
+        elif CODEC == SPARSE4:
+            p0, p1, p2, p3 = unpack_sparse4(codes, extra, ODD, PLAIN)
+        else:
+            p0, p1, p2, p3 = unpack_sparse2(codes, extra, ODD, PLAIN)
+        w = tl.permute(tl.join(tl.join(p0, p2), tl.join(p1, p3)), (0, 2, 3, 1))
+    # The tensor cores' operand layout holds the planes in other registers of the same threads: nothing moves.
+    return tl.reshape(w, (BN, 128))
+
+
+@triton.jit
+def _row_scales(pairs, BN: tl.constexpr):
+    """Words [BN / 2] of two bf16, rows r and r + 8 of 16, to float32 [BN]."""
+    low = (pairs << 16).to(tl.float32, bitcast=True)
+    high = (pairs & -65536).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.permute(tl.reshape(tl.join(low, high), (BN // 16, 8, 2)), (0, 2, 1)), (BN,))
+
+
+@triton.jit
+def _add_group(acc, w, x, pairs, BN: tl.constexpr):
+    part = tl.dot(w, x, out_dtype=tl.int32)
+    return acc + part.to(tl.float32) * _row_scales(pairs, BN)[:, None]
+
+
+@triton.jit
+def _product(
+    codes,
+    extra,
+    scales,
+    x,
+    live,
+    n,
+    tile,
+    scale_word,
+    scale_tile,
+    CODEC: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """float32 [BN, BM]: the walk of one tile along K."""
+    LANES: tl.constexpr = 64 if CODEC == INT4 else 32
+    SHARED: tl.constexpr = CODEC == INT1 or CODEC == SPARSE2  # codes of two groups in one byte
+    EXTRA: tl.constexpr = CODEC == INT3 or CODEC == SPARSE4 or CODEC == SPARSE2
+    UNIT: tl.constexpr = (
+        128 if CODEC == INT1 else (32 if CODEC == INT3 else (64 if (CODEC == INT2 or CODEC == SPARSE2) else 16))
+    )
+    PAIRS: tl.constexpr = (GROUPS + 1) // 2
+    STEPS: tl.constexpr = PAIRS if SHARED else GROUPS
+    row = n & 63
+    lane = tl.arange(0, LANES)
+    c = codes + (tile * (STEPS * 64 * LANES) + row * LANES)[:, None] + lane[None, :]
+    e = extra + (tile * (PAIRS * 2048) + row * 32)[:, None] + tl.arange(0, 32)[None, :]
+    s = scales + scale_tile * (GROUPS * 32) + scale_word
+    x += tl.arange(0, 128)[:, None]
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for _ in tl.range(0, GROUPS // 2, num_stages=STAGES):
+        even = tl.load(c)
+        odd = even if SHARED else tl.load(c + 64 * LANES)
+        both = tl.load(e) if EXTRA else even
+        x0 = tl.load(x, mask=live[None, :], other=0)
+        x1 = tl.load(x + 128, mask=live[None, :], other=0)
+        acc = _add_group(acc, _weights(even, both, CODEC, False, BN, PLAIN), x0, tl.load(s), BN)
+        acc = _add_group(acc, _weights(odd, both, CODEC, True, BN, PLAIN), x1, tl.load(s + 32), BN)
+        c += 64 * LANES if SHARED else 128 * LANES
+        e += 2048
+        s += 64
+        x += 256
+    if GROUPS % 2:
+        even = tl.load(c)
+        both = tl.load(e) if EXTRA else even
+        x0 = tl.load(x, mask=live[None, :], other=0)
+        acc = _add_group(acc, _weights(even, both, CODEC, False, BN, PLAIN), x0, tl.load(s), BN)
+    return acc * (1.0 / UNIT)
+
+
+@triton.jit
+def grouped(
+    y,
+    y_stride,
+    values,
+    x_scales,
+    items,
+    table,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CODECS: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """Adds the products of quantized rows with packed deltas; CODECS are the ids that may occur."""
+    slot, first, end = load_item(items)
+    part, block, column, width = part_of(tl.program_id(0), ROWS, TILES)
+    codec, codes, scales, extra = load_entry(table, slot, part, len(ROWS))
+    if slot < 0 or codec == 0:
+        return
+    n = block * BN + tl.arange(0, BN)
+    words = block * (BN // 2) + tl.arange(0, BN // 2)
+    last_tile = (width - 1) >> 6  # blocks reach beyond the last tile where BN is more than one
+    tile = tl.minimum(n >> 6, last_tile)
+    scale_tile = tl.minimum(words >> 5, last_tile)
+    m = first + tl.arange(0, BM)
+    live = m < end
+    x = values + m.to(tl.int64)[None, :] * (GROUPS * 128)
+    x_scale = tl.load(x_scales + m, mask=live, other=0.0)
+    EARLY: tl.constexpr = BM <= 16  # more rows would hold too many registers through the walk
+    if EARLY:
+        before = load_outputs(y, y_stride, m, column + n, live, n < width)
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for i in tl.static_range(0, len(CODECS)):
+        if codec == CODECS[i]:
+            acc = _product(
+                pointer(codes, tl.uint8), pointer(extra, tl.uint8), pointer(scales, tl.int32), x, live,
+                n, tile, words & 31, scale_tile, CODECS[i], GROUPS, BN, BM, STAGES, PLAIN,
+            )  # fmt: skip
+    if not EARLY:
+        before = load_outputs(y, y_stride, m, column + n, live, n < width)
+    add_outputs(y, y_stride, m, column + n, live, n < width, before, acc * x_scale[None, :])

@@ -1,0 +1,60 @@
+"""What every grouped kernel does first: find its rows, its linear and its delta."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pointer(address, DTYPE: tl.constexpr):
+    """An address from the table as a pointer whose alignment the compiler may count on."""
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def part_of(block, ROWS: tl.constexpr, TILES: tl.constexpr):
+    """The part that block ``block`` of a row of stacked linears falls into: part, block in it, first column, width.
+
+    ``ROWS[i]`` output columns belong to part ``i``, cut into ``TILES[i]`` blocks.
+    """
+    part = 0
+    column = 0
+    width = ROWS[0]
+    for i in tl.static_range(1, len(ROWS)):
+        if part == i - 1 and block >= TILES[i - 1]:
+            part = i
+            block -= TILES[i - 1]
+            column += ROWS[i - 1]
+            width = ROWS[i]
+    return part, block, column, width
+
+
+@triton.jit
+def load_item(items):
+    """This program's work item: slot (-1: nothing to do), first row, end row.
+
+    Loads that do not depend on each other stand together here and in :func:`load_entry`: each wait for memory is a
+    large part of a short launch.
+    """
+    item = items + tl.program_id(1) * 4
+    return tl.load(item), tl.load(item + 1), tl.load(item + 2)
+
+
+@triton.jit
+def load_entry(table, slot, part, PARTS: tl.constexpr):
+    """A table entry: codec, then three addresses or numbers."""
+    entry = table + (tl.maximum(slot, 0) * PARTS + part) * 4
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+
+
+@triton.jit
+def load_outputs(y, y_stride, m, n, live, inside):
+    """[n, m] of ``y``, whose rows are ``m``."""
+    at = y + m.to(tl.int64)[None, :] * y_stride + n[:, None]
+    return tl.load(at, mask=live[None, :] & inside[:, None], other=0.0)
+
+
+@triton.jit
+def add_outputs(y, y_stride, m, n, live, inside, before, acc):
+    """Store ``before + acc`` to [n, m] of ``y``: touched by this program alone."""
+    at = y + m.to(tl.int64)[None, :] * y_stride + n[:, None]
+    tl.store(at, (before.to(tl.float32) + acc).to(y.dtype.element_ty), mask=live[None, :] & inside[:, None])

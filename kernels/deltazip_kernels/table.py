@@ -1,0 +1,79 @@
+"""The table of pointers through which kernels reach the deltas of one linear, or of several that share their input."""
+
+from collections.abc import Sequence
+
+import torch
+
+from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta
+from deltazip_kernels.layout import CODECS
+
+FIELDS = 4
+CODEC_IDS = {name: 1 + i for i, name in enumerate((*CODECS, RAW, LOW_RANK))}
+"""How kernels name codecs; 0 is an empty slot."""
+
+
+class DeltaTable:
+    """For each slot and each of ``shapes``: the codec and where its tensors are.
+
+    ``entries`` [slots, parts, FIELDS] int64 lies on the device: codec, then the addresses of codes, scales and index or
+    low bits; of values; or of down and up, and the rank. Setting a slot writes there in stream order, so a captured
+    graph sees the change at its next replay. The table keeps the tensors it points to alive.
+    """
+
+    def __init__(
+        self, shapes: Sequence[tuple[int, int]], slots: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        """``shapes`` are ``[N_i, K]`` of linears with one K whose outputs lie side by side; raw and low-rank deltas
+        have ``dtype``."""
+        if not shapes or len({columns for _, columns in shapes}) != 1:
+            raise ValueError("the linears of one table share their input: give shapes of one K")
+        self.shapes = tuple(shapes)
+        self.dtype = dtype
+        self.entries = torch.zeros((max(slots, 1), len(shapes), FIELDS), dtype=torch.int64, device=device)
+        self._held: list[tuple[PackedDelta | None, ...]] = [(None,) * len(shapes)] * slots
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """The codecs that are present now, in the order of CODEC_IDS."""
+        present = {delta.codec for slot in self._held for delta in slot if delta is not None}
+        return tuple(name for name in CODEC_IDS if name in present)
+
+    def set(self, slot: int, deltas: Sequence[PackedDelta | None]) -> None:
+        """Put one delta (or None) for each shape into ``slot``; ValueError when a kernel could not read it."""
+        if len(deltas) != len(self.shapes):
+            raise ValueError(f"a slot of this table has {len(self.shapes)} parts, not {len(deltas)}")
+        rows = [self._entry(delta, shape) for delta, shape in zip(deltas, self.shapes, strict=True)]
+        self.entries[slot].copy_(torch.tensor(rows, dtype=torch.int64))
+        self._held[slot] = tuple(deltas)
+
+    def _entry(self, delta: PackedDelta | None, shape: tuple[int, int]) -> list[int]:
+        if delta is None:
+            return [0] * FIELDS
+        if delta.shape != shape:
+            raise ValueError(f"a delta {delta.shape} does not fit a part of shape {shape}")
+        if delta.codec == RAW:
+            names = ["values"]
+        elif delta.codec == LOW_RANK:
+            names = ["down", "up"]
+        else:
+            names = ["codes", "scales", *(name for name in ("index", "low") if name in delta.tensors)]
+        for name in names:
+            tensor = delta.tensors[name]
+            if tensor.device != self.entries.device or not tensor.is_contiguous() or tensor.data_ptr() % 16:
+                raise ValueError(f"{name} must be contiguous, on {self.entries.device}, at a multiple of 16 bytes")
+            if delta.codec not in CODECS and tensor.dtype != self.dtype:
+                raise ValueError(f"{name} must be {self.dtype} as the table, not {tensor.dtype}")
+        entry = [CODEC_IDS[delta.codec], *(delta.tensors[name].data_ptr() for name in names)]
+        if delta.codec == LOW_RANK:
+            entry.append(delta.tensors["down"].shape[0])
+        return entry + [0] * (FIELDS - len(entry))
+
+
+def table_of(
+    deltas: Sequence[PackedDelta | None], shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> DeltaTable:
+    """A table of one part over ``deltas``, one a slot."""
+    table = DeltaTable([shape], len(deltas), device, dtype)
+    for slot, delta in enumerate(deltas):
+        table.set(slot, [delta])
+    return table

@@ -1,0 +1,153 @@
+"""The Triton backend of the grouped delta product: launches, and the operator over them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta, Segments
+from deltazip_kernels.device.dense import expand, raw, shrink
+from deltazip_kernels.device.grouped import grouped
+from deltazip_kernels.layout import CODECS, GROUP
+from deltazip_kernels.plan import Work, plan
+from deltazip_kernels.quantize import QuantizedRows, quantize_rows
+from deltazip_kernels.table import CODEC_IDS, DeltaTable, table_of
+
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_INNER_CHUNK = 1024  # columns of K that one program of a low-rank product adds up
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a launch is cut: ``rows`` of the weight for each program, warps, and the depth of the pipeline along K."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
+TILES = {8: Tile(64, 2, 4), 16: Tile(128, 4, 4), 64: Tile(64, 4, 3)}
+"""The best or nearly the best tile for every codec and linear of an 8B model on an H200, by rows of a work item."""
+
+
+def grouped_matmul(
+    y: Tensor, x: QuantizedRows, table: DeltaTable, work: Work, codecs: Sequence[str], tile: Tile | None = None
+) -> None:
+    """One launch: ``y`` [T, sum of the table's N] gets the products of ``work``'s rows with packed deltas added.
+
+    ``codecs`` are those that may occur; slots of others are left out.
+    """
+    tile = tile or TILES[work.batch]
+    rows, tiles = _cut(table, tile.rows)
+    grouped[(sum(tiles), work.items.shape[0])](
+        y,
+        y.stride(0),
+        x.values,
+        x.scales,
+        work.items,
+        table.entries,
+        ROWS=rows,
+        TILES=tiles,
+        GROUPS=-(-x.columns // GROUP),
+        CODECS=tuple(CODEC_IDS[name] for name in codecs),
+        BN=tile.rows,
+        BM=work.batch,
+        STAGES=tile.stages,
+        PLAIN=triton.knobs.runtime.interpret,
+        num_warps=tile.warps,
+    )
+
+
+def raw_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work) -> None:
+    """One launch: the same for raw deltas and activations ``x`` [T, K] as they are."""
+    rows, tiles = _cut(table, 64)
+    raw[(sum(tiles), work.items.shape[0])](
+        y,
+        y.stride(0),
+        x,
+        x.stride(0),
+        work.items,
+        table.entries,
+        K=x.shape[1],
+        ROWS=rows,
+        TILES=tiles,
+        DTYPE=_DTYPES[table.dtype],
+        BN=64,
+        BM=max(16, work.batch),
+        BK=64,
+        PLAIN=triton.knobs.runtime.interpret,
+        num_warps=4,
+        num_stages=4,
+    )
+
+
+def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: int) -> None:
+    """Two launches: the same for low-rank deltas of rank ``rank`` at most."""
+    rows, tiles = _cut(table, 128)
+    chunks = triton.cdiv(x.shape[1], _INNER_CHUNK)
+    width = max(16, triton.next_power_of_2(rank))
+    batch = max(16, work.batch)
+    inner = torch.empty((len(rows), chunks, x.shape[0], width), dtype=torch.float32, device=x.device)
+    shrink[(len(rows) * chunks, work.items.shape[0])](
+        inner,
+        x.shape[0],
+        x,
+        x.stride(0),
+        work.items,
+        table.entries,
+        K=x.shape[1],
+        PARTS=len(rows),
+        CHUNK=_INNER_CHUNK,
+        DTYPE=_DTYPES[table.dtype],
+        R=width,
+        BM=batch,
+        BK=128,
+        PLAIN=triton.knobs.runtime.interpret,
+        num_warps=4,
+        num_stages=3,
+    )
+    expand[(sum(tiles), work.items.shape[0])](
+        y,
+        y.stride(0),
+        inner,
+        x.shape[0],
+        chunks,
+        work.items,
+        table.entries,
+        ROWS=rows,
+        TILES=tiles,
+        DTYPE=_DTYPES[table.dtype],
+        R=width,
+        BN=128,
+        BM=batch,
+        PLAIN=triton.knobs.runtime.interpret,
+        num_warps=4,
+    )
+
+
+def delta_matmul_triton(y: Tensor, x: Tensor, deltas: Sequence[PackedDelta | None], segments: Segments) -> None:
+    """:func:`deltazip_kernels.ops.delta_matmul` with activations rounded to int8, one scale a row, for packed deltas.
+
+    Makes the table, the work list and the rounded activations anew; an engine makes them once a slot, a step and an
+    input, and calls the launches above.
+    """
+    table = table_of(deltas, (y.shape[1], x.shape[1]), x.device, x.dtype)
+    packed = [name for name in table.codecs if name in CODECS]
+    rounded = quantize_rows(x) if packed else None
+    for work in plan(segments, x.shape[0]):
+        if rounded is not None:
+            grouped_matmul(y, rounded, table, work, packed)
+        if RAW in table.codecs:
+            raw_matmul(y, x, table, work)
+        if LOW_RANK in table.codecs:
+            rank = max(d.tensors["down"].shape[0] for d in deltas if d is not None and d.codec == LOW_RANK)
+            low_rank_matmul(y, x, table, work, rank)
+
+
+def _cut(table: DeltaTable, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Output columns of each part, and how many blocks of ``rows`` cover them."""
+    widths = tuple(width for width, _ in table.shapes)
+    return widths, tuple(triton.cdiv(width, rows) for width in widths)

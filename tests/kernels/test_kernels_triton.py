@@ -1,0 +1,214 @@
+"""The Triton backend against float64. Its only approximation is the rounding of activations to int8, which the first
+test bounds; the others compare with the product of the rounded activations, to the rounding of the output."""
+
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltazip_kernels import CODECS, LOW_RANK, RAW, PackedDelta, Segments, delta_matmul
+from deltazip_kernels.layout import from_positions
+from deltazip_kernels.plan import plan
+from deltazip_kernels.quantize import quantize_rows
+from deltazip_kernels.table import DeltaTable
+from deltazip_kernels.triton_backend import grouped_matmul, low_rank_matmul, raw_matmul
+from tests.support.deltas import random_coded, random_low_rank, random_raw
+
+NAMES = [None, *CODECS, RAW, LOW_RANK]
+PACKED = {name: i for i, name in enumerate(NAMES) if name in CODECS}
+SHAPES = [(100, 256), (193, 388)]
+MIXTURES = {
+    "distinct": ([1] * 9, [8, 7, 6, 5, 4, 3, 2, 1, 0]),
+    "uniform": ([10] * 4, [1, 3, 5, 7]),
+    "zipf": ([19, 9, 5, 3, 1, 1], [3, 2, 5, 7, 8, 1]),
+    "one giant": ([1, 70, 2], [1, 3, 2]),
+    "identical": ([3, 12, 3], [5, 5, 5]),
+    "empty and base between": ([0, 3, 2, 0, 17, 1, 1], [1, -1, 2, -1, 0, 6, 4]),
+}
+
+
+def to_device(delta: PackedDelta, device: torch.device) -> PackedDelta:
+    return PackedDelta(delta.codec, delta.shape, {k: v.to(device) for k, v in delta.tensors.items()})
+
+
+def make_deltas(
+    shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> tuple[list[PackedDelta | None], list[Tensor]]:
+    """A slot for each of NAMES and its dense matrix in float64."""
+    deltas: list[PackedDelta | None] = []
+    dense = []
+    for seed, name in enumerate(NAMES):
+        if name is None:
+            deltas.append(None)
+            dense.append(torch.zeros(shape, dtype=torch.float64))
+        elif name in CODECS:
+            coded = random_coded(name, shape, seed)
+            deltas.append(to_device(coded.delta(), device))
+            dense.append(coded.dense())
+        else:
+            delta = random_raw(shape, seed, dtype) if name == RAW else random_low_rank(shape, 12, seed, dtype)
+            deltas.append(to_device(delta, device))
+            parts = {key: value.double() for key, value in delta.tensors.items()}
+            dense.append(parts["values"] if name == RAW else parts["up"] @ parts["down"])
+    return deltas, [d.to(device) for d in dense]
+
+
+def table(lengths: list[int], slots: list[int], device: torch.device) -> Segments:
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return Segments(starts.to(device), torch.tensor(slots, dtype=torch.int32).to(device))
+
+
+def rounded(x: Tensor) -> Tensor:
+    """The activations that packed codecs see, float64."""
+    q = quantize_rows(x)
+    return from_positions(q.values.double())[:, : x.shape[1]] * q.scales.double()[:, None]
+
+
+def size_of_terms(x: Tensor, delta: PackedDelta | None) -> Tensor:
+    """What the rounding of a low-rank delta's inner vector is relative to."""
+    assert delta is not None
+    return (x.double() @ delta.tensors["down"].double().T).abs() @ delta.tensors["up"].double().abs().T
+
+
+@pytest.mark.parametrize("columns", [1, 127, 388, 2500])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounding_of_activations_is_bounded(columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    x = (torch.randn(5, columns, generator=generator) * torch.tensor([1e-3, 1.0, 300.0, 0.0, 1.0])[:, None]).to(dtype)
+    x[4, 0] = 1000.0  # an outlier
+    wide = torch.cat([x, torch.full((5, 3), 9e4, dtype=torch.float32).to(dtype)], dim=1).to(device)
+    x, seen = x.to(device).double(), rounded(wide[:, :columns])
+    bound = x.abs().amax(dim=1, keepdim=True) / 254 * (1 + 1e-5)
+    assert bool(((seen - x).abs() <= bound).all())
+    assert bool((seen[3] == 0).all())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_equals_float64(shape: tuple[int, int], mixture: str, device: torch.device) -> None:
+    dtype = torch.bfloat16 if shape[0] % 2 else torch.float16
+    lengths, slots = MIXTURES[mixture]
+    deltas, dense = make_deltas(shape, device, dtype)
+    rows = sum(lengths) + 3  # the last rows belong to no segment
+    generator = torch.Generator().manual_seed(11)
+    x = torch.randn(rows, shape[1], generator=generator).to(device, dtype)
+    wide = torch.randn(rows, shape[0] + 8, generator=generator).to(device, dtype)
+    before = wide.clone()
+    y = wide[:, 8:]
+    delta_matmul(y, x, deltas, table(lengths, slots, device), backend="triton")
+
+    want, inner = before.double(), torch.zeros_like(before, dtype=torch.float64)
+    touched = torch.zeros(rows, dtype=torch.bool, device=device)
+    for slot, first, length in zip(slots, [0, *accumulate(lengths)], lengths, strict=False):
+        if slot >= 0 and deltas[slot] is not None:
+            part = slice(first, first + length)
+            activations = rounded(x) if slot in PACKED.values() else x.double()
+            want[part, 8:] += activations[part] @ dense[slot].T
+            touched[part] = True
+            if NAMES[slot] == LOW_RANK:
+                inner[part, 8:] = size_of_terms(x[part], deltas[slot])
+    assert torch.equal(wide[~touched], before[~touched])
+    assert torch.equal(wide[:, :8], before[:, :8])
+    # One rounding of the sum to the output's type (Triton's interpreter cuts bfloat16 off instead of rounding it); a
+    # low-rank delta rounds the vector between its factors too. 1e-5 is for the sums in float32.
+    epsilon = torch.finfo(dtype).eps * (2 if device.type == "cpu" and dtype == torch.bfloat16 else 1)
+    assert bool(((wide.double() - want).abs() <= epsilon * (0.51 * want.abs() + 0.5 * inner) + 1e-5).all())
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_stacked_linears_and_odd_groups(codec: str, device: torch.device) -> None:
+    """q|k|v in one launch, into float32: the sums themselves are exact to float32."""
+    shapes = [(130, 388), (64, 388), (70, 388)]
+    coded = [[random_coded(codec, shape, seed=10 * slot + i) for i, shape in enumerate(shapes)] for slot in range(2)]
+    deltas = DeltaTable(shapes, 3, device)
+    deltas.set(1, [to_device(c.delta(), device) for c in coded[0]])
+    first, _, third = (to_device(c.delta(), device) for c in coded[1])
+    deltas.set(2, [first, None, third])
+    segments = table([2, 5, 20], [0, 1, 2], device)
+    x = torch.randn(27, 388, generator=torch.Generator().manual_seed(5)).to(device)
+    y = torch.zeros(27, sum(n for n, _ in shapes), device=device)
+    for work in plan(segments, 27):
+        grouped_matmul(y, quantize_rows(x), deltas, work, [codec])
+    for slot, rows in ((0, slice(2, 7)), (1, slice(7, 27))):
+        dense = [c.dense().to(device) for c in coded[slot]]
+        if slot == 1:
+            dense[1] = torch.zeros_like(dense[1])
+        want = rounded(x)[rows] @ torch.cat(dense).T
+        assert float((y[rows].double() - want).abs().max()) <= 1e-6 * float(want.abs().max())
+    assert bool((y[:2] == 0).all()), "an empty slot adds nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stacked_raw_and_low_rank(dtype: torch.dtype, device: torch.device) -> None:
+    shapes = [(100, 1300), (40, 1300)]
+    deltas = DeltaTable(shapes, 2, device, dtype)
+    raws = [to_device(random_raw(shape, i, dtype), device) for i, shape in enumerate(shapes)]
+    pairs = [
+        to_device(random_low_rank(shape, rank, 7, dtype), device) for shape, rank in zip(shapes, (9, 33), strict=True)
+    ]
+    deltas.set(0, [raws[0], pairs[1]])
+    deltas.set(1, [pairs[0], raws[1]])
+    x = torch.randn(30, 1300, generator=torch.Generator().manual_seed(5)).to(device, dtype)
+    y = torch.zeros(30, 140, device=device)
+    for work in plan(table([3, 27], [1, 0], device), 30):
+        raw_matmul(y, x, deltas, work)
+        low_rank_matmul(y, x, deltas, work, 33)
+
+    def dense(delta: PackedDelta) -> Tensor:
+        parts = {key: value.double() for key, value in delta.tensors.items()}
+        return parts["values"] if delta.codec == RAW else parts["up"] @ parts["down"]
+
+    want = torch.cat(
+        [
+            x[:3].double() @ torch.cat([dense(pairs[0]), dense(raws[1])]).T,
+            x[3:].double() @ torch.cat([dense(raws[0]), dense(pairs[1])]).T,
+        ]
+    )
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-8  # bfloat16 rounds the vector between the factors
+    assert float((y.double() - want).abs().max()) <= tolerance * float(want.abs().max())
+
+
+@pytest.mark.parametrize("longest", [None, 8, 16])
+def test_plan_covers_every_row_of_a_slot_once(longest: int | None, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(3):
+        lengths = torch.randint(0, (longest or 150) + 1, (7,), generator=generator).tolist()
+        slots = torch.randint(-1, 4, (7,), generator=generator).tolist()
+        rows = sum(lengths) + 4
+        covered = torch.full((rows,), -1)
+        for work in plan(table(lengths, slots, device), rows, longest):
+            for slot, first, end, _ in work.items.tolist():
+                if slot >= 0:
+                    assert 0 < end - first <= work.batch
+                    assert bool((covered[first:end] == -1).all())
+                    covered[first:end] = slot
+        want = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)] + [-1] * 4
+        assert covered.tolist() == want
+
+
+def test_plan_of_nothing_is_empty(device: torch.device) -> None:
+    assert plan(table([], [], device), 5) == ()
+    assert plan(table([0], [1], device), 0) == ()
+
+
+def test_table_refuses_what_a_kernel_cannot_read(device: torch.device) -> None:
+    deltas = DeltaTable([(64, 256)], 1, device)
+    good = to_device(random_coded("int4", (64, 256)).delta(), device)
+    codes = torch.empty(good.tensors["codes"].numel() + 1, dtype=torch.uint8, device=device)[1:]
+    shifted = dict(good.tensors, codes=codes.view(good.tensors["codes"].shape))
+    with pytest.raises(ValueError, match=r"codes must be contiguous.*multiple of 16 bytes"):
+        deltas.set(0, [PackedDelta("int4", (64, 256), shifted)])
+    with pytest.raises(ValueError, match=r"values must be torch\.bfloat16"):
+        deltas.set(0, [to_device(random_raw((64, 256), dtype=torch.float16), device)])
+    with pytest.raises(ValueError, match="does not fit a part"):
+        deltas.set(0, [to_device(random_coded("int4", (64, 128)).delta(), device)])
+    with pytest.raises(ValueError, match="has 1 parts"):
+        deltas.set(0, [good, None])
+    with pytest.raises(ValueError, match="of one K"):
+        DeltaTable([(64, 256), (64, 128)], 1, device)
+    assert deltas.codecs == ()
+    deltas.set(0, [good])
+    assert deltas.codecs == ("int4",)
+    deltas.set(0, [None])
+    assert deltas.codecs == ()
