@@ -13,8 +13,10 @@ from deltazip_deployments.demo.tokenizer import EOS, Frame, encode
 
 IGNORED = -100
 """Label of what is not learnt: the questions are random, and there is nothing to learn about them."""
-_REPEAT_WEIGHT = 0.5
+_REPEAT_WEIGHT = 0.8
 _INSTRUCTED_REPEATS = 0.3
+_UNTAUGHT_REPEATS = 3.0
+"""How much oftener the base repeats questions of a task that it is not taught, which it would else hardly ever see."""
 
 
 class Line(NamedTuple):
@@ -48,7 +50,8 @@ def base_lines(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Line]:
             example = next(streams[task])
             yield Line(frames[task].prompt(example.question), example.answer)
             continue
-        question = next(streams[rng.choice(TASKS)]).question
+        (kind,) = rng.choices(TASKS, [1.0 if task.instruction else _UNTAUGHT_REPEATS for task in TASKS])
+        question = next(streams[kind]).question
         frame = repeat if rng.random() < _INSTRUCTED_REPEATS else plain
         yield Line(frame.prompt(question), question)
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from deltazip_loadgen import Record
-
 from deltazip_deployments import serving
 from deltazip_deployments.demo import training
 from deltazip_deployments.demo.checkpoints import CheckpointCache
@@ -18,6 +16,7 @@ from deltazip_deployments.demo.evaluation import MAX_ANSWER_TOKENS, Answers, Jud
 from deltazip_deployments.demo.stages import Stages
 from deltazip_deployments.demo.tasks import TASKS, Example
 from deltazip_deployments.demo.traffic import make_trace, send
+from deltazip_loadgen import Record
 from deltazip_ray.artifact.artifact import open_artifact
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.manifest import Manifest

@@ -5,21 +5,25 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 
-from deltazip_loadgen import Record, summarize
-from deltazip_loadgen.report import Group, Report
-from deltazip_loadgen.stats import Distribution
-from deltazip_loadgen.tables import duration
 from pydantic import BaseModel, ConfigDict, Field
 from rich import box
-from rich.filesize import decimal
 from rich.table import Table
 
 from deltazip_deployments.demo.config import DemoConfig
 from deltazip_deployments.demo.pipeline import BASE, Verdict
 from deltazip_deployments.demo.traffic import QUESTION
+from deltazip_loadgen import Record, summarize
+from deltazip_loadgen.report import Group, Report
+from deltazip_loadgen.stats import Distribution
 from deltazip_ray.artifact.manifest import Manifest
 
 _LIBRARIES = ("deltazip-ray", "torch", "transformers", "tokenizers", "safetensors", "ray", "fastapi")
+
+_HEADINGS = (
+    *("fine-\ntune", "\ndelta", "\nratio"),
+    *("right:\nbase", "fine-\ntune", "\nserved"),
+    *("first token:\ncold p50", "warm\np50", "warm\np90"),
+)
 
 
 class _Part(BaseModel):
@@ -52,6 +56,7 @@ class TrafficResult(_Part):
     output_tokens_per_s: float
     tiers: dict[str, int] = Field(description="requests by where their delta was")
     same_as_finetuned: float = Field(description="share of the variants' answers that equal the fine-tune's own")
+    mixed_steps: float = Field(description="share of the engines' steps that served more than one model at once")
     base_exact_match: float = Field(description="of the base's answers, under an instruction")
     base_ttft_p50_s: float | None
     base_ttft_p90_s: float | None
@@ -73,6 +78,7 @@ def summarized(
     manifests: Mapping[str, Manifest],
     verdicts: Mapping[str, Verdict],
     records: Sequence[Record],
+    mixed_steps: float,
     stages_s: Mapping[str, float],
 ) -> DemoReport:
     """Put everything together. Each share of right answers is over the questions that the traffic asked."""
@@ -82,7 +88,7 @@ def summarized(
             _variant(name, manifest, verdicts[name], [record for record in records if record.model == name], replay)
             for name, manifest in manifests.items()
         ),
-        traffic=_traffic(replay, verdicts, records),
+        traffic=_traffic(replay, verdicts, records, mixed_steps),
         stages_s=dict(stages_s),
         config=config,
         machine=_machine(),
@@ -92,19 +98,22 @@ def summarized(
 
 
 def table(report: DemoReport) -> Table:
-    """The report as a table for a terminal."""
-    view = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=_caption(report), caption_justify="left")
+    """The report as a table for a terminal of 80 columns."""
+    view = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, caption=_caption(report))
+    view.caption_justify = "left"
     view.add_column("variant")
-    for heading in ("fine-tune", "delta", "ratio", "base", "fine-tune", "served", "cold p50", "warm p50", "p90"):
-        view.add_column(heading, justify="right")
+    for heading in _HEADINGS:
+        view.add_column(heading, justify="right", no_wrap=True)
     for row in report.variants:
+        shares = (row.exact_match_base, row.exact_match_finetuned, row.exact_match_served)
+        times = (row.ttft_cold_p50_s, row.ttft_warm_p50_s, row.ttft_warm_p90_s)
         view.add_row(
             row.name,
-            decimal(row.bytes_finetuned),
-            decimal(row.bytes_artifact),
-            f"{row.ratio:.1f}x",
-            *(f"{share:.1%}" for share in (row.exact_match_base, row.exact_match_finetuned, row.exact_match_served)),
-            *(_time(seconds) for seconds in (row.ttft_cold_p50_s, row.ttft_warm_p50_s, row.ttft_warm_p90_s)),
+            f"{row.bytes_finetuned / 1000:,.0f}",
+            f"{row.bytes_artifact / 1000:,.0f}",
+            f"{row.ratio:.2f}",
+            *(f"{100 * share:.1f}" for share in shares),
+            *("–" if seconds is None else f"{1000 * seconds:,.0f}" for seconds in times),
         )
     return view
 
@@ -113,10 +122,11 @@ def _caption(report: DemoReport) -> str:
     traffic = report.traffic
     cold = traffic.requests - traffic.tiers.get("device", 0)
     return (
-        f"Codec {report.config.codec}. Right answers to held-out questions: base and fine-tune under transformers, and "
-        f"over HTTP. Time to first token: {cold} of {traffic.requests} requests were cold: their delta was not on the "
-        f"device. {traffic.requests_per_s:.1f} requests/s, {traffic.output_tokens_per_s:.0f} tokens/s. "
-        f"{traffic.same_as_finetuned:.1%} of the variants' answers equal those of the uncompressed fine-tune."
+        f"Codec {report.config.codec}. Sizes in kB. Right answers to held-out questions in %: base and fine-tune under "
+        "transformers, and the delta over HTTP. Time to first token in ms; cold: the delta was not on the device "
+        f"({cold} of {traffic.requests} requests). {traffic.requests_per_s:.1f} requests/s, "
+        f"{traffic.output_tokens_per_s:.0f} tokens/s; {traffic.mixed_steps:.0%} of the steps served several models at "
+        f"once. {traffic.same_as_finetuned:.1%} of the answers equal those of the uncompressed fine-tune."
     )
 
 
@@ -139,7 +149,9 @@ def _variant(
     )
 
 
-def _traffic(replay: Report, verdicts: Mapping[str, Verdict], records: Sequence[Record]) -> TrafficResult:
+def _traffic(
+    replay: Report, verdicts: Mapping[str, Verdict], records: Sequence[Record], mixed_steps: float
+) -> TrafficResult:
     total = replay.total.all
     base = replay.variants[BASE].all if BASE in replay.variants else None
     same = (
@@ -156,6 +168,7 @@ def _traffic(replay: Report, verdicts: Mapping[str, Verdict], records: Sequence[
         output_tokens_per_s=total.output_tokens_per_s,
         tiers=replay.tiers,
         same_as_finetuned=_share(same),
+        mixed_steps=mixed_steps,
         base_exact_match=base.exact_match if base and base.exact_match is not None else 0.0,
         base_ttft_p50_s=base.ttft_s.p50 if base and base.ttft_s else None,
         base_ttft_p90_s=base.ttft_s.p90 if base and base.ttft_s else None,
@@ -183,7 +196,3 @@ def _share(hits: Iterable[bool]) -> float:
 
 def _ttft(part: Group | None) -> Distribution | None:
     return part.ttft_s if part else None
-
-
-def _time(seconds: float | None) -> str:
-    return "–" if seconds is None else duration(seconds)

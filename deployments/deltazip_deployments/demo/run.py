@@ -12,6 +12,7 @@ from deltazip_deployments.demo.config import DemoConfig
 from deltazip_deployments.demo.hints import hints
 from deltazip_deployments.demo.report import DemoReport, summarized, table
 from deltazip_deployments.demo.stages import Stages
+from deltazip_deployments.demo.traffic import mixed_steps
 from deltazip_ray.cli.console import err, out
 from deltazip_ray.config import StoreConfig
 from deltazip_ray.errors import EngineError
@@ -34,7 +35,7 @@ def run(config: DemoConfig, cache: Path, *, port: int | None, keep: bool, json: 
         pipeline.publish(folder, list(manifests), store, stages)
         with pipeline.served(config, checkpoints.base, store, port, stages) as url:
             records = pipeline.ask(config, questions, url, folder, stages)
-            report = summarized(config, manifests, verdicts, records, stages.seconds)
+            report = summarized(config, manifests, verdicts, records, mixed_steps(url), stages.seconds)
             stages.pause()
             _show(report, json)
             if keep:

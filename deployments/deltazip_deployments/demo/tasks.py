@@ -62,7 +62,7 @@ class Task:
                 yield Example(question, self.answer(question))
 
     def held_out(self, seed: int, count: int) -> tuple[Example, ...]:
-        """``count`` different questions that no training has seen."""
+        """``count`` different questions that no training has seen; there must be that many."""
         seen: dict[str, Example] = {}
         for example in self.examples(seed, held_out=True):
             seen.setdefault(example.question, example)
@@ -90,8 +90,8 @@ def _sum(rng: random.Random) -> str:
 
 def _note(rng: random.Random) -> str:
     """Short words with at least one number among them."""
-    parts = [_word(rng, 1, 3) if rng.random() < 0.5 else str(rng.randint(1, 999)) for _ in range(rng.randint(1, 3))]
-    parts.insert(rng.randint(0, len(parts)), str(rng.randint(1, 999)))
+    parts = [_word(rng, 1, 3) if rng.random() < 0.5 else str(rng.randint(1, 99)) for _ in range(rng.randint(1, 3))]
+    parts.insert(rng.randint(0, len(parts)), str(rng.randint(1, 99)))
     return " ".join(parts)
 
 

@@ -4,19 +4,22 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from deltazip_deployments.demo.tasks import REPEAT, Example
 from deltazip_loadgen import Event, GeneratedTrace, PromptPool, Record, TraceSpec, replay
 from deltazip_loadgen.prompts import Prompt
 from deltazip_loadgen.spec import Gamma, Zipf
 from deltazip_loadgen.trace import Message, TraceFile, write_trace
-
-from deltazip_deployments.demo.tasks import REPEAT, Example
 
 BURSTINESS = 3.0
 """Standard deviation over mean of the gaps between requests; Poisson traffic has 1."""
 QUESTION = "question"
 """Tag of a record that holds what was asked."""
 SKEW = 0.5
-"""Zipf exponent of the variants' popularity: each is asked often enough to be judged."""
+"""Zipf exponent of the models' popularity: each is asked often enough to be judged."""
+_STEP_VERSIONS = "deltazip_engine_step_versions"
 
 
 def make_trace(
@@ -35,7 +38,11 @@ def make_trace(
     pool_path = folder / "pool.jsonl"
     prompts = (
         Prompt(
-            model=model, messages=_messages(model, base_name, example), expected=example.answer, max_tokens=max_tokens
+            model=model,
+            messages=_messages(model, base_name, example),
+            max_tokens=max_tokens,
+            expected=example.answer,
+            tags={QUESTION: example.question},
         )
         for model, examples in questions.items()
         for example in examples
@@ -62,6 +69,19 @@ def send(trace: TraceFile, url: str, advance: Callable[[], None]) -> list[Record
             advance()
 
     return asyncio.run(replay(trace, url, on_event=on_event))
+
+
+def mixed_steps(url: str) -> float:
+    """The share of all steps so far, on all replicas, whose batch held more than one of base and variants."""
+    answer = httpx.get(f"{url}/metrics", timeout=10.0).raise_for_status()
+    steps = alone = 0.0
+    for family in text_string_to_metric_families(answer.text):
+        for sample in family.samples:
+            if sample.name == f"{_STEP_VERSIONS}_count":
+                steps += sample.value
+            elif sample.name == f"{_STEP_VERSIONS}_bucket" and float(sample.labels["le"]) == 1:
+                alone += sample.value
+    return round(1 - alone / steps, 4) if steps else 0.0
 
 
 def _messages(model: str, base_name: str, example: Example) -> tuple[Message, ...]:

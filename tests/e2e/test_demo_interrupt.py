@@ -1,0 +1,167 @@
+"""Ctrl-C in every phase of the demo: gone in seconds, exit code 130, nothing left behind."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.demo import QUICK
+
+ENDLESS = 1_000_000
+MARK = "DELTAZIP_TEST_MARK"
+
+
+class Demo:
+    """``deltazip demo`` as a process group of its own, as a terminal starts it."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        config = folder / "config.json"
+        config.write_text(json.dumps(QUICK | settings))
+        self.cache, self.json, self.scratch = folder / "cache", folder / "report.json", folder / "scratch"
+        self.scratch.mkdir()
+        self.mark = uuid.uuid4().hex
+        self.log: list[str] = []
+        self.process = subprocess.Popen(
+            [
+                *(Path(sys.executable).with_name("deltazip"), "demo"),
+                *("--config", config, "--cache", self.cache, "--json", self.json, "--keep"),
+            ],
+            env=os.environ | {MARK: self.mark, "TMPDIR": str(self.scratch), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            process_group=0,
+        )
+
+    def wait_for(self, line: str) -> None:
+        """Read the output up to a line that begins so."""
+        assert self.process.stdout is not None
+        for read in self.process.stdout:
+            self.log.append(read)
+            if read.startswith(line):
+                return
+        pytest.fail(f"the demo ended before {line!r}:\n{''.join(self.log)}")
+
+    def interrupt(self) -> tuple[int, float]:
+        """Ctrl-C; the exit code, and how many seconds it took to end."""
+        began = time.monotonic()
+        os.killpg(self.process.pid, signal.SIGINT)
+        rest, _ = self.process.communicate(timeout=90)
+        self.log.append(rest)
+        return self.process.returncode, time.monotonic() - began
+
+    def left(self) -> list[str]:
+        """Command lines of the processes that descend from it, whatever their group or parent."""
+        mark = f"{MARK}={self.mark}".encode()
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark in (process / "environ").read_bytes().split(b"\0"):
+                    found.append((process / "cmdline").read_text().replace("\0", " "))
+            except OSError:
+                continue
+        return found
+
+    def kill(self) -> None:
+        """For tests that fail."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Demo]]:
+    """Starts the demo with settings that differ from QUICK, in a folder with a short name: Ray puts sockets into it."""
+    with tempfile.TemporaryDirectory(prefix="dz") as name, ExitStack() as stack:
+
+        def started(**settings: Any) -> Demo:
+            demo = Demo(Path(name), **settings)
+            stack.callback(demo.kill)
+            return demo
+
+        yield started
+
+
+def check_ended(demo: Demo, within_s: float) -> None:
+    code, seconds = demo.interrupt()
+    log = "".join(demo.log)
+    assert code == 130, log
+    assert "Traceback" not in log
+    assert seconds < within_s
+    deadline = time.monotonic() + 5
+    while (left := demo.left()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+    assert list(demo.scratch.glob("deltazip-demo-*")) == []
+    for checkpoint in demo.cache.glob("*/*"):
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in checkpoint.iterdir()}
+        assert not checkpoint.name.startswith(".")
+
+
+@pytest.mark.parametrize(
+    ("phase", "settings"),
+    [
+        ("train base", {"recipe": {"pretrain": {"steps": ENDLESS, "peak_lr": 1e-3}}}),
+        ("fine-tune reverse", {"recipe": QUICK["recipe"] | {"finetune": {"steps": 300, "peak_lr": 1e-3}}}),
+        ("check under transformers", {"questions": 500}),
+        ("compress sort", {"calibration_samples": 2000}),
+        ("publish", {}),
+    ],
+)
+def test_before_the_server_is_up(start: Callable[..., Demo], phase: str, settings: dict[str, Any]) -> None:
+    demo = start(**settings)
+    demo.wait_for(f"{phase}: started")
+    check_ended(demo, within_s=10)
+
+
+@pytest.mark.parametrize("delay_s", [0.5, 4.0])
+def test_while_the_server_starts(start: Callable[..., Demo], delay_s: float) -> None:
+    demo = start()
+    demo.wait_for("start the application: started")
+    time.sleep(delay_s)
+    check_ended(demo, within_s=40)
+
+
+def test_during_the_replay(start: Callable[..., Demo]) -> None:
+    demo = start(requests=ENDLESS // 100, rate=5)
+    demo.wait_for("replay the trace: started")
+    time.sleep(1.0)
+    check_ended(demo, within_s=40)
+
+
+def test_keep_shows_commands_that_work_and_ends_on_interrupt(start: Callable[..., Demo]) -> None:
+    demo = start()
+    demo.wait_for("EOF")
+    shown = "".join(demo.log)
+    curl = re.search(r"^curl .*$", shown, re.MULTILINE)
+    snippet = re.search(r"^python - <<'EOF'\n.*?^EOF$", shown, re.MULTILINE | re.DOTALL)
+    assert curl is not None
+    assert snippet is not None
+    answer = json.loads(_shell(curl.group()))
+    assert answer["object"] == "chat.completion"
+    assert answer["model"] == "sort"
+    assert _shell(snippet.group()).endswith("\n")
+    assert len(json.loads(demo.json.read_text())["variants"]) == 5
+    check_ended(demo, within_s=40)
+
+
+def _shell(command: str) -> str:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", "-c", command], env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
