@@ -84,8 +84,8 @@ def raw_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work) -> None:
     )
 
 
-def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: int) -> None:
-    """Two launches: the same for low-rank deltas of rank ``rank`` at most."""
+def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: int, *, aligned: bool = False) -> None:
+    """Two launches: the same for low-rank deltas of rank ``rank`` at most, all multiples of 8 if ``aligned``."""
     rows, tiles = _cut(table, 128)
     chunks = triton.cdiv(x.shape[1], _INNER_CHUNK)
     width = max(16, triton.next_power_of_2(rank))
@@ -120,6 +120,7 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
         ROWS=rows,
         TILES=tiles,
         DTYPE=_DTYPES[table.dtype],
+        ALIGNED=aligned,
         R=width,
         BN=128,
         BM=batch,
@@ -143,8 +144,8 @@ def delta_matmul_triton(y: Tensor, x: Tensor, deltas: Sequence[PackedDelta | Non
         if RAW in table.codecs:
             raw_matmul(y, x, table, work)
         if LOW_RANK in table.codecs:
-            rank = max(d.tensors["down"].shape[0] for d in deltas if d is not None and d.codec == LOW_RANK)
-            low_rank_matmul(y, x, table, work, rank)
+            ranks = [d.tensors["down"].shape[0] for d in deltas if d is not None and d.codec == LOW_RANK]
+            low_rank_matmul(y, x, table, work, max(ranks), aligned=all(rank % 8 == 0 for rank in ranks))
 
 
 def _cut(table: DeltaTable, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -26,6 +26,12 @@ SPARSE4 = tl.constexpr(5)
 SPARSE2 = tl.constexpr(6)
 
 
+@triton.constexpr_function
+def unit(codec):
+    """How many units of an unpacked int8 make one step of the codec: ``layout.Codec.unit``."""
+    return {1: 16, 2: 32, 3: 64, 4: 128, 5: 16, 6: 64}[codec]
+
+
 @triton.jit
 def _weights(codes, extra, CODEC: tl.constexpr, ODD: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr):
     """One group's weights int8 [BN, 128] in position order."""
@@ -84,9 +90,7 @@ def _product(
     LANES: tl.constexpr = 64 if CODEC == INT4 else 32
     SHARED: tl.constexpr = CODEC == INT1 or CODEC == SPARSE2  # codes of two groups in one byte
     EXTRA: tl.constexpr = CODEC == INT3 or CODEC == SPARSE4 or CODEC == SPARSE2
-    UNIT: tl.constexpr = (
-        128 if CODEC == INT1 else (32 if CODEC == INT3 else (64 if (CODEC == INT2 or CODEC == SPARSE2) else 16))
-    )
+    UNIT: tl.constexpr = unit(CODEC)
     PAIRS: tl.constexpr = (GROUPS + 1) // 2
     STEPS: tl.constexpr = PAIRS if SHARED else GROUPS
     row = n & 63
