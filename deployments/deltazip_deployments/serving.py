@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ray._private import ray_constants
 
 from deltazip_deployments.app import application
 from deltazip_deployments.node_store.discovery import kill_stores
+from deltazip_deployments.processes import end_marked, marked
 from deltazip_deployments.replica import EngineFactory, make_engine
 from deltazip_ray.config import AppConfig
 from deltazip_ray.errors import EngineError
@@ -63,18 +65,17 @@ def start(
 
 def stop(*, owns_ray: bool = True) -> None:
     """End the application, its node stores, and, if they are ours, Serve and Ray. Harmless when repeated."""
-    if not ray.is_initialized():
-        return
     try:
-        if owns_ray and "RAY_ADDRESS" not in os.environ:
-            _end_haproxy()
-        else:
+        if ray.is_initialized() and (not owns_ray or "RAY_ADDRESS" in os.environ):
             serve.delete(APP_NAME)
             kill_stores(APP_NAME)
+        elif ray.is_initialized():
+            _end_haproxy()
     finally:
         if owns_ray:
             # A cluster of ours takes all actors with it.
             ray.shutdown()
+            end_marked()
 
 
 @contextlib.contextmanager
@@ -109,14 +110,15 @@ def connect(config: AppConfig) -> bool:
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
     wanted = config.replicas * config.replica_resources.get("CPU", 0.0)
-    ray.init(
-        address="local",
-        # Logical: replicas on a small machine share its cores rather than wait for each other for ever.
-        num_cpus=max(os.cpu_count() or 1, int(wanted) + 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with marked(), _interrupts_deferred():
+        ray.init(
+            address="local",
+            # Logical: replicas on a small machine share its cores rather than wait for each other for ever.
+            num_cpus=max(os.cpu_count() or 1, int(wanted) + 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     return True
 
 
@@ -166,6 +168,22 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Ray crashes when it is interrupted while it connects: Ctrl-C takes effect some seconds later, at the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
