@@ -1,0 +1,81 @@
+"""``python -m deltazip_kernels.bench --json FILE``: needs a CUDA device; takes about two minutes."""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+
+from deltazip_kernels.bench.cases import Result, long_segments, mixtures, overheads, products
+from deltazip_kernels.bench.timing import copy_bandwidth
+from deltazip_kernels.delta import LOW_RANK, RAW
+from deltazip_kernels.layout import CODECS, LAYOUT_VERSION
+
+BATCHES = [(8, 1), (8, 4), (8, 16), (32, 1), (32, 4), (32, 16)]
+
+
+def cases(quick: bool) -> Iterator[Result]:
+    """All measurements, or a few of each kind."""
+    yield from products(["int2"] if quick else list(CODECS), BATCHES[1:2] if quick else BATCHES)
+    yield from mixtures("int2", ["o"] if quick else ["o", "gate_up"])
+    yield from overheads()
+    if quick:
+        return
+    yield from products([RAW], [(8, 1), (8, 16)])
+    yield from products([LOW_RANK], [(32, 1)])
+    yield from long_segments(["int4", "int2", "sparse24_int4"], [64, 256, 512, 1024, 2048, 4096])
+
+
+def line(result: Result, bandwidth: float) -> str:
+    """One row of the table: what, time, and the ratio to the memory's limit or to the base GEMM."""
+    what = f"{result.kind:8} {result.codec:13} {result.linear:8} {result.segments:24} {result.rows:5} rows"
+    if result.reference is not None:
+        return f"{what} {result.seconds * 1e6:8.1f} us  {result.seconds / result.reference:5.2f} x base GEMM"
+    share = result.record(bandwidth)["share_of_copy_bandwidth"]
+    return f"{what} {result.seconds * 1e6:8.1f} us  {result.bytes / 1e6:7.1f} MB  {share:5.2f} of copy bandwidth"
+
+
+def commit() -> str:
+    """The checkout's commit, or ``unknown`` outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m deltazip_kernels.bench", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write all results with raw samples here")
+    parser.add_argument("--commit", default=None, help="the commit to record, where the checkout is not at hand")
+    parser.add_argument("--quick", action="store_true", help="a few cases only")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    bandwidth = copy_bandwidth()
+    torch.cuda.empty_cache()
+    sys.stdout.write(f"copy bandwidth {bandwidth / 1e12:.3f} TB/s\n")
+    records = []
+    for result in cases(options.quick):
+        records.append(result.record(bandwidth))
+        sys.stdout.write(line(result, bandwidth) + "\n")
+        sys.stdout.flush()
+        torch.cuda.empty_cache()
+    if options.json:
+        head = {
+            "commit": options.commit or commit(),
+            "machine": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "layout_version": LAYOUT_VERSION,
+            "copy_bandwidth": bandwidth,
+        }
+        options.json.write_text(json.dumps(head | {"results": records}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What is measured, and the least time that the machine's memory allows for it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from deltazip_kernels.bench.data import (
+    DEVICE,
+    SHAPES,
+    make_tables,
+    random_batch,
+    random_delta,
+    segments_of,
+)
+from deltazip_kernels.bench.timing import graph_times
+from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta
+from deltazip_kernels.layout import CODECS
+from deltazip_kernels.merged import merge_weight
+from deltazip_kernels.plan import Work, plan
+from deltazip_kernels.quantize import quantize_rows
+from deltazip_kernels.table import DeltaTable
+from deltazip_kernels.triton_backend import grouped_matmul, low_rank_matmul, raw_matmul
+
+POOL = 768 << 20
+"""Bytes of deltas that a timed graph walks through: more than ten times the L2 of an H200."""
+RANK = 16
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measurement. ``bytes`` are those of the deltas that the launch reads; samples are seconds a launch."""
+
+    kind: str
+    codec: str
+    linear: str
+    segments: str
+    rows: int
+    bytes: int
+    samples: list[float]
+    reference: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return median(self.samples)
+
+    def record(self, bandwidth: float) -> dict[str, Any]:
+        share = self.bytes / self.seconds / bandwidth
+        return asdict(self) | {"seconds": self.seconds, "share_of_copy_bandwidth": share}
+
+
+def products(codecs: Sequence[str], batches: Sequence[tuple[int, int]]) -> Iterator[Result]:
+    """``(segments, rows of each)`` distinct deltas of one codec, for every linear."""
+    for codec in codecs:
+        for name in SHAPES:
+            for count, rows in batches:
+                yield _product("product", codec, name, f"{count}x{rows}", [codec] * count, [rows] * count)
+
+
+def mixtures(codec: str, linears: Sequence[str]) -> Iterator[Result]:
+    """64 rows over 32 slots as popularity spreads them, and all codecs of four bits and less in one batch."""
+    zipf = [max(1, round(24 / (i + 1) ** 1.5)) for i in range(32)]
+    for name in linears:
+        yield _product("mixture", codec, name, "zipf", [codec] * 32, zipf)
+        yield _product("mixture", codec, name, "one giant", [codec] * 8, [1, 1, 1, 256, 1, 1, 1, 1])
+        every = [codec for codec in CODECS for _ in range(2)]
+        yield _product("mixture", "all", name, "2 of each codec, 4 rows", every, [4] * len(every))
+
+
+def _product(kind: str, codec: str, name: str, label: str, codecs: Sequence[str], lengths: Sequence[int]) -> Result:
+    shapes = SHAPES[name]
+    tables, size = make_tables(shapes, codecs, POOL)
+    x, y = random_batch(sum(lengths), shapes[0][1], sum(n for n, _ in shapes))
+    works = plan(segments_of(lengths), len(x), max(lengths))
+    rounded = quantize_rows(x)
+    packed = [c for c in tables[0].codecs if c in CODECS]
+
+    def launch(table: DeltaTable) -> None:
+        for work in works:
+            if packed:
+                grouped_matmul(y, rounded, table, work, packed)
+            if RAW in table.codecs:
+                raw_matmul(y, x, table, work)
+            if LOW_RANK in table.codecs:
+                low_rank_matmul(y, x, table, work, RANK, aligned=True)
+
+    times = graph_times([partial(launch, table) for table in tables])
+    return Result(kind, codec, name, label, len(x), size, times)
+
+
+def overheads() -> Iterator[Result]:
+    """The work list (once a step) and the rounding of activations (once an input)."""
+    for rows in (8, 32, 256):
+        segments = segments_of([max(1, rows // 32)] * min(rows, 32))
+        yield Result("plan", "", "", "32", rows, 0, graph_times([partial(plan, segments, rows)] * 16))
+        for columns in (4096, 14336):
+            x, _ = random_batch(rows, columns, 1)
+            times = graph_times([partial(quantize_rows, x)] * 16)
+            yield Result("quantize", "", str(columns), "", rows, 3 * x.numel(), times)
+
+
+def long_segments(codecs: Sequence[str], lengths: Sequence[int]) -> Iterator[Result]:
+    """One version with many rows: the product beside the base GEMM, or one GEMM over a merged scratch weight.
+
+    ``reference`` is the base GEMM alone; both totals include the GEMM.
+    """
+    for name, shapes in SHAPES.items():
+        outputs, columns = sum(n for n, _ in shapes), shapes[0][1]
+        # Two weights in turn, so that the next one is not in the L2.
+        bases = [torch.randn((outputs, columns), device=DEVICE, dtype=torch.bfloat16) * 0.02 for _ in range(2)]
+        scratch = torch.empty_like(bases[0])
+        for rows in lengths:
+            x, y = random_batch(rows, columns, outputs)
+            works = plan(segments_of([rows]), rows)
+            alone = median(graph_times([partial(linear, x, base) for base in bases] * 3))
+            for codec in codecs:
+                tables, size = make_tables(shapes, [codec], 0)
+                whole = random_delta(codec, (outputs, columns))
+                beside = [partial(_beside, x, y, base, tables[0], works, codec) for base in bases]
+                yield Result("beside", codec, name, "1", rows, size, graph_times(beside * 3), alone)
+                merged = [partial(_merged, x, base, whole, scratch) for base in bases]
+                yield Result("merged", codec, name, "1", rows, size, graph_times(merged * 3), alone)
+
+
+def _beside(x: Tensor, y: Tensor, base: Tensor, table: DeltaTable, works: Sequence[Work], codec: str) -> None:
+    linear(x, base)
+    rounded = quantize_rows(x)
+    for work in works:
+        grouped_matmul(y, rounded, table, work, [codec])
+
+
+def _merged(x: Tensor, base: Tensor, delta: PackedDelta, scratch: Tensor) -> None:
+    merge_weight(base, delta, scratch)
+    linear(x, scratch)
