@@ -50,12 +50,23 @@ class EngineConfig(Settings):
     threads: int | None = Field(None, ge=1, description="torch CPU threads; torch's default when absent")
 
 
+class BreakerConfig(Settings):
+    """When a version that fails again and again is answered without another try."""
+
+    failures: int = Field(3, ge=1, description="failures in a row before that")
+    backoff_s: float = Field(1.0, gt=0, description="until the first try after that; doubles with each that fails")
+    backoff_max_s: float = Field(30.0, gt=0, description="what it grows to")
+
+
 class NodeStoreConfig(Settings):
     """The store actor of one host."""
 
     arena_bytes: int = Field(256 * MIB, ge=MIB, description="shared memory for blobs")
     shm_dir: Path = Field(Path("/dev/shm"), description="where the shared arena is created")  # noqa: S108
     fetch_threads: int = Field(8, ge=1, description="blobs and ranges fetched in parallel")
+    room_timeout_s: float = Field(30.0, gt=0, description="how long a version waits for room in a full arena")
+    breaker: BreakerConfig = BreakerConfig()
+    quarantine_s: float = Field(60.0, gt=0, description="how long a blob that came damaged twice is not fetched again")
     lease_timeout_s: float = Field(
         15.0, gt=0, description="leases of a replica that was silent for this long are dropped"
     )

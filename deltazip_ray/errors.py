@@ -90,6 +90,9 @@ class DeltaTooLarge(ArtifactError):
 class StoreError(DeltaZipError):
     """A storage tier did not do its work."""
 
+    retry_after_s: float | None = None
+    """Seconds until another try makes sense, where that is known."""
+
 
 class StoreUnavailable(StoreError):
     """The store does not answer, or refuses for the moment."""

@@ -25,6 +25,14 @@ class HostStats:
     """Blobs on their way."""
     evictions: int
     """Blobs that left to make room, since the start."""
+    open_breakers: int = 0
+    """Versions that failed again and again, and are answered without a try."""
+    refusals: int = 0
+    """Such answers, since the start."""
+    quarantined: int = 0
+    """Blobs that came damaged twice, and are not fetched for a while."""
+    quarantines: int = 0
+    """How often one was, since the start."""
 
 
 class HostMetrics:
@@ -64,6 +72,18 @@ class _StatsCollector(Collector):
         by_state.add_metric(["cached"], stats.cached_bytes)
         by_state.add_metric(["held"], stats.held_bytes)
         yield by_state
-        yield GaugeMetricFamily(self._prefix + "blobs", "Blobs in the arena or on their way", stats.blobs)
-        yield GaugeMetricFamily(self._prefix + "fetching_blobs", "Blobs on their way", stats.fetching)
-        yield CounterMetricFamily(self._prefix + "evictions", "Blobs that left to make room", stats.evictions)
+        gauges = {
+            "blobs": ("Blobs in the arena or on their way", stats.blobs),
+            "fetching_blobs": ("Blobs on their way", stats.fetching),
+            "open_breakers": ("Versions that fail and are answered without a try", stats.open_breakers),
+            "quarantined_blobs": ("Blobs that came damaged twice and are not fetched now", stats.quarantined),
+        }
+        for name, (help_text, value) in gauges.items():
+            yield GaugeMetricFamily(self._prefix + name, help_text, value)
+        counters = {
+            "evictions": ("Blobs that left to make room", stats.evictions),
+            "refusals": ("Acquires that were answered by an open breaker", stats.refusals),
+            "quarantines": ("Blobs that came damaged twice", stats.quarantines),
+        }
+        for name, (help_text, value) in counters.items():
+            yield CounterMetricFamily(self._prefix + name, help_text, value)

@@ -7,9 +7,10 @@ from deltazip_ray.artifact.digests import verify_blob
 from deltazip_ray.artifact.manifest import BlobEntry
 from deltazip_ray.errors import BlobCorrupt
 from deltazip_ray.observability.host_metrics import HostMetrics
+from deltazip_ray.residency.tiers import Tier
 
 
-def fetch_blob(catalog: Catalog, metrics: HostMetrics, entry: BlobEntry, buffer: memoryview) -> None:
+def fetch_blob(catalog: Catalog, metrics: HostMetrics, entry: BlobEntry, buffer: memoryview) -> Tier:
     """Fill ``buffer``, of ``entry.size`` bytes, with the blob and check its sha256.
 
     Damaged bytes are fetched once more, as they may have been damaged on their way. Raises BlobCorrupt when they
@@ -23,6 +24,7 @@ def fetch_blob(catalog: Catalog, metrics: HostMetrics, entry: BlobEntry, buffer:
         _read(catalog, entry, buffer)
     metrics.fetch_seconds.observe(time.perf_counter() - began)
     metrics.fetched_bytes.inc(entry.size)
+    return "remote"
 
 
 def _read(catalog: Catalog, entry: BlobEntry, buffer: memoryview) -> None:

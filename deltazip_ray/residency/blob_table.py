@@ -6,17 +6,14 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
 from deltazip_ray.artifact.manifest import BlobEntry
-from deltazip_ray.errors import StoreError
+from deltazip_ray.errors import BlobCorrupt, StoreError
 from deltazip_ray.observability.host_metrics import HostStats
 from deltazip_ray.residency.arena import ArenaAllocator, aligned
+from deltazip_ray.residency.quarantine import BlobKey, Quarantine, blob_key
+from deltazip_ray.residency.tiers import Tier
 
-BlobKey = tuple[str, int]
-"""Digest and size: a manifest that is wrong about a size must not harm one that is right."""
-
-
-def blob_key(entry: BlobEntry) -> BlobKey:
-    """What makes two blobs the same."""
-    return entry.digest, entry.size
+Fetch = Callable[[BlobEntry, memoryview], Tier]
+"""Fills a blob's place with verified bytes and tells where they were, or raises. Runs in a thread."""
 
 
 @dataclass(eq=False)
@@ -25,8 +22,9 @@ class Blob:
 
     key: BlobKey
     offset: int
-    ready: asyncio.Future[None]
-    job: Future[None] | None = None
+    ready: asyncio.Future[Tier]
+    """Where the bytes were found."""
+    job: Future[Tier] | None = None
     """The fetch; None when it is over."""
     holds: int = 0
 
@@ -39,11 +37,11 @@ class Blob:
 class BlobTable:
     """Blobs in an arena. It belongs to one event loop; only ``fetch`` runs in threads."""
 
-    def __init__(self, memory: memoryview, fetch: Callable[[BlobEntry, memoryview], None], threads: Executor) -> None:
-        """``fetch`` fills a blob's place with verified bytes, or raises."""
+    def __init__(self, memory: memoryview, fetch: Fetch, threads: Executor, quarantine: Quarantine) -> None:
         self._memory = memory
         self._fetch = fetch
         self._threads = threads
+        self._quarantine = quarantine
         self._arena = ArenaAllocator(len(memory))
         self._blobs: dict[BlobKey, Blob] = {}  # those that were let go of least recently come first
         self.room_changed = asyncio.Event()
@@ -71,8 +69,10 @@ class BlobTable:
     def try_hold(self, entries: Sequence[BlobEntry]) -> list[Blob] | None:
         """Hold a blob for each entry, fetches of those that are missing under way; None when there is no room.
 
-        All or nothing: without room for all nobody is held and nothing is fetched.
+        All or nothing: without room for all nobody is held and nothing is fetched. Raises BlobCorrupt when one of
+        those that are missing is in quarantine.
         """
+        self.refuse_quarantined(entries)
         wanted = {blob_key(entry): entry for entry in entries}
         # An attempt that fails for want of gaps has evicted all it can, so that another one finds the gaps whole.
         offsets = self._place_missing(wanted.keys())
@@ -86,6 +86,10 @@ class BlobTable:
         for blob in blobs:
             blob.holds += 1
         return blobs
+
+    def refuse_quarantined(self, entries: Iterable[BlobEntry]) -> None:
+        """Raise BlobCorrupt when a blob that is missing would not be fetched."""
+        self._quarantine.refuse(entry for entry in entries if blob_key(entry) not in self._blobs)
 
     def let_go(self, blobs: Iterable[Blob]) -> None:
         """Undo one ``try_hold``. A fetch that nobody wants any more is dropped unless it has begun."""
@@ -162,15 +166,17 @@ class BlobTable:
         blob.job = self._threads.submit(self._fetch, entry, self.view(blob))
         blob.job.add_done_callback(lambda job: loop.call_soon_threadsafe(self._fetched, blob, job))
 
-    def _fetched(self, blob: Blob, job: Future[None]) -> None:
+    def _fetched(self, blob: Blob, job: Future[Tier]) -> None:
         blob.job = None
         if job.cancelled():
             return
         error = job.exception()
         if error is None:
-            blob.ready.set_result(None)
+            blob.ready.set_result(job.result())
             self.room_changed.set()
         else:
+            if isinstance(error, BlobCorrupt):
+                self._quarantine.add(blob.key)
             self._remove(blob, error)
 
     def _remove(self, blob: Blob, error: BaseException | None = None) -> None:

@@ -6,6 +6,9 @@
 * **Nothing unverified is seen.** A blob is published when its sha256 has been checked, never before.
 * **Held blobs never move and never leave.** The others stay until their room is needed; those let go of least recently
   leave first.
+* **What is broken is not tried over and over.** A version that fails again and again gets its last failure at once
+  until a later try succeeds, see :mod:`breakers`; a blob that came damaged twice is not fetched for a while, see
+  :mod:`quarantine`. Neither concerns a version whose blobs are all here, nor any other one.
 * **Order, and no deadlock.** A version takes the room of all its missing blobs at once or none, so nobody keeps a part
   and waits for the rest. Versions that find no room wait, holding nothing, in the order in which their manifests came;
   one whose blobs are all here passes them. A version that is larger than the arena gets StoreFull at once, one that
@@ -13,8 +16,11 @@
 """
 
 import asyncio
+import contextlib
+import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,15 +28,19 @@ from prometheus_client import CollectorRegistry
 
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.manifest import Manifest
+from deltazip_ray.config import NodeStoreConfig
 from deltazip_ray.errors import ConfigError, DeltaZipError, StoreError, StoreFull, StoreUnavailable
 from deltazip_ray.observability.host_metrics import HostMetrics, HostStats
 from deltazip_ray.residency.arena import aligned
 from deltazip_ray.residency.blob_fetch import fetch_blob
-from deltazip_ray.residency.blob_table import Blob, BlobTable, blob_key
+from deltazip_ray.residency.blob_table import Blob, BlobTable
+from deltazip_ray.residency.breakers import Breakers
+from deltazip_ray.residency.quarantine import Quarantine, blob_key
 from deltazip_ray.residency.tiers import HostDelta, Tier
 
 _MANIFESTS = 1024
 """Manifests kept in memory, so that a version that is here can be had while the store is down."""
+_SLOWNESS: Sequence[Tier] = ("host", "disk", "remote")
 
 
 @dataclass(eq=False)
@@ -50,20 +60,25 @@ class HostCache:
         self,
         catalog: Catalog,
         buffer: memoryview | bytearray,
-        fetch_threads: int,
+        settings: NodeStoreConfig,
         registry: CollectorRegistry,
-        room_timeout_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``buffer``: the arena, any writable memory that the caller keeps alive. Raises ConfigError."""
+        """``buffer``: the arena, any writable memory that the caller keeps alive; its size is the arena's.
+
+        ``clock`` gives seconds that never go back. Raises ConfigError.
+        """
         memory = memoryview(buffer).cast("B")
         if memory.readonly:
             raise ConfigError("the host arena is read-only: map it writable")
         self._catalog = catalog
-        self._threads = ThreadPoolExecutor(fetch_threads, thread_name_prefix="deltazip-fetch")
-        metrics = HostMetrics(registry, self.stats)
-        self._blobs = BlobTable(memory, functools.partial(fetch_blob, catalog, metrics), self._threads)
-        self._metrics = metrics
-        self._room_timeout_s = room_timeout_s
+        self._threads = ThreadPoolExecutor(settings.fetch_threads, thread_name_prefix="deltazip-fetch")
+        self._metrics = HostMetrics(registry, self.stats)
+        self._breakers = Breakers(settings.breaker, clock)
+        self._quarantine = Quarantine(settings.quarantine_s, clock)
+        fetch = functools.partial(fetch_blob, catalog, self._metrics)
+        self._blobs = BlobTable(memory, fetch, self._threads, self._quarantine)
+        self._room_timeout_s = settings.room_timeout_s
         self._held: dict[str, _Held] = {}
         self._manifests: dict[str, Manifest] = {}  # least recently used first
         self._manifest_reads: dict[str, asyncio.Task[Manifest]] = {}
@@ -79,16 +94,11 @@ class HostCache:
         """Bring a version to the host and hold it until :meth:`release`. The views are read-only.
 
         Raises InvalidName, ObjectNotFound, ManifestInvalid, BaseMismatch, BlobCorrupt, StoreUnavailable, StoreFull.
-        A failure is not remembered: the next call tries again.
         """
         try:
-            manifest = await self._manifest(version)
-            blobs, tier = await self._hold(version, manifest)
-            try:
-                await _all_ready(blobs)
-            except BaseException:
-                self._blobs.let_go(blobs)
-                raise
+            with self._guard(version):
+                manifest = await self._manifest(version)
+                blobs, tier = await self._hold(version, manifest)
         except DeltaZipError as error:
             self._metrics.failures.labels(type(error).__name__).inc()
             raise
@@ -111,8 +121,14 @@ class HostCache:
         return {e.block: (b.offset, e.size) for e, b in zip(held.manifest.blobs, held.blobs, strict=True)}
 
     def stats(self) -> HostStats:
-        """The state of the arena now."""
-        return self._blobs.stats()
+        """The state of the cache now."""
+        return dataclasses.replace(
+            self._blobs.stats(),
+            open_breakers=self._breakers.open,
+            refusals=self._breakers.refusals,
+            quarantined=len(self._quarantine),
+            quarantines=self._quarantine.admissions,
+        )
 
     def check(self) -> None:
         """Raise StoreError unless arena, blobs and holds agree."""
@@ -133,6 +149,15 @@ class HostCache:
         if version not in self._held:
             raise StoreError(f"version {version[:12]} is not held: acquire it first, and release it once for each time")
         return self._held[version]
+
+    def _guard(self, version: str) -> contextlib.AbstractContextManager[None]:
+        """Around a try to have a version; raises BlobCorrupt at once for one with a blob in quarantine."""
+        manifest = self._manifests.get(version)
+        if manifest is not None:
+            if self._blobs.ready(manifest.blobs):
+                return contextlib.nullcontext()
+            self._blobs.refuse_quarantined(manifest.blobs)
+        return self._breakers.guard(version)
 
     async def _manifest(self, version: str) -> Manifest:
         if self._closed:
@@ -155,6 +180,24 @@ class HostCache:
                 del self._manifests[next(iter(self._manifests))]
 
     async def _hold(self, version: str, manifest: Manifest) -> tuple[list[Blob], Tier]:
+        """Hold all blobs of a version once they are verified; returns where the slowest was when they were asked for.
+
+        Raises as :meth:`acquire`, and holds nothing then.
+        """
+        blobs = await self._place(version, manifest)
+        missing = [blob.ready for blob in blobs if not blob.ready.done()]
+        try:
+            if missing:
+                await asyncio.wait(missing, return_when=asyncio.FIRST_EXCEPTION)
+            for blob in blobs:
+                if blob.ready.done():
+                    blob.ready.result()
+        except BaseException:
+            self._blobs.let_go(blobs)
+            raise
+        return blobs, max((ready.result() for ready in missing), key=_SLOWNESS.index, default="host")
+
+    async def _place(self, version: str, manifest: Manifest) -> list[Blob]:
         """Hold all blobs of a version, those that are missing on their way; waits for room. Raises StoreFull."""
         wanted = sum(aligned(size) for _, size in {blob_key(entry) for entry in manifest.blobs})
         arena = self._blobs.arena_bytes
@@ -162,15 +205,14 @@ class HostCache:
             raise StoreFull(
                 f"version {version[:12]} takes {wanted} bytes, the host arena has {arena}: raise node_store.arena_bytes"
             )
-        tier: Tier = "host" if self._blobs.ready(manifest.blobs) else "remote"
         if self._blobs.has_all(manifest.blobs) and (blobs := self._blobs.try_hold(manifest.blobs)) is not None:
-            return blobs, tier
+            return blobs
         try:
             async with asyncio.timeout(self._room_timeout_s), self._turn:
                 while not self._closed:
                     blobs = self._blobs.try_hold(manifest.blobs)
                     if blobs is not None:
-                        return blobs, tier
+                        return blobs
                     self._blobs.room_changed.clear()
                     await self._blobs.room_changed.wait()
         except TimeoutError:
@@ -180,16 +222,6 @@ class HostCache:
                 f"are held, for {len(self._held)} versions: try again later, or raise node_store.arena_bytes"
             ) from None
         raise _closed()
-
-
-async def _all_ready(blobs: Iterable[Blob]) -> None:
-    """Wait until all blobs are verified; raises the first one's error as soon as it is known."""
-    pending = [blob.ready for blob in blobs if not blob.ready.done()]
-    if pending:
-        await asyncio.wait(pending, return_when=asyncio.FIRST_EXCEPTION)
-    for blob in blobs:
-        if blob.ready.done():
-            blob.ready.result()
 
 
 def _closed() -> StoreUnavailable:

@@ -1,5 +1,6 @@
 """The one place that gives the project's errors their HTTP status and OpenAI error body."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +69,13 @@ def error_body(error: DeltaZipError) -> dict[str, Any]:
 def error_response(error: DeltaZipError) -> JSONResponse:
     """The whole HTTP answer, ``Retry-After`` included where a retry may succeed."""
     answer = answer_for(error)
-    headers = {} if answer.retry_after_s is None else {"retry-after": str(answer.retry_after_s)}
+    headers = {} if answer.retry_after_s is None else {"retry-after": str(_retry_after_s(error, answer.retry_after_s))}
     return JSONResponse(error_body(error), status_code=answer.status, headers=headers)
+
+
+def _retry_after_s(error: DeltaZipError, usual_s: int) -> int:
+    known_s = error.retry_after_s if isinstance(error, StoreError) else None
+    return usual_s if known_s is None else max(1, math.ceil(known_s))
 
 
 def plain_error_response(status: int, message: str) -> JSONResponse:

@@ -14,7 +14,7 @@ from deltazip_ray.artifact.file_store import FileStore
 from deltazip_ray.artifact.manifest import BaseRef, TensorEntry
 from deltazip_ray.artifact.object_store import ObjectStore
 from deltazip_ray.artifact.store import open_store
-from deltazip_ray.config import StoreConfig
+from deltazip_ray.config import NodeStoreConfig, StoreConfig
 from deltazip_ray.errors import StoreUnavailable
 from deltazip_ray.residency.host_cache import HostCache
 from tests.support.s3 import S3Server
@@ -51,7 +51,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
 async def test_tensors_come_back_as_they_were_published(store: ObjectStore, tmp_path: Path) -> None:
     catalog = Catalog(store, BASE)
     made = [publish(tmp_path / str(seed), catalog, seed) for seed in range(3)]
-    cache = HostCache(catalog, bytearray(ARENA), 4, CollectorRegistry())
+    cache = HostCache(catalog, bytearray(ARENA), NodeStoreConfig(), CollectorRegistry())
     deltas = await asyncio.gather(*(cache.acquire(version) for version, _ in made))
     for delta, (_, tensors) in zip(deltas, made, strict=True):
         for entry in delta.manifest.blobs:
@@ -70,7 +70,7 @@ async def test_a_server_that_dies_is_unavailable_until_it_is_back(
     config = StoreConfig(url=url, endpoint_url=own_s3_server.endpoint, path_style=True, timeout_s=2, max_attempts=1)
     catalog = Catalog(open_store(config), BASE)
     here, there = [publish(tmp_path / str(seed), catalog, seed)[0] for seed in range(2)]
-    cache = HostCache(catalog, bytearray(ARENA), 4, CollectorRegistry())
+    cache = HostCache(catalog, bytearray(ARENA), NodeStoreConfig(), CollectorRegistry())
     await cache.acquire(here)
     own_s3_server.kill()
     with pytest.raises(StoreUnavailable):

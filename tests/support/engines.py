@@ -9,7 +9,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from deltazip_ray.artifact.catalog import Catalog
-from deltazip_ray.config import EngineConfig
+from deltazip_ray.config import EngineConfig, NodeStoreConfig
 from deltazip_ray.engine.async_engine import AsyncEngine
 from deltazip_ray.residency.host_cache import HostCache
 from deltazip_ray.residency.tiers import DeltaSource
@@ -67,7 +67,7 @@ async def running(base: Path, source: DeltaSource, **settings: Any) -> AsyncIter
 async def serving(zoo: Zoo, arena_bytes: int = 4 << 20, **settings: Any) -> AsyncIterator[RunningEngine]:
     """An engine that gets its versions from the zoo's catalog by way of a host cache."""
     catalog = Catalog(zoo.store, zoo.versions[0].manifest.base.digest)
-    cache = HostCache(catalog, bytearray(arena_bytes), 2, CollectorRegistry())
+    cache = HostCache(catalog, bytearray(arena_bytes), NodeStoreConfig(fetch_threads=2), CollectorRegistry())
     try:
         async with running(zoo.base, cache, **settings) as run:
             yield run

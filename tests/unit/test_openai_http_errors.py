@@ -1,5 +1,6 @@
 """Every error of the tree has an HTTP answer, given in one place."""
 
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -55,6 +56,14 @@ def test_every_error_is_answered_in_openais_form(kind: type[errors.DeltaZipError
 )
 def test_statuses(error: errors.DeltaZipError, status: int) -> None:
     assert answer_for(error).status == status
+
+
+@pytest.mark.parametrize(("known_s", "header"), [(None, "2"), (7.2, "8"), (0.0, "1")])
+def test_a_store_that_knows_when_to_come_back_says_so(known_s: float | None, header: str) -> None:
+    error = errors.StoreUnavailable("x")
+    error.retry_after_s = known_s
+    across_processes = pickle.loads(pickle.dumps(error))
+    assert error_response(across_processes).headers["retry-after"] == header
 
 
 def test_only_what_the_client_did_is_a_4xx() -> None:

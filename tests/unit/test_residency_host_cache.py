@@ -3,6 +3,7 @@
 import asyncio
 import mmap
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deltazip_ray.artifact.catalog import Catalog
+from deltazip_ray.config import BreakerConfig, NodeStoreConfig
 from deltazip_ray.errors import (
     BaseMismatch,
     BlobCorrupt,
@@ -50,7 +52,16 @@ class Bench:
         self.catalog = Catalog(self.store, BASE)
         self.registry = CollectorRegistry()
         self.arena = bytearray(PAGES * ALIGNMENT)
-        self.cache = HostCache(self.catalog, self.arena, fetch_threads, self.registry, room_timeout_s)
+        self.later_s = 0.0
+        """What the cache's clock is ahead."""
+        settings = NodeStoreConfig(
+            fetch_threads=fetch_threads,
+            room_timeout_s=room_timeout_s,
+            breaker=BreakerConfig(failures=3, backoff_s=100, backoff_max_s=1000),
+            quarantine_s=1000,
+        )
+        clock = lambda: time.monotonic() + self.later_s  # noqa: E731
+        self.cache = HostCache(self.catalog, self.arena, settings, self.registry, clock)
 
     def version(self, *fills: str, pages: int = 1) -> str:
         """A version of one blob for each letter; equal letters are equal blobs."""
@@ -121,7 +132,8 @@ async def test_views_are_read_only_and_lie_where_offsets_says(bench: Bench) -> N
 
 async def test_an_mmap_can_be_the_arena(bench: Bench) -> None:
     version = bench.version("a")
-    cache = HostCache(bench.catalog, memoryview(mmap.mmap(-1, 4 * ALIGNMENT)), 1, CollectorRegistry())
+    arena = memoryview(mmap.mmap(-1, 4 * ALIGNMENT))
+    cache = HostCache(bench.catalog, arena, NodeStoreConfig(), CollectorRegistry())
     assert as_bytes((await cache.acquire(version)).blobs) == {"layers.0": page("a")}
     await cache.close()
 
@@ -202,8 +214,111 @@ async def test_a_blob_that_stays_damaged_is_refused_and_others_are_not_affected(
     assert not isinstance(results[1], BaseException)
     assert bench.store.count(digest) == 2
     assert bench.metric("failures_total", error="BlobCorrupt") == 1
+
+
+async def test_a_damaged_blob_is_in_quarantine_for_a_while(bench: Bench) -> None:
+    """Whichever version asks for it; and it does not matter to those who have it, or to the rest of the world."""
+    one, two, good = bench.version("a", "b"), bench.version("a", "c"), bench.version("b", "c")
+    digest = make_manifest({"layers.0": page("a")}).blobs[0].digest
+    bench.store.faults = [Fault("wrong bytes", digest)]
+    with pytest.raises(BlobCorrupt, match="another digest"):
+        await bench.cache.acquire(one)
     bench.store.faults = []
-    assert as_bytes((await bench.cache.acquire(bad)).blobs)["layers.0"] == page("a")
+    for _ in range(5):
+        for version in (one, two):
+            with pytest.raises(BlobCorrupt, match=f"{digest} came damaged twice"):
+                await bench.cache.acquire(version)
+    assert bench.store.count(digest) == 2
+    assert bench.metric("quarantined_blobs") == bench.metric("quarantines_total") == 1
+    assert bench.metric("open_breakers") == 0, "the reason is told as long as it holds"
+    await bench.cache.acquire(good)
+    bench.later_s += 1001
+    assert as_bytes((await bench.cache.acquire(one)).blobs)["layers.0"] == page("a")
+    assert bench.metric("quarantined_blobs") == 0
+
+
+async def test_a_version_in_memory_does_not_mind_the_quarantine_of_another_size(bench: Bench) -> None:
+    good = bench.version("a")
+    manifest = make_manifest({"layers.0": page("a")})
+    entry = manifest.blobs[0].model_copy(update={"size": manifest.blobs[0].size + 1})
+    bad = put_manifest(bench.catalog, manifest.model_copy(update={"blobs": (entry,)}))
+    for _ in range(2):
+        with pytest.raises(BlobCorrupt):
+            await bench.cache.acquire(bad)
+    await bench.cache.acquire(good)
+
+
+async def test_a_version_that_keeps_failing_is_answered_at_once_until_a_probe_succeeds(bench: Bench) -> None:
+    bad, good = bench.version("a", "b"), bench.version("b", "c")
+    digest = make_manifest({"layers.0": page("a")}).blobs[0].digest
+    bench.store.faults = [Fault("unavailable", digest)]
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable):
+            await bench.cache.acquire(bad)
+    reads = bench.store.count(digest)
+    bench.store.gate.clear()
+    with pytest.raises(StoreUnavailable, match=r"does not answer.*failed 3 times in a row, next try in") as refused:
+        await bench.cache.acquire(bad)
+    assert refused.value.retry_after_s == pytest.approx(75, abs=26)
+    bench.store.gate.set()
+    assert bench.store.count(digest) == reads == 3
+    assert bench.metric("open_breakers") == bench.metric("refusals_total") == 1
+    await bench.cache.acquire(good)
+    bench.store.faults = []
+    bench.later_s += 101
+    assert (await bench.cache.acquire(bad)).tier == "remote"
+    assert bench.metric("open_breakers") == 0
+
+
+async def test_one_failure_counts_once_however_many_wait(bench: Bench) -> None:
+    version = bench.version("a")
+    await bench.know(version)
+    bench.store.gate.clear()
+    bench.store.faults = [Fault("unavailable", "/blobs/", 1)]
+    waiting = [await bench.start(version) for _ in range(9)]
+    bench.store.gate.set()
+    assert {type(one) for one in await asyncio.gather(*waiting, return_exceptions=True)} == {StoreUnavailable}
+    assert (await bench.cache.acquire(version)).tier == "remote"
+
+
+async def test_what_is_in_memory_is_served_though_its_breaker_is_open(bench: Bench) -> None:
+    version, same = bench.version("a", "b"), bench.version("b", "a")
+    bench.store.faults = [Fault("unavailable", "/blobs/")]
+    for _ in range(4):
+        with pytest.raises(StoreUnavailable):
+            await bench.cache.acquire(version)
+    bench.store.faults = []
+    await bench.cache.acquire(same)
+    assert bench.metric("open_breakers") == 1
+    assert (await bench.cache.acquire(version)).tier == "host"
+
+
+async def test_a_probe_that_leaves_lets_another_one_probe(bench: Bench) -> None:
+    version = bench.version("a")
+    bench.store.faults = [Fault("unavailable", "/blobs/", 3)]
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable):
+            await bench.cache.acquire(version)
+    bench.later_s += 101
+    bench.store.gate.clear()
+    probe = await bench.start(version)
+    with pytest.raises(StoreUnavailable, match="3 times in a row"):
+        await bench.cache.acquire(version)
+    probe.cancel()
+    await asyncio.sleep(0)
+    another = await bench.start(version)
+    bench.store.gate.set()
+    await another
+
+
+async def test_want_of_room_opens_no_breaker(bench: Bench) -> None:
+    held, wanted = bench.version("a", pages=6), bench.version("b", pages=3)
+    await bench.cache.acquire(held)
+    for _ in range(4):
+        with pytest.raises(StoreFull):
+            await bench.cache.acquire(wanted)
+    await bench.cache.release(held)
+    await bench.cache.acquire(wanted)
 
 
 async def test_bytes_on_disk_that_were_flipped_are_refused(bench: Bench, tmp_path: Path) -> None:
@@ -475,7 +590,7 @@ async def test_a_version_is_released_once_for_each_acquire(bench: Bench) -> None
 
 async def test_a_read_only_arena_is_refused(bench: Bench) -> None:
     with pytest.raises(ConfigError, match="read-only"):
-        HostCache(bench.catalog, memoryview(bytes(ALIGNMENT)), 1, CollectorRegistry())
+        HostCache(bench.catalog, memoryview(bytes(ALIGNMENT)), NodeStoreConfig(), CollectorRegistry())
 
 
 async def test_the_metrics_tell_what_happened(bench: Bench) -> None:

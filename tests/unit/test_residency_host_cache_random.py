@@ -2,12 +2,14 @@
 
 import asyncio
 import random
+import time
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from deltazip_ray.artifact.catalog import Catalog
+from deltazip_ray.config import BreakerConfig, NodeStoreConfig
 from deltazip_ray.errors import BlobCorrupt, StoreFull, StoreUnavailable
 from deltazip_ray.residency.arena import ALIGNMENT
 from deltazip_ray.residency.host_cache import HostCache
@@ -63,7 +65,15 @@ async def test_whoever_gets_a_version_gets_its_bytes(seed: int, tmp_path: Path) 
     store = Mischief(tmp_path, rng)
     catalog = Catalog(store, BASE)
     versions = make_versions(rng, catalog)
-    cache = HostCache(catalog, bytearray(PAGES * ALIGNMENT), 3, CollectorRegistry(), room_timeout_s=0.2)
+    settings = NodeStoreConfig(
+        fetch_threads=3,
+        room_timeout_s=0.2,
+        breaker=BreakerConfig(failures=2, backoff_s=0.005, backoff_max_s=0.02),
+        quarantine_s=0.005,
+    )
+    later_s = 0.0
+    clock = lambda: time.monotonic() + later_s  # noqa: E731
+    cache = HostCache(catalog, bytearray(PAGES * ALIGNMENT), settings, CollectorRegistry(), clock)
     tasks: list[asyncio.Task[str]] = []
     for _ in range(150):
         version = rng.choice(list(versions))
@@ -79,8 +89,10 @@ async def test_whoever_gets_a_version_gets_its_bytes(seed: int, tmp_path: Path) 
     assert ends.count("served") > 40
     store.active = False
     store.faults = []
+    later_s = 1.0
     for version, blobs in versions.items():
-        assert await client(rng, cache, version, blobs) == "served", "nothing that failed before is remembered"
+        assert await client(rng, cache, version, blobs) == "served", "no failure is remembered for ever"
+    assert (cache.stats().open_breakers, cache.stats().quarantined) == (0, 0)
     await cache.close()
     cache.check()
     assert cache.stats().held_bytes == 0, "nothing leaks"

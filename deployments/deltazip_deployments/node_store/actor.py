@@ -91,7 +91,7 @@ class _SelfEnding(NodeStore):
         arena = Arena(settings.shm_dir, settings.arena_bytes)
         registry = CollectorRegistry()
         catalog = Catalog(open_store(store), base_digest)
-        cache = HostCache(catalog, arena.buffer, settings.fetch_threads, registry)
+        cache = HostCache(catalog, arena.buffer, settings, registry)
         super().__init__(node, cache, arena, settings.lease_timeout_s, registry)
         self._watch_task = asyncio.get_running_loop().create_task(self._watch(settings.lease_timeout_s))
 

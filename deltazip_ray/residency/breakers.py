@@ -1,0 +1,115 @@
+"""Versions that fail again and again are answered at once, so that a broken one costs nobody time or bandwidth.
+
+After ``failures`` in a row a version's breaker is open: callers get the last reason without a try. When the back-off
+is over, the next caller is the probe: it tries, and the others still get the reason. A probe that succeeds closes the
+breaker; one that fails makes the back-off longer, twice as long each time up to a bound, less some jitter so that
+hosts do not come back to the store in step. A probe that leaves half-way lets the next caller probe.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from deltazip_ray.config import BreakerConfig
+from deltazip_ray.errors import ArtifactError, StoreError, StoreFull
+
+_REMEMBERED = 4096
+"""Versions at most; that of which nothing was heard for longest is forgotten first."""
+
+
+@dataclass
+class _Trouble:
+    """A version whose last try failed. Times are seconds of the breakers' clock."""
+
+    error: ArtifactError | StoreError
+    failed_at: float
+    failures: int = 0
+    """In a row."""
+    retry_at: float | None = None
+    """None while the breaker is closed."""
+    probing: bool = False
+
+
+class Breakers:
+    """The breakers of all versions. They belong to one event loop."""
+
+    def __init__(
+        self,
+        config: BreakerConfig,
+        clock: Callable[[], float] = time.monotonic,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        """``clock`` gives seconds that never go back, ``chance`` numbers from 0 to 1."""
+        self._config = config
+        self._clock = clock
+        self._chance = chance
+        self._troubles: dict[str, _Trouble] = {}  # those heard of least recently come first
+        self.refusals = 0
+        """Callers that were answered without a try, since the start."""
+
+    @property
+    def open(self) -> int:
+        """Versions whose breakers are open."""
+        return sum(trouble.retry_at is not None for trouble in list(self._troubles.values()))
+
+    @contextmanager
+    def guard(self, version: str) -> Iterator[None]:
+        """Around one try. Raises the last failure again when the breaker is open.
+
+        ArtifactError and StoreError are failures, but for StoreFull: it is no fault of the version. All who wait for
+        one failure have failed once.
+        """
+        probe = self._admit(version)
+        began = self._clock()
+        try:
+            yield
+        except (ArtifactError, StoreError) as error:
+            if not isinstance(error, StoreFull):
+                self._failed(version, began, error)
+            raise
+        else:
+            self._troubles.pop(version, None)
+        finally:
+            if probe is not None:
+                probe.probing = False
+
+    def _admit(self, version: str) -> _Trouble | None:
+        """Let a caller try, or raise; returns the trouble that it is the probe of."""
+        trouble = self._troubles.get(version)
+        if trouble is None or trouble.retry_at is None:
+            return None
+        wait_s = trouble.retry_at - self._clock()
+        if wait_s > 0 or trouble.probing:
+            self.refusals += 1
+            raise _again(trouble, max(0.0, wait_s))
+        trouble.probing = True
+        return trouble
+
+    def _failed(self, version: str, began: float, error: ArtifactError | StoreError) -> None:
+        now = self._clock()
+        trouble = self._troubles.pop(version, None)
+        if trouble is None:
+            trouble = _Trouble(error, failed_at=began)
+        self._troubles[version] = trouble
+        if len(self._troubles) > _REMEMBERED:
+            del self._troubles[next(iter(self._troubles))]
+        if began < trouble.failed_at:
+            return
+        trouble.error, trouble.failed_at = error, now
+        trouble.failures += 1
+        beyond = trouble.failures - self._config.failures
+        if beyond >= 0:
+            longest = min(self._config.backoff_s * 2.0 ** min(beyond, 30), self._config.backoff_max_s)
+            trouble.retry_at = now + longest * (1 - self._chance() / 2)
+
+
+def _again(trouble: _Trouble, wait_s: float) -> ArtifactError | StoreError:
+    """A new error that says the same: one that is raised many times would collect all their tracebacks."""
+    error = trouble.error
+    if isinstance(error, ArtifactError):
+        return type(error)(error.message)
+    again = type(error)(f"{error.message} (failed {trouble.failures} times in a row, next try in {wait_s:.1f} s)")
+    again.retry_after_s = wait_s
+    return again
