@@ -9,35 +9,33 @@ from torch import Tensor
 from deltazip_kernels.delta import Segments
 from deltazip_kernels.device.plan import write_items
 
-BATCHES = (8, 16, 64)
-"""The sizes of a block of rows: a segment of up to 8 rows is one block of 8, up to 16 one of 16, else blocks of 64."""
-_CHUNK = 32
+FEW, SOME, MANY = 8, 16, 64
+"""Rows of a work item. Segments of up to SOME rows are one item, longer ones are cut into items of MANY."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Blocks of ``batch`` rows: ``items`` [limit, 4] int32 are slot (-1: nothing to do), first row, end row, unused."""
+    """Items of up to ``batch`` rows: ``items`` [limit, 4] int32 are slot (-1: idle), first row, end row, unused."""
 
     items: Tensor
     batch: int
 
 
 def plan(segments: Segments, rows: int, longest: int | None = None) -> tuple[Work, ...]:
-    """The work of a batch of ``rows`` rows, one list for each of BATCHES that segments may need.
+    """The work of a batch of ``rows`` rows: a launch for each of the lists that segments may need.
 
-    ``longest`` is an upper bound of a segment's rows, where the caller knows one: it saves launches. The lists' sizes
-    depend on ``rows``, ``longest`` and the number of segments alone, so a captured graph serves any mixture.
+    ``longest`` is an upper bound of a segment's rows, where the caller knows one: it saves work and launches. The
+    lists' sizes depend on ``rows``, ``longest`` and the number of segments alone: a captured graph serves any mixture.
     """
     count = segments.slots.numel()
     longest = rows if longest is None else min(rows, longest)
     if count == 0 or longest == 0:
         return ()
-    shortest = [1, *(batch + 1 for batch in BATCHES[:-1])]
-    # At most rows // n segments have n rows or more; only the last list cuts a segment into several blocks.
-    limits = [min(count, rows // n) for n in shortest if n <= longest]
-    if len(limits) == len(BATCHES):
-        limits[-1] += rows // BATCHES[-1]
+    short = FEW if longest <= FEW else SOME
+    # At most rows // n segments have n rows or more, and each adds at most one item that is not full.
+    limits = [min(count, rows), min(count, rows // (SOME + 1)) + rows // MANY if longest > SOME else 0]
     items = torch.empty((sum(limits), 4), dtype=torch.int32, device=segments.slots.device)
     width = max(2, triton.next_power_of_2(count))
-    write_items[(1,)](segments.starts, segments.slots, items, count, width, tuple(limits), BATCHES, _CHUNK, num_warps=4)
-    return tuple(Work(part, batch) for part, batch in zip(items.split(limits), BATCHES, strict=False))
+    write_items[(1,)](segments.starts, segments.slots, items, count, *limits, width, short, MANY, num_warps=4)
+    works = (Work(items[: limits[0]], short), Work(items[limits[0] :], MANY))
+    return works if limits[1] else works[:1]

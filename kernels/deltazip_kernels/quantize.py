@@ -3,10 +3,14 @@
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
 from deltazip_kernels.device.quantize import quantize
+from deltazip_kernels.launch import launch_options
 from deltazip_kernels.layout import GROUP
+
+_STEP = 128  # groups of a row that a program holds in registers
 
 
 @dataclass(frozen=True)
@@ -28,5 +32,9 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
     values = torch.empty((rows, groups * GROUP), dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        quantize[(rows,)](x, x.stride(0), values, scales, columns, groups, num_warps=8)
+        step = min(triton.next_power_of_2(groups), _STEP)
+        options = launch_options(x.device)
+        quantize[(rows,)](
+            x, x.stride(0), values, scales, columns, groups, step, num_warps=16 if step > 32 else 8, **options
+        )
     return QuantizedRows(values, scales, columns)

@@ -11,13 +11,14 @@ from torch import Tensor
 from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta, Segments
 from deltazip_kernels.device.dense import expand, raw, shrink
 from deltazip_kernels.device.grouped import grouped
+from deltazip_kernels.launch import launch_options
 from deltazip_kernels.layout import CODECS, GROUP
-from deltazip_kernels.plan import Work, plan
+from deltazip_kernels.plan import FEW, MANY, SOME, Work, plan
 from deltazip_kernels.quantize import QuantizedRows, quantize_rows
 from deltazip_kernels.table import CODEC_IDS, DeltaTable, table_of
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-_INNER_CHUNK = 1024  # columns of K that one program of a low-rank product adds up
+_INNER_CHUNK = 512  # columns of K that one program of a low-rank product adds up
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Tile:
     stages: int
 
 
-TILES = {8: Tile(64, 2, 4), 16: Tile(128, 4, 4), 64: Tile(64, 4, 3)}
+TILES = {FEW: Tile(64, 2, 4), SOME: Tile(128, 4, 4), MANY: Tile(64, 4, 3)}
 """The best or nearly the best tile for every codec and linear of an 8B model on an H200, by rows of a work item."""
 
 
@@ -58,6 +59,7 @@ def grouped_matmul(
         STAGES=tile.stages,
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=tile.warps,
+        **launch_options(y.device),
     )
 
 
@@ -81,6 +83,7 @@ def raw_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work) -> None:
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=4,
         num_stages=4,
+        **launch_options(y.device),
     )
 
 
@@ -108,17 +111,18 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=4,
         num_stages=3,
+        **launch_options(y.device),
     )
     expand[(sum(tiles), work.items.shape[0])](
         y,
         y.stride(0),
         inner,
         x.shape[0],
-        chunks,
         work.items,
         table.entries,
         ROWS=rows,
         TILES=tiles,
+        CHUNKS=chunks,
         DTYPE=_DTYPES[table.dtype],
         ALIGNED=aligned,
         R=width,
@@ -126,6 +130,7 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
         BM=batch,
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=4,
+        **launch_options(y.device),
     )
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from deltazip_kernels.device.locate import add_outputs, load_entry, load_item, load_outputs, part_of, pointer
+from deltazip_kernels.device.locate import add_outputs, load_entry, load_item, load_outputs, part_of, pointer, start
 
 # The ids of ``table.CODEC_IDS``.
 RAW = tl.constexpr(7)
@@ -26,7 +26,7 @@ def _walk(
     x_stride,
     m,
     live,
-    start,
+    begin,
     stop,
     K,
     BN: tl.constexpr,
@@ -34,12 +34,12 @@ def _walk(
     BK: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """float32 [BN, BM]: rows ``w`` times rows ``m`` of x over columns ``start:stop``; ``w_rows`` says which exist."""
-    k = start + tl.arange(0, BK)
+    """float32 [BN, BM]: rows ``w`` times rows ``m`` of x over columns ``begin:stop``; ``w_rows`` says which exist."""
+    k = begin + tl.arange(0, BK)
     w += k[None, :]
     xp = x + m.to(tl.int64)[None, :] * x_stride + k[:, None]
     acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for at in tl.range(start, stop, BK):
+    for at in tl.range(begin, stop, BK):
         inside = at + tl.arange(0, BK) < K
         a = tl.load(w, mask=w_rows[:, None] & inside[None, :], other=0.0).to(x.dtype.element_ty)
         b = tl.load(xp, mask=live[None, :] & inside[:, None], other=0.0)
@@ -65,8 +65,10 @@ def raw(
     BM: tl.constexpr,
     BK: tl.constexpr,
     PLAIN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Adds the products with raw deltas [N, K] of ``DTYPE``."""
+    start(OVERLAP)
     slot, first, end = load_item(items)
     part, block, column, width = part_of(tl.program_id(0), ROWS, TILES)
     codec, values, _, _ = load_entry(table, slot, part, len(ROWS))
@@ -81,7 +83,7 @@ def raw(
     add_outputs(y, y_stride, m, column + n, live, n < width, before, acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def shrink(
     inner,
     T,
@@ -97,8 +99,10 @@ def shrink(
     BM: tl.constexpr,
     BK: tl.constexpr,
     PLAIN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """``inner`` [parts, chunks of K, T, R] float32 gets ``x @ down.T`` of each chunk, zero beyond a delta's rank."""
+    start(OVERLAP)
     slot, first, end = load_item(items)
     part = tl.program_id(0) % PARTS
     chunk = tl.program_id(0) // PARTS
@@ -108,36 +112,38 @@ def shrink(
     r = tl.arange(0, R)
     m = first + tl.arange(0, BM)
     live = m < end
-    start = chunk * CHUNK
+    begin = chunk * CHUNK
     w = pointer(down, DTYPE) + r[:, None] * K
-    acc = _walk(w, r < rank, x, x_stride, m, live, start, tl.minimum(start + CHUNK, K), K, R, BM, BK, PLAIN)
+    acc = _walk(w, r < rank, x, x_stride, m, live, begin, tl.minimum(begin + CHUNK, K), K, R, BM, BK, PLAIN)
     chunks = tl.num_programs(0) // PARTS
     at = inner + ((part * chunks + chunk) * T + m.to(tl.int64)[None, :]) * R + r[:, None]
     tl.store(at, acc, mask=live[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def expand(
     y,
     y_stride,
     inner,
     T,
-    CHUNKS,
     items,
     table,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
+    CHUNKS: tl.constexpr,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     R: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     PLAIN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Adds ``(sum of inner's chunks) @ up.T``; the sum is rounded to ``DTYPE`` first, as a linear's output is.
 
     ALIGNED promises that every rank is a multiple of 8.
     """
+    start(OVERLAP)
     slot, first, end = load_item(items)
     part, block, column, width = part_of(tl.program_id(0), ROWS, TILES)
     codec, _, up, rank = load_entry(table, slot, part, len(ROWS))
@@ -154,7 +160,7 @@ def expand(
     w = tl.load(pointer(up, DTYPE) + n.to(tl.int64)[:, None] * rank + r[None, :], mask=w_mask, other=0.0)
     at = inner + (part * CHUNKS * T + m.to(tl.int64)[None, :]) * R + r[:, None]
     t = tl.zeros((R, BM), dtype=tl.float32)
-    for _ in tl.range(0, CHUNKS):
+    for _ in tl.static_range(0, CHUNKS):  # unrolled: the loads go out together
         t += tl.load(at, mask=live[None, :], other=0.0)
         at += T * R
     acc = tl.dot(_operand(w, PLAIN), _operand(t.to(DTYPE), PLAIN), input_precision="ieee")

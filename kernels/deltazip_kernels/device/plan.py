@@ -3,39 +3,45 @@
 import triton
 import triton.language as tl
 
+_CHUNK = tl.constexpr(32)
+
 
 @triton.jit
+def _write(items, limit, slot, first, end, wanted, BATCH: tl.constexpr):
+    """Cut the ``wanted`` segments into blocks of BATCH rows, one item each, and fill up to ``limit`` with idle ones."""
+    blocks = tl.where(wanted, (end - first + BATCH - 1) // BATCH, 0)
+    after = tl.cumsum(blocks, 0)
+    before = after - blocks
+    for at in tl.range(0, limit, _CHUNK):
+        item = at + tl.arange(0, _CHUNK)
+        # The segment of an item is the one whose range of items [before, after) holds it.
+        mine = (item[:, None] < after[None, :]) & (item[:, None] >= before[None, :])
+        row = tl.sum(tl.where(mine, first[None, :] + (item[:, None] - before[None, :]) * BATCH, 0), 1)
+        last = tl.sum(tl.where(mine, end[None, :], 0), 1)
+        owner = tl.sum(tl.where(mine, slot[None, :] + 1, 0), 1) - 1
+        inside = item < limit
+        tl.store(items + item * 4, owner, mask=inside)
+        tl.store(items + item * 4 + 1, row, mask=inside)
+        tl.store(items + item * 4 + 2, tl.minimum(row + BATCH, last), mask=inside)
+
+
+@triton.jit(do_not_specialize=["S", "short_limit", "long_limit"])
 def write_items(
     starts,
     slots,
     items,
     S,
-    S2: tl.constexpr,
-    LIMITS: tl.constexpr,
-    BATCHES: tl.constexpr,
-    CHUNK: tl.constexpr,
+    short_limit,
+    long_limit,
+    WIDTH: tl.constexpr,
+    SHORT: tl.constexpr,
+    LONG: tl.constexpr,
 ):
-    s = tl.arange(0, S2)
+    """Segments of up to SHORT rows to ``items[:short_limit]``, longer ones to the ``long_limit`` items after them."""
+    s = tl.arange(0, WIDTH)
     slot = tl.load(slots + s, mask=s < S, other=-1)
     first = tl.load(starts + s, mask=s < S, other=0)
     end = tl.load(starts + s + 1, mask=s < S, other=0)
     length = tl.where(slot >= 0, end - first, 0)
-    for c in tl.static_range(0, len(LIMITS)):
-        wanted = length > (BATCHES[c - 1] if c > 0 else 0)
-        if c + 1 < len(LIMITS):
-            wanted = wanted & (length <= BATCHES[c])
-        blocks = tl.where(wanted, (length + BATCHES[c] - 1) // BATCHES[c], 0)
-        after = tl.cumsum(blocks, 0)
-        before = after - blocks
-        for start in tl.range(0, LIMITS[c], CHUNK):
-            item = start + tl.arange(0, CHUNK)
-            # The segment of an item is the one whose range of items [before, after) holds it.
-            mine = (item[:, None] < after[None, :]) & (item[:, None] >= before[None, :])
-            row = tl.sum(tl.where(mine, first[None, :] + (item[:, None] - before[None, :]) * BATCHES[c], 0), 1)
-            last = tl.sum(tl.where(mine, end[None, :], 0), 1)
-            owner = tl.sum(tl.where(mine, slot[None, :] + 1, 0), 1) - 1
-            inside = item < LIMITS[c]
-            tl.store(items + item * 4, owner, mask=inside)
-            tl.store(items + item * 4 + 1, row, mask=inside)
-            tl.store(items + item * 4 + 2, tl.minimum(row + BATCHES[c], last), mask=inside)
-        items += LIMITS[c] * 4
+    _write(items, short_limit, slot, first, end, (length > 0) & (length <= SHORT), SHORT)
+    _write(items + short_limit * 4, long_limit, slot, first, end, length > SHORT, LONG)
