@@ -1,4 +1,4 @@
-"""The shipped manifests and Serve configs, checked offline: the CRD's schema made strict, the core kinds, the settings."""
+"""The shipped manifests and Serve configs, checked offline: the CRD made strict, core kinds, our settings."""
 
 import copy
 import importlib
