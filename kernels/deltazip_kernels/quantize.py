@@ -7,7 +7,6 @@ import triton
 from torch import Tensor
 
 from deltazip_kernels.device.quantize import quantize
-from deltazip_kernels.launch import launch_options
 from deltazip_kernels.layout import GROUP
 
 _STEP = 128  # groups of a row that a program holds in registers
@@ -33,8 +32,5 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
         step = min(triton.next_power_of_2(groups), _STEP)
-        options = launch_options(x.device)
-        quantize[(rows,)](
-            x, x.stride(0), values, scales, columns, groups, step, num_warps=16 if step > 32 else 8, **options
-        )
+        quantize[(rows,)](x, x.stride(0), values, scales, columns, groups, step, num_warps=16 if step > 32 else 8)
     return QuantizedRows(values, scales, columns)

@@ -11,7 +11,6 @@ from torch import Tensor
 from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta, Segments
 from deltazip_kernels.device.dense import expand, raw, shrink
 from deltazip_kernels.device.grouped import grouped
-from deltazip_kernels.launch import launch_options
 from deltazip_kernels.layout import CODECS, GROUP
 from deltazip_kernels.plan import FEW, MANY, SOME, Work, plan
 from deltazip_kernels.quantize import QuantizedRows, quantize_rows
@@ -59,7 +58,6 @@ def grouped_matmul(
         STAGES=tile.stages,
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=tile.warps,
-        **launch_options(y.device),
     )
 
 
@@ -83,7 +81,6 @@ def raw_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work) -> None:
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=4,
         num_stages=4,
-        **launch_options(y.device),
     )
 
 
@@ -111,7 +108,6 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=4,
         num_stages=3,
-        **launch_options(y.device),
     )
     expand[(sum(tiles), work.items.shape[0])](
         y,
@@ -130,7 +126,6 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
         BM=batch,
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=4,
-        **launch_options(y.device),
     )
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from deltazip_kernels.device.locate import add_outputs, load_entry, load_item, load_outputs, part_of, pointer, start
+from deltazip_kernels.device.locate import add_outputs, load_entry, load_item, load_outputs, part_of, pointer
 
 # The ids of ``table.CODEC_IDS``.
 RAW = tl.constexpr(7)
@@ -65,10 +65,8 @@ def raw(
     BM: tl.constexpr,
     BK: tl.constexpr,
     PLAIN: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Adds the products with raw deltas [N, K] of ``DTYPE``."""
-    start(OVERLAP)
     slot, first, end = load_item(items)
     part, block, column, width = part_of(tl.program_id(0), ROWS, TILES)
     codec, values, _, _ = load_entry(table, slot, part, len(ROWS))
@@ -99,10 +97,8 @@ def shrink(
     BM: tl.constexpr,
     BK: tl.constexpr,
     PLAIN: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """``inner`` [parts, chunks of K, T, R] float32 gets ``x @ down.T`` of each chunk, zero beyond a delta's rank."""
-    start(OVERLAP)
     slot, first, end = load_item(items)
     part = tl.program_id(0) % PARTS
     chunk = tl.program_id(0) // PARTS
@@ -137,13 +133,11 @@ def expand(
     BN: tl.constexpr,
     BM: tl.constexpr,
     PLAIN: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Adds ``(sum of inner's chunks) @ up.T``; the sum is rounded to ``DTYPE`` first, as a linear's output is.
 
     ALIGNED promises that every rank is a multiple of 8.
     """
-    start(OVERLAP)
     slot, first, end = load_item(items)
     part, block, column, width = part_of(tl.program_id(0), ROWS, TILES)
     codec, _, up, rank = load_entry(table, slot, part, len(ROWS))

@@ -7,7 +7,7 @@ Weights are the left operand, so that few rows of x fill a tensor-core tile.
 import triton
 import triton.language as tl
 
-from deltazip_kernels.device.locate import add_outputs, load_entry, load_item, load_outputs, part_of, pointer, start
+from deltazip_kernels.device.locate import add_outputs, load_entry, load_item, load_outputs, part_of, pointer
 from deltazip_kernels.device.unpack import (
     unpack_int1,
     unpack_int2,
@@ -136,10 +136,8 @@ def grouped(
     BM: tl.constexpr,
     STAGES: tl.constexpr,
     PLAIN: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Adds the products of quantized rows with packed deltas; CODECS are the ids that may occur."""
-    start(OVERLAP)
     slot, first, end = load_item(items)
     part, block, column, width = part_of(tl.program_id(0), ROWS, TILES)
     codec, codes, scales, extra = load_entry(table, slot, part, len(ROWS))

@@ -2,25 +2,12 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
 def pointer(address, DTYPE: tl.constexpr):
     """An address from the table as a pointer whose alignment the compiler may count on."""
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
-
-
-@triton.jit
-def start(OVERLAP: tl.constexpr):
-    """First thing in a kernel: lets the next launch be set up while this one runs.
-
-    With OVERLAP (programmatic dependent launch, Hopper and later) the kernel may begin before the one ahead of it has
-    ended; it waits here until all that one wrote can be read, so results are those of plain stream order.
-    """
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit

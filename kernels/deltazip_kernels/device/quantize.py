@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-from deltazip_kernels.device.locate import start
-
 SMALLEST = tl.constexpr(1e-30)
 """A row whose largest magnitude is below this counts as zero: its inverse scale would overflow."""
 
@@ -34,10 +32,8 @@ def quantize(
     K,
     GROUPS: tl.constexpr,
     STEP: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """One row a program, STEP groups at a time; a row of up to STEP groups is read once."""
-    start(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
     values += row * (GROUPS * 128)
