@@ -128,7 +128,14 @@ def _deploy(config: AppConfig, host: str, port: int, engine_factory: EngineFacto
     try:
         serve.run(application(config, engine_factory), name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
-        raise EngineError(f"the application does not come up: {error}") from error
+        raise EngineError(f"the application does not come up: {error}\n{_why_not()}") from error
+
+
+def _why_not() -> str:
+    """What Serve says of each deployment that is not healthy."""
+    application = serve.status().applications.get(APP_NAME)
+    deployments = application.deployments if application else {}
+    return "\n".join(f"{name}: {one.message}" for name, one in deployments.items() if one.message)
 
 
 def _end_haproxy() -> None:

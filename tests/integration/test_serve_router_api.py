@@ -314,3 +314,14 @@ async def test_requests_before_any_replica_are_told_to_come_back(config: AppConf
             response = await app.client.post("/v1/completions", json={"model": model, "prompt": "a"})
             assert response.status_code == 503
             assert response.headers["retry-after"]
+
+
+async def test_what_became_of_streams_is_counted(app: RouterApp) -> None:
+    asked = {"model": "tiny", "prompt": "a", "stream": True, "max_tokens": 8}
+    await app.client.post("/v1/completions", json=asked)
+    app.backend.fail_after = [2, 0, 0]
+    await app.client.post("/v1/completions", json=asked)
+    text = (await app.client.get("/metrics")).text
+    assert 'deltazip_router_requests_total{endpoint="/v1/completions",status="200"} 1.0' in text
+    assert 'deltazip_router_requests_total{endpoint="/v1/completions",status="503"} 1.0' in text
+    assert "deltazip_router_open_requests 0.0" in text

@@ -20,6 +20,8 @@ from deltazip_deployments.router.scrape import Labels, merge
 from deltazip_deployments.router.service import RouterService
 from deltazip_ray.errors import DeltaZipError, UnknownVariant
 
+_CLIENT_LEFT = 499
+
 Scrape = Callable[[], Awaitable[Iterable[tuple[Labels, str]]]]
 
 
@@ -111,7 +113,7 @@ async def _answer(
         metrics.ended(endpoint, answer_for(error).status, generation)
         raise
     except BaseException:
-        metrics.ended(endpoint, 499, generation)
+        metrics.ended(endpoint, _CLIENT_LEFT, generation)
         raise
     metrics.ended(endpoint, 200, generation)
     return JSONResponse(whole, headers=headers)
@@ -119,7 +121,11 @@ async def _answer(
 
 def _closing(metrics: RouterMetrics, endpoint: str, generation: Generation) -> Callable[[], Awaitable[None]]:
     async def close() -> None:
-        metrics.ended(endpoint, 200 if generation.finish_reason else 499, generation)
+        if generation.error is not None:
+            status = answer_for(generation.error).status
+        else:
+            status = 200 if generation.finish_reason else _CLIENT_LEFT
+        metrics.ended(endpoint, status, generation)
         await generation.aclose()
 
     return close

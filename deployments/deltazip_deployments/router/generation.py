@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from deltazip_deployments.text.output import OutputText
-from deltazip_ray.errors import RequestTimeout
+from deltazip_ray.errors import DeltaZipError, RequestTimeout
 from deltazip_ray.residency.tiers import Tier
 from deltazip_ray.scheduler.request import FinishReason, TokenChunk
 
@@ -37,6 +37,7 @@ class Generation:
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = 0
         self.finish_reason: FinishReason | None = None
+        self.error: DeltaZipError | None = None
         self.tier = "device"
 
     async def begin(self) -> None:
@@ -80,7 +81,11 @@ class Generation:
         try:
             async with asyncio.timeout_at(self._deadline):
                 return await anext(self._chunks)
-        except TimeoutError as error:
-            raise RequestTimeout(
+        except TimeoutError:
+            self.error = RequestTimeout(
                 f"the answer was not complete after {self._timeout_s:g} s: ask for fewer tokens"
-            ) from error
+            )
+            raise self.error from None
+        except DeltaZipError as error:
+            self.error = error
+            raise

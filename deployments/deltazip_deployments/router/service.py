@@ -50,6 +50,7 @@ class RouterService:
     async def start(self) -> None:
         """Begin to look for replicas and variants, in the background."""
         self._background = asyncio.create_task(self._learn())
+        self._background.add_done_callback(_log_end)
 
     async def stop(self) -> None:
         """End the background work."""
@@ -60,6 +61,8 @@ class RouterService:
 
     def health(self) -> Health:
         """Whether requests can be answered, and what is in the way."""
+        if self._background is not None and self._background.done():
+            return Health("degraded", ("the list of variants is no longer refreshed: see the router's log",))
         if self._directory is None:
             return Health("starting", ("no replica has answered yet",))
         if not self._directory.tried:
@@ -144,6 +147,11 @@ class RouterService:
         if "tokenizer.json" not in files:
             files = {**self._base_files, **files}
         return load_version_text(files)
+
+
+def _log_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("the list of variants is no longer refreshed", exc_info=error)
 
 
 async def _prompt(request: CompletionRequest | ChatRequest, text: VersionText) -> list[int]:
