@@ -90,11 +90,10 @@ def test_it_serves_and_sigterm_to_the_group_ends_all(home: str, tmp_path: Path) 
         nothing_is_left(home)
 
 
-@pytest.mark.parametrize("after_s", [0.0, 4.0])
-def test_ctrl_c_while_it_starts_ends_all(home: str, tmp_path: Path, after_s: float) -> None:
+def test_ctrl_c_while_it_starts_ends_all(home: str, tmp_path: Path) -> None:
     with start(tmp_path, free_ports(1)[0]) as server, ended(server):
         wait_until(lambda: gcs_is_up(home), timeout_s=60)
-        time.sleep(after_s)
+        time.sleep(3)  # Ray starts its agents about now: the moment in which they do not yet watch their parents
         os.killpg(server.pid, signal.SIGINT)
         server.wait(timeout=60)
         assert server.returncode != 0
