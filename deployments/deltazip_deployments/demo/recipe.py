@@ -30,8 +30,8 @@ class Recipe(Settings):
     rope_theta: float = Field(
         100.0, gt=1, description="small: the strings are short, and neighbours must be told apart"
     )
-    pretrain: Phase = Phase(steps=1100, peak_lr=2.5e-3)
-    finetune: Phase = Phase(steps=150, peak_lr=5e-4)
+    pretrain: Phase = Phase(steps=1200, peak_lr=2.5e-3)
+    finetune: Phase = Phase(steps=120, peak_lr=7e-4)
     seed: int = Field(0, ge=0)
     threads: int = Field(2, ge=1, description="more do not help models of this size")
 
