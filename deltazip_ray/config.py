@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 MIB = 1 << 20
+GIB = 1 << 30
 
 
 class Settings(BaseModel):
@@ -64,6 +65,10 @@ class NodeStoreConfig(Settings):
     arena_bytes: int = Field(256 * MIB, ge=MIB, description="shared memory for blobs")
     shm_dir: Path = Field(Path("/dev/shm"), description="where the shared arena is created")  # noqa: S108
     fetch_threads: int = Field(8, ge=1, description="blobs and ranges fetched in parallel")
+    disk_dir: Path | None = Field(
+        None, description="folder of its own for blobs that survive a restart; none if absent"
+    )
+    disk_bytes: int = Field(64 * GIB, ge=MIB, description="what that folder may grow to")
     room_timeout_s: float = Field(30.0, gt=0, description="how long a version waits for room in a full arena")
     breaker: BreakerConfig = BreakerConfig()
     quarantine_s: float = Field(60.0, gt=0, description="how long a blob that came damaged twice is not fetched again")

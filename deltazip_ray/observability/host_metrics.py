@@ -46,9 +46,15 @@ class HostMetrics:
         )
         self.failures = Counter(f"{prefix}failures", "Acquires that failed", ["error"], registry=registry)
         self.fetch_seconds = Histogram(
-            f"{prefix}fetch_seconds", "To fetch and verify one blob", buckets=_FETCH, registry=registry
+            f"{prefix}fetch_seconds",
+            "To bring and verify one blob, by where it was",
+            ["tier"],
+            buckets=_FETCH,
+            registry=registry,
         )
-        self.fetched_bytes = Counter(f"{prefix}fetched_bytes", "Fetched and verified", registry=registry)
+        self.fetched_bytes = Counter(
+            f"{prefix}fetched_bytes", "Brought and verified, by where it was", ["tier"], registry=registry
+        )
         self.refetches = Counter(
             f"{prefix}refetches", "Blobs that came damaged and were fetched again", registry=registry
         )

@@ -4,6 +4,8 @@
   disturb the others. When the last one leaves, fetches that have begun are finished and stay cached (a thread cannot
   be stopped while it writes), those that have not are dropped.
 * **Nothing unverified is seen.** A blob is published when its sha256 has been checked, never before.
+* **The disk first.** With ``node_store.disk_dir``, what came from the store is kept on disk, beside the requests' way,
+  and read from there when it has left the arena or the process has been restarted; see :mod:`disk_tier`.
 * **Held blobs never move and never leave.** The others stay until their room is needed; those let go of least recently
   leave first.
 * **What is broken is not tried over and over.** A version that fails again and again gets its last failure at once
@@ -32,9 +34,10 @@ from deltazip_ray.config import NodeStoreConfig
 from deltazip_ray.errors import ConfigError, DeltaZipError, StoreError, StoreFull, StoreUnavailable
 from deltazip_ray.observability.host_metrics import HostMetrics, HostStats
 from deltazip_ray.residency.arena import aligned
-from deltazip_ray.residency.blob_fetch import fetch_blob
+from deltazip_ray.residency.blob_fetch import BlobFetcher
 from deltazip_ray.residency.blob_table import Blob, BlobTable
 from deltazip_ray.residency.breakers import Breakers
+from deltazip_ray.residency.disk_tier import DiskTier
 from deltazip_ray.residency.quarantine import Quarantine, blob_key
 from deltazip_ray.residency.tiers import HostDelta, Tier
 
@@ -76,7 +79,8 @@ class HostCache:
         self._metrics = HostMetrics(registry, self.stats)
         self._breakers = Breakers(settings.breaker, clock)
         self._quarantine = Quarantine(settings.quarantine_s, clock)
-        fetch = functools.partial(fetch_blob, catalog, self._metrics)
+        self._disk = DiskTier.from_settings(settings, registry, clock)
+        fetch = BlobFetcher(catalog, self._disk, self._metrics)
         self._blobs = BlobTable(memory, fetch, self._threads, self._quarantine)
         self._room_timeout_s = settings.room_timeout_s
         self._held: dict[str, _Held] = {}
@@ -138,11 +142,13 @@ class HostCache:
                 raise StoreError("host cache: a held blob is gone; restart the node store and report this")
 
     async def close(self) -> None:
-        """Fail those who wait with StoreUnavailable, and wait for the reads under way. Views stay valid."""
+        """Fail those who wait with StoreUnavailable, and wait for reads and writes under way. Views stay valid."""
         self._closed = True
         self._blobs.room_changed.set()
         self._blobs.cancel_fetches(_closed())
         await asyncio.to_thread(self._threads.shutdown)
+        if self._disk is not None:
+            await asyncio.to_thread(self._disk.close)
         await asyncio.gather(*self._manifest_reads.values(), return_exceptions=True)
 
     def _get_held(self, version: str) -> _Held:

@@ -1,4 +1,4 @@
-"""Random acquires, releases, cancellations and store faults: whoever gets a version gets its bytes, and books agree."""
+"""Random acquires, releases, cancellations and faults of store and disk: whoever gets a version gets its bytes."""
 
 import asyncio
 import random
@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deltazip_ray.artifact.catalog import Catalog
-from deltazip_ray.config import BreakerConfig, NodeStoreConfig
+from deltazip_ray.config import MIB, BreakerConfig, NodeStoreConfig
 from deltazip_ray.errors import BlobCorrupt, StoreFull, StoreUnavailable
 from deltazip_ray.residency.arena import ALIGNMENT
 from deltazip_ray.residency.host_cache import HostCache
@@ -59,10 +59,28 @@ async def client(rng: random.Random, cache: HostCache, version: str, blobs: dict
     return "served"
 
 
+def damage(rng: random.Random, folder: Path) -> None:
+    """Something happens to a file of the disk tier."""
+    files = sorted(path for path in folder.glob("*-*"))
+    if files:
+        file = rng.choice(files)
+        try:
+            match rng.choice(["gone", "short", "wrong"]):
+                case "gone":
+                    file.unlink()
+                case "short":
+                    file.write_bytes(file.read_bytes()[:-1])
+                case "wrong":
+                    file.write_bytes(bytes(file.stat().st_size))
+        except FileNotFoundError:
+            return  # evicted meanwhile
+
+
+@pytest.mark.parametrize("disk", [False, True], ids=["no disk", "disk"])
 @pytest.mark.parametrize("seed", range(6))
-async def test_whoever_gets_a_version_gets_its_bytes(seed: int, tmp_path: Path) -> None:
+async def test_whoever_gets_a_version_gets_its_bytes(seed: int, disk: bool, tmp_path: Path) -> None:
     rng = random.Random(seed)
-    store = Mischief(tmp_path, rng)
+    store = Mischief(tmp_path / "store", rng)
     catalog = Catalog(store, BASE)
     versions = make_versions(rng, catalog)
     settings = NodeStoreConfig(
@@ -70,6 +88,8 @@ async def test_whoever_gets_a_version_gets_its_bytes(seed: int, tmp_path: Path) 
         room_timeout_s=0.2,
         breaker=BreakerConfig(failures=2, backoff_s=0.005, backoff_max_s=0.02),
         quarantine_s=0.005,
+        disk_dir=tmp_path / "disk" if disk else None,
+        disk_bytes=MIB,
     )
     later_s = 0.0
     clock = lambda: time.monotonic() + later_s  # noqa: E731
@@ -80,6 +100,8 @@ async def test_whoever_gets_a_version_gets_its_bytes(seed: int, tmp_path: Path) 
         tasks.append(asyncio.create_task(client(rng, cache, version, versions[version])))
         if rng.random() < 0.2:
             rng.choice(tasks).cancel()
+        if rng.random() < 0.1:
+            damage(rng, tmp_path / "disk")
         for _ in range(rng.randrange(4)):
             await asyncio.sleep(0.0005)
             cache.check()

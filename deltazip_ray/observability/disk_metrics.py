@@ -1,0 +1,47 @@
+"""What the disk tier records. Names begin with ``deltazip_disk_``."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+
+@dataclass(frozen=True)
+class DiskStats:
+    """A disk tier at one moment."""
+
+    bytes: int
+    blobs: int
+    evictions: int
+    """Blobs that left to make room, since the start."""
+
+
+class DiskMetrics:
+    """Counters of one disk tier, in a registry that is passed in."""
+
+    def __init__(self, registry: CollectorRegistry, stats: Callable[[], DiskStats]) -> None:
+        """``stats`` is read at each scrape, from the thread that scrapes."""
+        prefix = "deltazip_disk_"
+        self.damaged = Counter(f"{prefix}damaged", "Blobs that were damaged on the disk", registry=registry)
+        self.skipped = Counter(
+            f"{prefix}skipped", "Blobs that were not kept: no room, too late or a pause", registry=registry
+        )
+        self.failures = Counter(
+            f"{prefix}failures", "Operations that the disk refused", ["operation"], registry=registry
+        )
+        registry.register(_StatsCollector(prefix, stats))
+
+
+class _StatsCollector(Collector):
+    def __init__(self, prefix: str, stats: Callable[[], DiskStats]) -> None:
+        self._prefix = prefix
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        """Figures of the moment."""
+        stats = self._stats()
+        yield GaugeMetricFamily(self._prefix + "bytes", "Bytes of blobs on the disk", stats.bytes)
+        yield GaugeMetricFamily(self._prefix + "blobs", "Blobs on the disk", stats.blobs)
+        yield CounterMetricFamily(self._prefix + "evictions", "Blobs that left to make room", stats.evictions)

@@ -1,0 +1,164 @@
+"""A bounded folder of blobs, named by digest and size. Knows files, not tiers."""
+
+import fcntl
+import hashlib
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from deltazip_ray.errors import BlobCorrupt
+from deltazip_ray.residency.quarantine import BlobKey
+
+_NAME = re.compile(r"([0-9a-f]{64})-([0-9]{1,19})")
+_PARTIAL = ".partial"
+_CLAIM = ".lock"
+
+
+class DiskFolder:
+    """At most ``limit`` bytes of files, of which the least recently used leave first.
+
+    Thread-safe, but for :meth:`write`, which one thread may use at a time. Blocking; every method raises OSError. The
+    folder belongs to one process at a time, until that ends; the others get BlockingIOError. Times of use are the
+    files' modification times, so that a later process knows them. Files of other names are left alone.
+    """
+
+    def __init__(self, root: Path, limit: int) -> None:
+        """Touches nothing yet: the folder is made, claimed and read at the first use."""
+        self.root = root
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._claim: int | None = None
+        self._files: dict[BlobKey, None] = {}  # least recently used first
+        self.bytes = 0
+        """Of all files."""
+        self.evictions = 0
+        """Files that left to make room, since the start."""
+
+    def __len__(self) -> int:
+        """Files."""
+        return len(self._files)
+
+    def read_into(self, key: BlobKey, buffer: memoryview) -> bool:
+        """Fill ``buffer``, of the blob's size, with its bytes as they are; False when there is no such file.
+
+        Raises BlobCorrupt when the file has another size than its name says.
+        """
+        with self._lock:
+            self._use()
+            if key not in self._files:
+                return False
+            try:
+                file = self._path(key).open("rb", buffering=0)  # stays readable when it is evicted now
+            except FileNotFoundError:
+                self._forget(key)
+                return False
+            self._files[key] = self._files.pop(key)
+        with file:
+            now = time.time_ns()  # finer than the time that the kernel would put
+            os.utime(file.fileno(), ns=(now, now))
+            size, position = os.fstat(file.fileno()).st_size, 0
+            while position < size == len(buffer) and (count := file.readinto(buffer[position:])):
+                position += count
+        if not position == size == len(buffer):
+            raise BlobCorrupt(f"{self._path(key)} has {size} bytes, not {len(buffer)}")
+        return True
+
+    def write(self, key: BlobKey, chunks: Iterable[bytes]) -> bool:
+        """Keep a blob, if ``chunks`` are its bytes; False when they are not, or cannot be kept within the bound."""
+        digest, size = key
+        with self._lock:
+            self._use()
+            if size > self._limit:
+                return False
+            if key in self._files:
+                return True
+            self._evict(self._limit - size)
+        partial = self.root / _PARTIAL
+        found = hashlib.sha256()
+        try:
+            # Not flushed: what a power failure leaves of a file is found out when it is read.
+            with partial.open("wb", buffering=0) as file:
+                for chunk in chunks:
+                    found.update(chunk)
+                    _write_all(file.fileno(), chunk)
+            if found.hexdigest() != digest:
+                return False
+            partial.replace(self._path(key))
+        finally:
+            partial.unlink(missing_ok=True)
+        with self._lock:
+            self._files[key] = None
+            self.bytes += size
+        return True
+
+    def remove(self, key: BlobKey) -> None:
+        """Remove a file; it is no error if there is none."""
+        with self._lock:
+            if key in self._files:
+                self._forget(key)
+                self._path(key).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let another process have the folder; a later use claims it again."""
+        with self._lock:
+            if self._claim is not None:
+                os.close(self._claim)
+                self._claim = None
+
+    def _use(self) -> None:
+        """See to it that the folder is this process's own, and its contents known."""
+        if self._claim is not None:
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        claim = os.open(self.root / _CLAIM, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._find_files()
+        except BlockingIOError as error:
+            os.close(claim)
+            raise BlockingIOError(error.errno, "another process uses the folder") from error
+        except OSError:
+            os.close(claim)
+            raise
+        self._claim = claim
+
+    def _find_files(self) -> None:
+        """Rebuild the books from the folder, without files that are cut short."""
+        found: list[tuple[int, BlobKey]] = []
+        with os.scandir(self.root) as entries:
+            for entry in entries:
+                name = _NAME.fullmatch(entry.name)
+                if name is None or not entry.is_file(follow_symlinks=False):
+                    continue
+                status = entry.stat(follow_symlinks=False)
+                if status.st_size == int(name[2]):
+                    found.append((status.st_mtime_ns, (name[1], int(name[2]))))
+                else:
+                    Path(entry.path).unlink(missing_ok=True)
+        (self.root / _PARTIAL).unlink(missing_ok=True)
+        self._files = {key: None for _, key in sorted(found)}
+        self.bytes = sum(size for _, size in self._files)
+        self._evict(self._limit)
+
+    def _evict(self, limit: int) -> None:
+        while self.bytes > limit:
+            key = next(iter(self._files))
+            self._path(key).unlink(missing_ok=True)
+            self._forget(key)
+            self.evictions += 1
+
+    def _forget(self, key: BlobKey) -> None:
+        del self._files[key]
+        self.bytes -= key[1]
+
+    def _path(self, key: BlobKey) -> Path:
+        return self.root / f"{key[0]}-{key[1]}"
+
+
+def _write_all(descriptor: int, chunk: bytes) -> None:
+    rest = memoryview(chunk)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
