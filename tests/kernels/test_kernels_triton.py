@@ -165,7 +165,7 @@ def test_stacked_raw_and_low_rank(dtype: torch.dtype, ranks: tuple[int, int], de
             x[3:].double() @ torch.cat([dense(raws[0]), dense(pairs[1])]).T,
         ]
     )
-    tolerance = 1e-6 if dtype == torch.float32 else 2**-8  # bfloat16 rounds the vector between the factors
+    tolerance = 4e-6 if dtype == torch.float32 else 2**-8  # bfloat16 rounds the vector between the factors
     assert float((y.double() - want).abs().max()) <= tolerance * float(want.abs().max())
 
 
@@ -212,3 +212,40 @@ def test_table_refuses_what_a_kernel_cannot_read(device: torch.device) -> None:
     assert deltas.codecs == ("int4",)
     deltas.set(0, [None])
     assert deltas.codecs == ()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_graph_serves_other_mixtures_and_slots(device: torch.device) -> None:
+    shape, rows = (256, 512), 90
+    coded = [random_coded(codec, shape, seed) for seed, codec in enumerate(["int2", "int4", "int2"])]
+    deltas = DeltaTable([shape], 2, device)
+    deltas.set(0, [to_device(coded[0].delta(), device)])
+    x = torch.randn(rows, shape[1], device=device)
+    y = torch.zeros(rows, shape[0], device=device)
+    segments = table([90, 0, 0], [0, 0, 0], device)
+
+    def step() -> None:
+        y.zero_()
+        for work in plan(segments, rows):
+            grouped_matmul(y, quantize_rows(x), deltas, work, ["int4", "int2"])
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for lengths, slots, held in (([20, 70, 0], [0, 1, -1], (0, 1)), ([1, 3, 80], [1, -1, 0], (2, 1))):
+        for slot, index in enumerate(held):
+            deltas.set(slot, [to_device(coded[index].delta(), device)])
+        new = table(lengths, slots, device)
+        segments.starts.copy_(new.starts)
+        segments.slots.copy_(new.slots)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        want = torch.zeros_like(y, dtype=torch.float64)
+        for slot, first, length in zip(slots, [0, *accumulate(lengths)], lengths, strict=False):
+            if slot >= 0:
+                part = slice(first, first + length)
+                want[part] = rounded(x)[part] @ coded[held[slot]].dense().to(device).T
+        assert float((y.double() - want).abs().max()) <= 1e-6 * float(want.abs().max())

@@ -27,7 +27,7 @@ def cases(quick: bool) -> Iterator[Result]:
         return
     yield from products([RAW], [(8, 1), (8, 16)])
     yield from products([LOW_RANK], [(32, 1)])
-    yield from long_segments(["int4", "int2", "sparse24_int4"], [64, 256, 512, 1024, 2048, 4096])
+    yield from long_segments(["int4", "int2"], [64, 128, 256, 384, 512, 1024, 2048, 4096])
 
 
 def line(result: Result, bandwidth: float) -> str:
