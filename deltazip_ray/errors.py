@@ -24,7 +24,8 @@ DeltaZipError
 │   └── EngineStopped
 └── CompressionError
     ├── CheckpointInvalid
-    └── CheckpointMismatch
+    ├── CheckpointMismatch
+    └── QualityTooLow       an artifact is further from its fine-tune than was allowed
 
 Every error takes one message that says what is wrong and what to do next, and survives pickling:
 errors cross process boundaries. HTTP statuses are given in one place, ``deltazip_deployments.http_errors``.
@@ -136,3 +137,7 @@ class CheckpointInvalid(CompressionError):
 
 class CheckpointMismatch(CompressionError):
     """Base and fine-tune do not belong together."""
+
+
+class QualityTooLow(CompressionError):
+    """An artifact is further from its fine-tune than was allowed."""

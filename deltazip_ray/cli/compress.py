@@ -2,12 +2,16 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from deltazip_ray.cli.console import EndpointUrl, Json, PathStyle, fraction_progress, print_json, store_config
 from deltazip_ray.cli.inspect import show, summary
+from deltazip_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deltazip_ray.compress.options import CompressOptions
 
 
 class Codec(StrEnum):
@@ -21,13 +25,46 @@ class Codec(StrEnum):
     SPARSE24_INT2 = "sparse24_int2"
 
 
+def fraction(text: str) -> float:
+    """A share as people write it: ``0.5%`` or ``0.005``."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no share: write 0.5% or 0.005") from None
+
+
 def compress(
     base: Annotated[Path, typer.Argument(help="The base checkpoint's folder.", exists=True, file_okay=False)],
     finetuned: Annotated[
         Path, typer.Argument(help="The fine-tuned checkpoint's folder.", exists=True, file_okay=False)
     ],
     to: Annotated[str, typer.Option("--out", help="Folder or s3:// prefix for the artifact.")],
-    codec: Annotated[Codec, typer.Option(help="Codec of the matrices inside the decoder blocks.")] = Codec.INT4,
+    codec: Annotated[
+        Codec | None,
+        typer.Option(help="One codec for all matrices inside the decoder blocks; int4 if no target is set."),
+    ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose each matrix's codec by what its error costs, so that changed matrices take so many bits a "
+            "weight as stored. Unchanged ones take nothing.",
+        ),
+    ] = None,
+    target_ratio: Annotated[
+        float | None,
+        typer.Option(help="Likewise, so that all is so many times smaller than the 16-bit fine-tune, embeddings too."),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            parser=fraction,
+            metavar="PERCENT",
+            help="For each matrix the smallest codec whose relative output error is at most this, such as 0.5%.",
+        ),
+    ] = None,
+    require: Annotated[
+        str | None, typer.Option(metavar="BOUNDS", help="Write no artifact unless, say, kl<0.05 or kl<0.05,block<2%.")
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -50,13 +87,14 @@ def compress(
     Reads safetensors checkpoints block by block, and writes manifest.json and content-addressed blobs. Both
     checkpoints must have one architecture; the fine-tune may add tokens.
 
-    Example: deltazip compress ./llama-base ./llama-sorter --out ./sorter-delta --codec int2
+    Example: deltazip compress ./llama-base ./llama-sorter --out ./sorter-delta --target-ratio 8
     """
-    from deltazip_ray.compress.options import CompressOptions
     from deltazip_ray.compress.pipeline import compress_checkpoint
 
-    options = CompressOptions(
-        codec=codec.value,
+    goals = {"codec": codec, "target_bits": target_bits, "target_ratio": target_ratio, "max_error": max_error}
+    options = _options(
+        {name: value for name, value in goals.items() if value is not None},
+        require=require,
         calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,
@@ -71,3 +109,17 @@ def compress(
         print_json(summary(manifest))
     else:
         show(manifest)
+
+
+def _options(goals: dict[str, Any], **others: Any) -> "CompressOptions":
+    """The settings; raises ConfigError when they contradict each other."""
+    from pydantic import ValidationError
+
+    from deltazip_ray.compress.options import CompressOptions
+
+    try:
+        return CompressOptions(**goals, **others)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{step}: " for step in first["loc"])
+        raise ConfigError(where + first["msg"].removeprefix("Value error, ")) from error

@@ -1,5 +1,7 @@
 """``deltazip inspect``: what is in an artifact."""
 
+from collections import Counter
+from math import prod
 from typing import Annotated, Any
 
 import typer
@@ -51,12 +53,18 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "version": manifest.version(),
         "bytes_artifact": manifest.bytes_artifact,
         "ratio": _ratio(manifest.bytes_finetuned, manifest.bytes_artifact),
+        "bits": {blob.block: round(bits(blob), 3) for blob in manifest.blobs},
         **manifest.model_dump(mode="json"),
     }
 
 
 def _ratio(before: int, after: int) -> float | None:
     return round(before / after, 2) if after else None
+
+
+def bits(blob: BlobEntry) -> float:
+    """Bits that a blob takes for each weight in it; what did not change is not in it."""
+    return 8 * blob.size / sum(prod(entry.shape) for entry in blob.tensors.values())
 
 
 def show(manifest: Manifest) -> None:
@@ -76,13 +84,16 @@ def show(manifest: Manifest) -> None:
             f"quality  KL {kl:.2e} nats a token, on {manifest.quality.data}" if kl is not None else "quality  no KL"
         )
     errors = manifest.quality.block_errors if manifest.quality else {}
-    table("", ("block", "codecs", "before", "after", "error", "digest"), [_row(b, errors) for b in manifest.blobs])
+    table(
+        "", ("block", "codecs", "bits", "before", "after", "error", "digest"), [_row(b, errors) for b in manifest.blobs]
+    )
     if manifest.files:
         table("", ("file", "size", "digest"), [(n, size(f.size), f.digest[:12]) for n, f in manifest.files.items()])
 
 
 def _row(blob: BlobEntry, errors: dict[str, float]) -> tuple[str, ...]:
-    codecs = " ".join(sorted({entry.codec for entry in blob.tensors.values()}))
+    counts = Counter(entry.codec for entry in blob.tensors.values())
+    codecs = ", ".join(f"{count} × {codec}" for codec, count in sorted(counts.items()))
     before = sum(entry.bytes_finetuned for entry in blob.tensors.values())
     error = f"{errors[blob.block]:.2%}" if blob.block in errors else "–"
-    return blob.block, codecs, size(before), size(blob.size), error, blob.digest[:12]
+    return blob.block, codecs, f"{bits(blob):.2f}", size(before), size(blob.size), error, blob.digest[:12]

@@ -15,6 +15,9 @@ def publish(
     alias: Annotated[
         list[str] | None, typer.Option(help=f"Alias to move to this version; repeat for several. Default: {LATEST}.")
     ] = None,
+    require: Annotated[
+        str | None, typer.Option(metavar="BOUNDS", help="Publish only if its record says, say, kl<0.05,block<2%.")
+    ] = None,
     endpoint_url: EndpointUrl = None,
     path_style: PathStyle = False,
 ) -> None:
@@ -27,9 +30,11 @@ def publish(
     """
     from deltazip_ray.artifact.artifact import open_artifact
     from deltazip_ray.artifact.catalog import Catalog
+    from deltazip_ray.artifact.requirements import check_quality
     from deltazip_ray.artifact.store import open_store
 
     manifest, source = open_artifact(store_config(artifact, endpoint_url, path_style))
+    check_quality(manifest.quality, require)
     catalog = Catalog(open_store(store_config(store, endpoint_url, path_style)), manifest.base.digest)
     aliases = alias or [LATEST]
     with byte_progress(f"Publishing {name}", manifest.bytes_stored) as advance:

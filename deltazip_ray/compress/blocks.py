@@ -3,16 +3,17 @@
 from dataclasses import dataclass
 
 import torch
-from deltazip_kernels.layout import CODECS
 from torch import Tensor, nn
 
+from deltazip_ray.compress.coding import Plan, code
 from deltazip_ray.compress.hessian import Hessian
 from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.compress.pairing import Pair
 from deltazip_ray.compress.parts import Parts
+from deltazip_ray.compress.quality import relative
 from deltazip_ray.compress.runner import Runner
-from deltazip_ray.compress.skeleton import load_tensors
-from deltazip_ray.compress.solver import solve
+from deltazip_ray.compress.skeleton import Skeleton, load_tensors
+from deltazip_ray.compress.solver import Solver
 
 
 @dataclass(frozen=True)
@@ -23,67 +24,94 @@ class States:
     compressed: Tensor
 
 
+@dataclass(frozen=True)
+class BlockWeights:
+    """The weights of one block on both sides, as stored."""
+
+    prefix: str
+    base: dict[str, Tensor]
+    """By full name, as ``finetuned``."""
+    finetuned: dict[str, Tensor]
+    changed: frozenset[str]
+    """Names inside the block of the weights that differ."""
+
+    def full(self, name: str) -> str:
+        """The full name of ``name``."""
+        return f"{self.prefix}.{name}"
+
+    def delta(self, name: str, device: torch.device) -> Tensor:
+        """Fine-tune minus base of ``name``, float32."""
+        full = self.full(name)
+        return self.finetuned[full].to(device).float() - self.base[full].to(device).float()
+
+
+def read_block(pair: Pair, index: int) -> BlockWeights:
+    """Load block ``index`` of both checkpoints. Raises CheckpointInvalid."""
+    prefix = pair.skeleton.block_name(index)
+    names = pair.skeleton.block_weights(index)
+    full = [f"{prefix}.{name}" for name in names]
+    finetuned, base = load_tensors(pair.finetuned, full), load_tensors(pair.base, full)
+    differs = (name for name in names if not same(base[f"{prefix}.{name}"], finetuned[f"{prefix}.{name}"]))
+    return BlockWeights(prefix, base, finetuned, frozenset(differs))
+
+
+def same(base: Tensor, finetuned: Tensor) -> bool:
+    """Whether two weights are equal, whatever their dtypes."""
+    return finetuned.float().equal(base.float())
+
+
+def place_block(weights: BlockWeights, skeleton: Skeleton, runner: Runner) -> nn.Module:
+    """The block of the fine-tune as a module."""
+    start = len(weights.prefix) + 1
+    placed = {name[start:]: runner.place(tensor) for name, tensor in weights.finetuned.items()}
+    return skeleton.part(weights.prefix, placed)
+
+
 class BlockCompressor:
     """Turns block after block into :class:`Parts`, and the states before a block into those after it."""
 
-    def __init__(self, pair: Pair, runner: Runner, options: CompressOptions) -> None:
+    def __init__(self, pair: Pair, runner: Runner, options: CompressOptions, plan: Plan) -> None:
         self._pair = pair
         self._runner = runner
         self._options = options
+        self._plan = plan
 
     def compress(self, index: int, states: States) -> tuple[Parts, States]:
         """Code what block ``index`` changed. The inputs of its linears are those of the model compressed so far."""
         skeleton = self._pair.skeleton
-        prefix = skeleton.block_name(index)
-        names = {name: f"{prefix}.{name}" for name in skeleton.block_weights(index)}
-        finetuned = load_tensors(self._pair.finetuned, names.values())
-        base = load_tensors(self._pair.base, names.values())
-        changed = {name for name, full in names.items() if not finetuned[full].float().equal(base[full].float())}
-        block = skeleton.part(prefix, {name: self._runner.place(finetuned[full]) for name, full in names.items()})
+        weights = read_block(self._pair, index)
+        block = place_block(weights, skeleton, self._runner)
         reference = self._runner.run(block, states.finetuned)
         parts = Parts()
+        left = set(weights.changed)
         for stage in skeleton.family.stages:
-            linears = [linear for linear in stage if f"{linear}.weight" in changed]
+            linears = [linear for linear in stage if f"{linear}.weight" in weights.changed]
             if linears:
-                self._stage(block, prefix, linears, base, finetuned, states.compressed, parts)
-            changed -= {f"{linear}.weight" for linear in stage}
-        for name in sorted(changed):
-            parts.add_raw(names[name], finetuned[names[name]])
-        if not parts.entries and states.compressed is states.finetuned:
+                self._stage(block, linears, weights, states.compressed, parts)
+            left -= {f"{linear}.weight" for linear in stage}
+        for name in sorted(left):
+            parts.add_raw(weights.full(name), weights.finetuned[weights.full(name)])
+        if not weights.changed and states.compressed is states.finetuned:
             return parts, States(reference, reference)
         return parts, States(reference, self._runner.run(block, states.compressed))
 
-    def _stage(
-        self,
-        block: nn.Module,
-        prefix: str,
-        linears: list[str],
-        base: dict[str, Tensor],
-        finetuned: dict[str, Tensor],
-        hidden: Tensor,
-        parts: Parts,
-    ) -> None:
+    def _stage(self, block: nn.Module, linears: list[str], weights: BlockWeights, hidden: Tensor, parts: Parts) -> None:
         """Code linears that share their input, and put their reconstruction into ``block`` for what follows."""
-        names = [f"{prefix}.{linear}.weight" for linear in linears]
-        hessian = Hessian(finetuned[names[0]].shape[1], hidden.device)
+        full = {linear: weights.full(f"{linear}.weight") for linear in linears}
+        hessian = Hessian(weights.base[full[linears[0]]].shape[1], hidden.device)
         self._runner.visit_inputs(block, linears[0], hidden, hessian.add)
-        hessian.check(f"{prefix}.{linears[0]}")
-        codec = CODECS[self._options.codec]
-        old = [base[name].to(hidden.device).float() for name in names]
-        new = [finetuned[name].to(hidden.device).float() for name in names]
-        delta = torch.cat([after - before for before, after in zip(old, new, strict=True)])
-        coded = solve(delta, hessian.damped(self._options.damping), codec)
-        start = 0
-        for linear, name, before, after in zip(linears, names, old, new, strict=True):
-            piece = coded.rows(slice(start, start := start + before.shape[0]))
-            rebuilt = before + piece.dequantized(codec)
-            block.get_submodule(linear).weight = nn.Parameter(self._runner.place(rebuilt), requires_grad=False)
-            error = relative(hessian.squared_norm(after - rebuilt), hessian.squared_norm(after))
-            parts.add_coded(name, piece, self._options.codec, finetuned[name].nbytes, error)
-
-
-def relative(squared_error: Tensor, squared_norm: Tensor) -> float:
-    """Root of a ratio of squared norms; 0 when there is nothing to be relative to."""
-    norm = float(squared_norm)
-    # max keeps a first argument that is NaN, so that an overflow is seen.
-    return max(float(squared_error) / norm, 0.0) ** 0.5 if norm != 0 else 0.0
+        hessian.check(weights.full(linears[0]))
+        new = {linear: weights.finetuned[name].to(hidden.device).float() for linear, name in full.items()}
+        old = {linear: weights.base[name].to(hidden.device).float() for linear, name in full.items()}
+        norms = {linear: hessian.squared_norm(after) for linear, after in new.items()}
+        outcomes = code(
+            {linear: new[linear] - old[linear] for linear in linears},
+            {linear: self._plan.ladder(name, self._options.codec) for linear, name in full.items()},
+            self._plan,
+            Solver(hessian.damped(self._options.damping)).solve,
+            lambda linear, lost: relative(hessian.squared_norm(lost), norms[linear]),
+        )
+        for linear, name in full.items():
+            rebuilt = self._runner.place(old[linear] + outcomes[linear].added)
+            block.get_submodule(linear).weight = nn.Parameter(rebuilt, requires_grad=False)
+            parts.add(name, outcomes[linear], weights.finetuned[name])

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from deltazip_kernels.layout import GROUP, Codec
 from torch import Tensor
+
+from deltazip_kernels.layout import GROUP, Codec
 
 CLIP_RATIOS = tuple(1.15 - 0.05 * step for step in range(19))
 """Scales tried for a group, relative to the one whose lowest level is the group's largest magnitude. Above 1 because

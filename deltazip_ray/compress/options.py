@@ -2,16 +2,22 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
+from deltazip_ray.artifact.requirements import parse_requirements
 from deltazip_ray.config import Settings
 
 MatrixCodec = Literal["int4", "int3", "int2", "int1", "sparse24_int4", "sparse24_int2"]
+Coding = Literal["absent", "int4", "int3", "int2", "int1", "sparse24_int4", "sparse24_int2", "raw"]
+"""How one matrix is kept: not at all (the base's serves), coded, or as the fine-tune has it."""
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction (0 to 1) of the whole that is done."""
+
+GOALS = ("target_bits", "target_ratio", "max_error")
+"""Settings that choose codecs matrix by matrix, in place of ``codec`` and ``outer_codec``."""
 
 
 class CompressOptions(Settings):
@@ -21,6 +27,18 @@ class CompressOptions(Settings):
     outer_codec: MatrixCodec = Field(
         "int4", description="codec of embedding and head; few bits cost most there, and a lookup cannot compensate"
     )
+    codecs: dict[str, Coding] = Field({}, description="of single matrices by weight name, whatever the others get")
+    target_bits: float | None = Field(
+        None, gt=0, description="choose each codec so that changed matrices take so many bits a weight, as stored"
+    )
+    target_ratio: float | None = Field(
+        None,
+        gt=0,
+        description="choose each codec so that all blobs are so many times smaller than the 16-bit fine-tune",
+    )
+    max_error: float | None = Field(
+        None, gt=0, lt=1, description="the smallest codec of each matrix whose relative output error is at most this"
+    )
     calibration: Path | None = Field(
         None, description="a text file, or chats as .jsonl; without, sequences are sampled from the fine-tune"
     )
@@ -28,10 +46,32 @@ class CompressOptions(Settings):
     sequence_length: int = Field(256, ge=8, description="tokens of a calibration sequence at most")
     held_out: float = Field(0.125, gt=0, lt=1, description="share of the sequences that only measure quality")
     damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, in units of its mean")
+    require: str | None = Field(None, description="bounds on the quality, such as kl<0.05,block<2%")
     seed: int = Field(0, ge=0, description="of the sampled calibration sequences")
     batch_sequences: int = Field(16, ge=1, description="sequences in one forward pass")
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the calibration forward passes")
+
+    @field_validator("require")
+    @classmethod
+    def _is_readable(cls, require: str | None) -> str | None:
+        """Raise ConfigError now, and not after an hour of work."""
+        if require is not None:
+            parse_requirements(require)
+        return require
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> Self:
+        goals = [goal for goal in GOALS if getattr(self, goal) is not None]
+        fixed = [name for name in ("codec", "outer_codec") if name in self.model_fields_set]
+        if len(goals) > 1 or (goals and fixed):
+            raise ValueError(f"{' and '.join(fixed + goals)} contradict each other: give one of them")
+        return self
+
+    @property
+    def allocated(self) -> bool:
+        """Whether codecs are chosen to fit a budget of bytes."""
+        return self.target_bits is not None or self.target_ratio is not None
 
     @property
     def torch_dtype(self) -> torch.dtype:

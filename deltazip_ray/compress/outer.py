@@ -1,33 +1,32 @@
 """What surrounds the decoder blocks: embedding, final norm and head."""
 
 import torch
-from deltazip_kernels.layout import CODECS
 from torch import Tensor
-from torch.nn.functional import kl_div, linear
 
-from deltazip_ray.compress.blocks import States, relative
+from deltazip_kernels.layout import CODECS
+from deltazip_ray.compress.blocks import States, same
 from deltazip_ray.compress.calibration import Calibration
+from deltazip_ray.compress.coding import Plan, code
 from deltazip_ray.compress.grid import Coded, round_to_nearest
 from deltazip_ray.compress.hessian import Hessian
-from deltazip_ray.compress.options import CompressOptions
+from deltazip_ray.compress.options import Coding, CompressOptions
 from deltazip_ray.compress.pairing import Pair
 from deltazip_ray.compress.parts import ADDED, Parts, rebuild, rebuild_rows
+from deltazip_ray.compress.quality import divergence, relative
 from deltazip_ray.compress.runner import Runner
 from deltazip_ray.compress.skeleton import load_tensor
-from deltazip_ray.compress.solver import ROWS, solve
-
-TOKENS = 512
-"""Tokens whose logits are held at once."""
+from deltazip_ray.compress.solver import ROWS, Solver
 
 
 class OuterCompressor:
     """Fills the parts of the ``outer`` blob: the embedding before the blocks, norm and head after them."""
 
-    def __init__(self, pair: Pair, runner: Runner, options: CompressOptions) -> None:
+    def __init__(self, pair: Pair, runner: Runner, options: CompressOptions, plan: Plan) -> None:
         self.parts = Parts()
         self._pair = pair
         self._runner = runner
         self._options = options
+        self._plan = plan
 
     def embed(self, calibration: Calibration) -> States:
         """Code the embedding; returns the states before the first block.
@@ -38,13 +37,13 @@ class OuterCompressor:
         name = self._pair.skeleton.embedding
         base, finetuned = load_tensor(self._pair.base, name), load_tensor(self._pair.finetuned, name)
         kept = finetuned[: base.shape[0]]
-        if not kept.float().equal(base.float()):
-            coded, error = self._nearest(base, kept)
-            self.parts.add_coded(name, coded, self._options.outer_codec, kept.nbytes, error)
+        changed = not same(base, kept)
+        if changed:
+            self._embedding(name, base, kept)
         self._add_rows(name, finetuned, base.shape[0])
         flat, where = torch.unique(calibration.tokens, return_inverse=True)
         ours = self._runner.place(finetuned[flat])[where]
-        if not self.parts.entries:
+        if not changed and not self.parts.entries:
             return States(ours, ours)
         return States(ours, self._runner.place(rebuild_rows(name, base, flat, self.parts))[where])
 
@@ -52,7 +51,7 @@ class OuterCompressor:
         """Code norm and head; returns the mean KL(fine-tune ‖ reconstruction) per held-out token, in nats."""
         skeleton = self._pair.skeleton
         norm = load_tensor(self._pair.finetuned, skeleton.norm)
-        if not norm.float().equal(load_tensor(self._pair.base, skeleton.norm).float()):
+        if not same(load_tensor(self._pair.base, skeleton.norm), norm):
             self.parts.add_raw(skeleton.norm, norm)
         module = skeleton.part(skeleton.family.norm, {"weight": self._runner.place(norm)})
         ours, theirs = module(states.finetuned), module(states.compressed)
@@ -62,7 +61,7 @@ class OuterCompressor:
         place = self._runner.place
         rebuilt = place(rebuild(skeleton.head, base, self.parts.entries, self.parts.tensors))
         held_out = self._runner.mask[self._runner.fitted :]
-        return _divergence(
+        return divergence(
             ours[self._runner.fitted :][held_out], place(finetuned), theirs[self._runner.fitted :][held_out], rebuilt
         )
 
@@ -70,41 +69,50 @@ class OuterCompressor:
         """Code an untied head, calibrated on the compressed model's final states."""
         name = self._pair.skeleton.head
         kept = finetuned[: base.shape[0]]
-        if not kept.float().equal(base.float()):
+        if not same(base, kept):
             hessian = Hessian(base.shape[1], inputs.device)
             hessian.add(inputs[: self._runner.fitted][self._runner.mask[: self._runner.fitted]])
             hessian.check(name)
-            codec = CODECS[self._options.outer_codec]
             target = kept.to(inputs.device).float()
-            delta = target - base.to(inputs.device).float()
-            coded = solve(delta, hessian.damped(self._options.damping), codec)
-            error = relative(hessian.squared_norm(delta - coded.dequantized(codec)), hessian.squared_norm(target))
-            self.parts.add_coded(name, coded, self._options.outer_codec, kept.nbytes, error)
+            norm = hessian.squared_norm(target)
+            outcomes = code(
+                {name: target - base.to(inputs.device).float()},
+                {name: self._plan.ladder(name, self._options.outer_codec)},
+                self._plan,
+                Solver(hessian.damped(self._options.damping)).solve,
+                lambda name, lost: relative(hessian.squared_norm(lost), norm),
+            )
+            self.parts.add(name, outcomes[name], kept)
         self._add_rows(name, finetuned, base.shape[0])
 
-    def _nearest(self, base: Tensor, finetuned: Tensor) -> tuple[Coded, float]:
-        """The rounded delta and its relative error, a bounded number of rows at a time."""
-        codec = CODECS[self._options.outer_codec]
-        weights = torch.ones(base.shape[1])
-        pieces, error, norm = [], torch.zeros(()), torch.zeros(())
-        for before, after in zip(torch.split(base, ROWS), torch.split(finetuned, ROWS), strict=True):
-            delta = after.float() - before.float()
-            pieces.append(round_to_nearest(delta, weights, codec))
-            error += (delta - pieces[-1].dequantized(codec)).square().sum()
-            norm += after.float().square().sum()
-        return Coded.join(pieces), relative(error, norm)
+    def _embedding(self, name: str, base: Tensor, finetuned: Tensor) -> None:
+        """Round the embedding's delta with the first codec of its ladder that is accurate enough."""
+        ladder = self._plan.ladder(name, self._options.outer_codec)
+        for step, coding in enumerate(ladder):
+            coded, error = _nearest(base, finetuned, coding)
+            if self._plan.accepts(error) or step == len(ladder) - 1:
+                break
+        if coding == "raw":
+            self.parts.add_raw(name, finetuned)
+        elif coded is not None:
+            self.parts.add_coded(name, coded, coding, finetuned.nbytes, error)
 
     def _add_rows(self, name: str, finetuned: Tensor, start: int) -> None:
         if finetuned.shape[0] > start:
             self.parts.add_raw(name + ADDED, finetuned[start:])
 
 
-def _divergence(ours: Tensor, our_head: Tensor, theirs: Tensor, their_head: Tensor) -> float:
-    """Mean KL per row between the softmaxes of two models' logits; states are ``[tokens, hidden]``."""
-    total = 0.0
-    for mine, other in zip(torch.split(ours, TOKENS), torch.split(theirs, TOKENS), strict=True):
-        target = linear(mine, our_head).float().log_softmax(-1)
-        guess = linear(other, their_head).float().log_softmax(-1)
-        total += float(kl_div(guess, target, reduction="sum", log_target=True))
-    # Rounding may leave a hair below zero where the models agree; max keeps a first argument that is NaN.
-    return max(total / ours.shape[0], 0.0)
+def _nearest(base: Tensor, finetuned: Tensor, coding: Coding) -> tuple[Coded | None, float]:
+    """The rounded delta and its relative error, a bounded number of rows at a time."""
+    if coding == "raw":
+        return None, 0.0
+    weights = torch.ones(base.shape[1])
+    pieces, error, norm = [], torch.zeros(()), torch.zeros(())
+    for before, after in zip(torch.split(base, ROWS), torch.split(finetuned, ROWS), strict=True):
+        lost = after.float() - before.float()
+        if coding != "absent":
+            pieces.append(round_to_nearest(lost, weights, CODECS[coding]))
+            lost = lost - pieces[-1].dequantized(CODECS[coding])
+        error += lost.square().sum()
+        norm += after.float().square().sum()
+    return Coded.join(pieces) if pieces else None, relative(error, norm)

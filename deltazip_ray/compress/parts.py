@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 
 import torch
-from deltazip_kernels.layout import pack, packed_layout, unpack, unpack_rows
 from torch import Tensor
 
+from deltazip_kernels.layout import pack, packed_layout, unpack, unpack_rows
 from deltazip_ray.artifact.manifest import TensorEntry
+from deltazip_ray.compress.coding import Outcome
 from deltazip_ray.compress.grid import Coded
-from deltazip_ray.compress.options import MatrixCodec
+from deltazip_ray.compress.options import Coding
 
 ADDED = ".added"
 """Ends the name of the rows that a fine-tune adds to a matrix of the vocabulary."""
@@ -26,11 +27,18 @@ class Parts:
         self.entries[name] = TensorEntry(codec="raw", shape=tuple(values.shape), bytes_finetuned=values.nbytes)
         self.tensors[name] = values.contiguous()
 
-    def add_coded(self, name: str, coded: Coded, codec: MatrixCodec, bytes_finetuned: int, error: float) -> None:
+    def add(self, name: str, outcome: Outcome, finetuned: Tensor) -> None:
+        """Keep what became of the delta of a matrix, whose values in the fine-tune are ``finetuned``."""
+        if outcome.coding == "raw":
+            self.add_raw(name, finetuned)
+        elif outcome.coded is not None:
+            self.add_coded(name, outcome.coded, outcome.coding, finetuned.nbytes, outcome.error)
+
+    def add_coded(self, name: str, coded: Coded, codec: Coding, bytes_finetuned: int, error: float) -> None:
         """Keep a coded delta; ``error`` is the relative output error of the weight that it makes."""
         shape = (coded.codes.shape[0], coded.codes.shape[1])
-        self.entries[name] = TensorEntry(
-            codec=codec, shape=shape, bytes_finetuned=bytes_finetuned, relative_error=error
+        self.entries[name] = TensorEntry.model_validate(
+            {"codec": codec, "shape": shape, "bytes_finetuned": bytes_finetuned, "relative_error": error}
         )
         for part, tensor in pack(codec, coded.codes, coded.scales, coded.kept).items():
             self.tensors[f"{name}.{part}"] = tensor.cpu()
@@ -44,10 +52,10 @@ def rebuild(name: str, base: Tensor, entries: Mapping[str, TensorEntry], tensors
     """
     added = tensors.get(name + ADDED)
     entry = entries.get(name)
-    if entry is not None and entry.codec == "raw":
-        return tensors[name]
     weight = base
-    if entry is not None:
+    if entry is not None and entry.codec == "raw":
+        weight = tensors[name]
+    elif entry is not None:
         weight = base.float() + unpack(entry.codec, packed(name, tensors, entry), (entry.shape[0], entry.shape[1]))
     return weight if added is None else torch.cat([weight.float(), added.float()])
 
@@ -58,7 +66,9 @@ def rebuild_rows(name: str, base: Tensor, rows: Tensor, parts: Parts) -> Tensor:
     values = torch.empty(rows.shape[0], base.shape[1])
     values[old] = base[rows[old]].float()
     entry = parts.entries.get(name)
-    if entry is not None:
+    if entry is not None and entry.codec == "raw":
+        values[old] = parts.tensors[name][rows[old]].float()
+    elif entry is not None:
         shape = (entry.shape[0], entry.shape[1])
         values[old] += unpack_rows(entry.codec, packed(name, parts.tensors, entry), shape, rows[old])
     if not bool(old.all()):

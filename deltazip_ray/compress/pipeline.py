@@ -5,25 +5,30 @@ from math import isfinite, prod
 from pathlib import Path
 
 import torch
-from deltazip_kernels.layout import LAYOUT_VERSION
 from torch import Tensor
 
+from deltazip_kernels.layout import LAYOUT_VERSION
 from deltazip_ray.artifact.artifact import ArtifactWriter
 from deltazip_ray.artifact.checkpoint import Checkpoint, base_digest
 from deltazip_ray.artifact.manifest import BaseRef, Manifest, Quality
+from deltazip_ray.artifact.requirements import check_quality
 from deltazip_ray.artifact.store import open_store
-from deltazip_ray.compress.blocks import BlockCompressor, States, relative
-from deltazip_ray.compress.calibration import load_calibration
-from deltazip_ray.compress.options import CompressOptions, Progress, silent
+from deltazip_ray.compress.allocation import allocate
+from deltazip_ray.compress.blocks import BlockCompressor, States
+from deltazip_ray.compress.calibration import Calibration, load_calibration
+from deltazip_ray.compress.coding import Plan
+from deltazip_ray.compress.options import Coding, CompressOptions, Progress, silent
 from deltazip_ray.compress.outer import OuterCompressor
 from deltazip_ray.compress.pairing import Pair, open_pair
 from deltazip_ray.compress.parts import Parts
+from deltazip_ray.compress.quality import relative
 from deltazip_ray.compress.runner import Runner
+from deltazip_ray.compress.survey import Surveyor
 from deltazip_ray.config import StoreConfig
 from deltazip_ray.errors import CompressionError
 
 OUTER = "outer"
-CALIBRATED, BLOCKS_DONE = 0.2, 0.95
+CALIBRATED, SURVEYED, BLOCKS_DONE = 0.2, 0.6, 0.95
 """Fractions of the whole that are done when these stages end, for progress."""
 DIGESTED = 0.05
 
@@ -40,7 +45,8 @@ def compress_checkpoint(
 
     Holds the weights of one block of either checkpoint at a time, besides embedding and head and the calibration
     states ``2 × [sequences, tokens, hidden]``. Equal inputs give an equal version.
-    Raises CheckpointInvalid, CheckpointMismatch, CompressionError, StoreError.
+    Raises CheckpointInvalid, CheckpointMismatch, CompressionError, StoreError, and QualityTooLow before a manifest is
+    written: what it leaves is no artifact.
     """
     options = options or CompressOptions()
     pair = open_pair(base, finetuned)
@@ -49,18 +55,23 @@ def compress_checkpoint(
         pair.finetuned, pair.skeleton, options, _within(progress, "calibration data", DIGESTED, CALIBRATED)
     )
     runner = Runner(pair.skeleton, calibration, options)
-    outer, blocks = OuterCompressor(pair, runner, options), BlockCompressor(pair, runner, options)
+    started = SURVEYED if options.allocated else CALIBRATED
+    plan = Plan(options, _chosen(pair, runner, calibration, options, progress))
+    outer, blocks = OuterCompressor(pair, runner, options, plan), BlockCompressor(pair, runner, options, plan)
     writer = ArtifactWriter(open_store(StoreConfig(url=out) if isinstance(out, str) else out))
     states = outer.embed(calibration)
     errors = {}
     for index in range(pair.skeleton.blocks):
-        share = (BLOCKS_DONE - CALIBRATED) / pair.skeleton.blocks
-        progress(f"block {index + 1} of {pair.skeleton.blocks}", CALIBRATED + index * share)
+        share = (BLOCKS_DONE - started) / pair.skeleton.blocks
+        progress(f"block {index + 1} of {pair.skeleton.blocks}", started + index * share)
         parts, states = blocks.compress(index, states)
         errors[f"layers.{index}"] = _finite(_state_error(states, runner), f"block {index}")
         _add(writer, f"layers.{index}", parts)
     progress("head and quality", BLOCKS_DONE)
-    divergence = _finite(outer.finish(states), "the head")
+    quality = Quality(
+        data=calibration.data, block_errors=errors, kl_divergence=_finite(outer.finish(states), "the head")
+    )
+    check_quality(quality, options.require)
     _add(writer, OUTER, outer.parts)
     for name, path in sorted(({"config.json": pair.finetuned.path / "config.json"} | pair.finetuned.files).items()):
         writer.add_file(name, path.read_bytes())
@@ -69,10 +80,27 @@ def compress_checkpoint(
         base=BaseRef(digest=digest, architecture=pair.skeleton.family.architecture, vocab_size=pair.base_vocab),
         added_tokens=pair.added,
         bytes_finetuned=_weight_bytes(pair),
-        quality=Quality(data=calibration.data, block_errors=errors, kl_divergence=divergence),
+        quality=quality,
     )
     progress("done", 1.0)
     return manifest
+
+
+def _chosen(
+    pair: Pair, runner: Runner, calibration: Calibration, options: CompressOptions, progress: Progress
+) -> dict[str, Coding]:
+    """The coding of each matrix by bit allocation; nothing without a target."""
+    matrices = {name for name, shape in pair.skeleton.shapes().items() if len(shape) == 2}
+    unknown = sorted(options.codecs.keys() - matrices)
+    if unknown:
+        raise CompressionError(f"codecs names {unknown[0]}, which is no matrix of {pair.finetuned.path}")
+    if not options.allocated:
+        return {}
+    inside = _within(progress, "sensitivity of each matrix", CALIBRATED, SURVEYED)
+    survey = Surveyor(pair, runner, calibration, options).survey(inside)
+    numbers = sum(prod(shape) for shape in pair.skeleton.shapes().values())
+    chosen = allocate(survey.choices, survey.budget(options, numbers))
+    return {name: choice.coding for name, choice in chosen.items()}
 
 
 def _digest(base: Checkpoint, progress: Progress) -> str:

@@ -5,9 +5,9 @@ calibration inputs changes least (arXiv 2210.17323, 2301.00774). Rows are indepe
 """
 
 import torch
-from deltazip_kernels.layout import GROUP, Codec
 from torch import Tensor
 
+from deltazip_kernels.layout import GROUP, Codec
 from deltazip_ray.compress.grid import Coded, choose_scales, keep_two_of_four, round_to_nearest, to_codes
 from deltazip_ray.compress.hessian import inverse_factor
 
@@ -15,14 +15,20 @@ ROWS = 16384
 """Rows coded at a time; bounds the memory that a head of many tokens takes."""
 
 
-def solve(delta: Tensor, damped: Tensor, codec: Codec) -> Coded:
-    """Code ``delta`` float32 ``[N, K]`` under the ``damped`` Hessian float64 ``[K, K]``.
+class Solver:
+    """Codes matrices whose inputs have one Hessian, float64 ``[K, K]``, ``damped``: it is factorized once.
 
     Compensation is greedy and may lose to plain rounding on single rows; those rows are rounded, so that no row's
     error in the norm of the damped Hessian is larger than by :func:`round_to_nearest`.
     """
-    factor, metric = inverse_factor(damped), damped.float()
-    return Coded.join([_solve_rows(rows, factor, metric, codec) for rows in torch.split(delta, ROWS)])
+
+    def __init__(self, damped: Tensor) -> None:
+        self._factor, self._metric = inverse_factor(damped), damped.float()
+
+    def solve(self, delta: Tensor, codec: Codec) -> Coded:
+        """Code ``delta`` float32 ``[N, K]``."""
+        pieces = torch.split(delta, ROWS)
+        return Coded.join([_solve_rows(rows, self._factor, self._metric, codec) for rows in pieces])
 
 
 def _solve_rows(delta: Tensor, factor: Tensor, metric: Tensor, codec: Codec) -> Coded:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from deltazip_kernels.layout import CODECS, packed_layout, unpack
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from deltazip_kernels.layout import CODECS, packed_layout, unpack
 from deltazip_ray.artifact.artifact import open_artifact, verify_artifact
 from deltazip_ray.artifact.blob import read_blob
 from deltazip_ray.artifact.checkpoint import Checkpoint, base_digest

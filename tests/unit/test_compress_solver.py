@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from deltazip_kernels.layout import CODECS, GROUP, Codec, pack, unpack
 from torch import Tensor
 
+from deltazip_kernels.layout import CODECS, GROUP, Codec, pack, unpack
 from deltazip_ray.compress.grid import Coded, choose_scales, round_to_nearest, to_codes
 from deltazip_ray.compress.hessian import Hessian, inverse_factor
-from deltazip_ray.compress.solver import compensate, solve
+from deltazip_ray.compress.solver import Solver, compensate
 from deltazip_ray.errors import CompressionError
 
 EVERY_CODEC = pytest.mark.parametrize("codec", CODECS.values(), ids=list(CODECS))
@@ -92,7 +92,7 @@ def test_compensation_equals_the_elimination_of_the_papers(codec: Codec) -> None
 @pytest.mark.parametrize("shape", [(5, 128), (70, 256), (33, 96), (8, 130), (1, 5)], ids=str)
 def test_no_row_is_worse_than_rounding_to_nearest(codec: Codec, shape: tuple[int, int]) -> None:
     delta, damped = random_delta(*shape), hessian_of(correlated(64, shape[1])).damped(DAMPING)
-    solved = solve(delta, damped, codec)
+    solved = Solver(damped).solve(delta, codec)
     nearest = round_to_nearest(delta, damped.diagonal().float(), codec)
     check_on_grid(solved, codec, delta)
     assert bool((errors(delta, solved, codec, damped) <= errors(delta, nearest, codec, damped) * (1 + 1e-4)).all())
@@ -102,7 +102,7 @@ def test_no_row_is_worse_than_rounding_to_nearest(codec: Codec, shape: tuple[int
 def test_compensation_lowers_the_output_error_of_correlated_inputs(codec: Codec) -> None:
     delta, inputs = random_delta(64, 256), correlated(2048, 256)
     damped = hessian_of(inputs).damped(DAMPING)
-    solved = solve(delta, damped, codec).dequantized(codec)
+    solved = Solver(damped).solve(delta, codec).dequantized(codec)
     nearest = round_to_nearest(delta, damped.diagonal().float(), codec).dequantized(codec)
     assert (inputs @ (delta - solved).T).norm() < 0.75 * (inputs @ (delta - nearest).T).norm()
 
@@ -118,14 +118,14 @@ def test_a_delta_on_the_grid_is_kept_exactly(codec: Codec) -> None:
         delta = delta.unflatten(1, (-1, 4)).clone()
         delta[..., 1::2] = 0
         delta = delta.flatten(1)
-    solved = solve(delta, hessian_of(correlated(600, 256)).damped(DAMPING), codec)
+    solved = Solver(hessian_of(correlated(600, 256)).damped(DAMPING)).solve(delta, codec)
     assert torch.equal(solved.dequantized(codec), delta)
 
 
 @EVERY_CODEC
 def test_few_tokens_leave_a_rank_deficient_hessian(codec: Codec) -> None:
     delta, damped = random_delta(16, 128), hessian_of(correlated(3, 128)).damped(DAMPING)
-    solved = solve(delta, damped, codec)
+    solved = Solver(damped).solve(delta, codec)
     check_on_grid(solved, codec, delta)
     # Directions that no token spans must not be used as a dump for errors.
     assert (delta - solved.dequantized(codec)).norm() < 1.5 * delta.norm()
@@ -134,7 +134,7 @@ def test_few_tokens_leave_a_rank_deficient_hessian(codec: Codec) -> None:
 @EVERY_CODEC
 def test_no_tokens_at_all_is_rounding_to_nearest(codec: Codec) -> None:
     delta, damped = random_delta(16, 128), Hessian(128, torch.device("cpu")).damped(DAMPING)
-    solved = solve(delta, damped, codec).dequantized(codec)
+    solved = Solver(damped).solve(delta, codec).dequantized(codec)
     assert torch.equal(solved, round_to_nearest(delta, torch.ones(128), codec).dequantized(codec))
 
 
@@ -143,7 +143,7 @@ def test_dead_columns_are_rounded_and_disturb_nobody(codec: Codec) -> None:
     inputs = correlated(512, 128)
     inputs[:, 10:30] = 0
     delta = random_delta(16, 128)
-    solved = solve(delta, hessian_of(inputs).damped(DAMPING), codec)
+    solved = Solver(hessian_of(inputs).damped(DAMPING)).solve(delta, codec)
     check_on_grid(solved, codec, delta)
     step = solved.scales.amax(1, keepdim=True)
     dead = slice(10, 30)
@@ -156,7 +156,7 @@ def test_dead_columns_are_rounded_and_disturb_nobody(codec: Codec) -> None:
 def test_an_ill_conditioned_hessian(codec: Codec) -> None:
     inputs = torch.randn(256, 1, generator=torch.Generator().manual_seed(0)) * torch.logspace(4, -6, 128)
     delta, damped = random_delta(16, 128), hessian_of(inputs).damped(1e-6)
-    solved = solve(delta, damped, codec)
+    solved = Solver(damped).solve(delta, codec)
     check_on_grid(solved, codec, delta)
     nearest = round_to_nearest(delta, damped.diagonal().float(), codec)
     assert bool((errors(delta, solved, codec, damped) <= errors(delta, nearest, codec, damped) * (1 + 1e-4)).all())
@@ -167,7 +167,7 @@ def test_an_ill_conditioned_hessian(codec: Codec) -> None:
 def test_constant_rows(codec: Codec, value: float) -> None:
     delta = random_delta(4, 128)
     delta[2] = value
-    solved = solve(delta, hessian_of(correlated(300, 128)).damped(DAMPING), codec)
+    solved = Solver(hessian_of(correlated(300, 128)).damped(DAMPING)).solve(delta, codec)
     check_on_grid(solved, codec, delta)
     rebuilt = solved.dequantized(codec)[2]
     assert bool(rebuilt.isfinite().all())
@@ -190,8 +190,8 @@ def test_scales_of_a_group_beat_the_largest_magnitude() -> None:
 @EVERY_CODEC
 def test_rows_do_not_depend_on_each_other(codec: Codec) -> None:
     delta, damped = random_delta(24, 192), hessian_of(correlated(500, 192)).damped(DAMPING)
-    together = solve(delta, damped, codec).dequantized(codec)
-    apart = torch.cat([solve(part, damped, codec).dequantized(codec) for part in delta.split(8)])
+    together = Solver(damped).solve(delta, codec).dequantized(codec)
+    apart = torch.cat([Solver(damped).solve(part, codec).dequantized(codec) for part in delta.split(8)])
     assert float(((together - apart).abs().amax(1) > 0).float().mean()) < 0.1
 
 

@@ -1,0 +1,64 @@
+"""What a version's quality record must show before it is written or published."""
+
+import re
+from dataclasses import dataclass
+from math import isfinite
+
+from deltazip_ray.artifact.manifest import Quality
+from deltazip_ray.errors import ConfigError, QualityTooLow
+
+_WRITTEN = re.compile(r"\s*(kl|block)\s*<\s*([0-9.eE+-]+)\s*(%?)\s*")
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A bound that a measure stays below."""
+
+    measure: str
+    """``kl``: divergence from the fine-tune in nats a token; ``block``: largest relative error behind any block."""
+    limit: float
+
+
+def parse_requirements(text: str) -> tuple[Requirement, ...]:
+    """Bounds as people write them, with commas between: ``kl<0.05``, ``block<2%``. Raises ConfigError."""
+    return tuple(_parse(part) for part in text.split(","))
+
+
+def check_quality(quality: Quality | None, text: str | None) -> None:
+    """Raise QualityTooLow, naming every bound that is not kept; ConfigError when ``text`` is no list of bounds."""
+    requirements = parse_requirements(text) if text is not None else ()
+    failed = [told for told in (_failure(requirement, quality) for requirement in requirements) if told]
+    if failed:
+        raise QualityTooLow("; ".join(failed) + ": compress with more bits, or with calibration data closer to its use")
+
+
+def _failure(requirement: Requirement, quality: Quality | None) -> str | None:
+    """What is wrong, in words; None when the bound is kept."""
+    if requirement.measure == "kl":
+        found = None if quality is None else quality.kl_divergence
+        if found is None:
+            return f"the artifact has no record of its KL divergence, which must be below {requirement.limit:g}"
+        told = f"the KL divergence from the fine-tune is {found:.3g} nats a token"
+    else:
+        errors = {} if quality is None else quality.block_errors
+        if not errors:
+            return f"the artifact has no record of its blocks' errors, which must be below {requirement.limit:.3g}"
+        worst = max(errors, key=errors.__getitem__)
+        found = errors[worst]
+        told = f"the relative error behind {worst} is {found:.3%}"
+    return None if found < requirement.limit else f"{told}, not below {_written(requirement)}"
+
+
+def _written(requirement: Requirement) -> str:
+    return f"{requirement.limit:g}" if requirement.measure == "kl" else f"{100 * requirement.limit:g}%"
+
+
+def _parse(part: str) -> Requirement:
+    match = _WRITTEN.fullmatch(part)
+    try:
+        limit = float(match.group(2)) if match else 0.0
+    except ValueError:
+        limit = 0.0
+    if match is None or limit <= 0 or not isfinite(limit):
+        raise ConfigError(f"{part.strip()!r} is no requirement: write kl<0.05 or block<2%, with commas between several")
+    return Requirement(match.group(1), limit / 100 if match.group(3) else limit)

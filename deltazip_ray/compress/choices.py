@@ -1,0 +1,87 @@
+"""The choices that bit allocation has, and the budget that it must keep."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import isfinite, prod
+
+from torch import Tensor
+
+from deltazip_kernels.layout import packed_layout
+from deltazip_ray.compress.allocation import Choice
+from deltazip_ray.compress.coding import LADDER, Encode, attempt
+from deltazip_ray.compress.options import Coding, CompressOptions
+from deltazip_ray.errors import CompressionError
+
+BLOB_HEADER = 8 + 64
+"""Bytes of a blob's header besides the descriptions of its tensors: its length, and padding at most."""
+
+
+@dataclass
+class Survey:
+    """What bit allocation needs to know about a fine-tune."""
+
+    choices: dict[str, list[Choice]] = field(default_factory=dict)
+    """Of every matrix that differs from the base's, by weight."""
+    weights: int = 0
+    """Numbers in those matrices."""
+    fixed: int = 0
+    """Bytes of everything else in the blobs: norms, biases, added rows, headers."""
+
+    def add(self, name: str, finetuned: Tensor, costs: Mapping[Coding, float]) -> None:
+        """Take in a matrix and what each coding of it costs. Raises CompressionError when a cost is no number."""
+        if not all(map(isfinite, costs.values())):
+            raise CompressionError(
+                f"the gradients of {name} overflow on the calibration data: compress with dtype float32 or bfloat16"
+            )
+        self.choices[name] = [
+            Choice(coding, stored_bytes(name, finetuned, coding), cost) for coding, cost in costs.items()
+        ]
+        self.weights += finetuned.numel()
+
+    def add_rest(self, name: str, values: Tensor) -> None:
+        """Count what is kept as the fine-tune has it, if it has any rows."""
+        if len(values):
+            self.fixed += stored_bytes(name, values, "raw")
+
+    def budget(self, options: CompressOptions, weights: int) -> int:
+        """Bytes that the matrices may take under the target; the whole fine-tune has ``weights`` numbers.
+
+        Raises CompressionError when what is not a matrix already takes more than the ratio allows.
+        """
+        if options.target_bits is not None:
+            return int(options.target_bits * self.weights / 8)
+        if options.target_ratio is None:
+            raise ValueError("no target to make a budget of")
+        room = int(2 * weights / options.target_ratio) - self.fixed
+        if room < 0:
+            raise CompressionError(
+                f"norms, biases, added tokens and headers take {-room} bytes more than a ratio of "
+                f"{options.target_ratio:g} allows: ask for a lower one"
+            )
+        return room
+
+
+def lost_by_coding(deltas: Mapping[str, Tensor], encode: Encode) -> Iterator[tuple[Coding, dict[str, Tensor]]]:
+    """For each coding, what it loses of each of ``deltas`` ``[N, K]``, which share their inputs."""
+    for coding in LADDER:
+        yield coding, {name: deltas[name] - added for name, (_, added) in attempt(deltas, coding, encode).items()}
+
+
+def stored_bytes(name: str, values: Tensor, coding: Coding) -> int:
+    """Bytes that a weight takes in its blob, its share of the header included (a little more than in fact)."""
+    if coding == "absent":
+        return 0
+    if coding == "raw":
+        return values.nbytes + _described(name, tuple(values.shape))
+    layout = packed_layout(coding, (values.shape[0], values.shape[1]))
+    return sum(
+        prod(shape) * dtype.itemsize + _described(f"{name}.{part}", shape) for part, (shape, dtype) in layout.items()
+    )
+
+
+def _described(name: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor's description in a safetensors header, its offsets taken as ten digits long."""
+    offsets = [10**9, 10**9]
+    entry = {name: {"dtype": "BF16", "shape": shape, "data_offsets": offsets}}
+    return len(json.dumps(entry, separators=(",", ":")))
