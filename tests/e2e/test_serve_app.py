@@ -11,9 +11,9 @@ import openai
 import pytest
 import ray
 
-from deltazip_deployments.node_store.discovery import NAMESPACE, list_stores
+from deltazip_deployments.node_store.discovery import NAMESPACE, find_or_start, list_stores
 from deltazip_ray.config import AppConfig, EngineConfig, NodeStoreConfig, RouterConfig, StoreConfig
-from tests.support.catalogs import publish, save_base_files
+from tests.support.catalogs import BASE_DIGEST, publish, save_base_files
 from tests.support.fake_engine import Script, scripted_tokens
 from tests.support.serve_app import ServeApp, private_ray, scratch, serve_app, wait_until
 from tests.support.tiny import make_tokenizer
@@ -39,10 +39,12 @@ def app(tmp_path_factory: pytest.TempPathFactory, versions: dict[str | None, str
         replicas=2,
         replica_resources={"CPU": 0.5},
         engine=EngineConfig(max_model_len=512, slots=3, max_running=16),
-        node_store=NodeStoreConfig(arena_bytes=4 << 20, lease_timeout_s=5),
+        node_store=NodeStoreConfig(arena_bytes=4 << 20, lease_timeout_s=2),
         router=RouterConfig(catalog_refresh_s=1),
     )
     with private_ray(), serve_app(config, Script(step_s=0.02)) as running:
+        # Of an application that has no replicas: it must be gone by itself at the end.
+        find_or_start("nobody", config, BASE_DIGEST)
         yield running
 
 
@@ -186,6 +188,11 @@ def test_all_is_well_afterwards(app: ServeApp) -> None:
         assert answer.status_code == 200
     # The dead replica's silence ends its lease; its successor reports instead.
     wait_until(lambda: len(app.by_replica("fake_engine_running")) == 2)
+
+
+def test_a_node_store_that_nobody_needs_ends_by_itself(app: ServeApp) -> None:
+    wait_until(lambda: list_stores("nobody") == [])
+    assert len(list_stores("deltazip")) == 1
 
 
 def test_no_file_is_left_in_shared_memory() -> None:

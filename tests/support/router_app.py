@@ -55,8 +55,8 @@ class LocalBackend:
     requests: list[GenerateRequest] = field(default_factory=list)
 
     async def describe(self) -> ReplicaDescription:
-        while self.missing:
-            await asyncio.sleep(1)
+        if self.missing:
+            await asyncio.Event().wait()
         await self.engine.start()
         return ReplicaDescription(self.engine.base_digest, self.engine.max_model_len)
 
@@ -93,7 +93,7 @@ async def router_app(
     store = open_store(config.store)
     source = CatalogSource(Catalog(store, script.base_digest))
     backend = LocalBackend(script(config, source, CollectorRegistry()), missing=not replicas)
-    files = {path.name: path.read_bytes() for path in base.iterdir()}
+    files = await asyncio.to_thread(_contents, base)
     service = RouterService(config, backend, lambda digest: Catalog(store, digest), files)
 
     async def scrape() -> Iterable[tuple[Labels, str]]:
@@ -105,6 +105,12 @@ async def router_app(
         api.router.lifespan_context(api),
         httpx.AsyncClient(transport=transport, base_url="http://router", timeout=10) as client,
     ):
-        while replicas and service.health().status == "starting":
+        for _ in range(1000 if replicas else 0):
+            if service.health().status != "starting":
+                break
             await asyncio.sleep(0.01)
         yield RouterApp(client, service, backend)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

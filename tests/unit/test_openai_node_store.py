@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from deltazip_deployments.node_store.arena import Arena, ArenaRef, map_arena
 from deltazip_deployments.node_store.leases import Leases
-
 from deltazip_ray.errors import ConfigError, StoreUnavailable
 
 

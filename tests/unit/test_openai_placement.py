@@ -3,9 +3,10 @@
 from collections import Counter
 from dataclasses import replace
 
-from deltazip_deployments.placement import Costs, ReplicaView, choose, cost
 from hypothesis import given
 from hypothesis import strategies as st
+
+from deltazip_deployments.placement import Costs, ReplicaView, choose, cost
 
 COSTS = Costs()
 IDLE = ReplicaView(slots=4, capacity=8)

@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest, InvalidField, parse_request
 
+from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest, InvalidField, parse_request
 from deltazip_ray.errors import InvalidRequest
 
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "abc"}

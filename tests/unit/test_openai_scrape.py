@@ -1,8 +1,9 @@
 """One scrape of many sources."""
 
-from deltazip_deployments.router.scrape import merge
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+
+from deltazip_deployments.router.scrape import merge
 
 
 def replica_text(tokens: int) -> str:

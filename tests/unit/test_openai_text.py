@@ -3,12 +3,13 @@
 from itertools import pairwise
 
 import pytest
-from deltazip_deployments.text.detokenizer import Detokenizer
-from deltazip_deployments.text.output import OutputText
-from deltazip_deployments.text.stops import StopStrings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from deltazip_deployments.text.detokenizer import Detokenizer
+from deltazip_deployments.text.output import OutputText
+from deltazip_deployments.text.stops import StopStrings
 
 
 def byte_level() -> Tokenizer:

@@ -6,6 +6,7 @@ Nobody owns it: it lives while replicas show life, and ends by itself when none 
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -29,13 +30,20 @@ class NodeStore:
     """Leases on a host cache, kept for replicas of the same host."""
 
     def __init__(
-        self, node: str, cache: HostCache, arena: Arena, lease_timeout_s: float, registry: CollectorRegistry
+        self,
+        node: str,
+        cache: HostCache,
+        arena: Arena,
+        lease_timeout_s: float,
+        registry: CollectorRegistry,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node = node
         self._cache = cache
         self._arena = arena
-        self._leases = Leases(lease_timeout_s, time.monotonic())
+        self._leases = Leases(lease_timeout_s, clock())
         self._registry = registry
+        self._clock = clock
         self._metrics: dict[str, str] = {}
 
     async def arena(self) -> ArenaRef:
@@ -44,15 +52,15 @@ class NodeStore:
 
     async def acquire(self, replica: str, version: str) -> StoredDelta:
         """Hold a version for a replica; raises what HostCache raises."""
-        self._leases.touch(replica, time.monotonic())
+        self._leases.touch(replica, self._clock())
         delta = await self._cache.acquire(version)
-        self._leases.touch(replica, time.monotonic())
+        self._leases.touch(replica, self._clock())
         self._leases.add(replica, version)
         return StoredDelta(delta.manifest, self._cache.offsets(version), delta.tier)
 
     async def release(self, replica: str, version: str) -> bool:
         """Let go of one hold; False when it had been dropped."""
-        self._leases.touch(replica, time.monotonic())
+        self._leases.touch(replica, self._clock())
         kept = self._leases.remove(replica, version)
         if kept:
             await self._cache.release(version)
@@ -60,7 +68,7 @@ class NodeStore:
 
     async def heartbeat(self, replica: str, metrics: str) -> frozenset[str]:
         """The replica lives; returns the versions in memory."""
-        self._leases.touch(replica, time.monotonic())
+        self._leases.touch(replica, self._clock())
         self._metrics[replica] = metrics
         return self._cache.versions
 
@@ -76,7 +84,7 @@ class NodeStore:
 
     async def drop_silent(self) -> float:
         """Drop what silent replicas hold; returns for how many seconds there has been no replica."""
-        now = time.monotonic()
+        now = self._clock()
         for replica in self._leases.silent(now):
             logger.warning("replica %s is silent: its holds are dropped", replica)
             await self.leave(replica)
