@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from deltazip_ray.artifact.catalog import Catalog, Variant
 from deltazip_ray.artifact.names import VariantRef
@@ -18,10 +18,13 @@ _RETRY_S = 1.0
 class Directory:
     """Names to versions. One refresh at a time; an unknown name may cause one, but not more often than each second."""
 
-    def __init__(self, catalog: Catalog, base_name: str, refresh_s: float) -> None:
+    def __init__(
+        self, catalog: Catalog, base_name: str, refresh_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._catalog = catalog
         self._base_name = base_name
         self._refresh_s = refresh_s
+        self._clock = clock
         self._variants: dict[str, Variant] | None = None
         self._refreshing: asyncio.Task[None] | None = None
         self._tried_at = float("-inf")
@@ -56,7 +59,7 @@ class Directory:
         try:
             return self._find(ref)
         except UnknownVariant:
-            if time.monotonic() - self._tried_at < _RETRY_S:
+            if self._clock() - self._tried_at < _RETRY_S:
                 raise
         await self.refresh()
         return self._find(ref)
@@ -66,7 +69,7 @@ class Directory:
             await self.refresh()
 
     async def _read(self) -> None:
-        self._tried_at = time.monotonic()
+        self._tried_at = self._clock()
         try:
             found = await asyncio.to_thread(self._catalog.variants)
         except DeltaZipError as error:
