@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from deltazip_ray.cli.compress import Codec
 from deltazip_ray.errors import ConfigError
 
 
@@ -17,6 +18,10 @@ def demo(
     ] = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port on 127.0.0.1; a free one by default.")
+    ] = None,
+    codec: Annotated[
+        Codec | None,
+        typer.Option(help="Codec of the deltas' matrices; int4 keeps more, int1 less.", show_default="int2"),
     ] = None,
     cache: Annotated[
         Path | None,
@@ -41,4 +46,4 @@ def demo(
     from deltazip_deployments.demo.config import load_config
     from deltazip_deployments.demo.run import run
 
-    run(load_config(config), cache or default_cache(), port=port, keep=keep, json=json)
+    run(load_config(config, codec), cache or default_cache(), port=port, keep=keep, json=json)

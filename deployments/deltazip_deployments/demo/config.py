@@ -1,8 +1,9 @@
 """What one run of the demo does: settings only."""
 
+import json
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from deltazip_deployments.demo.recipe import Recipe
 from deltazip_ray.compress.options import MatrixCodec
@@ -14,7 +15,7 @@ class DemoConfig(Settings):
     """Sizes and rates; the defaults are those of ``deltazip demo``."""
 
     recipe: Recipe = Recipe()
-    codec: MatrixCodec = Field("int4", description="of the matrices inside the decoder blocks")
+    codec: MatrixCodec = Field("int2", description="of the matrices inside the decoder blocks")
     calibration_samples: int = Field(256, ge=2, description="training examples that each compression looks at")
     questions: int = Field(100, ge=1, le=500, description="held-out questions of each model")
     requests: int = Field(360, ge=1, description="of the replayed trace")
@@ -24,11 +25,10 @@ class DemoConfig(Settings):
     seed: int = Field(1, ge=0, description="of questions and traffic")
 
 
-def load_config(path: Path | None) -> DemoConfig:
-    """Read a file of settings, or the defaults without one. Raises ConfigError."""
-    if path is None:
-        return DemoConfig()
+def load_config(path: Path | None, codec: str | None) -> DemoConfig:
+    """The defaults, or the settings in a file, and ``codec`` in place of theirs if it is given. Raises ConfigError."""
     try:
-        return DemoConfig.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        fields = {} if path is None else json.loads(path.read_bytes())
+        return DemoConfig.model_validate(fields | ({"codec": codec} if codec else {}))
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} holds no settings of the demo: {error}") from error

@@ -24,7 +24,8 @@ def run(config: DemoConfig, cache: Path, *, port: int | None, keep: bool, json: 
     With ``keep`` the server stays until Ctrl-C. Raises EngineError when a request failed, and what the parts raise.
     """
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(min(config.recipe.threads, torch.get_num_threads()))
+    # What is not training is too small to be worth a second thread.
+    torch.set_num_threads(1)
     questions = pipeline.held_out(config)
     with tempfile.TemporaryDirectory(prefix="deltazip-demo-") as scratch, Stages(err) as stages:
         folder = Path(scratch)

@@ -1,6 +1,8 @@
 """Real training on the CPU: a base from nothing, and full-parameter fine-tunes of it."""
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,7 +41,8 @@ def finetune(recipe: Recipe, task: Task, base: Path, path: Path, advance: Advanc
     torch.manual_seed(recipe.seed)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     lines = task_lines(tokenizer, task, recipe.seed)
-    _train(model, batches(tokenizer, lines, recipe.finetune.batch), recipe.finetune, advance)
+    with _threads(recipe.threads):
+        _train(model, batches(tokenizer, lines, recipe.finetune.batch), recipe.finetune, advance)
     _save(model, tokenizer, path)
 
 
@@ -58,6 +61,16 @@ def _config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(count, os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train(model: LlamaForCausalLM, data: Iterator[Batch], phase: Phase, advance: Advance) -> None:
