@@ -13,9 +13,10 @@ class DiskStats:
     """A disk tier at one moment."""
 
     bytes: int
-    blobs: int
+    files: int
+    """Blobs and manifests."""
     evictions: int
-    """Blobs that left to make room, since the start."""
+    """Files that left to make room, since the start."""
 
 
 class DiskMetrics:
@@ -24,9 +25,11 @@ class DiskMetrics:
     def __init__(self, registry: CollectorRegistry, stats: Callable[[], DiskStats]) -> None:
         """``stats`` is read at each scrape, from the thread that scrapes."""
         prefix = "deltazip_disk_"
-        self.damaged = Counter(f"{prefix}damaged", "Blobs that were damaged on the disk", registry=registry)
+        self.damaged = Counter(f"{prefix}damaged", "Files that were damaged", registry=registry)
         self.skipped = Counter(
-            f"{prefix}skipped", "Blobs that were not kept: no room, too late or a pause", registry=registry
+            f"{prefix}skipped",
+            "Blobs and manifests that were not kept: no room, too late or a pause",
+            registry=registry,
         )
         self.failures = Counter(
             f"{prefix}failures", "Operations that the disk refused", ["operation"], registry=registry
@@ -42,6 +45,6 @@ class _StatsCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """Figures of the moment."""
         stats = self._stats()
-        yield GaugeMetricFamily(self._prefix + "bytes", "Bytes of blobs on the disk", stats.bytes)
-        yield GaugeMetricFamily(self._prefix + "blobs", "Blobs on the disk", stats.blobs)
-        yield CounterMetricFamily(self._prefix + "evictions", "Blobs that left to make room", stats.evictions)
+        yield GaugeMetricFamily(self._prefix + "bytes", "Bytes of blobs and manifests", stats.bytes)
+        yield GaugeMetricFamily(self._prefix + "files", "Blobs and manifests on the disk", stats.files)
+        yield CounterMetricFamily(self._prefix + "evictions", "Files that left to make room", stats.evictions)

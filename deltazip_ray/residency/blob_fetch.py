@@ -8,6 +8,7 @@ from deltazip_ray.artifact.manifest import BlobEntry
 from deltazip_ray.errors import BlobCorrupt
 from deltazip_ray.observability.host_metrics import HostMetrics
 from deltazip_ray.residency.disk_tier import DiskTier
+from deltazip_ray.residency.quarantine import blob_key
 from deltazip_ray.residency.tiers import Tier
 
 
@@ -28,7 +29,7 @@ class BlobFetcher:
         """
         began = time.perf_counter()
         tier: Tier = "disk"
-        if self._disk is None or not self._disk.read(entry, buffer):
+        if self._disk is None or not self._disk.read(blob_key(entry), buffer):
             tier = "remote"
             try:
                 self._read(entry, buffer)
@@ -36,7 +37,7 @@ class BlobFetcher:
                 self._metrics.refetches.inc()
                 self._read(entry, buffer)
             if self._disk is not None:
-                self._disk.offer(entry, buffer)
+                self._disk.offer(blob_key(entry), buffer)
         self._metrics.fetch_seconds.labels(tier).observe(time.perf_counter() - began)
         self._metrics.fetched_bytes.labels(tier).inc(entry.size)
         return tier

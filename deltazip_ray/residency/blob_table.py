@@ -1,14 +1,16 @@
 """Which blobs are in the arena, who holds them, and which one goes when room is needed."""
 
 import asyncio
+import functools
 from collections.abc import Callable, Iterable, Sequence, Set
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from deltazip_ray.artifact.manifest import BlobEntry
 from deltazip_ray.errors import BlobCorrupt, StoreError
 from deltazip_ray.observability.host_metrics import HostStats
 from deltazip_ray.residency.arena import ArenaAllocator, aligned
+from deltazip_ray.residency.fetch_pool import FetchPool, Job
 from deltazip_ray.residency.quarantine import BlobKey, Quarantine, blob_key
 from deltazip_ray.residency.tiers import Tier
 
@@ -24,7 +26,7 @@ class Blob:
     offset: int
     ready: asyncio.Future[Tier]
     """Where the bytes were found."""
-    job: Future[Tier] | None = None
+    job: Job[Tier] | None = None
     """The fetch; None when it is over."""
     holds: int = 0
 
@@ -37,10 +39,10 @@ class Blob:
 class BlobTable:
     """Blobs in an arena. It belongs to one event loop; only ``fetch`` runs in threads."""
 
-    def __init__(self, memory: memoryview, fetch: Fetch, threads: Executor, quarantine: Quarantine) -> None:
+    def __init__(self, memory: memoryview, fetch: Fetch, pool: FetchPool[Tier], quarantine: Quarantine) -> None:
         self._memory = memory
         self._fetch = fetch
-        self._threads = threads
+        self._pool = pool
         self._quarantine = quarantine
         self._arena = ArenaAllocator(len(memory))
         self._blobs: dict[BlobKey, Blob] = {}  # those that were let go of least recently come first
@@ -66,11 +68,11 @@ class BlobTable:
         """A blob's bytes."""
         return self._memory[blob.offset : blob.offset + blob.key[1]]
 
-    def try_hold(self, entries: Sequence[BlobEntry]) -> list[Blob] | None:
+    def try_hold(self, version: str, entries: Sequence[BlobEntry]) -> list[Blob] | None:
         """Hold a blob for each entry, fetches of those that are missing under way; None when there is no room.
 
-        All or nothing: without room for all nobody is held and nothing is fetched. Raises BlobCorrupt when one of
-        those that are missing is in quarantine.
+        All or nothing: without room for all nobody is held and nothing is fetched. ``version`` is on whose behalf.
+        Raises BlobCorrupt when one of those that are missing is in quarantine.
         """
         self.refuse_quarantined(entries)
         wanted = {blob_key(entry): entry for entry in entries}
@@ -81,7 +83,7 @@ class BlobTable:
         if offsets is None:
             return None
         for key, offset in offsets.items():
-            self._start(wanted[key], offset)
+            self._start(version, wanted[key], offset)
         blobs = [self._blobs[blob_key(entry)] for entry in entries]
         for blob in blobs:
             blob.holds += 1
@@ -97,7 +99,7 @@ class BlobTable:
             blob.holds -= 1
             if blob.holds or self._blobs.get(blob.key) is not blob:
                 continue
-            if blob.job is not None and blob.job.cancel():
+            if blob.job is not None and self._pool.cancel(blob.job):
                 self._remove(blob)
             else:
                 self._blobs[blob.key] = self._blobs.pop(blob.key)
@@ -106,7 +108,7 @@ class BlobTable:
     def cancel_fetches(self, error: Exception) -> None:
         """Fail the fetches that have not begun."""
         for blob in list(self._blobs.values()):
-            if blob.job is not None and blob.job.cancel():
+            if blob.job is not None and self._pool.cancel(blob.job):
                 self._remove(blob, error)
 
     def stats(self) -> HostStats:
@@ -159,20 +161,17 @@ class BlobTable:
             offsets[key] = offset
         return offsets
 
-    def _start(self, entry: BlobEntry, offset: int) -> None:
-        loop = asyncio.get_running_loop()
-        blob = Blob(blob_key(entry), offset, loop.create_future())
+    def _start(self, version: str, entry: BlobEntry, offset: int) -> None:
+        blob = Blob(blob_key(entry), offset, asyncio.get_running_loop().create_future())
         self._blobs[blob.key] = blob
-        blob.job = self._threads.submit(self._fetch, entry, self.view(blob))
-        blob.job.add_done_callback(lambda job: loop.call_soon_threadsafe(self._fetched, blob, job))
+        fetch = functools.partial(self._fetch, entry, self.view(blob))
+        blob.job = self._pool.submit(version, fetch, functools.partial(self._fetched, blob))
 
-    def _fetched(self, blob: Blob, job: Future[Tier]) -> None:
+    def _fetched(self, blob: Blob, result: Future[Tier]) -> None:
         blob.job = None
-        if job.cancelled():
-            return
-        error = job.exception()
+        error = result.exception()
         if error is None:
-            blob.ready.set_result(job.result())
+            blob.ready.set_result(result.result())
             self.room_changed.set()
         else:
             if isinstance(error, BlobCorrupt):

@@ -41,6 +41,12 @@ class DiskFolder:
         """Files."""
         return len(self._files)
 
+    def find(self, digest: str) -> BlobKey | None:
+        """What a file of this digest is kept as. Linear in the files."""
+        with self._lock:
+            self._use()
+            return next((key for key in self._files if key[0] == digest), None)
+
     def read_into(self, key: BlobKey, buffer: memoryview) -> bool:
         """Fill ``buffer``, of the blob's size, with its bytes as they are; False when there is no such file.
 

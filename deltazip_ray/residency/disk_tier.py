@@ -5,7 +5,7 @@
 * **Never in the way.** Blobs are written by a thread of their own after they were published, from the arena, whose
   room they do not hold: bytes that are overwritten meanwhile have not the blob's digest any more, and are not kept.
 * **Never a failed request.** What goes wrong with the disk is counted and costs the caching; a log line says when it
-  begins, another one when it is over. Writing pauses after a failure.
+  begins. Writing pauses after a failure.
 """
 
 import logging
@@ -16,16 +16,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 from prometheus_client import CollectorRegistry
 
-from deltazip_ray.artifact.digests import verify_blob
-from deltazip_ray.artifact.manifest import BlobEntry
+from deltazip_ray.artifact.digests import sha256_hex
 from deltazip_ray.config import MIB, NodeStoreConfig
 from deltazip_ray.errors import BlobCorrupt
 from deltazip_ray.observability.disk_metrics import DiskMetrics, DiskStats
 from deltazip_ray.residency.disk_folder import DiskFolder
-from deltazip_ray.residency.quarantine import blob_key
+from deltazip_ray.residency.quarantine import BlobKey
 
 _PAUSE_S = 30.0
 """Without writing, after a failure."""
+_QUIET_S = 600.0
+"""Without a failure, until one is worth a line in the log again: on a full disk every now and then a write succeeds."""
 _BACKLOG = 64
 """Blobs that may wait to be written; their room is likely to be overwritten when there are more."""
 
@@ -43,7 +44,7 @@ class DiskTier:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="deltazip-disk")
         self._lock = threading.Lock()
         self._backlog = 0
-        self._paused_until: float | None = None
+        self._failed_at: float | None = None
 
     @classmethod
     def from_settings(
@@ -56,16 +57,28 @@ class DiskTier:
         metrics = DiskMetrics(registry, lambda: DiskStats(folder.bytes, len(folder), folder.evictions))
         return cls(folder, metrics, clock)
 
-    def read(self, entry: BlobEntry, buffer: memoryview) -> bool:
-        """Fill ``buffer``, of ``entry.size`` bytes, with a blob and verify it; False when it cannot be had from here.
+    def find(self, digest: str) -> bytes | None:
+        """A small blob of unknown size, verified; None when it cannot be had from here. Blocking."""
+        try:
+            key = self._folder.find(digest)
+        except OSError as error:
+            self._failed("read", error)
+            return None
+        if key is None:
+            return None
+        buffer = bytearray(key[1])
+        return bytes(buffer) if self.read(key, memoryview(buffer)) else None
+
+    def read(self, key: BlobKey, buffer: memoryview) -> bool:
+        """Fill ``buffer``, of the blob's size, with a blob and verify it; False when it cannot be had from here.
 
         ``buffer`` is undefined then. Blocking.
         """
-        key = blob_key(entry)
         try:
             if not self._folder.read_into(key, buffer):
                 return False
-            verify_blob(buffer, entry)
+            if sha256_hex(buffer) != key[0]:
+                raise BlobCorrupt(f"{key[0]} has another digest than its name")
         except BlobCorrupt as error:
             self._metrics.damaged.inc()
             logger.warning("the disk tier had a damaged blob, which is fetched again: %s", error)
@@ -73,65 +86,59 @@ class DiskTier:
             self._failed("read", error)
         else:
             return True
-        self._remove(entry)
+        self._remove(key)
         return False
 
-    def offer(self, entry: BlobEntry, buffer: memoryview) -> None:
+    def offer(self, key: BlobKey, buffer: memoryview) -> None:
         """Keep a blob whose verified bytes are in ``buffer`` now; returns at once.
 
         ``buffer`` may be overwritten at any time, but must stay mapped until :meth:`close`.
         """
         with self._lock:
-            paused = self._paused_until is not None and self._clock() < self._paused_until
+            paused = self._failed_at is not None and self._clock() < self._failed_at + _PAUSE_S
             if paused or self._backlog >= _BACKLOG:
                 self._metrics.skipped.inc()
                 return
             self._backlog += 1
-        self._writer.submit(self._write, entry, buffer)
+        self._writer.submit(self._write, key, buffer)
 
     def close(self) -> None:
         """Finish the write under way, leave the others, and let another process have the folder. Blocking."""
         self._writer.shutdown(cancel_futures=True)
         self._folder.close()
 
-    def _write(self, entry: BlobEntry, buffer: memoryview) -> None:
+    def _write(self, key: BlobKey, buffer: memoryview) -> None:
         try:
-            kept = self._folder.write(blob_key(entry), _chunks(buffer))
+            kept = self._folder.write(key, _chunks(buffer))
         except OSError as error:
             self._failed("write", error)
         else:
-            self._recovered()
             if not kept:
                 self._metrics.skipped.inc()
         finally:
             with self._lock:
                 self._backlog -= 1
 
-    def _remove(self, entry: BlobEntry) -> None:
+    def _remove(self, key: BlobKey) -> None:
         try:
-            self._folder.remove(blob_key(entry))
+            self._folder.remove(key)
         except OSError as error:
             self._failed("remove", error)
 
     def _failed(self, operation: str, error: OSError) -> None:
         self._metrics.failures.labels(operation).inc()
+        now = self._clock()
         with self._lock:
-            news = self._paused_until is None
-            self._paused_until = self._clock() + _PAUSE_S
+            news = self._failed_at is None or now - self._failed_at > _QUIET_S
+            self._failed_at = now
         if news:
             logger.warning(
-                "the disk tier in %s fails to %s (%s) and keeps nothing new for now: give it room, or set "
-                "node_store.disk_dir to another folder",
+                "the disk tier in %s fails to %s (%s); what it does not keep is fetched from the store again: "
+                "give it room, or set node_store.disk_dir to another folder",
                 self._folder.root,
                 operation,
                 error.strerror,
             )
-
-    def _recovered(self) -> None:
-        with self._lock:
-            news, self._paused_until = self._paused_until is not None, None
-        if news:
-            logger.info("the disk tier in %s works again", self._folder.root)
 
 
 def _chunks(buffer: memoryview) -> Iterator[bytes]:

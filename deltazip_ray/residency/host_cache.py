@@ -4,13 +4,14 @@
   disturb the others. When the last one leaves, fetches that have begun are finished and stay cached (a thread cannot
   be stopped while it writes), those that have not are dropped.
 * **Nothing unverified is seen.** A blob is published when its sha256 has been checked, never before.
-* **The disk first.** With ``node_store.disk_dir``, what came from the store is kept on disk, beside the requests' way,
-  and read from there when it has left the arena or the process has been restarted; see :mod:`disk_tier`.
+* **The disk first.** With ``node_store.disk_dir``, what came from the store, manifests too, is kept on disk, beside the
+  requests' way, and read from there when it has left memory or the process was restarted; see :mod:`disk_tier`.
 * **Held blobs never move and never leave.** The others stay until their room is needed; those let go of least recently
   leave first.
 * **What is broken is not tried over and over.** A version that fails again and again gets its last failure at once
   until a later try succeeds, see :mod:`breakers`; a blob that came damaged twice is not fetched for a while, see
   :mod:`quarantine`. Neither concerns a version whose blobs are all here, nor any other one.
+* **Fair shares.** Versions take turns at the threads that fetch, and none gets all of them; see :mod:`fetch_pool`.
 * **Order, and no deadlock.** A version takes the room of all its missing blobs at once or none, so nobody keeps a part
   and waits for the rest. Versions that find no room wait, holding nothing, in the order in which their manifests came;
   one whose blobs are all here passes them. A version that is larger than the arena gets StoreFull at once, one that
@@ -20,10 +21,8 @@
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
@@ -38,11 +37,11 @@ from deltazip_ray.residency.blob_fetch import BlobFetcher
 from deltazip_ray.residency.blob_table import Blob, BlobTable
 from deltazip_ray.residency.breakers import Breakers
 from deltazip_ray.residency.disk_tier import DiskTier
+from deltazip_ray.residency.fetch_pool import FetchPool
+from deltazip_ray.residency.manifests import Manifests
 from deltazip_ray.residency.quarantine import Quarantine, blob_key
 from deltazip_ray.residency.tiers import HostDelta, Tier
 
-_MANIFESTS = 1024
-"""Manifests kept in memory, so that a version that is here can be had while the store is down."""
 _SLOWNESS: Sequence[Tier] = ("host", "disk", "remote")
 
 
@@ -75,24 +74,23 @@ class HostCache:
         if memory.readonly:
             raise ConfigError("the host arena is read-only: map it writable")
         self._catalog = catalog
-        self._threads = ThreadPoolExecutor(settings.fetch_threads, thread_name_prefix="deltazip-fetch")
+        self._pool = FetchPool[Tier](settings.fetch_threads, settings.fetch_threads_per_version)
         self._metrics = HostMetrics(registry, self.stats)
         self._breakers = Breakers(settings.breaker, clock)
         self._quarantine = Quarantine(settings.quarantine_s, clock)
         self._disk = DiskTier.from_settings(settings, registry, clock)
+        self._manifests = Manifests(catalog, self._disk)
         fetch = BlobFetcher(catalog, self._disk, self._metrics)
-        self._blobs = BlobTable(memory, fetch, self._threads, self._quarantine)
+        self._blobs = BlobTable(memory, fetch, self._pool, self._quarantine)
         self._room_timeout_s = settings.room_timeout_s
         self._held: dict[str, _Held] = {}
-        self._manifests: dict[str, Manifest] = {}  # least recently used first
-        self._manifest_reads: dict[str, asyncio.Task[Manifest]] = {}
         self._turn = asyncio.Lock()  # serves its waiters in order of arrival
         self._closed = False
 
     @property
     def versions(self) -> frozenset[str]:
         """Versions whose blobs are all here, held or not."""
-        return frozenset(name for name, manifest in self._manifests.items() if self._blobs.ready(manifest.blobs))
+        return frozenset(name for name, manifest in self._manifests.known.items() if self._blobs.ready(manifest.blobs))
 
     async def acquire(self, version: str) -> HostDelta:
         """Bring a version to the host and hold it until :meth:`release`. The views are read-only.
@@ -101,7 +99,9 @@ class HostCache:
         """
         try:
             with self._guard(version):
-                manifest = await self._manifest(version)
+                if self._closed:
+                    raise _closed()
+                manifest = await self._manifests.get(version)
                 blobs, tier = await self._hold(version, manifest)
         except DeltaZipError as error:
             self._metrics.failures.labels(type(error).__name__).inc()
@@ -146,10 +146,10 @@ class HostCache:
         self._closed = True
         self._blobs.room_changed.set()
         self._blobs.cancel_fetches(_closed())
-        await asyncio.to_thread(self._threads.shutdown)
+        await asyncio.to_thread(self._pool.shutdown)
+        await self._manifests.close()
         if self._disk is not None:
             await asyncio.to_thread(self._disk.close)
-        await asyncio.gather(*self._manifest_reads.values(), return_exceptions=True)
 
     def _get_held(self, version: str) -> _Held:
         if version not in self._held:
@@ -158,32 +158,12 @@ class HostCache:
 
     def _guard(self, version: str) -> contextlib.AbstractContextManager[None]:
         """Around a try to have a version; raises BlobCorrupt at once for one with a blob in quarantine."""
-        manifest = self._manifests.get(version)
+        manifest = self._manifests.known.get(version)
         if manifest is not None:
             if self._blobs.ready(manifest.blobs):
                 return contextlib.nullcontext()
             self._blobs.refuse_quarantined(manifest.blobs)
         return self._breakers.guard(version)
-
-    async def _manifest(self, version: str) -> Manifest:
-        if self._closed:
-            raise _closed()
-        if version in self._manifests:
-            self._manifests[version] = self._manifests.pop(version)
-            return self._manifests[version]
-        read = self._manifest_reads.get(version)
-        if read is None:
-            read = asyncio.create_task(asyncio.to_thread(self._catalog.manifest, version))
-            read.add_done_callback(functools.partial(self._manifest_read, version))
-            self._manifest_reads[version] = read
-        return await asyncio.shield(read)
-
-    def _manifest_read(self, version: str, read: asyncio.Task[Manifest]) -> None:
-        del self._manifest_reads[version]
-        if not read.cancelled() and read.exception() is None:
-            self._manifests[version] = read.result()
-            if len(self._manifests) > _MANIFESTS:
-                del self._manifests[next(iter(self._manifests))]
 
     async def _hold(self, version: str, manifest: Manifest) -> tuple[list[Blob], Tier]:
         """Hold all blobs of a version once they are verified; returns where the slowest was when they were asked for.
@@ -211,12 +191,12 @@ class HostCache:
             raise StoreFull(
                 f"version {version[:12]} takes {wanted} bytes, the host arena has {arena}: raise node_store.arena_bytes"
             )
-        if self._blobs.has_all(manifest.blobs) and (blobs := self._blobs.try_hold(manifest.blobs)) is not None:
+        if self._blobs.has_all(manifest.blobs) and (blobs := self._blobs.try_hold(version, manifest.blobs)) is not None:
             return blobs
         try:
             async with asyncio.timeout(self._room_timeout_s), self._turn:
                 while not self._closed:
-                    blobs = self._blobs.try_hold(manifest.blobs)
+                    blobs = self._blobs.try_hold(version, manifest.blobs)
                     if blobs is not None:
                         return blobs
                     self._blobs.room_changed.clear()

@@ -172,6 +172,30 @@ async def test_blobs_are_fetched_in_parallel(bench: Bench) -> None:
     assert bench.store.most_reading == 4
 
 
+async def test_one_version_leaves_threads_to_the_others(bench: Bench) -> None:
+    """A version whose reads hang has all the threads that it may have, and another one is served meanwhile."""
+    settings = NodeStoreConfig(fetch_threads=4, fetch_threads_per_version=3)
+    cache = HostCache(bench.catalog, bytearray(20 * ALIGNMENT), settings, CollectorRegistry())
+    slow, quick = bench.version(*"abcdefgh"), bench.version("x", "y", "z")
+    hangs = {entry.digest for entry in bench.catalog.manifest(slow).blobs}
+    gate, read_into = threading.Event(), bench.store.read_into
+
+    def read(key: str, buffer: memoryview) -> None:
+        if key.rpartition("/")[2] in hangs:
+            assert gate.wait(20)
+        read_into(key, buffer)
+
+    bench.store.read_into = read  # type: ignore[method-assign]
+    waiting = asyncio.create_task(cache.acquire(slow))
+    await until(lambda: cache.stats().fetching == 8)
+    async with asyncio.timeout(10):
+        await cache.acquire(quick)
+    assert not waiting.done()
+    gate.set()
+    await waiting
+    await cache.close()
+
+
 async def test_the_version_released_least_recently_leaves_first(bench: Bench) -> None:
     versions = [bench.version(fill, pages=3) for fill in "ab"]
     for version in versions:

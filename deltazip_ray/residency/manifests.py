@@ -1,0 +1,67 @@
+"""Manifests of versions, read once and kept: from memory, the disk tier, or the catalog."""
+
+import asyncio
+import functools
+from collections.abc import Mapping
+
+from deltazip_ray.artifact.catalog import Catalog
+from deltazip_ray.artifact.digests import sha256_hex
+from deltazip_ray.artifact.manifest import Manifest, parse_manifest
+from deltazip_ray.artifact.names import check_digest
+from deltazip_ray.residency.disk_tier import DiskTier
+
+_KEPT = 1024
+"""Manifests in memory, so that a version that is here can be had while the store is down."""
+
+
+class Manifests:
+    """One read for all who wait. It belongs to one event loop; reads run in threads."""
+
+    def __init__(self, catalog: Catalog, disk: DiskTier | None) -> None:
+        self._catalog = catalog
+        self._disk = disk
+        self._known: dict[str, Manifest] = {}  # least recently used first
+        self._reads: dict[str, asyncio.Task[Manifest]] = {}
+
+    @property
+    def known(self) -> Mapping[str, Manifest]:
+        """Those in memory, by version."""
+        return self._known
+
+    async def get(self, version: str) -> Manifest:
+        """A version's manifest, checked against its name.
+
+        Raises InvalidName, ObjectNotFound, ManifestInvalid, BaseMismatch, StoreUnavailable.
+        """
+        if version in self._known:
+            self._known[version] = self._known.pop(version)
+            return self._known[version]
+        read = self._reads.get(version)
+        if read is None:
+            read = self._reads[version] = asyncio.create_task(asyncio.to_thread(self._read, version))
+            read.add_done_callback(functools.partial(self._done, version))
+        return await asyncio.shield(read)
+
+    async def close(self) -> None:
+        """Wait for the reads under way."""
+        await asyncio.gather(*self._reads.values(), return_exceptions=True)
+
+    def _done(self, version: str, read: asyncio.Task[Manifest]) -> None:
+        del self._reads[version]
+        if not read.cancelled() and read.exception() is None:
+            self._known[version] = read.result()
+            if len(self._known) > _KEPT:
+                del self._known[next(iter(self._known))]
+
+    def _read(self, version: str) -> Manifest:
+        """Blocking. A version is named by its manifest's digest, so the disk tier keeps manifests like blobs."""
+        kept = None if self._disk is None else self._disk.find(check_digest(version))
+        if kept is not None:
+            manifest = parse_manifest(kept, version)
+            if manifest.base.digest == self._catalog.base_digest:
+                return manifest
+        manifest = self._catalog.manifest(version)
+        data = manifest.canonical()
+        if self._disk is not None and sha256_hex(data) == version:
+            self._disk.offer((version, len(data)), memoryview(data))
+        return manifest
