@@ -118,7 +118,6 @@ def check_ended(demo: Demo, within_s: float) -> None:
         ("fine-tune reverse", {"recipe": QUICK["recipe"] | {"finetune": {"steps": 300, "peak_lr": 1e-3}}}),
         ("check under transformers", {"questions": 500}),
         ("compress sort", {"calibration_samples": 2000}),
-        ("publish", {}),
     ],
 )
 def test_before_the_server_is_up(start: Callable[..., Demo], phase: str, settings: dict[str, Any]) -> None:

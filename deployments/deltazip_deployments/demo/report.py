@@ -38,7 +38,7 @@ class VariantResult(_Part):
     bytes_artifact: int = Field(description="blobs of the delta")
     ratio: float
     exact_match_finetuned: float = Field(description="of the fine-tune under transformers")
-    exact_match_served: float = Field(description="of the answers over HTTP,")
+    exact_match_served: float = Field(description="of the answers over HTTP")
     exact_match_base: float = Field(description="of the base under transformers, given the same input")
     ttft_cold_p50_s: float | None
     ttft_warm_p50_s: float | None

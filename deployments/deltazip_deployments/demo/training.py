@@ -27,9 +27,8 @@ def train_base(recipe: Recipe, path: Path, advance: Advance) -> None:
     tokenizer = make_tokenizer()
     torch.manual_seed(recipe.seed)
     model = LlamaForCausalLM(_config(recipe, tokenizer))
-    _train(
-        model, batches(tokenizer, base_lines(tokenizer, recipe.seed), recipe.pretrain.batch), recipe.pretrain, advance
-    )
+    lines = base_lines(tokenizer, recipe.seed)
+    _train(model, batches(tokenizer, lines, recipe.pretrain.batch), recipe.pretrain, recipe.threads, advance)
     _save(model, tokenizer, path)
 
 
@@ -41,8 +40,7 @@ def finetune(recipe: Recipe, task: Task, base: Path, path: Path, advance: Advanc
     torch.manual_seed(recipe.seed)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     lines = task_lines(tokenizer, task, recipe.seed)
-    with _threads(recipe.threads):
-        _train(model, batches(tokenizer, lines, recipe.finetune.batch), recipe.finetune, advance)
+    _train(model, batches(tokenizer, lines, recipe.finetune.batch), recipe.finetune, recipe.threads, advance)
     _save(model, tokenizer, path)
 
 
@@ -63,29 +61,31 @@ def _config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
+def _train(model: LlamaForCausalLM, data: Iterator[Batch], phase: Phase, threads: int, advance: Advance) -> None:
+    model.train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=phase.peak_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, phase))
+    with _threads(threads):
+        for _ in range(phase.steps):
+            _loss(model, next(data)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            advance()
+
+
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
+    """Let torch use ``count`` threads, or as many as there are cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(min(count, os.cpu_count() or 1))
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _train(model: LlamaForCausalLM, data: Iterator[Batch], phase: Phase, advance: Advance) -> None:
-    model.train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=phase.peak_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, phase))
-    for _ in range(phase.steps):
-        _loss(model, next(data)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        advance()
 
 
 def _rate(step: int, phase: Phase) -> float:
