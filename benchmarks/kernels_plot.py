@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 mpl.use("svg")
+mpl.rcParams["svg.fonttype"] = "none"  # text stays text
 import matplotlib.pyplot as plt
 
 

@@ -9,7 +9,7 @@ from deltazip_kernels.layout import GROUP, ROWS
 from deltazip_kernels.table import CODEC_IDS
 
 _SMALL = 32 << 20  # weights
-_MERGE_SMALL, _MERGE_LARGE = 192, 384  # rows
+_MERGE_SMALL, _MERGE_LARGE = 256, 384  # rows
 
 
 def merge_pays(shape: tuple[int, int], rows: int) -> bool:

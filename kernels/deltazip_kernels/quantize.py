@@ -1,20 +1,28 @@
-"""Activations to int8, once per input, in the order in which packed tiles store their columns."""
+"""Activations to int8, once per input, in the order in which packed tiles store their columns.
+
+Alone, or in the pass that makes the input: the activation before a ``down`` projection, the norm before the others.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from deltazip_kernels.device.quantize import quantize
+from deltazip_kernels.device.quantize import quantize, rms_norm, silu_mul
 from deltazip_kernels.layout import GROUP
 
-_STEP = 128  # groups of a row that a program holds in registers
+MAX_COLUMNS = 256 * GROUP
+"""The longest row that fits the registers of one program."""
 
 
 @dataclass(frozen=True)
 class QuantizedRows:
-    """``values`` [T, padded K] int8 in position order, ``scales`` [T] float32: ``x = values * scale``."""
+    """``values`` [T, padded K] int8 in position order, ``scales`` [T] float32: ``x = values * scale``.
+
+    The rounding moves a value by at most 1/254 of the largest magnitude of its row.
+    """
 
     values: Tensor
     scales: Tensor
@@ -22,15 +30,60 @@ class QuantizedRows:
 
 
 def quantize_rows(x: Tensor) -> QuantizedRows:
-    """Quantize ``x`` [T, K] to int8, one scale a row (symmetric, round half up), columns in position order.
+    """Quantize ``x`` [T, K] to int8, one scale a row (symmetric, round half up). ValueError beyond MAX_COLUMNS."""
+    rows, options = _empty(x, x.shape[1])
+    if len(x):
+        quantize[(len(x),)](x, x.stride(0), rows.values, rows.scales, rows.columns, **options)
+    return rows
 
-    The rounding moves a value by at most 1/254 of the largest magnitude of its row.
+
+def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, QuantizedRows]:
+    """``silu(gate) * up`` of ``gate_up`` [T, 2 K], in its type [T, K] and quantized."""
+    columns = gate_up.shape[1] // 2
+    rows, options = _empty(gate_up, columns)
+    out = torch.empty((len(gate_up), columns), dtype=gate_up.dtype, device=gate_up.device)
+    if len(out):
+        silu_mul[(len(out),)](gate_up, gate_up.stride(0), out, rows.values, rows.scales, columns, **options)
+    return out, rows
+
+
+def rms_norm_quantize(
+    x: Tensor, weights: Tensor, which: Tensor, epsilon: float, residual: Tensor | None = None
+) -> tuple[Tensor, QuantizedRows]:
+    """Llama's RMS norm of ``x`` [T, K] with row ``t`` scaled by ``weights[which[t]]``, in its type and quantized.
+
+    ``weights`` is [versions, K], ``which`` [T] int32: every row has the norm of its version. With ``residual`` [T, K],
+    ``x`` is first added to it in place and the sum is normed.
     """
-    rows, columns = x.shape
+    rows, options = _empty(x, x.shape[1])
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if len(x):
+        sums = x if residual is None else residual
+        rms_norm[(len(x),)](
+            x,
+            x.stride(0),
+            sums,
+            sums.stride(0),
+            weights,
+            which,
+            epsilon,
+            out,
+            rows.values,
+            rows.scales,
+            rows.columns,
+            RESIDUAL=residual is not None,
+            **options,
+        )
+    return out, rows
+
+
+def _empty(x: Tensor, columns: int) -> tuple[QuantizedRows, dict[str, Any]]:
+    """Room for the rows of ``x``, and how to launch one program a row."""
+    if columns > MAX_COLUMNS:
+        raise ValueError(f"rows of {columns} columns are too long: at most {MAX_COLUMNS}")
     groups = -(-columns // GROUP)
-    values = torch.empty((rows, groups * GROUP), dtype=torch.int8, device=x.device)
-    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-    if rows:
-        step = min(triton.next_power_of_2(groups), _STEP)
-        quantize[(rows,)](x, x.stride(0), values, scales, columns, groups, step, num_warps=16 if step > 32 else 8)
-    return QuantizedRows(values, scales, columns)
+    values = torch.empty((len(x), groups * GROUP), dtype=torch.int8, device=x.device)
+    scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    step = triton.next_power_of_2(groups)
+    warps = next(warps for warps, most in ((4, 8), (8, 32), (16, 128), (32, 256)) if step <= most)
+    return QuantizedRows(values, scales, columns), {"GROUPS": groups, "STEP": step, "num_warps": warps}

@@ -61,6 +61,8 @@ class DeltaTable:
             tensor = delta.tensors[name]
             if tensor.device != self.entries.device or not tensor.is_contiguous() or tensor.data_ptr() % 16:
                 raise ValueError(f"{name} must be contiguous, on {self.entries.device}, at a multiple of 16 bytes")
+            if tensor.numel() >= 1 << 31:
+                raise ValueError(f"{name} has {tensor.numel()} elements: kernels count to 2**31; split the matrix")
             if delta.codec not in CODECS and tensor.dtype != self.dtype:
                 raise ValueError(f"{name} must be {self.dtype} as the table, not {tensor.dtype}")
         entry = [CODEC_IDS[delta.codec], *(delta.tensors[name].data_ptr() for name in names)]

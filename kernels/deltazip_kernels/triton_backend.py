@@ -40,6 +40,7 @@ def grouped_matmul(
 
     ``codecs`` are those that may occur; slots of others are left out.
     """
+    _check(y, table)
     tile = tile or TILES[work.batch]
     rows, tiles = _cut(table, tile.rows)
     grouped[(sum(tiles), work.items.shape[0])](
@@ -63,6 +64,7 @@ def grouped_matmul(
 
 def raw_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work) -> None:
     """One launch: the same for raw deltas and activations ``x`` [T, K] as they are."""
+    _check(y, table)
     rows, tiles = _cut(table, 64)
     raw[(sum(tiles), work.items.shape[0])](
         y,
@@ -86,6 +88,7 @@ def raw_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work) -> None:
 
 def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: int, *, aligned: bool = False) -> None:
     """Two launches: the same for low-rank deltas of rank ``rank`` at most, all multiples of 8 if ``aligned``."""
+    _check(y, table)
     rows, tiles = _cut(table, 128)
     chunks = triton.cdiv(x.shape[1], _INNER_CHUNK)
     width = max(16, triton.next_power_of_2(rank))
@@ -135,6 +138,7 @@ def delta_matmul_triton(y: Tensor, x: Tensor, deltas: Sequence[PackedDelta | Non
     Makes the table, the work list and the rounded activations anew; an engine makes them once a slot, a step and an
     input, and calls the launches above.
     """
+    x = x.contiguous()
     table = table_of(deltas, (y.shape[1], x.shape[1]), x.device, x.dtype)
     packed = [name for name in table.codecs if name in CODECS]
     rounded = quantize_rows(x) if packed else None
@@ -146,6 +150,12 @@ def delta_matmul_triton(y: Tensor, x: Tensor, deltas: Sequence[PackedDelta | Non
         if LOW_RANK in table.codecs:
             ranks = [d.tensors["down"].shape[0] for d in deltas if d is not None and d.codec == LOW_RANK]
             low_rank_matmul(y, x, table, work, max(ranks), aligned=all(rank % 8 == 0 for rank in ranks))
+
+
+def _check(y: Tensor, table: DeltaTable) -> None:
+    outputs = sum(width for width, _ in table.shapes)
+    if y.dim() != 2 or y.shape[1] != outputs or y.stride(1) != 1:
+        raise ValueError(f"y must be [T, {outputs}] with adjacent columns, not {tuple(y.shape)}, strides {y.stride()}")
 
 
 def _cut(table: DeltaTable, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -169,6 +169,13 @@ def test_stacked_raw_and_low_rank(dtype: torch.dtype, ranks: tuple[int, int], de
     assert float((y.double() - want).abs().max()) <= tolerance * float(want.abs().max())
 
 
+def test_outputs_must_have_adjacent_columns(device: torch.device) -> None:
+    delta = to_device(random_coded("int4", (64, 128)).delta(), device)
+    x, y = torch.zeros(3, 128, device=device), torch.zeros(64, 3, device=device).T
+    with pytest.raises(ValueError, match="adjacent columns"):
+        delta_matmul(y, x, [delta], table([3], [0], device), backend="triton")
+
+
 @pytest.mark.parametrize("longest", [None, 8, 16])
 def test_plan_covers_every_row_of_a_slot_once(longest: int | None, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(2)

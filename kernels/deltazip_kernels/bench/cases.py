@@ -1,6 +1,6 @@
 """What is measured, and the least time that the machine's memory allows for it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from deltazip_kernels.bench.data import (
     DEVICE,
+    OTHERS,
     SHAPES,
     make_tables,
     random_batch,
@@ -23,7 +24,7 @@ from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta
 from deltazip_kernels.layout import CODECS
 from deltazip_kernels.merged import merge_weight
 from deltazip_kernels.plan import Work, plan
-from deltazip_kernels.quantize import quantize_rows
+from deltazip_kernels.quantize import quantize_rows, rms_norm_quantize, silu_mul_quantize
 from deltazip_kernels.table import DeltaTable
 from deltazip_kernels.triton_backend import grouped_matmul, low_rank_matmul, raw_matmul
 
@@ -54,10 +55,12 @@ class Result:
         return asdict(self) | {"seconds": self.seconds, "share_of_copy_bandwidth": share}
 
 
-def products(codecs: Sequence[str], batches: Sequence[tuple[int, int]]) -> Iterator[Result]:
+def products(
+    codecs: Sequence[str], batches: Sequence[tuple[int, int]], linears: Iterable[str] = SHAPES
+) -> Iterator[Result]:
     """``(segments, rows of each)`` distinct deltas of one codec, for every linear."""
     for codec in codecs:
-        for name in SHAPES:
+        for name in linears:
             for count, rows in batches:
                 yield _product("product", codec, name, f"{count}x{rows}", [codec] * count, [rows] * count)
 
@@ -73,7 +76,7 @@ def mixtures(codec: str, linears: Sequence[str]) -> Iterator[Result]:
 
 
 def _product(kind: str, codec: str, name: str, label: str, codecs: Sequence[str], lengths: Sequence[int]) -> Result:
-    shapes = SHAPES[name]
+    shapes = (SHAPES | OTHERS)[name]
     tables, size = make_tables(shapes, codecs, POOL)
     x, y = random_batch(sum(lengths), shapes[0][1], sum(n for n, _ in shapes))
     works = plan(segments_of(lengths), len(x), max(lengths))
@@ -94,7 +97,7 @@ def _product(kind: str, codec: str, name: str, label: str, codecs: Sequence[str]
 
 
 def overheads() -> Iterator[Result]:
-    """The work list (once a step) and the rounding of activations (once an input)."""
+    """The work list (once a step) and the rounding of activations (once an input), alone and fused."""
     for rows in (8, 32, 256):
         segments = segments_of([max(1, rows // 32)] * min(rows, 32))
         yield Result("plan", "", "", "32", rows, 0, graph_times([partial(plan, segments, rows)] * 16))
@@ -102,6 +105,16 @@ def overheads() -> Iterator[Result]:
             x, _ = random_batch(rows, columns, 1)
             times = graph_times([partial(quantize_rows, x)] * 16)
             yield Result("quantize", "", str(columns), "", rows, 3 * x.numel(), times)
+        weights, which = (
+            torch.ones((32, 4096), device=DEVICE, dtype=torch.bfloat16),
+            torch.arange(rows, device=DEVICE) % 32,
+        )
+        x, residual = random_batch(rows, 4096, 4096)
+        times = graph_times([partial(rms_norm_quantize, x, weights, which.int(), 1e-5, residual)] * 16)
+        yield Result("rms_norm_quantize", "", "4096", "", rows, 9 * x.numel(), times)
+        gate_up, _ = random_batch(rows, 2 * 14336, 1)
+        times = graph_times([partial(silu_mul_quantize, gate_up)] * 16)
+        yield Result("silu_mul_quantize", "", "14336", "", rows, 7 * rows * 14336, times)
 
 
 def long_segments(codecs: Sequence[str], lengths: Sequence[int]) -> Iterator[Result]:

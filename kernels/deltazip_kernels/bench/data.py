@@ -18,6 +18,8 @@ SHAPES = {
     "down": ((4096, 14336),),
 }
 """The linears of an 8B Llama, those that share their input together."""
+OTHERS = {"4096x22016": ((22016, 4096),), "11008x4096": ((4096, 11008),)}
+"""Further linears for which others have published times."""
 _KEPT_PAIRS = [0b0011, 0b0101, 0b1001, 0b0110, 0b1010, 0b1100]
 
 

@@ -1,4 +1,7 @@
-"""The kernel behind ``deltazip_kernels.quantize``."""
+"""The kernels behind ``deltazip_kernels.quantize``.
+
+A program holds one row in registers: GROUPS groups of 128 columns, padded to STEP, a power of two.
+"""
 
 import triton
 import triton.language as tl
@@ -8,43 +11,78 @@ SMALLEST = tl.constexpr(1e-30)
 
 
 @triton.jit
-def _load_groups(x, first, K, STEP: tl.constexpr):
-    """float32 [STEP groups, 32 quads, 4] of a row from group ``first`` on, zero beyond K."""
-    group = first + tl.arange(0, STEP)[:, None, None]
-    column = group * 128 + tl.arange(0, 32)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    return tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)
+def _columns(STEP: tl.constexpr):
+    """Columns [STEP groups, 32 quads, 4] of a row."""
+    group = tl.arange(0, STEP)[:, None, None]
+    return group * 128 + tl.arange(0, 32)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
 
 
 @triton.jit
-def _store_groups(values, v, inverse, first, GROUPS: tl.constexpr, STEP: tl.constexpr):
-    group = first + tl.arange(0, STEP)[:, None, None]
-    position = tl.arange(0, 4)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
-    q = tl.permute(tl.floor(v * inverse + 0.5).to(tl.int8), (0, 2, 1))
-    tl.store(values + group * 128 + position, q, mask=group < GROUPS)
-
-
-@triton.jit
-def quantize(
-    x,
-    x_stride,
-    values,
-    scales,
-    K,
-    GROUPS: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """One row a program, STEP groups at a time; a row of up to STEP groups is read once."""
+def _store_rounded(values, scales, v, GROUPS: tl.constexpr, STEP: tl.constexpr):
+    """Row ``v`` [STEP, 32, 4], zero beyond its columns, to int8 in position order and its scale."""
     row = tl.program_id(0).to(tl.int64)
-    x += row * x_stride
-    values += row * (GROUPS * 128)
-    v = _load_groups(x, 0, K, STEP)
-    largest = tl.abs(v)
-    for first in tl.range(STEP, GROUPS, STEP):
-        largest = tl.maximum(largest, tl.abs(_load_groups(x, first, K, STEP)))
-    top = tl.max(tl.reshape(largest, (STEP * 128,)), axis=0)
+    top = tl.max(tl.reshape(tl.abs(v), (STEP * 128,)), axis=0)
     live = top > SMALLEST
     inverse = tl.where(live, 127.0 / tl.where(live, top, 1.0), 0.0)
     tl.store(scales + row, tl.where(live, top / 127.0, 0.0))
-    _store_groups(values, v, inverse, 0, GROUPS, STEP)
-    for first in tl.range(STEP, GROUPS, STEP):
-        _store_groups(values, _load_groups(x, first, K, STEP), inverse, first, GROUPS, STEP)
+    group = tl.arange(0, STEP)[:, None, None]
+    position = tl.arange(0, 4)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+    q = tl.permute(tl.floor(v * inverse + 0.5).to(tl.int8), (0, 2, 1))
+    tl.store(values + row * (GROUPS * 128) + group * 128 + position, q, mask=group < GROUPS)
+
+
+@triton.jit
+def quantize(x, x_stride, values, scales, K, GROUPS: tl.constexpr, STEP: tl.constexpr):
+    """``x`` as it is."""
+    column = _columns(STEP)
+    v = tl.load(x + tl.program_id(0).to(tl.int64) * x_stride + column, mask=column < K, other=0.0)
+    _store_rounded(values, scales, v.to(tl.float32), GROUPS, STEP)
+
+
+@triton.jit
+def silu_mul(x, x_stride, out, values, scales, K, GROUPS: tl.constexpr, STEP: tl.constexpr):
+    """``out = silu(x[:, :K]) * x[:, K:]``, each factor rounded to the type of ``x``, and ``out`` quantized."""
+    row = tl.program_id(0).to(tl.int64)
+    column = _columns(STEP)
+    inside = column < K
+    gate = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + row * x_stride + K + column, mask=inside, other=0.0).to(tl.float32)
+    gate = (gate / (1.0 + tl.exp(-gate))).to(x.dtype.element_ty).to(tl.float32)
+    product = (gate * up).to(x.dtype.element_ty)
+    tl.store(out + row * K + column, product, mask=inside)
+    _store_rounded(values, scales, product.to(tl.float32), GROUPS, STEP)
+
+
+@triton.jit
+def rms_norm(
+    x,
+    x_stride,
+    residual,
+    residual_stride,
+    weights,
+    which,
+    epsilon,
+    out,
+    values,
+    scales,
+    K,
+    RESIDUAL: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """``out = norm(x) * weights[which[row]]``, quantized too; with RESIDUAL of ``residual += x`` instead of ``x``."""
+    row = tl.program_id(0).to(tl.int64)
+    column = _columns(STEP)
+    inside = column < K
+    kind = x.dtype.element_ty
+    v = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weights + tl.load(which + row).to(tl.int64) * K + column, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        sums = residual + row * residual_stride + column
+        total = (v + tl.load(sums, mask=inside, other=0.0).to(tl.float32)).to(kind)
+        tl.store(sums, total, mask=inside)
+        v = total.to(tl.float32)
+    mean = tl.sum(tl.reshape(v * v, (STEP * 128,)), axis=0) / K
+    normed = ((v * tl.rsqrt(mean + epsilon)).to(kind).to(tl.float32) * w).to(kind)
+    tl.store(out + row * K + column, normed, mask=inside)
+    _store_rounded(values, scales, normed.to(tl.float32), GROUPS, STEP)

@@ -1,0 +1,60 @@
+"""The passes that quantize what they make: their outputs against torch, their int8 rows against those outputs."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from deltazip_kernels.quantize import MAX_COLUMNS, QuantizedRows, quantize_rows, rms_norm_quantize, silu_mul_quantize
+
+DTYPES = [torch.float32, torch.float16]
+
+
+def assert_quantizes(rows: QuantizedRows, x: Tensor) -> None:
+    alone = quantize_rows(x)
+    assert torch.equal(rows.values, alone.values)
+    assert torch.equal(rows.scales, alone.scales)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return 1e-6 if dtype == torch.float32 else 2**-9
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [128, 300])
+def test_silu_mul(dtype: torch.dtype, columns: int, device: torch.device) -> None:
+    wide = torch.randn(7, 2 * columns + 5, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+    gate_up = wide[:, : 2 * columns]
+    out, rows = silu_mul_quantize(gate_up)
+    gate, up = gate_up.split(columns, dim=1)
+    torch.testing.assert_close(out, silu(gate) * up, rtol=tolerance(dtype), atol=tolerance(dtype))
+    assert_quantizes(rows, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [False, True])
+def test_rms_norm_of_each_rows_version(dtype: torch.dtype, residual: bool, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(9, 300, generator=generator).to(device, dtype)
+    sums = torch.randn(9, 300, generator=generator).to(device, dtype) if residual else None
+    weights = torch.randn(3, 300, generator=generator).to(device, dtype)
+    which = torch.tensor([0, 0, 2, 1, 1, 1, 0, 2, 2], dtype=torch.int32, device=device)
+    total = x if sums is None else x + sums
+    wide = total.float()
+    want = weights[which.long()] * (wide * (wide.square().mean(1, keepdim=True) + 1e-5).rsqrt()).to(dtype)
+    out, rows = rms_norm_quantize(x, weights, which, 1e-5, sums)
+    torch.testing.assert_close(out, want, rtol=2 * tolerance(dtype), atol=tolerance(dtype))
+    if sums is not None:
+        assert torch.equal(sums, total)
+    assert_quantizes(rows, out)
+
+
+def test_rows_that_do_not_fit_are_refused(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="too long"):
+        quantize_rows(torch.zeros(1, MAX_COLUMNS + 1, device=device))
+
+
+def test_no_rows(device: torch.device) -> None:
+    out, rows = silu_mul_quantize(torch.zeros(0, 256, device=device))
+    assert out.shape == (0, 128)
+    assert rows.values.shape == (0, 128)
