@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 import ray
@@ -27,7 +26,6 @@ from deltazip_ray.errors import EngineError
 
 APP_NAME = "deltazip"
 _HEALTH_PAUSE_S = 0.1
-_SIGNAL_TAKES_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,9 @@ def stop(*, owns_ray: bool = True) -> None:
         if ray.is_initialized() and (not owns_ray or "RAY_ADDRESS" in os.environ):
             serve.delete(APP_NAME)
             kill_stores(APP_NAME)
-        elif ray.is_initialized():
-            _end_haproxy()
     finally:
         if owns_ray:
-            # A cluster of ours takes all actors with it.
+            # A cluster of ours takes all actors with it; HAProxy, where Serve uses it, is a process that would stay.
             ray.shutdown()
             end_marked()
 
@@ -136,20 +132,6 @@ def _why_not() -> str:
     application = serve.status().applications.get(APP_NAME)
     deployments = application.deployments if application else {}
     return "\n".join(f"{name}: {one.message}" for name, one in deployments.items() if one.message)
-
-
-def _end_haproxy() -> None:
-    """HAProxy, where Serve was told to use it, is the one process that outlives Ray.
-
-    When a signal has reached Ray's processes too, as service managers signal the whole group, there is nobody to ask:
-    trying takes minutes.
-    """
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
-        return
-    time.sleep(_SIGNAL_TAKES_S)
-    node: Any = ray._private.worker._global_node
-    if not node.dead_processes():
-        serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _wait_until_healthy(url: str, timeout_s: float) -> None:
