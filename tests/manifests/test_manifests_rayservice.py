@@ -149,6 +149,8 @@ def test_memory_adds_up(service: Document) -> None:
         amount(v["emptyDir"]["sizeLimit"]) for v in pod["volumes"] if v.get("emptyDir", {}).get("medium") == "Memory"
     ]
     assert settings.node_store.arena_bytes + int(group["rayStartParams"]["object-store-memory"]) < shm
+    (cache,) = [amount(v["emptyDir"]["sizeLimit"]) for v in pod["volumes"] if v["name"] == "cache"]
+    assert settings.node_store.disk_bytes < cache
     limits = pod["containers"][0]["resources"]["limits"]
     # Pages of /dev/shm count as the container's memory.
     assert shm < amount(limits["memory"])
