@@ -4,11 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("svg")
-mpl.rcParams["svg.fonttype"] = "none"  # text stays text
 import matplotlib.pyplot as plt
+
+plt.rcParams["svg.fonttype"] = "none"  # text stays text
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from deltazip_kernels.table import CODEC_IDS, DeltaTable, table_of
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _INNER_CHUNK = 512  # columns of K that one program of a low-rank product adds up
+_EXPAND_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def raw_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work) -> None:
 def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: int, *, aligned: bool = False) -> None:
     """Two launches: the same for low-rank deltas of rank ``rank`` at most, all multiples of 8 if ``aligned``."""
     _check(y, table)
-    rows, tiles = _cut(table, 128)
+    rows, tiles = _cut(table, _EXPAND_ROWS)
     chunks = triton.cdiv(x.shape[1], _INNER_CHUNK)
     width = max(16, triton.next_power_of_2(rank))
     batch = max(16, work.batch)
@@ -125,7 +126,7 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
         DTYPE=_DTYPES[table.dtype],
         ALIGNED=aligned,
         R=width,
-        BN=128,
+        BN=_EXPAND_ROWS,
         BM=batch,
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=4,

@@ -105,12 +105,10 @@ def overheads() -> Iterator[Result]:
             x, _ = random_batch(rows, columns, 1)
             times = graph_times([partial(quantize_rows, x)] * 16)
             yield Result("quantize", "", str(columns), "", rows, 3 * x.numel(), times)
-        weights, which = (
-            torch.ones((32, 4096), device=DEVICE, dtype=torch.bfloat16),
-            torch.arange(rows, device=DEVICE) % 32,
-        )
+        weights = torch.ones((32, 4096), device=DEVICE, dtype=torch.bfloat16)
+        which = (torch.arange(rows, device=DEVICE) % 32).int()
         x, residual = random_batch(rows, 4096, 4096)
-        times = graph_times([partial(rms_norm_quantize, x, weights, which.int(), 1e-5, residual)] * 16)
+        times = graph_times([partial(rms_norm_quantize, x, weights, which, 1e-5, residual)] * 16)
         yield Result("rms_norm_quantize", "", "4096", "", rows, 9 * x.numel(), times)
         gate_up, _ = random_batch(rows, 2 * 14336, 1)
         times = graph_times([partial(silu_mul_quantize, gate_up)] * 16)
