@@ -36,7 +36,8 @@ def fraction(text: str) -> float:
 def compress(
     base: Annotated[Path, typer.Argument(help="The base checkpoint's folder.", exists=True, file_okay=False)],
     finetuned: Annotated[
-        Path, typer.Argument(help="The fine-tuned checkpoint's folder.", exists=True, file_okay=False)
+        Path,
+        typer.Argument(help="Folder of the fine-tuned checkpoint or LoRA adapter.", exists=True, file_okay=False),
     ],
     to: Annotated[str, typer.Option("--out", help="Folder or s3:// prefix for the artifact.")],
     codec: Annotated[
@@ -82,10 +83,10 @@ def compress(
     endpoint_url: EndpointUrl = None,
     path_style: PathStyle = False,
 ) -> None:
-    """Compress a full-parameter fine-tune to a delta against its base.
+    """Compress a fine-tune of all parameters, or a LoRA adapter, to a delta against its base.
 
     Reads safetensors checkpoints block by block, and writes manifest.json and content-addressed blobs. Both
-    checkpoints must have one architecture; the fine-tune may add tokens.
+    checkpoints must have one architecture; the fine-tune may add tokens. An adapter is a folder in PEFT's format.
 
     Example: deltazip compress ./llama-base ./llama-sorter --out ./sorter-delta --target-ratio 8
     """

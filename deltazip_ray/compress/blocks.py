@@ -82,7 +82,7 @@ class BlockCompressor:
         weights = read_block(self._pair, index)
         block = place_block(weights, skeleton, self._runner)
         reference = self._runner.run(block, states.finetuned)
-        parts = Parts()
+        parts = Parts(self._pair.finetuned)
         left = set(weights.changed)
         for stage in skeleton.family.stages:
             linears = [linear for linear in stage if f"{linear}.weight" in weights.changed]

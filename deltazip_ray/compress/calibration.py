@@ -84,8 +84,9 @@ def load_calibration(
 
 def load_tokenizer(finetuned: Checkpoint) -> Any:
     """The fine-tune's own tokenizer. Raises CompressionError when transformers cannot load it."""
+    folder = finetuned.files["tokenizer.json"].parent if "tokenizer.json" in finetuned.files else finetuned.path
     try:
-        return AutoTokenizer.from_pretrained(finetuned.path, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CompressionError(f"cannot load the tokenizer of {finetuned.path}: {error}") from error
 

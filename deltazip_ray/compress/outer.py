@@ -22,7 +22,7 @@ class OuterCompressor:
     """Fills the parts of the ``outer`` blob: the embedding before the blocks, norm and head after them."""
 
     def __init__(self, pair: Pair, runner: Runner, options: CompressOptions, plan: Plan) -> None:
-        self.parts = Parts()
+        self.parts = Parts(pair.finetuned)
         self._pair = pair
         self._runner = runner
         self._options = options
@@ -95,7 +95,7 @@ class OuterCompressor:
         if coding == "raw":
             self.parts.add_raw(name, finetuned)
         elif coded is not None:
-            self.parts.add_coded(name, coded, coding, finetuned.nbytes, error)
+            self.parts.add_coded(name, coded, coding, error)
 
     def _add_rows(self, name: str, finetuned: Tensor, start: int) -> None:
         if finetuned.shape[0] > start:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deltazip_ray.artifact.checkpoint import Checkpoint
+from deltazip_ray.compress.adapter import is_adapter, open_adapter
 from deltazip_ray.compress.skeleton import Skeleton
 from deltazip_ray.errors import CheckpointInvalid, CheckpointMismatch
 
@@ -27,12 +28,14 @@ class Pair:
 
 
 def open_pair(base: Path, finetuned: Path) -> Pair:
-    """Open both checkpoints and check that they belong together.
+    """Open both checkpoints and check that they belong together; ``finetuned`` may be a LoRA adapter's folder.
 
     Raises CheckpointInvalid for a checkpoint that is broken by itself, CheckpointMismatch when the two differ in more
     than weights; the message says in what.
     """
-    base_checkpoint, finetuned_checkpoint = Checkpoint.open(base), Checkpoint.open(finetuned)
+    base_checkpoint = Checkpoint.open(base)
+    adapted = is_adapter(finetuned)
+    finetuned_checkpoint = open_adapter(finetuned, base_checkpoint) if adapted else Checkpoint.open(finetuned)
     base_skeleton, skeleton = Skeleton(base_checkpoint), Skeleton(finetuned_checkpoint)
     differences = _config_differences(base_skeleton, skeleton)
     if differences:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deltazip_kernels.layout import pack, packed_layout, unpack, unpack_rows
+from deltazip_ray.artifact.checkpoint import Checkpoint
 from deltazip_ray.artifact.manifest import TensorEntry
 from deltazip_ray.compress.coding import Outcome
 from deltazip_ray.compress.grid import Coded
@@ -18,13 +19,16 @@ ADDED = ".added"
 class Parts:
     """Entries and tensors of one blob while it is made; ``tensors`` has the keys of a blob."""
 
-    def __init__(self) -> None:
+    def __init__(self, finetuned: Checkpoint) -> None:
+        self._finetuned = finetuned
         self.entries: dict[str, TensorEntry] = {}
         self.tensors: dict[str, Tensor] = {}
 
     def add_raw(self, name: str, values: Tensor) -> None:
         """Keep a weight of the fine-tune as it is."""
-        self.entries[name] = TensorEntry(codec="raw", shape=tuple(values.shape), bytes_finetuned=values.nbytes)
+        self.entries[name] = TensorEntry(
+            codec="raw", shape=tuple(values.shape), bytes_finetuned=self._before(name, values)
+        )
         self.tensors[name] = values.contiguous()
 
     def add(self, name: str, outcome: Outcome, finetuned: Tensor) -> None:
@@ -32,16 +36,21 @@ class Parts:
         if outcome.coding == "raw":
             self.add_raw(name, finetuned)
         elif outcome.coded is not None:
-            self.add_coded(name, outcome.coded, outcome.coding, finetuned.nbytes, outcome.error)
+            self.add_coded(name, outcome.coded, outcome.coding, outcome.error)
 
-    def add_coded(self, name: str, coded: Coded, codec: Coding, bytes_finetuned: int, error: float) -> None:
+    def add_coded(self, name: str, coded: Coded, codec: Coding, error: float) -> None:
         """Keep a coded delta; ``error`` is the relative output error of the weight that it makes."""
         shape = (coded.codes.shape[0], coded.codes.shape[1])
+        before = self._before(name, coded.codes)
         self.entries[name] = TensorEntry.model_validate(
-            {"codec": codec, "shape": shape, "bytes_finetuned": bytes_finetuned, "relative_error": error}
+            {"codec": codec, "shape": shape, "bytes_finetuned": before, "relative_error": error}
         )
         for part, tensor in pack(codec, coded.codes, coded.scales, coded.kept).items():
             self.tensors[f"{name}.{part}"] = tensor.cpu()
+
+    def _before(self, name: str, values: Tensor) -> int:
+        """Bytes of ``values`` as the fine-tune's checkpoint stores them."""
+        return values.numel() * self._finetuned.dtype(name.removesuffix(ADDED)).itemsize
 
 
 def rebuild(name: str, base: Tensor, entries: Mapping[str, TensorEntry], tensors: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,163 @@
+"""A LoRA adapter beside its base, read as the checkpoint that merging would make.
+
+PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``. Weights become base + scale · B · A, in
+float32, since rounding the sum to the base's 16 bits would bury small products.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from deltazip_ray.artifact.checkpoint import Checkpoint
+from deltazip_ray.compress.adapter_config import CONFIG, MERGE, AdapterConfig, read_adapter_config
+from deltazip_ray.errors import CheckpointInvalid, CheckpointMismatch
+
+WEIGHTS = "adapter_model.safetensors"
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+?)(?P<part>\.lora_[AB])?\.(?P<leaf>weight|bias)")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One weight's product: ``scale · up @ down``."""
+
+    down: Tensor
+    """``[rank, in]``, PEFT's A."""
+    up: Tensor
+    """``[out, rank]``, PEFT's B."""
+    scale: float
+
+    def product(self) -> Tensor:
+        """The delta ``[out, in]``, float32."""
+        return self.scale * (self.up.float() @ self.down.float())
+
+
+class AdaptedCheckpoint(Checkpoint):
+    """A base with an adapter applied: the base's names, shapes and dtypes as stored, changed values.
+
+    ``tensor`` gives float32 where there is a product. Tokenizer files are the adapter's if it has a tokenizer.
+    """
+
+    def __init__(
+        self, path: Path, base: Checkpoint, products: Mapping[str, LowRank], replaced: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(path, base.config, {}, {})
+        self._base = base
+        self._products = products
+        self._replaced = replaced
+        own = self.files if "tokenizer.json" in self.files else {}
+        # Parts of two tokenizers would not fit each other.
+        shared = {name: file for name, file in base.files.items() if not own or name == "generation_config.json"}
+        self.files = {"config.json": base.path / "config.json"} | shared | own
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of the base."""
+        return self._base.names
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the merged weights in the base's dtypes."""
+        return self._base.nbytes
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._base
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The base's."""
+        return self._base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The base's: what merging would save."""
+        return self._base.dtype(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """The weight with the adapter applied."""
+        if name in self._replaced:
+            return self._replaced[name]
+        weight = self._base.tensor(name)
+        return weight.float() + self._products[name].product() if name in self._products else weight
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter and no checkpoint."""
+    return (path / CONFIG).is_file() and not list(path.glob("model*.safetensors*"))
+
+
+def open_adapter(path: Path, base: Checkpoint) -> AdaptedCheckpoint:
+    """Apply the adapter in ``path`` to ``base``.
+
+    Raises CheckpointInvalid for an adapter that is broken or does more than products and replaced weights, and
+    CheckpointMismatch for one that was made for another base.
+    """
+    config = read_adapter_config(path)
+    _refuse_code(path)
+    products: dict[str, dict[str, Tensor]] = {}
+    replaced: dict[str, Tensor] = {}
+    for key, tensor in _read(path).items():
+        match = _KEY.fullmatch(key)
+        if match is None or (match["part"] and match["leaf"] != "weight"):
+            raise CheckpointInvalid(f"{path / WEIGHTS}: {key} is no part of a LoRA product of a linear layer: {MERGE}")
+        name = f"{match['module']}.{match['leaf']}"
+        if name not in base:
+            raise CheckpointMismatch(f"{path} adapts {name}, which {base.path} does not have: give the adapter's base")
+        if match["part"]:
+            products.setdefault(match["module"], {})[match["part"]] = tensor
+        else:
+            if tuple(tensor.shape) != base.shape(name):
+                raise CheckpointMismatch(
+                    f"{path} replaces {name} by one of shape {list(tensor.shape)}, but in {base.path} it is "
+                    f"{list(base.shape(name))}: {MERGE}"
+                )
+            replaced[name] = tensor
+    return AdaptedCheckpoint(
+        path,
+        base,
+        {f"{module}.weight": _product(path, module, parts, config, base) for module, parts in products.items()},
+        replaced,
+    )
+
+
+def _product(path: Path, module: str, parts: Mapping[str, Tensor], config: AdapterConfig, base: Checkpoint) -> LowRank:
+    down, up = parts.get(".lora_A"), parts.get(".lora_B")
+    if down is None or up is None:
+        raise CheckpointInvalid(f"{path / WEIGHTS} has only one of lora_A and lora_B of {module}: copy it again")
+    shape, rank = base.shape(f"{module}.weight"), config.rank(module)
+    if down.shape != (rank, shape[1]) or up.shape != (shape[0], rank):
+        raise CheckpointMismatch(
+            f"{path}: lora_A {list(down.shape)} and lora_B {list(up.shape)} of {module} make no rank {rank} product "
+            f"for a weight {list(shape)} of {base.path}: give the adapter's own base"
+        )
+    return LowRank(down, up, config.scale(module, rank))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Every tensor of the adapter."""
+    if not (path / WEIGHTS).is_file():
+        raise CheckpointInvalid(
+            f"{path} has a {CONFIG} but no {WEIGHTS}: save the adapter with safe_serialization=True, not pickled"
+        )
+    try:
+        tensors: dict[str, Tensor] = load_file(path / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointInvalid(f"{path / WEIGHTS} is not a safetensors file: {error}") from error
+    if not tensors:
+        raise CheckpointInvalid(f"{path / WEIGHTS} is empty: save the adapter again")
+    return tensors
+
+
+def _refuse_code(path: Path) -> None:
+    """Raise CheckpointInvalid when a tokenizer beside the adapter wants to run code of its own."""
+    file = path / "tokenizer_config.json"
+    try:
+        settings = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError as error:
+        raise CheckpointInvalid(f"cannot read {file}: {error}") from error
+    if settings.get("auto_map"):
+        raise CheckpointInvalid(f"{file} has an auto_map: the adapter wants to run code of its own, which is refused")
