@@ -32,6 +32,9 @@ class Tile:
 
 TILES = {FEW: Tile(64, 2, 4), SOME: Tile(128, 4, 4), MANY: Tile(64, 4, 3)}
 """The best or nearly the best tile for every codec and linear of an 8B model on an H200, by rows of a work item."""
+_THIN = Tile(64, 1, 3)
+_THIN_CODECS = frozenset({"int1", "sparse24_int2"})
+_PLENTY = 2048  # programs
 
 
 def grouped_matmul(
@@ -42,7 +45,7 @@ def grouped_matmul(
     ``codecs`` are those that may occur; slots of others are left out.
     """
     _check(y, table)
-    tile = tile or TILES[work.batch]
+    tile = tile or _tile(table, work, codecs)
     rows, tiles = _cut(table, tile.rows)
     grouped[(sum(tiles), work.items.shape[0])](
         y,
@@ -151,6 +154,13 @@ def delta_matmul_triton(y: Tensor, x: Tensor, deltas: Sequence[PackedDelta | Non
         if LOW_RANK in table.codecs:
             ranks = [d.tensors["down"].shape[0] for d in deltas if d is not None and d.codec == LOW_RANK]
             low_rank_matmul(y, x, table, work, max(ranks), aligned=all(rank % 8 == 0 for rank in ranks))
+
+
+def _tile(table: DeltaTable, work: Work, codecs: Sequence[str]) -> Tile:
+    """One warp a program costs the fewest instructions, which bound the thinnest codecs once programs fill the GPU."""
+    tile = TILES[work.batch]
+    programs = sum(_cut(table, tile.rows)[1]) * len(work.items)
+    return _THIN if work.batch == FEW and programs >= _PLENTY and _THIN_CODECS.issuperset(codecs) else tile
 
 
 def _check(y: Tensor, table: DeltaTable) -> None:
