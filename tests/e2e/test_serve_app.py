@@ -138,6 +138,17 @@ def test_a_client_that_leaves_ends_the_work_in_the_engine(app: ServeApp, stream:
     wait_until(lambda: sum(app.by_replica("fake_engine_running").values()) == 0, timeout_s=5)
 
 
+def test_a_stop_string_ends_the_work_in_the_engine(app: ServeApp, versions: dict[str | None, str]) -> None:
+    wait_until(lambda: sum(app.by_replica("fake_engine_running").values()) == 0)
+    stop = text_of(versions["v1"], "abc", 12)[9:]
+    before = sum(app.by_replica("fake_engine_tokens_total").values())
+    asked = {"model": "v1", "prompt": "abc", "max_tokens": 500, "stop": stop}
+    answer = httpx.post(f"{app.url}/v1/completions", json=asked, timeout=30).json()
+    assert answer["choices"][0]["text"] == text_of(versions["v1"], "abc", 9)
+    wait_until(lambda: sum(app.by_replica("fake_engine_tokens_total").values()) > before, timeout_s=5)
+    wait_until(lambda: sum(app.by_replica("fake_engine_running").values()) == 0, timeout_s=5)
+
+
 def test_a_killed_node_store_is_replaced(app: ServeApp) -> None:
     (name,) = list_stores("deltazip")
     ray.kill(ray.get_actor(name, namespace=NAMESPACE))
