@@ -12,23 +12,22 @@ SMALLEST = tl.constexpr(1e-30)
 
 @triton.jit
 def _columns(STEP: tl.constexpr):
-    """Columns [STEP groups, 32 quads, 4] of a row."""
-    group = tl.arange(0, STEP)[:, None, None]
-    return group * 128 + tl.arange(0, 32)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    """Columns [STEP groups, 128] of a row: a shape in which neighbouring threads read neighbouring columns."""
+    return tl.arange(0, STEP)[:, None] * 128 + tl.arange(0, 128)[None, :]
 
 
 @triton.jit
 def _store_rounded(values, scales, v, GROUPS: tl.constexpr, STEP: tl.constexpr):
-    """Row ``v`` [STEP, 32, 4], zero beyond its columns, to int8 in position order and its scale."""
+    """Row ``v`` [STEP, 128], zero beyond its columns, to int8 in position order and its scale."""
     row = tl.program_id(0).to(tl.int64)
     top = tl.max(tl.reshape(tl.abs(v), (STEP * 128,)), axis=0)
     live = top > SMALLEST
     inverse = tl.where(live, 127.0 / tl.where(live, top, 1.0), 0.0)
     tl.store(scales + row, tl.where(live, top / 127.0, 0.0))
-    group = tl.arange(0, STEP)[:, None, None]
-    position = tl.arange(0, 4)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
-    q = tl.permute(tl.floor(v * inverse + 0.5).to(tl.int8), (0, 2, 1))
-    tl.store(values + row * (GROUPS * 128) + group * 128 + position, q, mask=group < GROUPS)
+    q = tl.reshape(tl.floor(v * inverse + 0.5).to(tl.int8), (STEP, 32, 4))
+    q = tl.reshape(tl.permute(q, (0, 2, 1)), (STEP, 128))
+    position = _columns(STEP)
+    tl.store(values + row * (GROUPS * 128) + position, q, mask=position < GROUPS * 128)
 
 
 @triton.jit
