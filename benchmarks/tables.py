@@ -1,0 +1,66 @@
+"""Put the tables of README.md between their markers, from the JSON in benchmarks/results.
+
+python benchmarks/tables.py            # rewrite README.md
+python benchmarks/tables.py --check    # exit 1 when it does not show the results
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def demo_table(report: dict[str, Any]) -> str:
+    """The demo's table, in Markdown."""
+    heads = ["variant", "fine-tune", "delta", "ratio", "right: base", "fine-tune", "served"]
+    heads += ["TTFT cold p50", "warm p50", "warm p90"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
+    for row in report["variants"]:
+        numbers = [f"{row[key] / 1000:,.0f} kB" for key in ("bytes_finetuned", "bytes_artifact")]
+        numbers += [f"{row['ratio']:.2f} ×"]
+        numbers += [f"{row[f'exact_match_{who}']:.0%}" for who in ("base", "finetuned", "served")]
+        numbers += [_ms(row[f"ttft_{kind}_s"]) for kind in ("cold_p50", "warm_p50", "warm_p90")]
+        lines.append("| " + " | ".join([row["name"], *numbers]) + " |")
+    return "\n".join([*lines, "", _demo_caption(report)])
+
+
+def _demo_caption(report: dict[str, Any]) -> str:
+    traffic, config = report["traffic"], report["config"]
+    commit = f" Measured at `{report['commit'][:12]}`." if "commit" in report else ""
+    return (
+        f"Codec {config['codec']}; {traffic['requests']} requests to {len(report['variants'])} variants and the base "
+        f"at {traffic['requests_per_s']:.0f} a second, {config['replicas']} replicas of {config['slots']} slots on "
+        f"{report['machine']['cores']} CPU cores; {traffic['mixed_steps']:.0%} of the steps served several models at "
+        "once. *Right* is the exact match of held-out answers: base and fine-tune under `transformers`, the delta over "
+        f"HTTP. *Cold*: the delta was not on the device.{commit}"
+    )
+
+
+def render(readme: str, name: str, table: str) -> str:
+    """``readme`` with ``table`` between the markers of ``name``."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    return pattern.sub(lambda _: f"{begin}\n{table}\n{end}", readme)
+
+
+def main() -> int:
+    """Rewrite or check README.md."""
+    path = ROOT / "README.md"
+    readme = path.read_text()
+    report = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    wanted = render(readme, "demo", demo_table(report))
+    if "--check" in sys.argv[1:]:
+        return int(wanted != readme)
+    path.write_text(wanted)
+    return 0
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1000 * seconds:,.0f} ms"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
