@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from deltazip_kernels import CODECS, LOW_RANK, RAW, PackedDelta, Segments, delta_matmul
+from deltazip_kernels.device import dense, grouped
 from deltazip_kernels.layout import from_positions
 from deltazip_kernels.plan import plan
 from deltazip_kernels.quantize import quantize_rows
-from deltazip_kernels.table import DeltaTable
+from deltazip_kernels.table import CODEC_IDS, DeltaTable
 from deltazip_kernels.triton_backend import grouped_matmul, low_rank_matmul, raw_matmul
 from tests.support.deltas import random_coded, random_low_rank, random_raw
 
@@ -167,6 +168,29 @@ def test_stacked_raw_and_low_rank(dtype: torch.dtype, ranks: tuple[int, int], de
     )
     tolerance = 4e-6 if dtype == torch.float32 else 2**-8  # bfloat16 rounds the vector between the factors
     assert float((y.double() - want).abs().max()) <= tolerance * float(want.abs().max())
+
+
+def test_kernels_and_table_name_codecs_alike() -> None:
+    ids = {"int4": grouped.INT4, "int3": grouped.INT3, "int2": grouped.INT2, "int1": grouped.INT1}
+    ids |= {
+        "sparse24_int4": grouped.SPARSE4,
+        "sparse24_int2": grouped.SPARSE2,
+        RAW: dense.RAW,
+        LOW_RANK: dense.LOW_RANK,
+    }
+    assert {name: constant.value for name, constant in ids.items()} == CODEC_IDS
+    for name, codec in CODECS.items():
+        assert grouped.unit(CODEC_IDS[name]) == codec.unit
+
+
+def test_a_codec_that_is_not_named_is_left_out(device: torch.device) -> None:
+    deltas = DeltaTable([(64, 128)], 2, device)
+    deltas.set(0, [to_device(random_coded("int2", (64, 128)).delta(), device)])
+    deltas.set(1, [to_device(random_raw((64, 128)), device)])
+    y = torch.full((5, 64), -0.0, device=device)
+    (work,) = plan(table([2, 3], [0, 1], device), 5, 8)
+    grouped_matmul(y, quantize_rows(torch.randn(5, 128, device=device)), deltas, work, ["int4"])
+    assert bool(torch.signbit(y).all()), "not even the sign of a zero changes"
 
 
 def test_outputs_must_have_adjacent_columns(device: torch.device) -> None:
