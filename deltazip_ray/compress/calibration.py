@@ -55,7 +55,9 @@ def load_calibration(
     finetuned: Checkpoint, skeleton: Skeleton, options: CompressOptions, progress: Callable[[float], None]
 ) -> Calibration:
     """Read or sample the sequences. Raises CompressionError when a file cannot be used."""
-    length = min(options.sequence_length, int(skeleton.config.max_position_embeddings))
+    # Inside one attention window, sliding attention is plain causal attention.
+    window = getattr(skeleton.config, "sliding_window", None) or options.sequence_length
+    length = min(options.sequence_length, int(skeleton.config.max_position_embeddings), window)
     vocab = skeleton.shapes()[skeleton.embedding][0]
     if options.calibration is None:
         tokenizer = load_tokenizer(finetuned) if "tokenizer.json" in finetuned.files else None

@@ -29,27 +29,38 @@ class Family:
     head: str = "lm_head"
 
 
+_SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+)
+
 FAMILIES: Mapping[str, Family] = {
     family.architecture: family
     for family in (
         Family(
             architecture="LlamaForCausalLM",
             stages=LLAMA_STAGES,
-            config_keys=(
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "num_key_value_heads",
-                "head_dim",
-                "hidden_act",
-                "rms_norm_eps",
-                "rope_parameters",
-                "attention_bias",
-                "mlp_bias",
-                "tie_word_embeddings",
-            ),
+            config_keys=(*_SHAPE, "attention_bias", "mlp_bias"),
             ignored=("rotary_emb.inv_freq",),
+        ),
+        Family(architecture="MistralForCausalLM", stages=LLAMA_STAGES, config_keys=(*_SHAPE, "sliding_window")),
+        # Biases of q, k and v.
+        Family(
+            architecture="Qwen2ForCausalLM", stages=LLAMA_STAGES, config_keys=(*_SHAPE, "sliding_window", "layer_types")
+        ),
+        # Norms over the heads of q and k.
+        Family(
+            architecture="Qwen3ForCausalLM",
+            stages=LLAMA_STAGES,
+            config_keys=(*_SHAPE, "attention_bias", "sliding_window", "layer_types"),
         ),
     )
 }

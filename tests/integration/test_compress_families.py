@@ -1,0 +1,161 @@
+"""Every family from two checkpoints to a merged one that transformers loads, on tiny random models."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from deltazip_ray.artifact.checkpoint import Checkpoint
+from deltazip_ray.compress.calibration import load_calibration
+from deltazip_ray.compress.families import FAMILIES
+from deltazip_ray.compress.merge import merge
+from deltazip_ray.compress.options import CompressOptions
+from deltazip_ray.compress.pairing import open_pair
+from deltazip_ray.compress.pipeline import compress_checkpoint
+from deltazip_ray.compress.runner import Runner
+from deltazip_ray.compress.skeleton import Skeleton, load_tensors
+from deltazip_ray.errors import CheckpointMismatch
+from tests.support.tiny import make_tokenizer
+
+SMALL = {"samples": 8, "sequence_length": 24}
+SIZES: dict[str, Any] = {
+    "vocab_size": len(make_tokenizer()),
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.1,
+    "architectures": None,
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "LlamaForCausalLM": LlamaConfig(**SIZES),
+    "MistralForCausalLM": MistralConfig(**SIZES, sliding_window=64, head_dim=48),
+    "Qwen2ForCausalLM": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "Qwen3ForCausalLM": Qwen3Config(**SIZES, head_dim=48),
+}
+RAW = {
+    "LlamaForCausalLM": {"input_layernorm.weight"},
+    "MistralForCausalLM": {"input_layernorm.weight"},
+    "Qwen2ForCausalLM": {"self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"},
+    "Qwen3ForCausalLM": {"self_attn.q_norm.weight", "self_attn.k_norm.weight"},
+}
+EVERY = pytest.mark.parametrize("architecture", CONFIGS)
+
+
+def make(path: Path, config: PreTrainedConfig, moved: float = 0.0) -> Path:
+    """A random model of one seed, all its weights ``moved`` by noise; biases and norms are no longer trivial."""
+    torch.manual_seed(0)
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_config(config)
+    noise = torch.Generator().manual_seed(1)
+    tuning = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=noise)
+            parameter += moved * torch.randn(parameter.shape, generator=tuning)
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_every_family_is_tested() -> None:
+    assert CONFIGS.keys() == FAMILIES.keys()
+
+
+@EVERY
+def test_compress_and_merge(tmp_path: Path, architecture: str) -> None:
+    base = make(tmp_path / "base", CONFIGS[architecture])
+    finetuned = make(tmp_path / "finetuned", CONFIGS[architecture], moved=0.01)
+    options = CompressOptions.model_validate(SMALL)
+    manifest = compress_checkpoint(base, finetuned, (tmp_path / "artifact").as_uri(), options)
+    assert manifest.base.architecture == architecture
+    assert manifest.quality is not None
+    assert 0 < max(manifest.quality.block_errors.values()) < 0.2
+    entries = {name: entry for blob in manifest.blobs for name, entry in blob.tensors.items()}
+    merge(base, tmp_path / "artifact", tmp_path / "merged", dtype=torch.float32)
+    target = load_file(finetuned / "model.safetensors")
+    start = load_file(base / "model.safetensors")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert type(merged).__name__ == architecture
+    weights = merged.state_dict()
+    assert entries.keys() == target.keys()
+    for name, entry in entries.items():
+        if entry.codec == "raw":
+            assert torch.equal(weights[name], target[name]), name
+        else:
+            assert (weights[name] - target[name]).norm() < 0.2 * (start[name] - target[name]).norm(), name
+    for ending in RAW[architecture]:
+        assert entries[f"model.layers.1.{ending}"].codec == "raw"
+    tokens = torch.arange(3, 40)[None]
+    wanted, found, unchanged = (logits(path, tokens) for path in (finetuned, tmp_path / "merged", base))
+    assert (found - wanted).norm() < 0.2 * (unchanged - wanted).norm()
+
+
+@torch.no_grad()
+def logits(path: Path, tokens: Tensor) -> Tensor:
+    found: Tensor = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(tokens).logits
+    return found
+
+
+@EVERY
+def test_block_by_block_is_what_transformers_computes(tmp_path: Path, architecture: str) -> None:
+    checkpoint = Checkpoint.open(make(tmp_path / "base", CONFIGS[architecture]))
+    skeleton = Skeleton(checkpoint)
+    options = CompressOptions.model_validate(SMALL)
+    with torch.no_grad():
+        calibration = load_calibration(checkpoint, skeleton, options, lambda fraction: None)
+        runner = Runner(skeleton, calibration, options)
+        hidden = checkpoint.tensor(skeleton.embedding)[calibration.tokens]
+        for index in range(skeleton.blocks):
+            prefix = skeleton.block_name(index)
+            weights = load_tensors(checkpoint, [f"{prefix}.{name}" for name in skeleton.block_weights(index)])
+            block = skeleton.part(prefix, {name[len(prefix) + 1 :]: weight for name, weight in weights.items()})
+            hidden = runner.run(block, hidden)
+        norm = skeleton.part(skeleton.family.norm, {"weight": checkpoint.tensor(skeleton.norm)})
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+        expected = model.model(calibration.tokens, attention_mask=calibration.mask.long()).last_hidden_state
+    torch.testing.assert_close(norm(hidden)[calibration.mask], expected[calibration.mask], rtol=1e-4, atol=1e-4)
+
+
+def test_a_target_counts_biases(tmp_path: Path) -> None:
+    config = CONFIGS["Qwen2ForCausalLM"]
+    base, finetuned = make(tmp_path / "base", config), make(tmp_path / "finetuned", config, moved=0.01)
+    options = CompressOptions.model_validate(SMALL | {"target_ratio": 6})
+    manifest = compress_checkpoint(base, finetuned, (tmp_path / "artifact").as_uri(), options)
+    numbers = sum(tensor.numel() for tensor in load_file(finetuned / "model.safetensors").values())
+    assert 6 <= 2 * numbers / manifest.bytes_artifact < 6.6
+
+
+def test_calibration_stays_inside_a_sliding_window(tmp_path: Path) -> None:
+    config = MistralConfig(**SIZES, sliding_window=16)
+    pair = open_pair(make(tmp_path / "base", config), make(tmp_path / "finetuned", config, moved=0.01))
+    options = CompressOptions.model_validate(SMALL)
+    with torch.no_grad():
+        calibration = load_calibration(pair.finetuned, pair.skeleton, options, lambda fraction: None)
+    assert calibration.tokens.shape[1] == 16
+
+
+def test_families_and_windows_do_not_mix(tmp_path: Path) -> None:
+    base = make(tmp_path / "base", CONFIGS["MistralForCausalLM"])
+    other = make(tmp_path / "other", CONFIGS["LlamaForCausalLM"])
+    with pytest.raises(CheckpointMismatch, match="architecture is MistralForCausalLM in the base, LlamaForCausalLM"):
+        open_pair(base, other)
+    wider = make(tmp_path / "wider", MistralConfig(**SIZES, sliding_window=32, head_dim=48))
+    with pytest.raises(CheckpointMismatch, match="sliding_window is 64 in the base, 32 in the fine-tune"):
+        open_pair(base, wider)
