@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from deltazip_ray.engine.device_slots import DeviceSlots
 from deltazip_ray.errors import DeltaZipError
 from deltazip_ray.observability.engine_metrics import EngineMetrics
-from deltazip_ray.residency.slot_table import Pin, SlotTable
+from deltazip_ray.residency.slot_table import AskSlot, Pin, SlotTable
 from deltazip_ray.residency.tiers import DeltaSource, Tier
 
 _COPY_THREADS = 2
@@ -41,12 +41,16 @@ class Versions:
         await self.table.close()
         self._copiers.shutdown()
 
-    async def _load(self, version: str, slot: int) -> Tier:
+    async def _load(self, version: str, ask_slot: AskSlot) -> Tier:
+        """All that may be slow or fail comes before the slot, so that it costs no other version its place."""
         began = time.perf_counter()
         try:
             delta = await self._source.acquire(version)
             try:
                 self._slots.check(delta.manifest)
+                self._metrics.fetch_seconds.labels(delta.tier).observe(time.perf_counter() - began)
+                slot = await ask_slot()
+                began = time.perf_counter()
                 await _settled(asyncio.wrap_future(self._copiers.submit(self._slots.load, slot, delta)))
             finally:
                 await self._source.release(version)

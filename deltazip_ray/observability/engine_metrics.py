@@ -56,6 +56,13 @@ class EngineMetrics:
             buckets=_WAIT,
             registry=registry,
         )
+        self.fetch_seconds = Histogram(
+            f"{prefix}fetch_seconds",
+            "From the first request for a version to its verified bytes on the host",
+            ["tier"],
+            buckets=_WAIT,
+            registry=registry,
+        )
         self.load_seconds = Histogram(
             f"{prefix}load_seconds",
             "From a free slot to the delta in it",

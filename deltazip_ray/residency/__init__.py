@@ -1,1 +1,1 @@
-"""Where the bytes of versions are: device slots and host memory."""
+"""Where the bytes of versions are: device slots, host memory and disk."""

@@ -3,10 +3,13 @@
 A slot is free, loading, or resident. A resident version is pinned by the requests that use it and never leaves while
 it is; unpinned ones stay until somebody needs the room, the least recently used going first.
 
+* **A slot is taken last.** A load asks for its slot when everything is there that may be slow or fail. Until then it
+  costs no resident version its place, and when nobody waits for it any more it is cancelled.
 * **Single flight.** All who want a version wait for one load. A waiter that leaves, by cancellation or deadline,
-  changes nothing for the others. When the last one leaves, the load goes on and the version stays: the bytes are half
-  there, and the client may come back. It is cancelled only when another version has no other slot to go to.
-* **First come, first served.** Versions that find no slot queue up.
+  changes nothing for the others. When the last one leaves a load that has its slot, the load goes on and the version
+  stays: the bytes are half there, and the client may come back. It is cancelled only when another version has no
+  other slot to go to.
+* **First come, first served.** Loads that find no slot queue up.
 * **Bounded overtaking.** Requests for resident versions pass those that wait, which keeps the device busy; but when
   ``max_overtakes`` have passed a waiting version, the resident version with the fewest pins is closed: new requests
   for it queue up like everybody's, so that it drains and its slot becomes free. Each overdue version closes one slot.
@@ -17,57 +20,14 @@ import asyncio
 import functools
 import itertools
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 
 from deltazip_ray.errors import ConfigError, EngineError, EngineStopped, LoadTimeout
+from deltazip_ray.residency.slot_entries import AskSlot, Coming, Load, Occupant, Pin, Waiters
 from deltazip_ray.residency.tiers import Tier
 
+__all__ = ["AskSlot", "Load", "Pin", "SlotTable"]
+
 logger = logging.getLogger(__name__)
-
-Load = Callable[[int], Awaitable[Tier]]
-"""Fills a slot and tells where the bytes came from. It must not return or raise, not even CancelledError, while
-anything may still write to the slot: the slot is given to another version right after."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Pin:
-    """The right to use ``version`` in ``slot`` until it is given back by ``unpin``."""
-
-    version: str
-    slot: int
-    tier: Tier
-    """Where the delta was when it was asked for; ``device`` is warm."""
-
-
-Waiters = dict[asyncio.Future[Pin], None]
-"""An ordered set: who waits for one version."""
-
-
-@dataclass(eq=False)
-class _Ticket:
-    """A version that waits for a slot."""
-
-    version: str
-    load: Load
-    due: int
-    """It is overdue when the table's count of overtakes has come to this."""
-    waiters: Waiters = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class _Occupant:
-    """A version in a slot."""
-
-    version: str
-    slot: int
-    waiters: Waiters
-    """Those who get a pin when the load is done; empty when resident."""
-    load: asyncio.Future[Tier] | None = None
-    """None when resident."""
-    pins: int = 0
-    closed: bool = False
-    """Whether it takes no new pins, so that it drains."""
 
 
 class SlotTable:
@@ -83,9 +43,11 @@ class SlotTable:
         self._max_overtakes = max_overtakes
         self._overtakes = 0
         self._free = list(range(slots - 1, -1, -1))
-        self._occupants: dict[str, _Occupant] = {}  # least recently used first
-        self._cancelled: set[_Occupant] = set()  # loads that were told to stop and still have their slots
-        self._queue: dict[str, _Ticket] = {}  # first come first
+        self._occupants: dict[str, Occupant] = {}  # least recently used first
+        self._cancelled: set[Occupant] = set()  # loads that were told to stop and still have their slots
+        self._coming: dict[str, Coming] = {}
+        self._dropped: set[Coming] = set()  # loads that were told to stop before they had a slot
+        self._queue: dict[str, Coming] = {}  # those that have asked for a slot, first come first
         self._pins: set[Pin] = set()
         self._stopped = False
 
@@ -96,8 +58,9 @@ class SlotTable:
 
     @property
     def loading(self) -> frozenset[str]:
-        """Versions that are on their way to a slot."""
-        return frozenset(o.version for o in self._occupants.values() if o.load is not None)
+        """Versions that are on their way, without those that wait for a slot."""
+        copied = {o.version for o in self._occupants.values() if o.load is not None}
+        return frozenset(copied | (self._coming.keys() - self._queue.keys()))
 
     @property
     def waiting(self) -> tuple[str, ...]:
@@ -125,8 +88,11 @@ class SlotTable:
             self._leave(version, waiter)
             raise
         if not waiter.done():
+            stage = self._stage(version)
             self._leave(version, waiter)
-            raise LoadTimeout(f"version {version[:12]} was not on the device within {timeout_s} s: try again later")
+            raise LoadTimeout(
+                f"version {version[:12]} was not on the device within {timeout_s} s ({stage}): try again later"
+            )
         return waiter.result()
 
     def unpin(self, pin: Pin) -> None:
@@ -142,15 +108,17 @@ class SlotTable:
     async def close(self) -> None:
         """Fail those who wait with EngineStopped, cancel the loads and wait for their end. Pins stay valid."""
         self._stopped = True
-        loading = [o for o in (*self._occupants.values(), *self._cancelled) if o.load is not None]
         stopped = EngineStopped("the engine has stopped: send the request to another replica")
-        for waiters in [t.waiters for t in self._queue.values()] + [o.waiters for o in loading]:
-            _fail(waiters, stopped)
-        self._queue.clear()
+        for coming in list(self._coming.values()):
+            _fail(coming.waiters, stopped)
+            self._drop(coming)
+        loading = [o for o in self._occupants.values() if o.load is not None]
+        for occupant in loading:
+            _fail(occupant.waiters, stopped)
+            _cancel(occupant.load)
         self._balance_closed()
-        loads = [o.load for o in loading if o.load is not None]
-        for task in loads:
-            task.cancel()
+        ending: list[Occupant | Coming] = [*loading, *self._cancelled, *self._dropped]
+        loads = [one.load for one in ending if one.load is not None]
         if loads:
             await asyncio.wait(loads)
 
@@ -168,7 +136,9 @@ class SlotTable:
             or not (self._free or any(not o.pins for o in residents)),
             "a version waits for itself": first is None or all(o.version != first for o in residents),
             "a resident version has waiters": not any(o.waiters for o in residents),
-            "nobody waits for a queued version": all(t.waiters for t in self._queue.values()),
+            "nobody waits for a version on its way": all(c.waiters for c in self._coming.values()),
+            "the queue has what is not on its way": self._queue.items() <= self._coming.items(),
+            "an open version is loaded again": all(o.closed for o in residents if o.version in self._coming),
             "too many or too few slots are closed": len(closed) == min(self._overdue(), len(residents)),
         }
         for problem, holds in rules.items():
@@ -176,17 +146,19 @@ class SlotTable:
                 raise EngineError(f"slot table: {problem}; restart the replica and report this")
 
     def _join(self, version: str, load: Load, waiter: asyncio.Future[Pin]) -> None:
-        """Put a waiter where its version is: on the way to a slot, in the queue, or new at the queue's end."""
-        occupant = self._occupants.get(version)
+        """Put a waiter where its version is: in a slot, on the way to one, or nowhere yet."""
+        occupant, coming = self._occupants.get(version), self._coming.get(version)
         if occupant is not None and occupant.load is not None:
             occupant.waiters[waiter] = None
             self._count_overtake()
-        elif version in self._queue:
-            self._queue[version].waiters[waiter] = None
-            self._count_overtake()
+        elif coming is not None:
+            coming.waiters[waiter] = None
+            if version in self._queue:
+                self._count_overtake()
         else:
-            self._queue[version] = _Ticket(version, load, self._overtakes + self._max_overtakes, {waiter: None})
-            self._dispatch()
+            coming = self._coming[version] = Coming(version, {waiter: None})
+            coming.load = asyncio.ensure_future(load(functools.partial(self._ask, coming)))
+            coming.load.add_done_callback(functools.partial(self._loaded, coming))
 
     def _leave(self, version: str, waiter: asyncio.Future[Pin]) -> None:
         """A waiter gives up; the pin that it may have got in this very moment goes back."""
@@ -196,18 +168,42 @@ class SlotTable:
             return
         if version in self._occupants:
             self._occupants[version].waiters.pop(waiter, None)
-        if version in self._queue:
-            self._queue[version].waiters.pop(waiter, None)
-            if not self._queue[version].waiters:
-                del self._queue[version]
+        coming = self._coming.get(version)
+        if coming is not None:
+            coming.waiters.pop(waiter, None)
+            if not coming.waiters:
+                self._drop(coming)
         self._dispatch()
+
+    def _ask(self, coming: Coming) -> asyncio.Future[int]:
+        """A load asks for its slot."""
+        coming.place = asyncio.get_running_loop().create_future()
+        if coming in self._dropped:
+            coming.place.cancel()
+        else:
+            coming.due = self._overtakes + self._max_overtakes
+            self._queue[coming.version] = coming
+            self._dispatch()
+        return coming.place
+
+    def _drop(self, coming: Coming) -> None:
+        """Stop a load that has no slot."""
+        del self._coming[coming.version]
+        self._queue.pop(coming.version, None)
+        self._dropped.add(coming)
+        _cancel(coming.load)
+
+    def _stage(self, version: str) -> str:
+        if version in self._queue:
+            return "all slots are in use"
+        return "its bytes have not come yet" if version in self._coming else "it is being copied"
 
     def _count_overtake(self) -> None:
         if self._queue:
             self._overtakes += 1
             self._dispatch()
 
-    def _grant(self, occupant: _Occupant, tier: Tier) -> Pin:
+    def _grant(self, occupant: Occupant, tier: Tier) -> Pin:
         occupant.pins += 1
         pin = Pin(occupant.version, occupant.slot, tier)
         self._pins.add(pin)
@@ -216,7 +212,7 @@ class SlotTable:
     def _dispatch(self) -> None:
         """Serve the queue as far as there are slots, then see to it that slots become free for the rest."""
         while self._queue:
-            version, ticket = next(iter(self._queue.items()))
+            version, coming = next(iter(self._queue.items()))
             occupant = self._occupants.get(version)
             if occupant is not None:  # It was closed for others, and they are gone.
                 self._reopen(occupant)
@@ -224,8 +220,7 @@ class SlotTable:
             slot = self._take_slot()
             if slot is None:
                 break
-            del self._queue[version]
-            self._start(ticket, slot)
+            self._start(coming, slot)
         self._cancel_abandoned()
         self._balance_closed()
 
@@ -239,16 +234,31 @@ class SlotTable:
         self.evictions += 1
         return victim.slot
 
-    def _start(self, ticket: _Ticket, slot: int) -> None:
-        occupant = _Occupant(ticket.version, slot, ticket.waiters)
-        occupant.load = asyncio.ensure_future(ticket.load(slot))
-        occupant.load.add_done_callback(functools.partial(self._loaded, occupant))
-        self._occupants[ticket.version] = occupant
+    def _start(self, coming: Coming, slot: int) -> None:
+        """Give a load its slot."""
+        del self._queue[coming.version]
+        del self._coming[coming.version]
+        coming.occupant = Occupant(coming.version, slot, coming.waiters, coming.load)
+        self._occupants[coming.version] = coming.occupant
+        if coming.place is not None and not coming.place.cancelled():  # else it has given up, and will end soon
+            coming.place.set_result(slot)
 
-    def _loaded(self, occupant: _Occupant, load: asyncio.Future[Tier]) -> None:
-        """The end of a load, good or bad."""
-        occupant.load = None
+    def _loaded(self, coming: Coming, load: asyncio.Future[Tier]) -> None:
+        """The end of a load, good or bad, with or without a slot."""
         error = EngineStopped("the load was cancelled") if load.cancelled() else load.exception()
+        occupant = coming.occupant
+        if occupant is not None:
+            self._filled(occupant, load, error)
+        elif coming in self._dropped:
+            self._dropped.remove(coming)
+        else:
+            del self._coming[coming.version]
+            self._queue.pop(coming.version, None)
+            _fail(coming.waiters, error or EngineError("a load ended without a slot; report this"))
+        self._dispatch()
+
+    def _filled(self, occupant: Occupant, load: asyncio.Future[Tier], error: BaseException | None) -> None:
+        occupant.load = None
         if occupant in self._cancelled:
             self._cancelled.remove(occupant)
             self._free.append(occupant.slot)
@@ -262,7 +272,6 @@ class SlotTable:
             if not occupant.waiters:
                 logger.warning("version %s did not load, but nobody waits for it: %r", occupant.version[:12], error)
             _fail(occupant.waiters, error)
-        self._dispatch()
 
     def _cancel_abandoned(self) -> None:
         """Stop loads that nobody waits for, one for each version that waits for a slot."""
@@ -270,8 +279,7 @@ class SlotTable:
         for occupant in abandoned[: max(0, len(self._queue) - len(self._cancelled))]:
             del self._occupants[occupant.version]
             self._cancelled.add(occupant)
-            if occupant.load is not None:
-                occupant.load.cancel()
+            _cancel(occupant.load)
 
     def _balance_closed(self) -> None:
         """Have one closed slot for each overdue version, as far as there are resident ones."""
@@ -284,16 +292,18 @@ class SlotTable:
             occupant.closed = True
 
     def _overdue(self) -> int:
-        """How many versions wait overdue; as tickets are numbered in order, they are the first of the queue."""
-        return sum(1 for _ in itertools.takewhile(lambda t: t.due <= self._overtakes, self._queue.values()))
+        """How many versions wait overdue; as they are numbered in order, they are the first of the queue."""
+        return sum(1 for _ in itertools.takewhile(lambda c: c.due <= self._overtakes, self._queue.values()))
 
-    def _reopen(self, occupant: _Occupant) -> None:
-        """Take pins again, at once those of the waiters that queued up meanwhile."""
+    def _reopen(self, occupant: Occupant) -> None:
+        """Take pins again, at once those of the waiters that came meanwhile."""
         occupant.closed = False
-        ticket = self._queue.pop(occupant.version, None)
-        if ticket is not None:
-            for waiter in ticket.waiters:
+        coming = self._coming.get(occupant.version)
+        if coming is not None:
+            for waiter in coming.waiters:
                 waiter.set_result(self._grant(occupant, "device"))
+            coming.waiters.clear()
+            self._drop(coming)
             self._overtakes += 1
 
 
@@ -301,3 +311,8 @@ def _fail(waiters: Waiters, error: BaseException) -> None:
     for waiter in waiters:
         waiter.set_exception(error)
     waiters.clear()
+
+
+def _cancel(load: asyncio.Future[Tier] | None) -> None:
+    if load is not None:
+        load.cancel()

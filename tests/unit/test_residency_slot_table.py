@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 import pytest
 
 from deltazip_ray.errors import BlobCorrupt, ConfigError, EngineError, EngineStopped, LoadTimeout
-from deltazip_ray.residency.slot_table import Pin, SlotTable
+from deltazip_ray.residency.slot_table import AskSlot, Pin, SlotTable
 from deltazip_ray.residency.tiers import Tier
 
 
@@ -16,17 +16,34 @@ class Loader:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
+        self.fetched: dict[str, asyncio.Event] = {}
         self.gates: dict[str, asyncio.Event] = {}
         self.errors: dict[str, Exception] = {}
+        self.fetch_errors: dict[str, Exception] = {}
         self.cancelled: list[str] = []
+        self.dropped: list[str] = []
+        """Loads that were cancelled before they had a slot."""
         self._writing: set[int] = set()
 
     def hold(self, version: str) -> asyncio.Event:
         """Loads of ``version`` wait for the returned event."""
         return self.gates.setdefault(version, asyncio.Event())
 
-    def __call__(self, version: str) -> Callable[[int], Coroutine[None, None, Tier]]:
-        async def load(slot: int) -> Tier:
+    def hold_fetch(self, version: str) -> asyncio.Event:
+        """Loads of ``version`` wait for the returned event before they ask for a slot."""
+        return self.fetched.setdefault(version, asyncio.Event())
+
+    def __call__(self, version: str) -> Callable[[AskSlot], Coroutine[None, None, Tier]]:
+        async def load(ask_slot: AskSlot) -> Tier:
+            try:
+                if version in self.fetched:
+                    await self.fetched[version].wait()
+                if version in self.fetch_errors:
+                    raise self.fetch_errors[version]
+                slot = await ask_slot()
+            except asyncio.CancelledError:
+                self.dropped.append(version)
+                raise
             assert slot not in self._writing
             self._writing.add(slot)
             self.calls.append((version, slot))
@@ -163,6 +180,161 @@ async def test_after_a_failure_the_next_pin_tries_again(bench: Bench) -> None:
     assert (await bench.pin("a")).tier == "host"
 
 
+@pytest.mark.parametrize("pinned", [True, False])
+async def test_what_is_resident_stays_until_the_other_ones_bytes_are_there(pinned: bool) -> None:
+    bench = Bench(slots=1)
+    pin = await bench.pin("warm")
+    if not pinned:
+        bench.table.unpin(pin)
+    fetched = bench.loader.hold_fetch("cold")
+    cold = await bench.start("cold")
+    assert bench.table.loading == {"cold"}
+    assert bench.table.waiting == ()
+    warm = await bench.pin("warm")
+    assert (warm.tier, bench.table.evictions) == ("device", 0)
+    fetched.set()
+    await settle()
+    assert bench.table.waiting == ("cold",)
+    bench.table.unpin(warm)
+    if pinned:
+        bench.table.unpin(pin)
+    assert (await cold).slot == 0
+    bench.table.check()
+
+
+async def test_a_version_that_does_not_come_costs_nobody_a_slot() -> None:
+    bench = Bench(slots=1)
+    bench.table.unpin(await bench.pin("warm"))
+    fetched = bench.loader.hold_fetch("bad")
+    bench.loader.fetch_errors["bad"] = BlobCorrupt("wrong digest")
+    bad = [await bench.start("bad") for _ in range(2)]
+    fetched.set()
+    results = await asyncio.gather(*bad, return_exceptions=True)
+    assert [type(result) for result in results] == [BlobCorrupt, BlobCorrupt]
+    assert (await bench.pin("warm")).tier == "device"
+    assert bench.loader.calls == [("warm", 0)]
+    assert bench.table.loading == frozenset()
+    bench.table.check()
+
+
+async def test_versions_queue_up_in_the_order_in_which_their_bytes_come() -> None:
+    bench = Bench(slots=1)
+    pin = await bench.pin("a")
+    slow = bench.loader.hold_fetch("slow")
+    tasks = [await bench.start(name) for name in ("slow", "quick")]
+    slow.set()
+    await settle()
+    assert bench.table.waiting == ("quick", "slow")
+    bench.table.unpin(pin)
+    bench.table.unpin(await tasks[1])
+    assert (await tasks[0]).version == "slow"
+
+
+async def test_a_version_that_nobody_waits_for_gets_no_slot() -> None:
+    """It is told to stop while its bytes come, or while it waits for a slot."""
+    bench = Bench(slots=1)
+    bench.loader.hold_fetch("fetched")
+    pin = await bench.pin("a")
+    tasks = [await bench.start(name) for name in ("fetched", "queued")]
+    for task in tasks:
+        task.cancel()
+        await settle()
+        bench.table.check()
+    assert bench.loader.dropped == ["fetched", "queued"]
+    bench.table.unpin(pin)
+    assert (await bench.pin("a")).tier == "device"
+
+
+async def test_a_version_that_was_dropped_can_be_asked_for_at_once(bench: Bench) -> None:
+    fetched = bench.loader.hold_fetch("a")
+    (await bench.start("a")).cancel()
+    await asyncio.sleep(0)
+    again = asyncio.create_task(bench.pin("a"))
+    await settle()
+    bench.table.check()
+    fetched.set()
+    assert (await again).tier == "host"
+    assert len(bench.loader.calls) == 1
+
+
+async def test_a_dropped_load_that_asks_all_the_same_gets_nothing(bench: Bench) -> None:
+    """As when the bytes come in the very moment in which the last waiter leaves."""
+    asked = asyncio.Event()
+
+    async def stubborn(ask_slot: AskSlot) -> Tier:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            asked.set()
+            await ask_slot()
+        return "host"
+
+    waiting = asyncio.create_task(bench.table.pin("a", stubborn))
+    await settle()
+    waiting.cancel()
+    await settle()
+    assert asked.is_set()
+    assert bench.table.waiting == ()
+    bench.table.check()
+
+
+async def test_a_load_that_never_asks_for_a_slot_is_a_failure(bench: Bench) -> None:
+    async def forgetful(ask_slot: AskSlot) -> Tier:
+        del ask_slot
+        return "host"
+
+    with pytest.raises(EngineError, match="without a slot"):
+        await bench.table.pin("a", forgetful)
+    bench.table.check()
+
+
+@pytest.mark.parametrize("slot_comes", [False, True])
+async def test_a_load_that_gives_up_waiting_for_a_slot_is_a_failure(slot_comes: bool) -> None:
+    bench = Bench(slots=1)
+    pin = await bench.pin("a")
+
+    async def impatient(ask_slot: AskSlot) -> Tier:
+        try:
+            async with asyncio.timeout(0.01):
+                await ask_slot()
+        except TimeoutError:
+            if slot_comes:
+                bench.table.unpin(pin)
+            raise
+        return "host"
+
+    with pytest.raises(TimeoutError):
+        await bench.table.pin("b", impatient)
+    assert bench.table.waiting == ()
+    bench.table.check()
+    assert (await bench.pin("a")).tier == ("host" if slot_comes else "device")
+
+
+async def test_those_who_join_a_version_that_is_still_fetched_pass_nobody() -> None:
+    bench = Bench(slots=1, max_overtakes=2)
+    await bench.pin("hot")
+    await bench.start("cold")
+    bench.loader.hold_fetch("later")
+    for _ in range(5):
+        await bench.start("later")
+    assert (await bench.pin("hot")).tier == "device"
+    await bench.table.close()
+
+
+async def test_a_version_that_opens_again_needs_no_bytes() -> None:
+    """A closed version is fetched again for those who wait; when it opens they are served, and the fetch ends."""
+    bench = Bench(slots=1, max_overtakes=0)
+    await bench.pin("a")
+    bench.loader.hold_fetch("a")
+    cold, late = await bench.start("cold"), await bench.start("a")
+    assert bench.table.loading == {"a"}
+    cold.cancel()
+    assert (await late).tier == "device"
+    await settle()
+    assert bench.loader.dropped == ["cold", "a"]
+    bench.table.check()
+
+
 async def test_a_failure_that_nobody_waits_for_is_logged(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     gate = bench.loader.hold("a")
     bench.loader.errors["a"] = BlobCorrupt("wrong digest")
@@ -267,13 +439,13 @@ async def test_a_version_that_opens_again_passes_those_before_it_and_that_counts
     await bench.table.close()
 
 
-@pytest.mark.parametrize("pinned", [True, False], ids=["all slots pinned", "load hangs"])
-async def test_a_deadline_ends_the_wait(pinned: bool) -> None:
+@pytest.mark.parametrize("stage", ["its bytes have not come yet", "all slots are in use", "it is being copied"])
+async def test_a_deadline_ends_the_wait(stage: str) -> None:
     bench = Bench(slots=1)
-    if pinned:
+    if stage == "all slots are in use":
         await bench.pin("other")
-    gate = bench.loader.hold("a")
-    with pytest.raises(LoadTimeout, match=r"within 0\.01 s"):
+    gate = bench.loader.hold_fetch("a") if stage == "its bytes have not come yet" else bench.loader.hold("a")
+    with pytest.raises(LoadTimeout, match=rf"within 0\.01 s \({stage}\)"):
         await bench.pin("a", timeout_s=0.01)
     bench.table.check()
     assert bench.table.waiting == ()
@@ -311,11 +483,13 @@ async def test_a_pin_is_given_back_once(bench: Bench) -> None:
 async def test_close_answers_everybody_and_waits_for_the_loads() -> None:
     bench = Bench(slots=1)
     bench.loader.hold("a")
-    tasks = [await bench.start(name) for name in ("a", "b")]
+    bench.loader.hold_fetch("c")
+    tasks = [await bench.start(name) for name in ("a", "b", "c")]
     await bench.table.close()
     assert bench.loader.cancelled == ["a"]
+    assert sorted(bench.loader.dropped) == ["b", "c"]
     results = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [type(result) for result in results] == [EngineStopped, EngineStopped]
+    assert [type(result) for result in results] == [EngineStopped] * 3
     with pytest.raises(EngineStopped):
         await bench.pin("a")
     bench.table.check()
