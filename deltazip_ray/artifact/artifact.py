@@ -50,6 +50,10 @@ class ArtifactWriter:
         self._blobs[block] = entry
         return entry
 
+    def adopt_blob(self, entry: BlobEntry) -> None:
+        """Take in a blob that an earlier run has put into the store."""
+        self._blobs[entry.block] = entry
+
     def add_file(self, name: str, data: bytes) -> FileEntry:
         """Store a small file that travels with the version; raises StoreError."""
         entry = FileEntry(digest=sha256_hex(data), size=len(data))

@@ -1,15 +1,17 @@
 """Compresses one decoder block (the ΔCompress of DeltaZip, arXiv 2312.05215)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from deltazip_ray.artifact.manifest import TensorEntry
 from deltazip_ray.compress.coding import Plan, code
 from deltazip_ray.compress.hessian import Hessian
 from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.compress.pairing import Pair
-from deltazip_ray.compress.parts import Parts
+from deltazip_ray.compress.parts import Parts, rebuild
 from deltazip_ray.compress.quality import relative
 from deltazip_ray.compress.runner import Runner
 from deltazip_ray.compress.skeleton import Skeleton, load_tensors
@@ -94,6 +96,21 @@ class BlockCompressor:
         if not weights.changed and states.compressed is states.finetuned:
             return parts, States(reference, reference)
         return parts, States(reference, self._runner.run(block, states.compressed))
+
+    def replay(
+        self, index: int, states: States, entries: Mapping[str, TensorEntry], tensors: Mapping[str, Tensor]
+    ) -> States:
+        """The states behind block ``index``, which an earlier run has coded to ``entries`` and ``tensors``."""
+        skeleton = self._pair.skeleton
+        weights = read_block(self._pair, index)
+        reference = self._runner.run(place_block(weights, skeleton, self._runner), states.finetuned)
+        if not weights.changed and states.compressed is states.finetuned:
+            return States(reference, reference)
+        rebuilt = {
+            name: self._runner.place(rebuild(weights.full(name), weights.base[weights.full(name)], entries, tensors))
+            for name in skeleton.block_weights(index)
+        }
+        return States(reference, self._runner.run(skeleton.part(weights.prefix, rebuilt), states.compressed))
 
     def _stage(self, block: nn.Module, linears: list[str], weights: BlockWeights, hidden: Tensor, parts: Parts) -> None:
         """Code linears that share their input, and put their reconstruction into ``block`` for what follows."""

@@ -1,6 +1,8 @@
 """From two checkpoints to an artifact."""
 
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from math import isfinite, prod
 from pathlib import Path
 
@@ -9,14 +11,18 @@ from torch import Tensor
 
 from deltazip_kernels.layout import LAYOUT_VERSION
 from deltazip_ray.artifact.artifact import ArtifactWriter
+from deltazip_ray.artifact.blob import read_blob
 from deltazip_ray.artifact.checkpoint import Checkpoint, base_digest
-from deltazip_ray.artifact.manifest import BaseRef, Manifest, Quality
+from deltazip_ray.artifact.digests import read_verified
+from deltazip_ray.artifact.manifest import BaseRef, BlobEntry, Manifest, Quality, blob_key
+from deltazip_ray.artifact.object_store import ObjectStore
 from deltazip_ray.artifact.requirements import check_quality
 from deltazip_ray.artifact.store import open_store
 from deltazip_ray.compress.allocation import allocate
 from deltazip_ray.compress.blocks import BlockCompressor, States
 from deltazip_ray.compress.calibration import Calibration, load_calibration
 from deltazip_ray.compress.coding import Plan
+from deltazip_ray.compress.journal import Finished, Journal, resume_key
 from deltazip_ray.compress.options import Coding, CompressOptions, Progress, silent
 from deltazip_ray.compress.outer import OuterCompressor
 from deltazip_ray.compress.pairing import Pair, open_pair
@@ -25,7 +31,7 @@ from deltazip_ray.compress.quality import relative
 from deltazip_ray.compress.runner import Runner
 from deltazip_ray.compress.survey import Surveyor
 from deltazip_ray.config import StoreConfig
-from deltazip_ray.errors import CompressionError
+from deltazip_ray.errors import BlobCorrupt, CompressionError, ObjectNotFound
 
 OUTER = "outer"
 CALIBRATED, SURVEYED, BLOCKS_DONE = 0.2, 0.6, 0.95
@@ -43,6 +49,7 @@ def compress_checkpoint(
 ) -> Manifest:
     """Compress ``finetuned`` to its difference from ``base`` and write the artifact to ``out`` (a URL or its settings).
 
+    A run that broke off goes on where it was, when inputs and options are the same.
     Holds the weights of one block of either checkpoint at a time, besides embedding and head and the calibration
     states ``2 × [sequences, tokens, hidden]``. Equal inputs give an equal version.
     Raises CheckpointInvalid, CheckpointMismatch, CompressionError, StoreError, and QualityTooLow before a manifest is
@@ -55,18 +62,18 @@ def compress_checkpoint(
         pair.finetuned, pair.skeleton, options, _within(progress, "calibration data", DIGESTED, CALIBRATED)
     )
     runner = Runner(pair.skeleton, calibration, options)
-    started = SURVEYED if options.allocated else CALIBRATED
-    plan = Plan(options, _chosen(pair, runner, calibration, options, progress))
-    outer, blocks = OuterCompressor(pair, runner, options, plan), BlockCompressor(pair, runner, options, plan)
-    writer = ArtifactWriter(open_store(StoreConfig(url=out) if isinstance(out, str) else out))
+    store = open_store(StoreConfig(url=out) if isinstance(out, str) else out)
+    journal, writer = Journal(store, resume_key(pair, digest, options)), ArtifactWriter(store)
+    plan = Plan(options, _chosen(pair, runner, calibration, options, journal, progress))
+    outer = OuterCompressor(pair, runner, options, plan)
+    blocks = Blocks(BlockCompressor(pair, runner, options, plan), runner, store, writer, journal)
     states = outer.embed(calibration)
+    started = SURVEYED if options.allocated else CALIBRATED
     errors = {}
     for index in range(pair.skeleton.blocks):
         share = (BLOCKS_DONE - started) / pair.skeleton.blocks
         progress(f"block {index + 1} of {pair.skeleton.blocks}", started + index * share)
-        parts, states = blocks.compress(index, states)
-        errors[f"layers.{index}"] = _finite(_state_error(states, runner), f"block {index}")
-        _add(writer, f"layers.{index}", parts)
+        states, errors[f"layers.{index}"] = blocks.finish(index, states)
     progress("head and quality", BLOCKS_DONE)
     quality = Quality(
         data=calibration.data, block_errors=errors, kl_divergence=_finite(outer.finish(states), "the head")
@@ -82,12 +89,50 @@ def compress_checkpoint(
         bytes_finetuned=_weight_bytes(pair),
         quality=quality,
     )
+    journal.close()
     progress("done", 1.0)
     return manifest
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Brings block after block into the store, or finds it there."""
+
+    compressor: BlockCompressor
+    runner: Runner
+    store: ObjectStore
+    writer: ArtifactWriter
+    journal: Journal
+
+    def finish(self, index: int, states: States) -> tuple[States, float]:
+        """The states behind block ``index`` and its error; its blob is then in the store and the journal says so."""
+        done = self.journal.finished(index)
+        if done is not None:
+            # A blob that is gone or damaged is made again.
+            with suppress(ObjectNotFound, BlobCorrupt):
+                return self._replay(index, states, done), done.error
+        parts, states = self.compressor.compress(index, states)
+        error = _finite(_state_error(states, self.runner), f"block {index}")
+        blob = _add(self.writer, f"layers.{index}", parts)
+        self.journal.keep_block(index, Finished(blob=blob, error=error))
+        return states, error
+
+    def _replay(self, index: int, states: States, done: Finished) -> States:
+        if done.blob is None:
+            return self.compressor.replay(index, states, {}, {})
+        data = read_verified(self.store, blob_key(done.blob.digest), done.blob)
+        states = self.compressor.replay(index, states, done.blob.tensors, read_blob(data, done.blob))
+        self.writer.adopt_blob(done.blob)
+        return states
+
+
 def _chosen(
-    pair: Pair, runner: Runner, calibration: Calibration, options: CompressOptions, progress: Progress
+    pair: Pair,
+    runner: Runner,
+    calibration: Calibration,
+    options: CompressOptions,
+    journal: Journal,
+    progress: Progress,
 ) -> dict[str, Coding]:
     """The coding of each matrix by bit allocation; nothing without a target."""
     matrices = {name for name, shape in pair.skeleton.shapes().items() if len(shape) == 2}
@@ -96,11 +141,15 @@ def _chosen(
         raise CompressionError(f"codecs names {unknown[0]}, which is no matrix of {pair.finetuned.path}")
     if not options.allocated:
         return {}
+    if journal.codings is not None:
+        return journal.codings
     inside = _within(progress, "sensitivity of each matrix", CALIBRATED, SURVEYED)
     survey = Surveyor(pair, runner, calibration, options).survey(inside)
     numbers = sum(prod(shape) for shape in pair.skeleton.shapes().values())
     chosen = allocate(survey.choices, survey.budget(options, numbers))
-    return {name: choice.coding for name, choice in chosen.items()}
+    codings = {name: choice.coding for name, choice in chosen.items()}
+    journal.keep_codings(codings)
+    return codings
 
 
 def _digest(base: Checkpoint, progress: Progress) -> str:
@@ -139,10 +188,9 @@ def _finite(measured: float, where: str) -> float:
     return measured
 
 
-def _add(writer: ArtifactWriter, block: str, parts: Parts) -> None:
-    """Write a blob, unless the fine-tune left the block as it was."""
-    if parts.entries:
-        writer.add_blob(block, parts.tensors, parts.entries)
+def _add(writer: ArtifactWriter, block: str, parts: Parts) -> BlobEntry | None:
+    """Write a blob, unless there is nothing to put into it."""
+    return writer.add_blob(block, parts.tensors, parts.entries) if parts.entries else None
 
 
 def _weight_bytes(pair: Pair) -> int:
