@@ -110,15 +110,15 @@ class DiskFolder:
     def close(self) -> None:
         """Let another process have the folder; a later use claims it again."""
         with self._lock:
-            if self._claim is not None:
-                os.close(self._claim)
-                self._claim = None
+            self._let_go()
 
     def _use(self) -> None:
         """See to it that the folder is this process's own, and its contents known."""
         if self._claim is not None:
-            return
-        self.root.mkdir(parents=True, exist_ok=True)
+            if os.fstat(self._claim).st_nlink:
+                return
+            self._let_go()  # somebody removed the folder
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         claim = os.open(self.root / _CLAIM, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,6 +130,11 @@ class DiskFolder:
             os.close(claim)
             raise
         self._claim = claim
+
+    def _let_go(self) -> None:
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
 
     def _find_files(self) -> None:
         """Rebuild the books from the folder, without files that are cut short."""

@@ -10,14 +10,16 @@ from prometheus_client import CollectorRegistry
 from deltazip_ray.artifact.artifact import ArtifactWriter
 from deltazip_ray.artifact.blob import read_blob
 from deltazip_ray.artifact.catalog import Catalog
+from deltazip_ray.artifact.digests import sha256_hex
 from deltazip_ray.artifact.file_store import FileStore
 from deltazip_ray.artifact.manifest import BaseRef, TensorEntry
 from deltazip_ray.artifact.object_store import ObjectStore
 from deltazip_ray.artifact.store import open_store
-from deltazip_ray.config import NodeStoreConfig, StoreConfig
+from deltazip_ray.config import BreakerConfig, NodeStoreConfig, StoreConfig
 from deltazip_ray.errors import StoreUnavailable
 from deltazip_ray.residency.host_cache import HostCache
 from tests.support.s3 import S3Server
+from tests.support.serve_app import wait_until
 
 BASE = "b" * 64
 ARENA = 64 << 20
@@ -61,14 +63,19 @@ async def test_tensors_come_back_as_they_were_published(store: ObjectStore, tmp_
     cache.check()
 
 
-async def test_a_server_that_dies_is_unavailable_until_it_is_back(
-    own_s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def mortal(own_s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> StoreConfig:
+    """A bucket of a server that a test may kill."""
     for name, value in own_s3_server.environment.items():
         monkeypatch.setenv(name, value)
     url = f"s3://{own_s3_server.new_bucket()}"
-    config = StoreConfig(url=url, endpoint_url=own_s3_server.endpoint, path_style=True, timeout_s=2, max_attempts=1)
-    catalog = Catalog(open_store(config), BASE)
+    return StoreConfig(url=url, endpoint_url=own_s3_server.endpoint, path_style=True, timeout_s=2, max_attempts=1)
+
+
+async def test_a_server_that_dies_is_unavailable_until_it_is_back(
+    own_s3_server: S3Server, mortal: StoreConfig, tmp_path: Path
+) -> None:
+    catalog = Catalog(open_store(mortal), BASE)
     here, there = [publish(tmp_path / str(seed), catalog, seed)[0] for seed in range(2)]
     cache = HostCache(catalog, bytearray(ARENA), NodeStoreConfig(), CollectorRegistry())
     await cache.acquire(here)
@@ -80,3 +87,29 @@ async def test_a_server_that_dies_is_unavailable_until_it_is_back(
     assert (await cache.acquire(there)).tier == "remote"
     await cache.close()
     cache.check()
+
+
+async def test_what_is_on_disk_outlives_process_and_server(
+    own_s3_server: S3Server, mortal: StoreConfig, tmp_path: Path
+) -> None:
+    settings = NodeStoreConfig(disk_dir=tmp_path / "disk", breaker=BreakerConfig(backoff_s=2, backoff_max_s=2))
+    catalog = Catalog(open_store(mortal), BASE)
+    here, there = [publish(tmp_path / str(seed), catalog, seed)[0] for seed in range(2)]
+    first = HostCache(catalog, bytearray(ARENA), settings, CollectorRegistry())
+    await first.acquire(here)
+    await asyncio.to_thread(wait_until, lambda: len(list((tmp_path / "disk").glob("*-*"))) == 4)
+    await first.close()
+    own_s3_server.kill()
+    second = HostCache(Catalog(open_store(mortal), BASE), bytearray(ARENA), settings, CollectorRegistry())
+    delta = await second.acquire(here)
+    assert delta.tier == "disk"
+    assert all(sha256_hex(delta.blobs[entry.block]) == entry.digest for entry in delta.manifest.blobs)
+    for _ in range(5):
+        with pytest.raises(StoreUnavailable):
+            await second.acquire(there)
+    assert second.stats().refusals > 0
+    own_s3_server.start()
+    await asyncio.sleep(2)
+    assert (await second.acquire(there)).tier == "remote"
+    await second.close()
+    second.check()

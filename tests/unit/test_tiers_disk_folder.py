@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,19 @@ def test_a_file_that_changes_its_size_is_corrupt_and_one_that_is_gone_is_missing
         folder.remove(key_of(blob(fill)))
     assert get(folder, blob("c")) is None
     assert (names(tmp_path), folder.bytes, len(folder)) == (set(), 0, 0)
+
+
+def test_a_folder_that_somebody_removes_is_made_again(tmp_path: Path) -> None:
+    root = tmp_path / "disk"
+    folder = DiskFolder(root, 1000)
+    put(folder, blob("a"))
+    shutil.rmtree(root)
+    assert get(folder, blob("a")) is None
+    assert put(folder, blob("b"))
+    assert names(root) == {file_of(root, blob("b")).name}
+    assert (folder.bytes, len(folder)) == (100, 1)
+    with pytest.raises(BlockingIOError):
+        get(DiskFolder(root, 1000), blob("b"))
 
 
 def test_a_folder_belongs_to_one_process_until_that_is_killed(tmp_path: Path) -> None:
