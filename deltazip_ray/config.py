@@ -65,7 +65,9 @@ class NodeStoreConfig(Settings):
     arena_bytes: int = Field(256 * MIB, ge=MIB, description="shared memory for blobs")
     shm_dir: Path = Field(Path("/dev/shm"), description="where the shared arena is created")  # noqa: S108
     fetch_threads: int = Field(8, ge=1, description="blobs fetched in parallel")
-    fetch_threads_per_version: int = Field(6, ge=1, description="of those, for one version")
+    fetch_threads_per_version: int | None = Field(
+        None, ge=1, description="of those, for one version at most; three quarters when absent"
+    )
     disk_dir: Path | None = Field(
         None, description="folder of its own for blobs that survive a restart; none if absent"
     )

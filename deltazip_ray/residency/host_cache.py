@@ -74,7 +74,8 @@ class HostCache:
         if memory.readonly:
             raise ConfigError("the host arena is read-only: map it writable")
         self._catalog = catalog
-        self._pool = FetchPool[Tier](settings.fetch_threads, settings.fetch_threads_per_version)
+        share = settings.fetch_threads_per_version or max(1, settings.fetch_threads * 3 // 4)
+        self._pool = FetchPool[Tier](settings.fetch_threads, share)
         self._metrics = HostMetrics(registry, self.stats)
         self._breakers = Breakers(settings.breaker, clock)
         self._quarantine = Quarantine(settings.quarantine_s, clock)

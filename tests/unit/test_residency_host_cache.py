@@ -56,6 +56,7 @@ class Bench:
         """What the cache's clock is ahead."""
         settings = NodeStoreConfig(
             fetch_threads=fetch_threads,
+            fetch_threads_per_version=fetch_threads,
             room_timeout_s=room_timeout_s,
             breaker=BreakerConfig(failures=3, backoff_s=100, backoff_max_s=1000),
             quarantine_s=1000,
@@ -174,7 +175,7 @@ async def test_blobs_are_fetched_in_parallel(bench: Bench) -> None:
 
 async def test_one_version_leaves_threads_to_the_others(bench: Bench) -> None:
     """A version whose reads hang has all the threads that it may have, and another one is served meanwhile."""
-    settings = NodeStoreConfig(fetch_threads=4, fetch_threads_per_version=3)
+    settings = NodeStoreConfig(fetch_threads=4)
     cache = HostCache(bench.catalog, bytearray(20 * ALIGNMENT), settings, CollectorRegistry())
     slow, quick = bench.version(*"abcdefgh"), bench.version("x", "y", "z")
     hangs = {entry.digest for entry in bench.catalog.manifest(slow).blobs}
