@@ -41,6 +41,20 @@ def test_cuda_is_as_good_as_the_cpu(tmp_path: Path, codec: str, tied: bool) -> N
     assert found["cuda-bfloat16"] == pytest.approx(found["cpu-float32"], rel=0.5)
 
 
+def test_a_target_is_met_on_cuda(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    finetuned = make_finetune(base, tmp_path / "finetuned", added=("<new>",))
+    found = {}
+    for device in ("cpu", "cuda"):
+        options = CompressOptions.model_validate(
+            {"target_ratio": 5, "samples": 16, "sequence_length": 64, "device": device}
+        )
+        manifest = compress_checkpoint(base, finetuned, (tmp_path / device).as_uri(), options)
+        assert manifest.quality is not None
+        found[device] = manifest.quality.kl_divergence
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=0.5)
+
+
 def test_sampling_on_cuda_is_deterministic(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     finetuned = make_finetune(base, tmp_path / "finetuned")
