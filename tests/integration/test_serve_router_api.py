@@ -324,3 +324,11 @@ async def test_what_became_of_streams_is_counted(app: RouterApp) -> None:
     assert 'deltazip_router_requests_total{endpoint="/v1/completions",status="200"} 1.0' in text
     assert 'deltazip_router_requests_total{endpoint="/v1/completions",status="503"} 1.0' in text
     assert "deltazip_router_open_requests 0.0" in text
+
+
+async def test_a_bug_is_not_counted_as_a_client_that_left(app: RouterApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app.backend, "generate", None)
+    response = await app.client.post("/v1/completions", json={"model": "tiny", "prompt": "a"})
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+    text = (await app.client.get("/metrics")).text
+    assert 'deltazip_router_requests_total{endpoint="/v1/completions",status="500"} 1.0' in text

@@ -189,3 +189,27 @@ def test_stops_are_few_and_not_empty() -> None:
             completion(stop=stop)
     with pytest.raises(InvalidField, match="stream"):
         completion(stream_options={"include_usage": True})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"model": "m", "prompt": "\ud800"}',
+        rb'{"model": "m", "prompt": "x", "\uDC00": 1}',
+        rb'{"model": "m", "prompt": "x", "user": ["\ud83d \ude00"]}',
+        b'{"model": "m", "prompt": "\xed\xa0\x80"}',
+    ],
+)
+def test_halves_of_characters_are_refused(body: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="UTF-8"):
+        parse_request(CompletionRequest, body)
+
+
+def test_whole_characters_may_be_escaped() -> None:
+    assert parse_request(CompletionRequest, rb'{"model": "m", "prompt": "\ud83d\ude00"}').prompt == "\U0001f600"
+
+
+@pytest.mark.parametrize("top_k", [10**30, 10**400])
+def test_no_top_k_is_too_large_for_the_machine(top_k: int) -> None:
+    request = CompletionRequest(model="m", prompt="x", top_k=top_k)
+    assert request.sampling(max_tokens=1, stop_token_ids=frozenset(), defaults={}).top_k == (1 << 31) - 1

@@ -1,6 +1,7 @@
 """OpenAI requests. A field that would change the answer and is not offered is refused by name, never ignored."""
 
 import json
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -12,6 +13,8 @@ from deltazip_ray.scheduler.request import SamplingParams
 
 MAX_BODY_BYTES = 16 << 20
 MAX_STOPS = 16
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_MOST_TOP_K = (1 << 31) - 1  # more than any vocabulary; a batch computes with it as a number of the machine
 
 # Accepted and without effect on the answer.
 _HARMLESS = frozenset(
@@ -159,7 +162,7 @@ class _Sampled(_Strict):
             max_tokens=max_tokens,
             temperature=float(chosen["temperature"]),
             top_p=float(chosen["top_p"]),
-            top_k=max(int(chosen["top_k"]), 0),
+            top_k=min(max(int(chosen["top_k"]), 0), _MOST_TOP_K),
             seed=seed,
             stop_token_ids=stop_token_ids,
             ignore_eos=bool(self.ignore_eos),
@@ -211,9 +214,13 @@ def parse_request(kind: type[_Request], body: bytes) -> _Request:
     if len(body) > MAX_BODY_BYTES:
         raise InvalidRequest(f"the body has {len(body)} bytes; at most {MAX_BODY_BYTES} are read")
     try:
-        data = json.loads(body)
+        text = body.decode("utf-8-sig")
+        data = json.loads(text)
+        if _SURROGATE.search(text):
+            # Half of a pair is no character: neither tokenizers nor answers can write it.
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"the body is not JSON: {error}") from error
+        raise InvalidRequest(f"the body is not JSON in UTF-8: {error}") from error
     if not isinstance(data, dict):
         raise InvalidRequest("the body must be a JSON object")
     try:

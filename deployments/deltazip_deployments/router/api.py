@@ -1,5 +1,6 @@
 """The HTTP face: paths, statuses, headers. What is behind them is the service's."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -112,8 +113,8 @@ async def _answer(
     except DeltaZipError as error:
         metrics.ended(endpoint, answer_for(error).status, generation)
         raise
-    except BaseException:
-        metrics.ended(endpoint, _CLIENT_LEFT, generation)
+    except BaseException as error:
+        metrics.ended(endpoint, _CLIENT_LEFT if isinstance(error, asyncio.CancelledError) else 500, generation)
         raise
     metrics.ended(endpoint, 200, generation)
     return JSONResponse(whole, headers=headers)

@@ -24,6 +24,7 @@ from deltazip_ray.scheduler.request import GenerateRequest
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
+_NO_REPLICA = "no replica has answered yet: try again in a moment"
 
 
 class RouterService:
@@ -87,7 +88,7 @@ class RouterService:
         """Start to answer, and wait for the first tokens. The caller closes what it gets. Raises DeltaZipError."""
         version = await self.resolve(request.model)
         text = await self._texts.get(version)
-        prompt = await _prompt(request, text)
+        prompt = await _prompt(request, text, self._described().max_model_len)
         sampling = request.sampling(
             max_tokens=self._output_limit(len(prompt), request.output_limit),
             stop_token_ids=text.end_token_ids,
@@ -110,19 +111,23 @@ class RouterService:
         return generation
 
     def _output_limit(self, prompt_tokens: int, wanted: int | None) -> int:
-        if self._replicas is None:
-            raise EngineStopped("no replica has answered yet: try again in a moment")
-        room = self._replicas.max_model_len - prompt_tokens
+        context = self._described().max_model_len
+        room = context - prompt_tokens
         if room < (wanted or 1):
             raise PromptTooLong(
-                f"this model's context is {self._replicas.max_model_len} tokens; the prompt has {prompt_tokens} and "
+                f"this model's context is {context} tokens; the prompt has {prompt_tokens} and "
                 f"{wanted or 1} more were asked for: shorten the prompt or lower max_tokens"
             )
         return wanted or room
 
+    def _described(self) -> ReplicaDescription:
+        if self._replicas is None:
+            raise EngineStopped(_NO_REPLICA)
+        return self._replicas
+
     def _ready_directory(self) -> Directory:
         if self._directory is None:
-            raise EngineStopped("no replica has answered yet: try again in a moment")
+            raise EngineStopped(_NO_REPLICA)
         return self._directory
 
     async def _learn(self) -> None:
@@ -154,12 +159,12 @@ def _log_end(task: asyncio.Task[None]) -> None:
         logger.error("the list of variants is no longer refreshed", exc_info=error)
 
 
-async def _prompt(request: CompletionRequest | ChatRequest, text: VersionText) -> list[int]:
+async def _prompt(request: CompletionRequest | ChatRequest, text: VersionText, room: int) -> list[int]:
     if isinstance(request, ChatRequest):
         turns = [message.plain() for message in request.messages]
-        prompt = await asyncio.to_thread(text.encode_chat, turns)
+        prompt = await text.thread.run(lambda: text.encode_chat(turns, room))
     elif isinstance(given := request.text_or_tokens, str):
-        prompt = await asyncio.to_thread(text.encode, given)
+        prompt = await text.thread.run(lambda: text.encode(given, room))
     else:
         prompt = given
     if not prompt:

@@ -1,18 +1,25 @@
 """The tokenizer, chat template and generation defaults of one version, loaded from its own files."""
 
 import json
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from deltazip_deployments.text.detokenizer import Detokenizer
-from deltazip_ray.errors import InvalidRequest, ManifestInvalid
+from deltazip_deployments.text.foreign import blamed_on_files
+from deltazip_deployments.text.own_thread import OwnThread
+from deltazip_ray.errors import InvalidRequest, ManifestInvalid, PromptTooLong
 
-_DEFAULTS = ("temperature", "top_p", "top_k")
+_DEFAULTS: Mapping[str, Callable[[float], bool]] = {
+    "temperature": lambda value: 0 <= value <= sys.float_info.max,
+    "top_p": lambda value: 0 < value <= 1,
+    "top_k": lambda value: 0 <= value < 1 << 31,
+}
+_LONG_TOKEN = 32  # characters; more than a token of ordinary text ever has
 
 
 class VersionText:
@@ -25,22 +32,41 @@ class VersionText:
         # transformers wrapper unsafe in threads, so that encoding goes to the tokenizer below it.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._longest = max((len(token) for token in self._tokenizer.get_vocab()), default=0)
         self.end_token_ids = _end_tokens(generation.get("eos_token_id"), tokenizer.eos_token_id)
-        self.defaults = {name: generation[name] for name in _DEFAULTS if isinstance(generation.get(name), int | float)}
+        self.defaults = _defaults(generation)
+        self.thread = OwnThread()
+        """Where the methods that encode are to be called."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a plain prompt, with what the tokenizer puts around one (as a rule: begin of sequence)."""
-        return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
+    def encode(self, text: str, room: int) -> list[int]:
+        """Token ids of a plain prompt, with what the tokenizer puts around one (as a rule: begin of sequence).
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation in the version's own chat template; raises InvalidRequest."""
+        Raises PromptTooLong for a text that cannot be ``room`` tokens or fewer, ManifestInvalid.
+        """
+        return self._encode(text, room, special=True)
+
+    def encode_chat(self, messages: list[dict[str, str]], room: int) -> list[int]:
+        """Token ids of a conversation in the version's own chat template; also raises InvalidRequest."""
         if self._chat.chat_template is None:
             raise InvalidRequest("this model has no chat template: use /v1/completions")
-        try:
-            text = self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise InvalidRequest(f"the model's chat template refuses these messages: {error}") from error
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        self._check_length(sum(len(message["content"]) for message in messages), room)
+        with blamed_on_files(InvalidRequest, "the model's chat template refuses these messages"):
+            text = str(self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return self._encode(text, room, special=False)
+
+    def _encode(self, text: str, room: int, *, special: bool) -> list[int]:
+        self._check_length(len(text), room)
+        with blamed_on_files(ManifestInvalid, "the version's tokenizer fails at this text"):
+            return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def _check_length(self, characters: int, room: int) -> None:
+        """Encoding takes seconds and gigabytes for the longest bodies: not for what is far too long anyway."""
+        most = room * max(self._longest, _LONG_TOKEN)
+        if characters > most:
+            raise PromptTooLong(
+                f"this model's context is {room} tokens; the prompt's {characters} characters are more than fit "
+                f"({most} at the most): shorten the prompt"
+            )
 
     def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
         """A decoder for the tokens that follow ``prompt``."""
@@ -51,15 +77,26 @@ def load_version_text(files: Mapping[str, bytes]) -> VersionText:
     """Load from the bytes of ``tokenizer.json`` and its neighbours; runs no code of theirs. Raises ManifestInvalid."""
     if "tokenizer.json" not in files:
         raise ManifestInvalid("the version has no tokenizer.json: publish it again from a checkpoint that has one")
-    try:
+    with blamed_on_files(ManifestInvalid, "the version's tokenizer files cannot be read"):
         generation = json.loads(files.get("generation_config.json", b"{}"))
         with tempfile.TemporaryDirectory(prefix="deltazip-tokenizer-") as folder:
             for name, data in files.items():
                 (Path(folder) / name).write_bytes(data)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ManifestInvalid(f"the version's tokenizer files cannot be read: {error}") from error
-    return VersionText(tokenizer, generation if isinstance(generation, dict) else {})
+        return VersionText(tokenizer, generation if isinstance(generation, dict) else {})
+
+
+def _defaults(generation: Mapping[str, Any]) -> dict[str, float]:
+    defaults: dict[str, float] = {}
+    for name, holds in _DEFAULTS.items():
+        value = generation.get(name)
+        if isinstance(value, int | float):
+            if not holds(value):
+                raise ManifestInvalid(
+                    f"generation_config.json of the version has an impossible {name}: publish it anew"
+                )
+            defaults[name] = value
+    return defaults
 
 
 def _end_tokens(configured: int | list[int] | None, tokenizers_own: int | None) -> frozenset[int]:
