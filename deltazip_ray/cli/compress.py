@@ -33,48 +33,57 @@ def fraction(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is no share: write 0.5% or 0.005") from None
 
 
+Base = Annotated[Path, typer.Argument(help="The base checkpoint's folder.", exists=True, file_okay=False)]
+Finetuned = Annotated[
+    Path, typer.Argument(help="Folder of the fine-tuned checkpoint or LoRA adapter.", exists=True, file_okay=False)
+]
+Out = Annotated[str, typer.Option("--out", help="Folder or s3:// prefix for the artifact.")]
+OneCodec = Annotated[
+    Codec | None, typer.Option(help="One codec for all matrices inside the decoder blocks; int4 if no target is set.")
+]
+TargetBits = Annotated[
+    float | None,
+    typer.Option(
+        help="Choose each matrix's codec by what its error costs, so that changed matrices take so many bits a "
+        "weight as stored. Unchanged ones take nothing.",
+    ),
+]
+TargetRatio = Annotated[
+    float | None,
+    typer.Option(help="Likewise, so that all is so many times smaller than the 16-bit fine-tune, embeddings too."),
+]
+MaxError = Annotated[
+    float | None,
+    typer.Option(
+        parser=fraction,
+        metavar="PERCENT",
+        help="For each matrix the smallest codec whose relative output error is at most this, such as 0.5%.",
+    ),
+]
+Require = Annotated[
+    str | None, typer.Option(metavar="BOUNDS", help="Write no artifact unless, say, kl<0.05 or kl<0.05,block<2%.")
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        help="A text file, or chats as JSON lines ({'messages': […]}). "
+        "Without one, the fine-tune itself writes the sequences: no data needed, somewhat less accurate.",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+
+
 def compress(
-    base: Annotated[Path, typer.Argument(help="The base checkpoint's folder.", exists=True, file_okay=False)],
-    finetuned: Annotated[
-        Path,
-        typer.Argument(help="Folder of the fine-tuned checkpoint or LoRA adapter.", exists=True, file_okay=False),
-    ],
-    to: Annotated[str, typer.Option("--out", help="Folder or s3:// prefix for the artifact.")],
-    codec: Annotated[
-        Codec | None,
-        typer.Option(help="One codec for all matrices inside the decoder blocks; int4 if no target is set."),
-    ] = None,
-    target_bits: Annotated[
-        float | None,
-        typer.Option(
-            help="Choose each matrix's codec by what its error costs, so that changed matrices take so many bits a "
-            "weight as stored. Unchanged ones take nothing.",
-        ),
-    ] = None,
-    target_ratio: Annotated[
-        float | None,
-        typer.Option(help="Likewise, so that all is so many times smaller than the 16-bit fine-tune, embeddings too."),
-    ] = None,
-    max_error: Annotated[
-        float | None,
-        typer.Option(
-            parser=fraction,
-            metavar="PERCENT",
-            help="For each matrix the smallest codec whose relative output error is at most this, such as 0.5%.",
-        ),
-    ] = None,
-    require: Annotated[
-        str | None, typer.Option(metavar="BOUNDS", help="Write no artifact unless, say, kl<0.05 or kl<0.05,block<2%.")
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            help="A text file, or chats as JSON lines ({'messages': […]}). "
-            "Without one, the fine-tune itself writes the sequences: no data needed, somewhat less accurate.",
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
+    base: Base,
+    finetuned: Finetuned,
+    to: Out,
+    codec: OneCodec = None,
+    target_bits: TargetBits = None,
+    target_ratio: TargetRatio = None,
+    max_error: MaxError = None,
+    require: Require = None,
+    calibration: Calibration = None,
     samples: Annotated[int, typer.Option(min=2, help="Calibration sequences.")] = 128,
     sequence_length: Annotated[int, typer.Option(min=8, help="Tokens of a calibration sequence at most.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal versions.")] = 0,
