@@ -142,6 +142,23 @@ async def test_work_that_hangs_is_given_up_and_refused_at_once_until_it_ends() -
                 await asyncio.sleep(0.01)
 
 
+async def test_an_endless_template_is_interrupted(good: dict[str, bytes]) -> None:
+    loop = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}x"
+    text, thread, ended = load(good, chat_template__jinja=loop), OwnThread(timeout_s=0.2), threading.Event()
+
+    def work() -> None:
+        try:
+            text.encode_chat(HELLO, 100)
+        finally:
+            ended.set()
+
+    with pytest.raises(RequestTimeout):
+        await thread.run(work)
+    assert await asyncio.to_thread(ended.wait, 5), "the loop would take minutes"
+    await asyncio.sleep(0.1)
+    assert await thread.run(lambda: 3) == 3
+
+
 async def test_a_client_that_leaves_takes_its_waiting_work_with_it() -> None:
     thread, go_on, done = OwnThread(), threading.Event(), list[int]()
     first = asyncio.create_task(thread.run(go_on.wait))
