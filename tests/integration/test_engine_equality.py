@@ -77,7 +77,7 @@ async def test_evicted_and_loaded_again(zoo: Zoo) -> None:
     async with serving(zoo, slots=2, arena_bytes=2 * largest + (64 << 10)) as run:
         for _ in range(3):
             assert await mismatches(run, zoo, 10) == []
-        assert run.metric("evictions_total") >= 8
+        assert run.metric("evictions_total") >= 6, "two of the four leave in each round"
         assert run.metric("load_seconds_count", tier="remote") >= 6
         assert len(run.engine.stats().resident) == 2
 
