@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+
+from deltazip_ray.observability.moment import register_at_scrape
 
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _STEP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -71,31 +72,20 @@ class EngineMetrics:
             registry=registry,
         )
         self.load_failures = Counter(f"{prefix}load_failures", "Deltas that did not load", ["error"], registry=registry)
-        registry.register(_StatsCollector(prefix, stats))
+        register_at_scrape(registry, lambda: _of_the_moment(prefix, stats()))
 
 
-class _StatsCollector(Collector):
-    def __init__(self, prefix: str, stats: Callable[[], EngineStats]) -> None:
-        self._prefix = prefix
-        self._stats = stats
-
-    def describe(self) -> Iterable[Metric]:
-        """Nothing: names are found at the first scrape, not at registration, when the engine is not built yet."""
-        return ()
-
-    def collect(self) -> Iterable[Metric]:
-        """Gauges of the moment."""
-        stats = self._stats()
-        gauges = {
-            "resident_versions": ("Versions on the device", len(stats.resident)),
-            "loading_versions": ("Versions on their way to the device", len(stats.loading)),
-            "slots": ("Room for versions on the device", stats.slots),
-            "running_requests": ("Requests that have KV blocks", stats.running),
-            "waiting_requests": ("Requests that wait for a delta or for their turn", stats.waiting),
-            "kv_blocks": ("KV blocks in all", stats.kv_blocks),
-            "kv_blocks_used": ("KV blocks in use", stats.kv_blocks - stats.kv_blocks_free),
-        }
-        for name, (help_text, value) in gauges.items():
-            yield GaugeMetricFamily(self._prefix + name, help_text, value)
-        yield CounterMetricFamily(self._prefix + "evictions", "Versions that left for another one", stats.evictions)
-        yield CounterMetricFamily(self._prefix + "preemptions", "Requests that lost their KV blocks", stats.preemptions)
+def _of_the_moment(prefix: str, stats: EngineStats) -> Iterable[Metric]:
+    gauges = {
+        "resident_versions": ("Versions on the device", len(stats.resident)),
+        "loading_versions": ("Versions on their way to the device", len(stats.loading)),
+        "slots": ("Room for versions on the device", stats.slots),
+        "running_requests": ("Requests that have KV blocks", stats.running),
+        "waiting_requests": ("Requests that wait for a delta or for their turn", stats.waiting),
+        "kv_blocks": ("KV blocks in all", stats.kv_blocks),
+        "kv_blocks_used": ("KV blocks in use", stats.kv_blocks - stats.kv_blocks_free),
+    }
+    for name, (help_text, value) in gauges.items():
+        yield GaugeMetricFamily(prefix + name, help_text, value)
+    yield CounterMetricFamily(prefix + "evictions", "Versions that left for another one", stats.evictions)
+    yield CounterMetricFamily(prefix + "preemptions", "Requests that lost their KV blocks", stats.preemptions)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+
+from deltazip_ray.observability.moment import register_at_scrape
 
 _FETCH = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
@@ -58,38 +59,27 @@ class HostMetrics:
         self.refetches = Counter(
             f"{prefix}refetches", "Blobs that came damaged and were fetched again", registry=registry
         )
-        registry.register(_StatsCollector(prefix, stats))
+        register_at_scrape(registry, lambda: _of_the_moment(prefix, stats()))
 
 
-class _StatsCollector(Collector):
-    def __init__(self, prefix: str, stats: Callable[[], HostStats]) -> None:
-        self._prefix = prefix
-        self._stats = stats
-
-    def describe(self) -> Iterable[Metric]:
-        """Nothing: names are found at the first scrape, not at registration, when the cache is not built yet."""
-        return ()
-
-    def collect(self) -> Iterable[Metric]:
-        """Gauges of the moment."""
-        stats = self._stats()
-        by_state = GaugeMetricFamily(self._prefix + "bytes", "Bytes of the arena by state", labels=["state"])
-        by_state.add_metric(["free"], stats.free_bytes)
-        by_state.add_metric(["cached"], stats.cached_bytes)
-        by_state.add_metric(["held"], stats.held_bytes)
-        yield by_state
-        gauges = {
-            "blobs": ("Blobs in the arena or on their way", stats.blobs),
-            "fetching_blobs": ("Blobs on their way", stats.fetching),
-            "open_breakers": ("Versions that fail and are answered without a try", stats.open_breakers),
-            "quarantined_blobs": ("Blobs that came damaged twice and are not fetched now", stats.quarantined),
-        }
-        for name, (help_text, value) in gauges.items():
-            yield GaugeMetricFamily(self._prefix + name, help_text, value)
-        counters = {
-            "evictions": ("Blobs that left to make room", stats.evictions),
-            "refusals": ("Acquires that were answered by an open breaker", stats.refusals),
-            "quarantines": ("Blobs that came damaged twice", stats.quarantines),
-        }
-        for name, (help_text, value) in counters.items():
-            yield CounterMetricFamily(self._prefix + name, help_text, value)
+def _of_the_moment(prefix: str, stats: HostStats) -> Iterable[Metric]:
+    by_state = GaugeMetricFamily(prefix + "bytes", "Bytes of the arena by state", labels=["state"])
+    by_state.add_metric(["free"], stats.free_bytes)
+    by_state.add_metric(["cached"], stats.cached_bytes)
+    by_state.add_metric(["held"], stats.held_bytes)
+    yield by_state
+    gauges = {
+        "blobs": ("Blobs in the arena or on their way", stats.blobs),
+        "fetching_blobs": ("Blobs on their way", stats.fetching),
+        "open_breakers": ("Versions that fail and are answered without a try", stats.open_breakers),
+        "quarantined_blobs": ("Blobs that came damaged twice and are not fetched now", stats.quarantined),
+    }
+    for name, (help_text, value) in gauges.items():
+        yield GaugeMetricFamily(prefix + name, help_text, value)
+    counters = {
+        "evictions": ("Blobs that left to make room", stats.evictions),
+        "refusals": ("Acquires that were answered by an open breaker", stats.refusals),
+        "quarantines": ("Blobs that came damaged twice", stats.quarantines),
+    }
+    for name, (help_text, value) in counters.items():
+        yield CounterMetricFamily(prefix + name, help_text, value)
