@@ -26,6 +26,7 @@ from deltazip_ray.compress.pipeline import compress_checkpoint
 from deltazip_ray.config import AppConfig, EngineConfig, StoreConfig
 from tests.support.oracle import Oracle
 from tests.support.s3 import S3Server, free_ports
+from tests.support.serve_app import wait_until
 from tests.support.tiny import make_base, make_finetune
 
 TEMPLATE = "{% for m in messages %}[{{ m['content'] }}<go>]{% endfor %}{% if add_generation_prompt %}:{% endif %}"
@@ -150,7 +151,11 @@ async def test_versions_answer_the_same_after_eviction_and_reload(zoo: Zoo) -> N
         for _ in range(2):
             answers = await asyncio.gather(*(_ask(client, model, prompt) for model, prompt in wanted))
             assert dict(zip(wanted, answers, strict=True)) == wanted
-    assert zoo.metric(r"deltazip_engine_evictions_total") >= before + len(variants) - 4
+    # Metrics come with the heartbeats.
+    wanted_evictions = before + len(variants) - 4
+    await asyncio.to_thread(
+        wait_until, lambda: zoo.metric(r"deltazip_engine_evictions_total") >= wanted_evictions, timeout_s=20
+    )
 
 
 async def test_a_request_cancelled_in_the_middle_leaves_others_alone_and_nothing_behind(zoo: Zoo) -> None:
