@@ -76,7 +76,8 @@ def print_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
 def store_config(location: str, endpoint_url: str | None = None, path_style: bool = False) -> StoreConfig:
     """The store at a folder's path, a ``file://`` URL or an ``s3://`` URL."""
     url = location if "://" in location else Path(location).expanduser().resolve().as_uri()
-    if not url.startswith(("file://", "s3://")):
+    scheme, _, place = url.partition("://")
+    if scheme not in ("file", "s3") or not place:
         raise ConfigError(f"cannot open {location!r}: give a folder, a file:// URL or an s3:// URL")
     return StoreConfig(url=url, endpoint_url=endpoint_url, path_style=path_style)
 

@@ -55,18 +55,20 @@ def read_config(path: Path) -> tuple[AppConfig, dict[str, Any]]:
     http: dict[str, Any] = {}
     if "applications" in document:
         http = document.get("http_options") or {}
+        if not isinstance(http, dict):
+            raise ConfigError(f"{path}: http_options is not a mapping: give it a host and a port")
         document = _only_application(path, document)
     try:
         return AppConfig.model_validate(document), http
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
+        field = ".".join(map(str, first["loc"])) or "args"
         raise ConfigError(f"{path}: {field}: {first['msg']}") from error
 
 
 def _only_application(path: Path, document: dict[str, Any]) -> Any:
-    applications = document["applications"] or []
-    ours = [one for one in applications if one.get("import_path") == IMPORT_PATH]
+    applications = document["applications"] if isinstance(document["applications"], list) else []
+    ours = [one for one in applications if isinstance(one, dict) and one.get("import_path") == IMPORT_PATH]
     if len(applications) != 1 or len(ours) != 1:
         raise ConfigError(
             f"{path} must have one application, with import_path {IMPORT_PATH}; use `serve run` for others"

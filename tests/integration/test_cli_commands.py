@@ -111,6 +111,8 @@ def test_cli_publish_alias_and_remove(folder: Path, tmp_path: Path) -> None:
         (("variants", "ls", "{folder}/nothing"), "publish"),
         (("compress", "{folder}/delta", "{folder}/tuned", "--out", "{folder}/x"), "config.json"),
         (("inspect", "http://example"), "s3://"),
+        (("variants", "ls", "s3://"), "s3:// URL"),
+        (("variants", "ls", "file://"), "file:// URL"),
     ],
 )
 def test_cli_errors_are_one_line_that_helps(folder: Path, args: tuple[str, ...], hint: str) -> None:

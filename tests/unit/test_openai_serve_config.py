@@ -39,6 +39,10 @@ def test_the_settings_alone_do_too(tmp_path: Path) -> None:
         ({"applications": [APPLICATION | {"deployments": [{"name": "router"}]}]}, "deployments"),
         ({"applications": [APPLICATION | {"args": {"base": "/x"}}]}, "store"),
         (ARGS | {"stor": 1}, "stor"),
+        ({"applications": 5}, "one application"),
+        ({"applications": [5]}, "one application"),
+        ({"applications": [APPLICATION | {"args": [1]}]}, "args"),
+        ({"applications": [APPLICATION], "http_options": 7}, "http_options"),
     ],
 )
 def test_what_it_cannot_apply_it_refuses(tmp_path: Path, document: Any, complaint: str) -> None:
