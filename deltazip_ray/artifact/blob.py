@@ -103,7 +103,7 @@ def _read_header(view: memoryview, entry: BlobEntry) -> tuple[int, dict[str, _Pi
     """Where the data starts, and what the header says lies there."""
     if len(view) != entry.size:
         raise BlobCorrupt(
-            f"blob {entry.digest[:12]} has {len(view)} bytes, not {entry.size}: publish the version again"
+            f"blob {entry.digest[:12]} has {len(view)} bytes, not {entry.size}: publish the version again with --repair"
         )
     length = int.from_bytes(view[:8], "little")
     if len(view) < 8 or length > min(_MAX_HEADER, len(view) - 8):

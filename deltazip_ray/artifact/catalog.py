@@ -46,10 +46,12 @@ class Catalog:
         name: str,
         aliases: Collection[str] = (LATEST,),
         progress: Callable[[int], None] | None = None,
+        repair: bool = False,
     ) -> Variant:
         """Copy an artifact's blobs that are missing here, then its manifest, and last let ``name`` have it.
 
         Until that last step nobody sees the version, so a publication that breaks off can simply be repeated.
+        ``repair`` copies blobs that are there too, for they may be damaged.
         ``progress`` gets the bytes of each blob and file that is in place; ``manifest.bytes_stored`` is their sum.
         Raises InvalidName, BaseMismatch, BlobCorrupt (the source's bytes are not what the manifest says),
         ObjectNotFound, StoreFull. Concurrent publications of one name all take effect; of an alias that several move,
@@ -59,8 +61,9 @@ class Catalog:
         for alias in aliases:
             check_alias(alias)
         self._check_base(manifest)
+        self.store.create()
         for entry in manifest.stored:
-            self._copy(source, entry)
+            self._copy(source, entry, repair)
             if progress is not None:
                 progress(entry.size)
         version = manifest.version()
@@ -128,9 +131,9 @@ class Catalog:
                 "use the base it was compressed against, or compress it against this one"
             )
 
-    def _copy(self, source: ObjectStore, entry: BlobEntry | FileEntry) -> None:
+    def _copy(self, source: ObjectStore, entry: BlobEntry | FileEntry, repair: bool) -> None:
         key = self.blob_key(entry.digest)
-        if self._has(key, entry.size):
+        if not repair and self._has(key, entry.size):
             return
         self.store.put(key, read_verified(source, blob_key(entry.digest), entry))
 

@@ -16,9 +16,13 @@ def verify_blob(data: bytes | bytearray | memoryview, entry: BlobEntry | FileEnt
     """Raise BlobCorrupt unless ``data`` has the size and the sha256 that ``entry`` names."""
     size = memoryview(data).nbytes
     if size != entry.size:
-        raise BlobCorrupt(f"blob {entry.digest[:12]} has {size} bytes, not {entry.size}: publish the version again")
+        raise BlobCorrupt(
+            f"blob {entry.digest[:12]} has {size} bytes, not {entry.size}: publish the version again with --repair"
+        )
     if sha256_hex(data) != entry.digest:
-        raise BlobCorrupt(f"blob {entry.digest[:12]} has another digest than its name: publish the version again")
+        raise BlobCorrupt(
+            f"blob {entry.digest[:12]} has another digest than its name: publish the version again with --repair"
+        )
 
 
 def read_verified(store: ObjectStore, key: str, entry: BlobEntry | FileEntry) -> bytes:

@@ -26,7 +26,7 @@ _PARTIAL = ".partial"
 
 
 class FileStore(ObjectStore):
-    """Objects are files below ``root``, which is made when something is first written.
+    """Objects are files below ``root``, a folder that :meth:`create` makes.
 
     A file is written under ``root/.partial``, flushed to disk and then moved into place, so a reader never sees a part
     of one and a crash leaves at most a hidden file.
@@ -43,6 +43,10 @@ class FileStore(ObjectStore):
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/") or parts.query or parts.fragment:
             raise ConfigError(f"{url!r} is not a folder's URL: write file:///absolute/path")
         return cls(Path(unquote(parts.path)))
+
+    def create(self) -> None:
+        with self._translated(""):
+            self.root.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str, limit: int = MAX_OBJECT) -> bytes:
         with self._reading(key), self._path(key).open("rb") as file:
@@ -62,7 +66,7 @@ class FileStore(ObjectStore):
             while position < size == len(buffer) and (count := file.readinto(buffer[position:])):
                 position += count
         if not position == size == len(buffer):
-            raise BlobCorrupt(f"{self.url}/{key} has {size} bytes, not {len(buffer)}: publish it again")
+            raise BlobCorrupt(f"{self.url}/{key} has {size} bytes, not {len(buffer)}: publish it again with --repair")
 
     def put(self, key: str, data: bytes) -> None:
         self._write(key, lambda file: file.write(data))
@@ -82,6 +86,7 @@ class FileStore(ObjectStore):
         start = self.root / check_prefix(prefix).rpartition("/")[0]
         keys = []
         with self._translated(prefix):
+            self._check_root()
             for folder, folders, files in os.walk(start, onerror=_raise_unless_absent):
                 folders[:] = [name for name in folders if not name.startswith(".")]
                 below = Path(folder).relative_to(self.root)
@@ -91,6 +96,7 @@ class FileStore(ObjectStore):
     def folders(self, prefix: str = "") -> Sequence[str]:
         start = self.root / check_prefix(prefix)
         with self._translated(prefix):
+            self._check_root()
             if not start.is_dir():
                 return []
             return sorted(entry.name for entry in start.iterdir() if entry.is_dir() and not entry.name.startswith("."))
@@ -120,12 +126,19 @@ class FileStore(ObjectStore):
             finally:
                 partial.unlink(missing_ok=True)
 
+    def _check_root(self) -> None:
+        if not self.root.is_dir():
+            raise StoreUnavailable(
+                f"there is no folder {self.url}: mount it, or correct the path (`deltazip publish` makes a new one)"
+            )
+
     @contextmanager
     def _reading(self, key: str) -> Iterator[None]:
         with self._translated(key):
             try:
                 yield
             except _ABSENT as error:
+                self._check_root()
                 raise ObjectNotFound(f"{self.url} has no {key}") from error
 
     @contextmanager

@@ -27,7 +27,7 @@ def check_name(name: str, what: str = "variant") -> str:
     """Return ``name`` when it may name a variant or alias, else raise InvalidName."""
     if not is_name(name):
         raise InvalidName(
-            f"{name[:80]!r} is not a {what} name: use 1 to 64 letters, digits, '.', '_' or '-', "
+            f"{name[:80]!r} cannot name the {what}: use 1 to 64 letters, digits, '.', '_' or '-', "
             "with a letter or digit at both ends and no '..'"
         )
     return name

@@ -26,6 +26,13 @@ class ObjectStore(ABC):
     """The root, for messages; holds no credentials."""
 
     @abstractmethod
+    def create(self) -> None:
+        """Make the root where there may be none and this process may make it: a folder, but nobody's bucket.
+
+        Whoever writes first calls it. A root that is not there is otherwise StoreUnavailable, not an empty store.
+        """
+
+    @abstractmethod
     def get(self, key: str, limit: int = MAX_OBJECT) -> bytes:
         """An object's bytes. Raises ObjectNotFound, and StoreError when it is larger than ``limit`` bytes."""
 

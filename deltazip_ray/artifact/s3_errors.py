@@ -56,7 +56,7 @@ def _from_answer(url: str, key: str, error: ClientError) -> DeltaZipError:
     if code in _ABSENT:
         return ObjectNotFound(f"{url} has no {key}")
     if code in _SHORT:
-        return BlobCorrupt(f"{url}/{key} is shorter than its manifest says: publish it again")
+        return BlobCorrupt(f"{url}/{key} is shorter than its manifest says: publish it again with --repair")
     if code in _FULL:
         return StoreFull(f"no room for {url}/{key} ({code}): free space or raise the quota")
     if code in _EXPIRED:

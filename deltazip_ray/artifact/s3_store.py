@@ -60,6 +60,9 @@ class S3Store(ObjectStore):
         self._client = _make_client(config)
         self._ranges = ThreadPoolExecutor(PARALLEL, thread_name_prefix="s3-range")
 
+    def create(self) -> None:
+        """See ObjectStore: a bucket is its owner's to make."""
+
     def get(self, key: str, limit: int = MAX_OBJECT) -> bytes:
         where = self._where(key)
 
@@ -86,7 +89,7 @@ class S3Store(ObjectStore):
             self._read_range(key, where, 0, buffer, len(buffer))
             return
         if not parts and self.size(key):
-            raise BlobCorrupt(f"{self.url}/{key} is not empty: publish it again")
+            raise BlobCorrupt(f"{self.url}/{key} is not empty: publish it again with --repair")
         tasks = [self._ranges.submit(self._read_range, key, where, start, part, len(buffer)) for start, part in parts]
         try:
             for task in tasks:
@@ -161,7 +164,7 @@ class S3Store(ObjectStore):
         with translated(self.url, key):
             size = self._again(read)
         if size != total:
-            raise BlobCorrupt(f"{self.url}/{key} has {size} bytes, not {total}: publish it again")
+            raise BlobCorrupt(f"{self.url}/{key} has {size} bytes, not {total}: publish it again with --repair")
 
     def _again(self, read: Callable[[], T]) -> T:
         """botocore repeats requests that fail, but not bodies that break off in the middle: read those again."""

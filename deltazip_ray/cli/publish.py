@@ -18,6 +18,9 @@ def publish(
     require: Annotated[
         str | None, typer.Option(metavar="BOUNDS", help="Publish only if its record says, say, kl<0.05,block<2%.")
     ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Copy blobs that the store has already, too: it may hold damaged ones.")
+    ] = False,
     endpoint_url: EndpointUrl = None,
     path_style: PathStyle = False,
 ) -> None:
@@ -38,6 +41,6 @@ def publish(
     catalog = Catalog(open_store(store_config(store, endpoint_url, path_style)), manifest.base.digest)
     aliases = alias or [LATEST]
     with byte_progress(f"Publishing {name}", manifest.bytes_stored) as advance:
-        catalog.publish(source, manifest, name, aliases, progress=advance)
+        catalog.publish(source, manifest, name, aliases, progress=advance, repair=repair)
     named = ", ".join(f"{name}@{each}" for each in aliases)
     out.print(f"Published {named}: version {manifest.version()[:12]}, {size(manifest.bytes_stored)}.")

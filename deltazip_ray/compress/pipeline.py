@@ -63,6 +63,7 @@ def compress_checkpoint(
     )
     runner = Runner(pair.skeleton, calibration, options)
     store = open_store(StoreConfig(url=out) if isinstance(out, str) else out)
+    store.create()
     journal, writer = Journal(store, resume_key(pair, digest, options)), ArtifactWriter(store)
     plan = Plan(options, _chosen(pair, runner, calibration, options, journal, progress))
     outer = OuterCompressor(pair, runner, options, plan)

@@ -5,6 +5,7 @@ import math
 from deltazip_ray.errors import InvalidRequest
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 
+_MAX_TOP_K = (1 << 31) - 1
 _SEEDS = range(-(1 << 63), 1 << 64)
 
 
@@ -14,7 +15,7 @@ def check_sampling(params: SamplingParams) -> None:
         "max_tokens must be at least 1": params.max_tokens >= 1,
         "temperature must be a number from 0": math.isfinite(params.temperature) and params.temperature >= 0,
         "top_p must be a number above 0 and at most 1": 0 < params.top_p <= 1,
-        "top_k must be at least 0 (0: all tokens)": params.top_k >= 0,
+        f"top_k must be 0 (all tokens) to {_MAX_TOP_K}": 0 <= params.top_k <= _MAX_TOP_K,
         "seed must fit into 64 bits": params.seed in _SEEDS,
     }
     for rule, holds in rules.items():

@@ -46,5 +46,5 @@ class Quarantine:
             if wait_s > 0:
                 raise BlobCorrupt(
                     f"blob {entry.digest} came damaged twice and is not fetched for another {wait_s:.0f} s: "
-                    "publish the version again, or check the store and the network"
+                    "publish the version again with --repair, or check the store and the network"
                 )

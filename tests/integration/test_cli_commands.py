@@ -106,8 +106,9 @@ def test_cli_publish_alias_and_remove(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "hint"),
     [
-        (("publish", "{folder}/delta", "{folder}/store", "--name", "../evil"), "variant name"),
-        (("publish", "{folder}/nothing", "{folder}/store", "--name", "x"), "manifest.json"),
+        (("publish", "{folder}/delta", "{folder}/store", "--name", "../evil"), "letters, digits"),
+        (("publish", "{folder}/nothing", "{folder}/store", "--name", "x"), "no folder"),
+        (("publish", "{folder}/base", "{folder}/store", "--name", "x"), "manifest.json"),
         (("variants", "ls", "{folder}/nothing"), "publish"),
         (("compress", "{folder}/delta", "{folder}/tuned", "--out", "{folder}/x"), "config.json"),
         (("inspect", "http://example"), "s3://"),

@@ -79,6 +79,7 @@ async def until(condition: Any) -> None:
         ({"sampling": replace(GREEDY, top_p=1.1)}, InvalidRequest, "top_p"),
         ({"sampling": replace(GREEDY, top_p=math.nan)}, InvalidRequest, "top_p"),
         ({"sampling": replace(GREEDY, top_k=-1)}, InvalidRequest, "top_k"),
+        ({"sampling": replace(GREEDY, top_k=10**400)}, InvalidRequest, "top_k"),
         ({"sampling": replace(GREEDY, max_tokens=0)}, InvalidRequest, "max_tokens"),
         ({"sampling": replace(GREEDY, seed=1 << 64)}, InvalidRequest, "seed"),
         ({"offset": 16}, InvalidRequest, "16 output tokens made"),

@@ -13,6 +13,7 @@ import torch
 
 from deltazip_ray.artifact.artifact import ArtifactWriter, open_artifact, verify_artifact
 from deltazip_ray.artifact.catalog import Catalog, bases
+from deltazip_ray.artifact.digests import read_verified
 from deltazip_ray.artifact.file_store import FileStore
 from deltazip_ray.artifact.manifest import BaseRef, Manifest, TensorEntry, blob_key
 from deltazip_ray.artifact.names import parse_ref
@@ -54,7 +55,9 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> StoreConfig:
 
 @pytest.fixture
 def store(config: StoreConfig) -> ObjectStore:
-    return open_store(config)
+    store = open_store(config)
+    store.create()
+    return store
 
 
 @pytest.fixture
@@ -368,3 +371,17 @@ def test_a_publication_that_breaks_off_can_be_repeated(
 def test_the_catalog_needs_no_torch() -> None:
     script = "import sys; from deltazip_ray.artifact import catalog, store; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_repair_replaces_a_damaged_blob(store: ObjectStore, tmp_path: Path) -> None:
+    manifest = make_artifact(tmp_path / "artifact")
+    source, catalog = FileStore(tmp_path / "artifact"), Catalog(store, BASE)
+    catalog.publish(source, manifest, "one")
+    blob = manifest.blobs[0]
+    key = catalog.blob_key(blob.digest)
+    store.put(key, bytes(blob.size))
+    catalog.publish(source, manifest, "one")
+    with pytest.raises(BlobCorrupt, match="--repair"):
+        read_verified(store, key, blob)
+    catalog.publish(source, manifest, "one", repair=True)
+    assert read_verified(store, key, blob)

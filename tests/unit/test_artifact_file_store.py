@@ -59,7 +59,8 @@ def test_escapes_in_urls(tmp_path: Path) -> None:
 
 def test_opening_and_reading_write_nothing(tmp_path: Path) -> None:
     store = FileStore(tmp_path / "store")
-    assert store.list() == []
+    with pytest.raises(StoreUnavailable):
+        store.list()
     assert not store.exists("k")
     assert not (tmp_path / "store").exists()
 
@@ -121,3 +122,14 @@ def test_a_writer_that_is_killed_leaves_nothing_visible(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
     assert store.list() in ([], ["k"])
     assert not store.exists("k") or store.size("k") == 64 << 20
+
+
+def test_a_folder_that_vanished_is_not_an_empty_store(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    store.put("a/b", b"1")
+    (tmp_path / "store").rename(tmp_path / "elsewhere")
+    for read in (lambda: store.list("a/"), store.folders, lambda: store.get("a/b"), lambda: store.size("a/b")):
+        with pytest.raises(StoreUnavailable, match="no folder"):
+            read()
+    (tmp_path / "elsewhere").rename(tmp_path / "store")
+    assert store.get("a/b") == b"1"
