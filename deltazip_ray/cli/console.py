@@ -83,12 +83,9 @@ def store_config(location: str, endpoint_url: str | None = None, path_style: boo
 
 
 def run(app: Callable[[], Any]) -> None:
-    """Run a typer app; our own errors become one line on stderr and exit code 1, Ctrl-C becomes 130."""
+    """Run a typer app; our own errors become one line on stderr and exit code 1."""
     try:
         app()
     except DeltaZipError as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        sys.exit(130)
