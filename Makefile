@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys;
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-gpu lint format clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,10 +23,10 @@ demo: $(READY) ## train, compress, publish, serve and measure a small zoo of fin
 	@$(BIN)/deltazip demo $(ARGS)
 
 test: $(READY) ## run the tests (≤ 15 minutes on 2 cores)
-	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/pytest -m "not gpu" $(ARGS)
 
-test-slow: $(READY) ## run the tests that take minutes each
-	$(BIN)/pytest -m "slow and not gpu" $(ARGS)
+test-gpu: $(READY) ## run the tests of kernels and compressor on a CUDA device
+	$(BIN)/pytest tests/kernels tests/integration/test_compress_cuda.py $(ARGS)
 
 lint: $(READY) ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
