@@ -92,7 +92,7 @@ async def test_a_report_has_the_metrics_of_the_present(store: NodeStore, version
     assert 'deltazip_host_acquires_total{tier="remote"} 1.0' in report.store
 
 
-async def test_an_unknown_version_leaves_no_hold(store: NodeStore) -> None:
+async def test_an_unknown_version_leaves_no_hold(store: NodeStore, versions: list[str]) -> None:
     with pytest.raises(ObjectNotFound):
         await store.acquire("a", "0" * 64)
     await store.leave("a")
