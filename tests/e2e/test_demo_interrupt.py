@@ -107,8 +107,12 @@ def check_ended(demo: Demo, within_s: float) -> None:
     assert left == []
     assert list(demo.scratch.glob("deltazip-demo-*")) == []
     for checkpoint in demo.cache.glob("*/*"):
-        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in checkpoint.iterdir()}
-        assert not checkpoint.name.startswith(".")
+        files = {path.name for path in checkpoint.iterdir()}
+        if checkpoint.name.startswith("."):
+            # Ctrl-C came between the making of a folder and the promise to remove it.
+            assert not files
+        else:
+            assert files >= {"config.json", "model.safetensors", "tokenizer.json"}
 
 
 @pytest.mark.parametrize(
