@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from deltazip_kernels.device.quantize import quantize, rms_norm, silu_mul
+from deltazip_kernels.device.quantize import gated, norm, quantize
 from deltazip_kernels.layout import GROUP
 
 MAX_COLUMNS = 256 * GROUP
@@ -39,32 +39,67 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
 
 def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, QuantizedRows]:
     """``silu(gate) * up`` of ``gate_up`` [T, 2 K], in its type [T, K] and quantized."""
-    columns = gate_up.shape[1] // 2
-    rows, options = _empty(gate_up, columns)
-    out = torch.empty((len(gate_up), columns), dtype=gate_up.dtype, device=gate_up.device)
-    if len(out):
-        silu_mul[(len(out),)](gate_up, gate_up.stride(0), out, rows.values, rows.scales, columns, **options)
-    return out, rows
+    return _gated(gate_up, gelu=False)
+
+
+def gelu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, QuantizedRows]:
+    """The same with the tanh approximation of gelu (Gemma)."""
+    return _gated(gate_up, gelu=True)
 
 
 def rms_norm_quantize(
-    x: Tensor, weights: Tensor, which: Tensor, epsilon: float, residual: Tensor | None = None
+    x: Tensor,
+    weights: Tensor,
+    which: Tensor,
+    epsilon: float,
+    residual: Tensor | None = None,
+    *,
+    offset: bool = False,
 ) -> tuple[Tensor, QuantizedRows]:
     """Llama's RMS norm of ``x`` [T, K] with row ``t`` scaled by ``weights[which[t]]``, in its type and quantized.
 
     ``weights`` is [versions, K], ``which`` [T] int32: every row has the norm of its version. With ``residual`` [T, K],
-    ``x`` is first added to it in place and the sum is normed.
+    ``x`` is first added to it in place and the sum is normed. With ``offset`` it is Gemma's: scaled by ``1 + weights``.
     """
+    return _norm(x, weights, None, which, epsilon, residual, offset)
+
+
+def layer_norm_quantize(
+    x: Tensor, weights: Tensor, biases: Tensor, which: Tensor, epsilon: float, residual: Tensor | None = None
+) -> tuple[Tensor, QuantizedRows]:
+    """The layer norm likewise, with ``biases`` [versions, K] (GPT-NeoX)."""
+    return _norm(x, weights, biases, which, epsilon, residual, False)
+
+
+def _gated(gate_up: Tensor, gelu: bool) -> tuple[Tensor, QuantizedRows]:
+    columns = gate_up.shape[1] // 2
+    rows, options = _empty(gate_up, columns)
+    out = torch.empty((len(gate_up), columns), dtype=gate_up.dtype, device=gate_up.device)
+    if len(out):
+        gated[(len(out),)](gate_up, gate_up.stride(0), out, rows.values, rows.scales, columns, GELU=gelu, **options)
+    return out, rows
+
+
+def _norm(
+    x: Tensor,
+    weights: Tensor,
+    biases: Tensor | None,
+    which: Tensor,
+    epsilon: float,
+    residual: Tensor | None,
+    offset: bool,
+) -> tuple[Tensor, QuantizedRows]:
     rows, options = _empty(x, x.shape[1])
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if len(x):
         sums = x if residual is None else residual
-        rms_norm[(len(x),)](
+        norm[(len(x),)](
             x,
             x.stride(0),
             sums,
             sums.stride(0),
             weights,
+            weights if biases is None else biases,
             which,
             epsilon,
             out,
@@ -72,6 +107,8 @@ def rms_norm_quantize(
             rows.scales,
             rows.columns,
             RESIDUAL=residual is not None,
+            CENTER=biases is not None,
+            OFFSET=offset,
             **options,
         )
     return out, rows

@@ -3,9 +3,17 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, layer_norm, silu
 
-from deltazip_kernels.quantize import MAX_COLUMNS, QuantizedRows, quantize_rows, rms_norm_quantize, silu_mul_quantize
+from deltazip_kernels.quantize import (
+    MAX_COLUMNS,
+    QuantizedRows,
+    gelu_mul_quantize,
+    layer_norm_quantize,
+    quantize_rows,
+    rms_norm_quantize,
+    silu_mul_quantize,
+)
 
 DTYPES = [torch.float32, torch.float16]
 
@@ -22,28 +30,39 @@ def tolerance(dtype: torch.dtype) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [128, 300])
-def test_silu_mul(dtype: torch.dtype, columns: int, device: torch.device) -> None:
+@pytest.mark.parametrize("act", ["silu", "gelu"])
+def test_gated(act: str, dtype: torch.dtype, columns: int, device: torch.device) -> None:
     wide = torch.randn(7, 2 * columns + 5, generator=torch.Generator().manual_seed(3)).to(device, dtype)
-    gate_up = wide[:, : 2 * columns]
-    out, rows = silu_mul_quantize(gate_up)
+    gate_up = 3 * wide[:, : 2 * columns]
+    out, rows = silu_mul_quantize(gate_up) if act == "silu" else gelu_mul_quantize(gate_up)
     gate, up = gate_up.split(columns, dim=1)
-    torch.testing.assert_close(out, silu(gate) * up, rtol=tolerance(dtype), atol=tolerance(dtype))
+    want = (silu(gate) if act == "silu" else gelu(gate, approximate="tanh")) * up
+    torch.testing.assert_close(out, want, rtol=tolerance(dtype), atol=tolerance(dtype))
     assert_quantizes(rows, out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", [False, True])
-def test_rms_norm_of_each_rows_version(dtype: torch.dtype, residual: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("kind", ["llama", "gemma", "layer norm"])
+def test_norm_of_each_rows_version(kind: str, dtype: torch.dtype, residual: bool, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(4)
-    x = torch.randn(9, 300, generator=generator).to(device, dtype)
+    x = torch.randn(9, 300, generator=generator).to(device, dtype) + 1
     sums = torch.randn(9, 300, generator=generator).to(device, dtype) if residual else None
-    weights = torch.randn(3, 300, generator=generator).to(device, dtype)
+    weights, biases = torch.randn(2, 3, 300, generator=generator).to(device, dtype)
     which = torch.tensor([0, 0, 2, 1, 1, 1, 0, 2, 2], dtype=torch.int32, device=device)
     total = x if sums is None else x + sums
-    wide = total.float()
-    want = weights[which.long()] * (wide * (wide.square().mean(1, keepdim=True) + 1e-5).rsqrt()).to(dtype)
-    out, rows = rms_norm_quantize(x, weights, which, 1e-5, sums)
-    torch.testing.assert_close(out, want, rtol=2 * tolerance(dtype), atol=tolerance(dtype))
+    scaled = total.float() * (total.float().square().mean(1, keepdim=True) + 1e-5).rsqrt()
+    own = weights[which.long()]
+    if kind == "llama":
+        want = own * scaled.to(dtype)
+        out, rows = rms_norm_quantize(x, weights, which, 1e-5, sums)
+    elif kind == "gemma":
+        want = (scaled * (1 + own.float())).to(dtype)
+        out, rows = rms_norm_quantize(x, weights, which, 1e-5, sums, offset=True)
+    else:
+        want = (layer_norm(total.float(), (300,), eps=1e-5) * own + biases[which.long()]).to(dtype)
+        out, rows = layer_norm_quantize(x, weights, biases, which, 1e-5, sums)
+    torch.testing.assert_close(out, want, rtol=2 * tolerance(dtype), atol=2 * tolerance(dtype))
     if sums is not None:
         assert torch.equal(sums, total)
     assert_quantizes(rows, out)

@@ -39,26 +39,40 @@ def quantize(x, x_stride, values, scales, K, GROUPS: tl.constexpr, STEP: tl.cons
 
 
 @triton.jit
-def silu_mul(x, x_stride, out, values, scales, K, GROUPS: tl.constexpr, STEP: tl.constexpr):
-    """``out = silu(x[:, :K]) * x[:, K:]``, each factor rounded to the type of ``x``, and ``out`` quantized."""
+def gated(x, x_stride, out, values, scales, K, GELU: tl.constexpr, GROUPS: tl.constexpr, STEP: tl.constexpr):
+    """``out = act(x[:, :K]) * x[:, K:]``, each factor rounded to the type of ``x``, and ``out`` quantized.
+
+    ``act`` is silu, or with GELU the tanh approximation of gelu: both are ``x * sigmoid(...)``.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = _columns(STEP)
     inside = column < K
     gate = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * x_stride + K + column, mask=inside, other=0.0).to(tl.float32)
-    gate = (gate / (1.0 + tl.exp(-gate))).to(x.dtype.element_ty).to(tl.float32)
+    slope = gate
+    if GELU:
+        slope = 1.5957691216057308 * (
+            gate + 0.044715 * gate * gate * gate
+        )  # 2 sqrt(2 / pi): tanh(z) = 2 sigmoid(2 z) - 1
+    gate = (gate / (1.0 + tl.exp(tl.minimum(-slope, 80.0)))).to(x.dtype.element_ty).to(tl.float32)
     product = (gate * up).to(x.dtype.element_ty)
     tl.store(out + row * K + column, product, mask=inside)
     _store_rounded(values, scales, product.to(tl.float32), GROUPS, STEP)
 
 
 @triton.jit
-def rms_norm(
+def _mean(v, K, STEP: tl.constexpr):
+    return tl.sum(tl.reshape(v, (STEP * 128,)), axis=0) / K
+
+
+@triton.jit
+def norm(
     x,
     x_stride,
     residual,
     residual_stride,
     weights,
+    biases,
     which,
     epsilon,
     out,
@@ -66,22 +80,37 @@ def rms_norm(
     scales,
     K,
     RESIDUAL: tl.constexpr,
+    CENTER: tl.constexpr,
+    OFFSET: tl.constexpr,
     GROUPS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """``out = norm(x) * weights[which[row]]``, quantized too; with RESIDUAL of ``residual += x`` instead of ``x``."""
+    """``out`` is the norm of each row, quantized too; with RESIDUAL of ``residual += x`` instead of ``x``.
+
+    The RMS norm times ``weights[which[row]]``, or with OFFSET times one more; with CENTER the layer norm, which has
+    biases. Llama's RMS norm alone rounds before it multiplies.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = _columns(STEP)
     inside = column < K
     kind = x.dtype.element_ty
     v = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(weights + tl.load(which + row).to(tl.int64) * K + column, mask=inside, other=0.0).to(tl.float32)
+    own = tl.load(which + row).to(tl.int64) * K + column
+    w = tl.load(weights + own, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
         sums = residual + row * residual_stride + column
         total = (v + tl.load(sums, mask=inside, other=0.0).to(tl.float32)).to(kind)
         tl.store(sums, total, mask=inside)
         v = total.to(tl.float32)
-    mean = tl.sum(tl.reshape(v * v, (STEP * 128,)), axis=0) / K
-    normed = ((v * tl.rsqrt(mean + epsilon)).to(kind).to(tl.float32) * w).to(kind)
+    if CENTER:
+        v = tl.where(inside, v - _mean(v, K, STEP), 0.0)
+    normed = v * tl.rsqrt(_mean(v * v, K, STEP) + epsilon)
+    if CENTER:
+        normed = normed * w + tl.load(biases + own, mask=inside, other=0.0).to(tl.float32)
+    elif OFFSET:
+        normed = normed * (1.0 + w)
+    else:
+        normed = normed.to(kind).to(tl.float32) * w
+    normed = normed.to(kind)
     tl.store(out + row * K + column, normed, mask=inside)
     _store_rounded(values, scales, normed.to(tl.float32), GROUPS, STEP)

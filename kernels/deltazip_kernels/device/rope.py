@@ -1,0 +1,103 @@
+"""The kernel behind ``deltazip_kernels.rope``.
+
+A program has BLOCK heads of one row of q|k|v. A head is three pieces: the two halves that rotate into each other, WIDTH
+columns of which HALF exist, and the columns behind them, which stay (REST of them, padded to TAIL).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rounded_norm(v, mean, weights, KIND: tl.constexpr):
+    """``v / root * w``, rounded to KIND after each step, as the layers of transformers do."""
+    normed = (v * mean[:, None]).to(KIND).to(tl.float32)
+    return (normed * weights).to(KIND).to(tl.float32)
+
+
+@triton.jit
+def _head_weights(q_weights, k_weights, row, column, h, inside, H: tl.constexpr):
+    """[heads, columns] float32 of the norms' weights."""
+    q = tl.load(q_weights + row + column, mask=inside, other=0.0).to(tl.float32)
+    k = tl.load(k_weights + row + column, mask=inside, other=0.0).to(tl.float32)
+    return tl.where((h < H)[:, None], q[None, :], k[None, :])
+
+
+@triton.jit
+def _store_heads(q, k, v, column, h, inside, values, to, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
+    """Heads to the rows at ``q``, ``k`` and ``v``, the last two unless ``to`` is -1."""
+    at = h[:, None] * D + column[None, :]
+    tl.store(q + at, values.to(q.dtype.element_ty), mask=inside & (h < H)[:, None])
+    h = tl.where(to >= 0, h, 0)
+    tl.store(k + (at - H * D), values.to(k.dtype.element_ty), mask=inside & ((h >= H) & (h < H + G))[:, None])
+    tl.store(v + (at - (H + G) * D), values.to(v.dtype.element_ty), mask=inside & (h >= H + G)[:, None])
+
+
+@triton.jit
+def rope(
+    qkv,
+    qkv_stride,
+    positions,
+    cos,
+    sin,
+    where,
+    q,
+    k_cache,
+    k_stride,
+    v_cache,
+    v_stride,
+    q_weights,
+    k_weights,
+    which,
+    epsilon,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Norms and rotates the H + G first heads of a row, writes q to ``q``, k and v to row ``where`` of the caches."""
+    REST: tl.constexpr = D - 2 * HALF
+    KIND: tl.constexpr = qkv.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions + row)
+    to = tl.load(where + row)
+    h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    exists = (h < H + 2 * G)[:, None]
+    turned = (h < H + G)[:, None]
+    c = tl.arange(0, WIDTH)
+    inside = exists & (c < HALF)[None, :]
+    at = qkv + row * qkv_stride + h[:, None] * D
+    a = tl.load(at + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(at + HALF + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    cosine = tl.load(cos + position * HALF + c, mask=c < HALF, other=0.0)[None, :]
+    sine = tl.load(sin + position * HALF + c, mask=c < HALF, other=0.0)[None, :]
+    if REST:
+        d = tl.arange(0, TAIL)
+        behind = exists & (d < REST)[None, :]
+        rest = tl.load(at + 2 * HALF + d[None, :], mask=behind, other=0.0).to(tl.float32)
+    if NORM:
+        version = tl.load(which + row).to(tl.int64) * D
+        squares = tl.sum(a * a + b * b, axis=1)
+        if REST:
+            squares += tl.sum(rest * rest, axis=1)
+        mean = tl.rsqrt(squares / D + epsilon)
+        w = _head_weights(q_weights, k_weights, version, c, h, c < HALF, H)
+        a = tl.where(turned, _rounded_norm(a, mean, w, KIND), a)
+        w = _head_weights(q_weights, k_weights, version + HALF, c, h, c < HALF, H)
+        b = tl.where(turned, _rounded_norm(b, mean, w, KIND), b)
+        if REST:
+            w = _head_weights(q_weights, k_weights, version + 2 * HALF, d, h, d < REST, H)
+            rest = tl.where(turned, _rounded_norm(rest, mean, w, KIND), rest)
+    q += row * (H * D)
+    k = k_cache + to * k_stride
+    v = v_cache + to * v_stride
+    left = tl.where(turned, a * cosine - b * sine, a)
+    right = tl.where(turned, b * cosine + a * sine, b)
+    _store_heads(q, k, v, c, h, inside, left, to, H, G, D)
+    _store_heads(q, k, v, HALF + c, h, inside, right, to, H, G, D)
+    if REST:
+        _store_heads(q, k, v, 2 * HALF + d, h, behind, rest, to, H, G, D)

@@ -1,0 +1,89 @@
+"""Between the q|k|v projection and attention, in one launch: head norms, rotation, and the write to a paged cache."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from deltazip_kernels.device.rope import rope
+
+_ELEMENTS = 512  # of each half of a head that one program holds
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """RMS norms over each head (Qwen 3): weights [versions, D]; row ``t`` has those of version ``which[t]`` (int32)."""
+
+    q: Tensor
+    k: Tensor
+    which: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """``cos`` and ``sin`` [positions, rotated columns / 2] float32; column ``i`` turns with ``i + rotated / 2``."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rope_and_cache(
+    qkv: Tensor,
+    positions: Tensor,
+    tables: RotaryTables,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    where: Tensor,
+    norm: HeadNorm | None = None,
+) -> Tensor:
+    """q [T, H, D], normed and rotated; k, likewise, and v go to rows ``where`` of ``k_cache`` and ``v_cache``.
+
+    ``qkv`` is [T, (H + 2 G) D], its rows contiguous; ``positions`` and ``where`` are [T] int64; the caches are
+    [rows, G, D], each row contiguous (FlashInfer's ``[pages, page, G, D]`` seen as rows). Where ``where`` is -1 nothing is
+    cached; no other value may occur twice. Rotation is in float32 and leaves a head's columns behind the rotated ones alone
+    (GPT-NeoX). Raises ValueError for shapes that do not fit.
+    """
+    rows, width = qkv.shape
+    groups, dim = k_cache.shape[1:]
+    half = tables.cos.shape[1]
+    heads = width // dim - 2 * groups
+    if heads < 1 or (heads + 2 * groups) * dim != width or v_cache.shape[1:] != k_cache.shape[1:] or 2 * half > dim:
+        raise ValueError(
+            f"q|k|v {(rows, width)} and tables of {half} columns do not fit a cache {tuple(k_cache.shape)}"
+        )
+    for tensor, what in ((qkv[0:1, None], "q|k|v"), (k_cache, "k_cache"), (v_cache, "v_cache")):
+        if tensor.numel() and not tensor[0].is_contiguous():
+            raise ValueError(f"the rows of {what} must be contiguous")
+    q = torch.empty((rows, heads, dim), dtype=qkv.dtype, device=qkv.device)
+    if rows:
+        width = triton.next_power_of_2(half)
+        block = max(1, min(_ELEMENTS // width, triton.next_power_of_2(heads + 2 * groups)))
+        rope[(rows, triton.cdiv(heads + 2 * groups, block))](
+            qkv,
+            qkv.stride(0),
+            positions,
+            tables.cos,
+            tables.sin,
+            where,
+            q,
+            k_cache,
+            k_cache.stride(0),
+            v_cache,
+            v_cache.stride(0),
+            norm.q if norm else qkv,
+            norm.k if norm else qkv,
+            norm.which if norm else where,
+            norm.epsilon if norm else 0.0,
+            H=heads,
+            G=groups,
+            D=dim,
+            HALF=half,
+            NORM=norm is not None,
+            BLOCK=block,
+            WIDTH=width,
+            TAIL=triton.next_power_of_2(max(1, dim - 2 * half)),
+            num_warps=2,
+        )
+    return q
