@@ -41,9 +41,9 @@ def rope_and_cache(
     """q [T, H, D], normed and rotated; k, likewise, and v go to rows ``where`` of ``k_cache`` and ``v_cache``.
 
     ``qkv`` is [T, (H + 2 G) D], its rows contiguous; ``positions`` and ``where`` are [T] int64; the caches are
-    [rows, G, D], each row contiguous (FlashInfer's ``[pages, page, G, D]`` seen as rows). Where ``where`` is -1 nothing is
-    cached; no other value may occur twice. Rotation is in float32 and leaves a head's columns behind the rotated ones alone
-    (GPT-NeoX). Raises ValueError for shapes that do not fit.
+    [rows, G, D], each row contiguous (FlashInfer's ``[pages, page, G, D]`` seen as rows). Where ``where`` is -1
+    nothing is cached; no other value may occur twice. Rotation is in float32 and leaves the columns behind the rotated
+    ones alone (GPT-NeoX). Raises ValueError for shapes that do not fit.
     """
     rows, width = qkv.shape
     groups, dim = k_cache.shape[1:]

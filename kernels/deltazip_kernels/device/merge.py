@@ -15,8 +15,8 @@ from deltazip_kernels.device.unpack import (
 
 
 @triton.jit
-def _columns(c, e, CODEC: tl.constexpr, ODD: tl.constexpr, PLAIN: tl.constexpr):
-    """One group's levels int8 [64, 128] in the order of columns, from lanes at ``c`` and ``e`` [64, 32]."""
+def columns(c, e, CODEC: tl.constexpr, ODD: tl.constexpr, PLAIN: tl.constexpr):
+    """One group's levels int8 [n, 128] in the order of columns, from lanes at ``c`` and ``e`` [n, 32]."""
     if CODEC == INT4:
         p0, p2 = unpack_int4(tl.load(c), PLAIN)
         p1, p3 = unpack_int4(tl.load(c + 32), PLAIN)
@@ -30,7 +30,7 @@ def _columns(c, e, CODEC: tl.constexpr, ODD: tl.constexpr, PLAIN: tl.constexpr):
         p0, p1, p2, p3 = unpack_sparse4(tl.load(c), tl.load(e), ODD, PLAIN)
     else:
         p0, p1, p2, p3 = unpack_sparse2(tl.load(c), tl.load(e), ODD, PLAIN)
-    return tl.reshape(tl.join(tl.join(p0, p2), tl.join(p1, p3)), (64, 128))
+    return tl.reshape(tl.join(tl.join(p0, p2), tl.join(p1, p3)), (c.shape[0], 128))
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def merge(
         group = 2 * pair + odd
         if group < GROUPS:
             c = codes + (shared if SHARED else (tile * GROUPS + group) * (64 * LANES) + lane)
-            levels = _columns(c, extra + shared, CODEC, odd == 1, PLAIN).to(tl.float32)
+            levels = columns(c, extra + shared, CODEC, odd == 1, PLAIN).to(tl.float32)
             place = (r >> 4) * 16 + (r & 7) * 2 + ((r >> 3) & 1)  # scales lie in pairs of rows r, r + 8
             scale = tl.load(scales + (tile * GROUPS + group) * 64 + place).to(tl.float32) * (1.0 / UNIT)
             k = group * 128 + tl.arange(0, 128)
