@@ -16,7 +16,7 @@ from deltazip_kernels.plan import FEW, MANY, SOME, Work, plan
 from deltazip_kernels.quantize import QuantizedRows, quantize_rows
 from deltazip_kernels.table import CODEC_IDS, DeltaTable, table_of
 
-_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _INNER_CHUNK = 512  # columns of K that one program of a low-rank product adds up
 _EXPAND_ROWS = 256
 
@@ -80,7 +80,7 @@ def raw_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work) -> None:
         K=x.shape[1],
         ROWS=rows,
         TILES=tiles,
-        DTYPE=_DTYPES[table.dtype],
+        DTYPE=DTYPES[table.dtype],
         BN=64,
         BM=max(16, work.batch),
         BK=64,
@@ -108,7 +108,7 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
         K=x.shape[1],
         PARTS=len(rows),
         CHUNK=_INNER_CHUNK,
-        DTYPE=_DTYPES[table.dtype],
+        DTYPE=DTYPES[table.dtype],
         R=width,
         BM=batch,
         BK=128,
@@ -126,7 +126,7 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
         ROWS=rows,
         TILES=tiles,
         CHUNKS=chunks,
-        DTYPE=_DTYPES[table.dtype],
+        DTYPE=DTYPES[table.dtype],
         ALIGNED=aligned,
         R=width,
         BN=_EXPAND_ROWS,

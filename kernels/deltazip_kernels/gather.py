@@ -1,0 +1,37 @@
+"""Rows of deltas by their number: an embedding's delta, of which a step needs one row for each token."""
+
+from collections.abc import Sequence
+
+import triton
+from torch import Tensor
+
+from deltazip_kernels.device.gather import gather
+from deltazip_kernels.table import CODEC_IDS, DeltaTable
+from deltazip_kernels.triton_backend import DTYPES
+
+_PAIRS = 4
+
+
+def gather_rows(out: Tensor, chosen: Tensor, which: Tensor, table: DeltaTable, codecs: Sequence[str]) -> None:
+    """``out[t]`` [K] gets row ``chosen[t]`` of the delta in slot ``which[t] - 1`` of a table of one part added.
+
+    ``chosen`` [T] int64: nothing is added beyond the matrix. ``which`` [T] int32: nor for 0, the base, and for slots
+    that are empty or hold another codec than ``codecs``.
+    """
+    ((rows, columns),) = table.shapes
+    if not len(out):
+        return
+    gather[(len(out), triton.cdiv(columns, _PAIRS * 256))](
+        out,
+        out.stride(0),
+        chosen,
+        which,
+        table.entries,
+        rows,
+        K=columns,
+        DTYPE=DTYPES[table.dtype],
+        CODECS=tuple(CODEC_IDS[name] for name in codecs),
+        PAIRS=_PAIRS,
+        PLAIN=triton.knobs.runtime.interpret,
+        num_warps=4,
+    )
