@@ -1,4 +1,4 @@
-"""Round-to-nearest on group scales: codes, scales and, for 2:4, which columns are kept.
+"""Codes on group scales in torch: the reference, for every codec and device. ``triton_grid`` is its twin for GPUs.
 
 A group is up to 128 consecutive columns of one row; ``weight = (code - zero) * scale``.
 """
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from deltazip_kernels.layout import GROUP, Codec
 
-CLIP_RATIOS = tuple(1.15 - 0.05 * step for step in range(19))
+CLIP_HIGHEST, CLIP_STEP = 1.15, 0.05
+CLIP_RATIOS = tuple(CLIP_HIGHEST - CLIP_STEP * step for step in range(19))
 """Scales tried for a group, relative to the one whose lowest level is the group's largest magnitude. Above 1 because
 int4 has one positive level less than negative ones."""
 REFITS = 2
@@ -106,3 +107,31 @@ def round_to_nearest(delta: Tensor, weights: Tensor, codec: Codec) -> Coded:
     scales = torch.stack([choose_scales(delta[:, g], counted[:, g], codec) for g in groups], 1)
     columns = scales.repeat_interleave(GROUP, dim=1)[:, : delta.shape[1]]
     return Coded(to_codes(delta, columns, codec).to(torch.uint8), scales, kept)
+
+
+def code_group(work: Tensor, codes: Tensor, kept: Tensor | None, factor: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
+    """Code the columns of one group ``work`` ``[N, columns]`` in order, each one's error spread over those after it.
+
+    Writes ``codes`` and, for 2:4, ``kept``, both perhaps slices; what ``work`` holds afterwards is of no use. Returns
+    the scales ``[N]`` and the errors ``[N, columns]`` to spread over later groups. ``factor`` ``[columns, columns]`` is
+    the group's square of ``hessian.inverse_factor``.
+    A column's error costs ``(error / factor_jj)²`` once the later columns have compensated for it: the weight of
+    scales and, with the whole value as error, the saliency of SparseGPT.
+    """
+    cost = factor.diagonal().square().reciprocal()
+    # The mask is settled four by four below; until then the scales take what it would be now.
+    likely = work.new_ones(()) if kept is None else keep_two_of_four(work.square() * cost)
+    scales = choose_scales(work, cost * likely, codec)
+    errors = torch.zeros_like(work)
+    for j in range(work.shape[1]):
+        if kept is not None and j % 4 == 0:
+            kept[:, j : j + 4] = keep_two_of_four(work[:, j : j + 4].square() * cost[j : j + 4])
+        column = work[:, j]
+        code = to_codes(column, scales, codec)
+        value = (code - codec.zero) * scales
+        if kept is not None:
+            value = value * kept[:, j]
+        codes[:, j] = code
+        errors[:, j] = (column - value) / factor[j, j]
+        work[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
+    return scales, errors

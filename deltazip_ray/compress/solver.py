@@ -4,15 +4,44 @@ Columns are coded in order; the error of each is spread over the columns that ar
 calibration inputs changes least (arXiv 2210.17323, 2301.00774). Rows are independent of each other.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from deltazip_kernels.layout import GROUP, Codec
-from deltazip_ray.compress.grid import Coded, choose_scales, keep_two_of_four, round_to_nearest, to_codes
+from deltazip_ray.compress import grid as torch_grid
+from deltazip_ray.compress.grid import Coded
 from deltazip_ray.compress.hessian import inverse_factor
 
 ROWS = 16384
 """Rows coded at a time; bounds the memory that a head of many tokens takes."""
+
+
+class Grid(Protocol):
+    """The operations on groups; the contracts are those of the torch bodies in ``grid``."""
+
+    def round_to_nearest(self, delta: Tensor, weights: Tensor, codec: Codec) -> Coded:
+        """Code without compensation."""
+
+    def code_group(
+        self, work: Tensor, codes: Tensor, kept: Tensor | None, factor: Tensor, codec: Codec
+    ) -> tuple[Tensor, Tensor]:
+        """Code one group with compensation."""
+
+
+def grid_for(device: torch.device, codec: Codec) -> Grid:
+    """The fastest implementation for ``codec`` on ``device``."""
+    if device.type == "cuda" and not codec.sparse:
+        from deltazip_ray.compress import triton_grid  # a host without a GPU need not load a compiler
+
+        return triton_grid
+    return torch_grid
+
+
+def round_to_nearest(delta: Tensor, weights: Tensor, codec: Codec) -> Coded:
+    """:func:`grid.round_to_nearest`, wherever ``delta`` is."""
+    return grid_for(delta.device, codec).round_to_nearest(delta, weights, codec)
 
 
 class Solver:
@@ -22,68 +51,42 @@ class Solver:
     error in the norm of the damped Hessian is larger than by :func:`round_to_nearest`.
     """
 
-    def __init__(self, damped: Tensor) -> None:
-        self._factor, self._metric = inverse_factor(damped), damped.float()
+    def __init__(self, damped: Tensor, grid: Grid | None = None) -> None:
+        self._factor, self._metric, self._grid = inverse_factor(damped), damped.float(), grid
 
     def solve(self, delta: Tensor, codec: Codec) -> Coded:
         """Code ``delta`` float32 ``[N, K]``."""
-        pieces = torch.split(delta, ROWS)
-        return Coded.join([_solve_rows(rows, self._factor, self._metric, codec) for rows in pieces])
+        grid = self._grid or grid_for(delta.device, codec)
+        return Coded.join([self._rows(rows, codec, grid) for rows in torch.split(delta, ROWS)])
+
+    def _rows(self, delta: Tensor, codec: Codec, grid: Grid) -> Coded:
+        nearest = grid.round_to_nearest(delta, self._metric.diagonal(), codec)
+        compensated, errors = compensate(delta, self._factor, codec, grid)
+        lost = delta - nearest.dequantized(codec)
+        better = errors < ((lost @ self._metric) * lost).sum(1)
+        return _by_row(better[:, None], compensated, nearest)
 
 
-def _solve_rows(delta: Tensor, factor: Tensor, metric: Tensor, codec: Codec) -> Coded:
-    nearest = round_to_nearest(delta, metric.diagonal(), codec)
-    compensated = compensate(delta, factor, codec)
-    better = _row_errors(delta, compensated, metric, codec) < _row_errors(delta, nearest, metric, codec)
-    return _by_row(better[:, None], compensated, nearest)
+def compensate(delta: Tensor, factor: Tensor, codec: Codec, grid: Grid = torch_grid) -> tuple[Coded, Tensor]:
+    """Code the columns of ``delta`` ``[N, K]`` in order; ``factor`` is :func:`inverse_factor` of the Hessian.
 
-
-def compensate(delta: Tensor, factor: Tensor, codec: Codec) -> Coded:
-    """Code the columns of ``delta`` ``[N, K]`` in order; ``factor`` is :func:`inverse_factor` of the Hessian."""
+    Also returns each row's squared error ``[N]`` in the norm of that Hessian: with e the errors that are spread, the
+    row is off by e · U, and (e U) H (e U)ᵀ = e eᵀ since Uᵀ U = H⁻¹.
+    """
     work = delta.clone()
     codes = torch.zeros_like(delta, dtype=torch.uint8)
     kept = torch.ones_like(delta, dtype=torch.bool) if codec.sparse else None
-    scales = []
+    scales, squared = [], torch.zeros(delta.shape[0], device=delta.device)
     for start in range(0, delta.shape[1], GROUP):
         end = min(start + GROUP, delta.shape[1])
         part = None if kept is None else kept[:, start:end]
-        group_scales, errors = _group(
+        group_scales, errors = grid.code_group(
             work[:, start:end], codes[:, start:end], part, factor[start:end, start:end], codec
         )
         scales.append(group_scales)
+        squared += errors.square().sum(1)
         work[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-    return Coded(codes, torch.stack(scales, 1), kept)
-
-
-def _group(work: Tensor, codes: Tensor, kept: Tensor | None, factor: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
-    """Code one group in place; returns its scales ``[N]`` and the errors ``[N, columns]`` to spread over later groups.
-
-    A column's error costs ``(error / factor_jj)²`` once the later columns have compensated for it: the weight of
-    scales and, with the whole value as error, the saliency of SparseGPT.
-    """
-    cost = factor.diagonal().square().reciprocal()
-    # The mask is settled four by four below; until then the scales take what it would be now.
-    likely = work.new_ones(()) if kept is None else keep_two_of_four(work.square() * cost)
-    scales = choose_scales(work, cost * likely, codec)
-    errors = torch.zeros_like(work)
-    for j in range(work.shape[1]):
-        if kept is not None and j % 4 == 0:
-            kept[:, j : j + 4] = keep_two_of_four(work[:, j : j + 4].square() * cost[j : j + 4])
-        column = work[:, j]
-        code = to_codes(column, scales, codec)
-        value = (code - codec.zero) * scales
-        if kept is not None:
-            value = value * kept[:, j]
-        codes[:, j] = code
-        errors[:, j] = (column - value) / factor[j, j]
-        work[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
-    return scales, errors
-
-
-def _row_errors(delta: Tensor, coded: Coded, metric: Tensor, codec: Codec) -> Tensor:
-    """Squared error of each row in the norm of ``metric``."""
-    error = delta - coded.dequantized(codec)
-    return ((error @ metric) * error).sum(1)
+    return Coded(codes, torch.stack(scales, 1), kept), squared
 
 
 def _by_row(first: Tensor, left: Coded, right: Coded) -> Coded:

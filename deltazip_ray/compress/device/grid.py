@@ -1,0 +1,125 @@
+"""The kernels behind ``deltazip_ray.compress.triton_grid``.
+
+A program holds one group of some rows in registers, ``[ROWS, 128]``. Columns beyond the matrix weigh nothing.
+"""
+
+import triton
+import triton.language as tl
+
+from deltazip_ray.compress import grid
+
+TINY = tl.constexpr(1.1754943508222875e-38)
+HIGHEST, STEP = tl.constexpr(grid.CLIP_HIGHEST), tl.constexpr(grid.CLIP_STEP)
+
+
+@triton.jit
+def _bf16(x):
+    """``x`` rounded to the nearest bfloat16, ties to even, as float32."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _codes(values, scales, ZERO: tl.constexpr, TOP: tl.constexpr):
+    """Nearest codes of ``values`` under ``scales``, which broadcast against them; a scale of 0 makes all code 0."""
+    steps = tl.where(scales > 0, values / tl.maximum(scales, TINY), 0.0)
+    # Adding 2^23 leaves no bits behind the point: the nearest whole number, ties to even.
+    return (tl.minimum(tl.maximum(steps + ZERO, 0.0), TOP) + 8388608.0) - 8388608.0
+
+
+@triton.jit
+def _consider(values, weights, scales, best, best_error, ZERO: tl.constexpr, TOP: tl.constexpr):
+    scales = _bf16(scales)
+    lost = values - (_codes(values, scales[:, None], ZERO, TOP) - ZERO) * scales[:, None]
+    error = tl.sum(weights * lost * lost, 1)
+    better = error < best_error
+    return tl.where(better, scales, best), tl.where(better, error, best_error)
+
+
+@triton.jit
+def _choose_scales(values, weights, ZERO: tl.constexpr, TOP: tl.constexpr, CLIPS: tl.constexpr, REFITS: tl.constexpr):
+    """``grid.choose_scales`` of ``values`` [ROWS, 128] and ``weights`` [1, 128]."""
+    best = tl.zeros((values.shape[0],), tl.float32)
+    best_error = tl.sum(weights * values * values, 1)
+    widest = tl.max(tl.where(weights > 0, tl.abs(values), 0.0), 1) / ZERO
+    for step in range(CLIPS):
+        best, best_error = _consider(values, weights, widest * (HIGHEST - STEP * step), best, best_error, ZERO, TOP)
+    for _ in range(REFITS):
+        levels = _codes(values, best[:, None], ZERO, TOP) - ZERO
+        norm = tl.maximum(tl.sum(weights * levels * levels, 1), TINY)
+        fitted = tl.maximum(tl.sum(weights * values * levels, 1), 0.0) / norm
+        best, best_error = _consider(values, weights, fitted, best, best_error, ZERO, TOP)
+    return best
+
+
+@triton.jit
+def nearest(
+    delta,
+    delta_stride,
+    weights,
+    codes,
+    scales,
+    N,
+    K,
+    ZERO: tl.constexpr,
+    TOP: tl.constexpr,
+    CLIPS: tl.constexpr,
+    REFITS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """``grid.round_to_nearest`` of a dense codec: one program for some rows of one group."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)
+    column = group * 128 + tl.arange(0, 128)
+    inside = (row < N)[:, None] & (column < K)[None, :]
+    values = tl.load(delta + row[:, None] * delta_stride + column[None, :], mask=inside, other=0.0)
+    weight = tl.load(weights + column, mask=column < K, other=0.0)[None, :]
+    best = _choose_scales(values, weight, ZERO, TOP, CLIPS, REFITS)
+    found = _codes(values, best[:, None], ZERO, TOP)
+    tl.store(codes + row[:, None] * K + column[None, :], found.to(tl.uint8), mask=inside)
+    tl.store(scales + row * tl.num_programs(1) + group, best, mask=row < N)
+
+
+@triton.jit
+def code_group(
+    work,
+    work_stride,
+    factor,
+    factor_row,
+    factor_column,
+    codes,
+    codes_stride,
+    scales,
+    errors,
+    N,
+    C,
+    ZERO: tl.constexpr,
+    TOP: tl.constexpr,
+    CLIPS: tl.constexpr,
+    REFITS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """``grid.code_group`` of a dense codec: the C columns of one group in order, one program for some rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, 128)
+    inside = (row < N)[:, None] & (column < C)[None, :]
+    values = tl.load(work + row[:, None] * work_stride + column[None, :], mask=inside, other=0.0)
+    diagonal = tl.load(factor + column * (factor_row + factor_column), mask=column < C, other=1.0)
+    weight = tl.where(column < C, 1.0 / (diagonal * diagonal), 0.0)[None, :]
+    scale = _choose_scales(values, weight, ZERO, TOP, CLIPS, REFITS)
+    found = tl.zeros((ROWS, 128), tl.float32)
+    error = tl.zeros((ROWS, 128), tl.float32)
+    for j in range(C):
+        here = (column == j)[None, :]
+        value = tl.sum(tl.where(here, values, 0.0), 1)
+        code = _codes(value, scale, ZERO, TOP)
+        lost = (value - (code - ZERO) * scale) / tl.load(factor + j * (factor_row + factor_column))
+        found = tl.where(here, code[:, None], found)
+        error = tl.where(here, lost[:, None], error)
+        # The factor is upper triangular: columns that are done do not change.
+        spread = tl.load(factor + j * factor_row + column * factor_column, mask=column < C, other=0.0)
+        values -= lost[:, None] * spread[None, :]
+    tl.store(codes + row[:, None] * codes_stride + column[None, :], found.to(tl.uint8), mask=inside)
+    tl.store(errors + row[:, None] * C + column[None, :], error, mask=inside)
+    tl.store(scales + row, scale, mask=row < N)

@@ -1,0 +1,63 @@
+"""Dense codes on a GPU: what ``grid`` does in torch, in one launch for a group instead of thousands.
+
+Rows equal those of the torch bodies of the same names, but for values that rounding puts between two codes.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from deltazip_kernels.layout import GROUP, Codec
+from deltazip_ray.compress.device import grid as device
+from deltazip_ray.compress.grid import CLIP_RATIOS, REFITS, Coded
+
+ROWS = 16
+"""Rows of a program: values, codes and errors of 16 × 128 are 48 registers of each of its 128 threads."""
+
+
+def round_to_nearest(delta: Tensor, weights: Tensor, codec: Codec) -> Coded:
+    """As ``grid.round_to_nearest``."""
+    rows, columns = delta.shape
+    groups = -(-columns // GROUP)
+    codes = torch.empty((rows, columns), dtype=torch.uint8, device=delta.device)
+    scales = torch.empty((rows, groups), device=delta.device)
+    device.nearest[(triton.cdiv(rows, ROWS), groups)](
+        delta, delta.stride(0), weights.contiguous(), codes, scales, rows, columns, **_options(codec)
+    )
+    return Coded(codes, scales, None)
+
+
+def code_group(work: Tensor, codes: Tensor, kept: Tensor | None, factor: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
+    """As ``grid.code_group``."""
+    rows, columns = work.shape
+    scales, errors = torch.empty(rows, device=work.device), torch.empty((rows, columns), device=work.device)
+    device.code_group[(triton.cdiv(rows, ROWS),)](
+        work,
+        work.stride(0),
+        factor,
+        *factor.stride(),
+        codes,
+        codes.stride(0),
+        scales,
+        errors,
+        rows,
+        columns,
+        **_options(codec),
+    )
+    return scales, errors
+
+
+def _options(codec: Codec) -> dict[str, Any]:
+    """Raises ValueError for a codec that the kernels do not know."""
+    if codec.sparse:
+        raise ValueError(f"{codec.name} is coded by the torch bodies only")
+    return {
+        "ZERO": codec.zero,
+        "TOP": float(2**codec.bits - 1),
+        "CLIPS": len(CLIP_RATIOS),
+        "REFITS": REFITS,
+        "ROWS": ROWS,
+        "num_warps": 4,
+    }

@@ -1,0 +1,81 @@
+"""The compressor's Triton kernels against their torch bodies, and the solver over them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltazip_kernels.layout import CODECS, Codec
+from deltazip_ray.compress import grid, triton_grid
+from deltazip_ray.compress.grid import Coded
+from deltazip_ray.compress.hessian import Hessian
+from deltazip_ray.compress.solver import Solver
+
+DENSE = [codec for codec in CODECS.values() if not codec.sparse]
+EVERY_DENSE = pytest.mark.parametrize("codec", DENSE, ids=[codec.name for codec in DENSE])
+
+
+def random_delta(rows: int, columns: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(rows * columns)
+    delta = 0.02 * torch.randn(rows, columns, generator=generator)
+    delta[rows // 2] = 0
+    return delta.to(device)
+
+
+def damped(columns: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(columns)
+    mixing = torch.randn(columns, columns, generator=generator) * torch.logspace(0, -2, columns)[:, None]
+    hessian = Hessian(columns, device)
+    hessian.add((torch.randn(3 * columns, columns, generator=generator) @ mixing).to(device))
+    return hessian.damped(0.01)
+
+
+def same_rows(ours: Coded, reference: Coded) -> int:
+    """Rows that are equal to the bit."""
+    return int(((ours.codes == reference.codes).all(1) & (ours.scales == reference.scales).all(1)).sum())
+
+
+@EVERY_DENSE
+@pytest.mark.parametrize("shape", [(18, 130), (1, 5)], ids=str)
+def test_rounding_equals_the_torch_body(codec: Codec, shape: tuple[int, int], device: torch.device) -> None:
+    delta = random_delta(*shape, device)
+    weights = 0.1 + torch.rand(shape[1], generator=torch.Generator().manual_seed(0)).to(device)
+    ours, reference = (module.round_to_nearest(delta, weights, codec) for module in (triton_grid, grid))
+    # A scale that ties in one order of summation may lose in another.
+    assert same_rows(ours, reference) >= 0.9 * shape[0]
+    errors = [(weights * (delta - coded.dequantized(codec)).square()).sum(1) for coded in (ours, reference)]
+    torch.testing.assert_close(errors[0], errors[1], rtol=1e-3, atol=1e-12)
+
+
+@EVERY_DENSE
+@pytest.mark.parametrize("shape", [(18, 128), (7, 70)], ids=str)
+def test_a_group_equals_the_torch_body(codec: Codec, shape: tuple[int, int], device: torch.device) -> None:
+    factor = torch.linalg.cholesky(damped(shape[1], device).inverse(), upper=True).float()
+    found = []
+    for module in (triton_grid, grid):
+        work = random_delta(*shape, device)
+        # Slices of wider matrices, as the solver gives them.
+        codes = torch.full((shape[0], shape[1] + 9), 77, dtype=torch.uint8, device=device)
+        scales, errors = module.code_group(work, codes[:, 4:-5], None, factor, codec)
+        assert bool((codes[:, :4] == 77).all())
+        assert bool((codes[:, -5:] == 77).all())
+        found.append((Coded(codes[:, 4:-5], scales[:, None], None), errors))
+    (ours, our_errors), (reference, reference_errors) = found
+    assert same_rows(ours, reference) >= 0.9 * shape[0]
+    close = (our_errors - reference_errors).abs().amax(1) <= 1e-4 * reference_errors.abs().amax()
+    assert int(close.sum()) >= 0.9 * shape[0]
+
+
+@EVERY_DENSE
+def test_the_solver_over_the_kernels_loses_no_more_than_over_torch(codec: Codec, device: torch.device) -> None:
+    delta, metric = random_delta(20, 150, device), damped(150, device)
+    lost = []
+    for module in (triton_grid, grid):
+        error = (delta - Solver(metric, module).solve(delta, codec).dequantized(codec)).double()
+        lost.append(torch.einsum("nk,kl,nl->n", error, metric, error))
+    assert float(lost[0].sum()) == pytest.approx(float(lost[1].sum()), rel=0.02)
+    assert int(((lost[0] - lost[1]).abs() <= 1e-3 * lost[1] + 1e-12).sum()) >= 17
+
+
+def test_codecs_without_kernels_are_refused(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="sparse24_int4 is coded by the torch bodies only"):
+        triton_grid.round_to_nearest(torch.ones(4, 128, device=device), torch.ones(128), CODECS["sparse24_int4"])
