@@ -5,9 +5,12 @@ from where boto3 looks (environment, profiles, web identity).
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from deltazip_ray.errors import ConfigError
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -26,9 +29,19 @@ class StoreConfig(Settings):
     endpoint_url: str | None = Field(None, description="S3 endpoint; boto3's own default when absent")
     region: str | None = None
     profile: str | None = Field(None, description="a profile of the AWS configuration files")
+    ca_bundle: Path | None = Field(
+        None, description="PEM file of the authorities that sign the endpoint's certificate; boto3's own when absent"
+    )
     path_style: bool = Field(False, description="address buckets as a path, as most S3-compatible servers want")
     timeout_s: float = Field(10.0, gt=0, description="connect and read timeout of one request")
     max_attempts: int = Field(4, ge=1, description="tries of one request, the first included")
+
+    @model_validator(mode="after")
+    def _no_credentials(self) -> Self:
+        """Settings are shown on dashboards and in logs. A ConfigError, for pydantic's own would show the value."""
+        refuse_credentials("store.url", self.url)
+        refuse_credentials("store.endpoint_url", self.endpoint_url or "")
+        return self
 
 
 class EngineConfig(Settings):
@@ -46,6 +59,7 @@ class EngineConfig(Settings):
     kv_blocks: int = Field(1024, ge=1, description="KV blocks in all")
     slots: int = Field(8, ge=1, description="deltas on the device at once")
     slot_bytes: int | None = Field(None, ge=1, description="room of one slot; sized for a dense int4 delta when absent")
+    copy_bytes_per_s: float | None = Field(None, gt=0, description="bound on copies to the device; none when absent")
     max_added_tokens: int = Field(64, ge=0, description="tokens a variant may add to the base's vocabulary")
     load_timeout_s: float = Field(60.0, gt=0, description="how long a request waits for its delta before it gets a 503")
     threads: int | None = Field(None, ge=1, description="torch CPU threads; torch's default when absent")
@@ -100,3 +114,9 @@ class AppConfig(Settings):
     engine: EngineConfig = EngineConfig()
     node_store: NodeStoreConfig = NodeStoreConfig()
     router: RouterConfig = RouterConfig()
+
+
+def refuse_credentials(setting: str, url: str) -> None:
+    """Raise ConfigError, which does not show them, when a URL holds credentials."""
+    if "@" in urlsplit(url).netloc:
+        raise ConfigError(f"{setting} holds credentials: take them out, boto3 finds them in the environment")

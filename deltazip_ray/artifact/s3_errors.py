@@ -1,12 +1,25 @@
 """What went wrong at an S3 server, in the terms of this project.
 
-Messages are made of error codes only: what servers write into theirs may quote keys and signatures.
+Messages are made of error codes only: what servers write into theirs may quote keys and signatures, and what a
+provider of credentials writes may be anything. So these are not chained as causes either.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    MetadataRetrievalError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    SSLError,
+    SSOError,
+    TokenRetrievalError,
+)
+from urllib3.exceptions import HTTPError
 
 from deltazip_ray.errors import (
     BlobCorrupt,
@@ -29,6 +42,16 @@ _DENIED = {
     "401",
     "403",
 }
+PROVIDER_FAULTS = (
+    *(CredentialRetrievalError, MetadataRetrievalError, SSOError, TokenRetrievalError),
+    # Botocore lets these through: no such process or token file, a process that writes no JSON, and credentials that
+    # have expired again when they were renewed.
+    *(FileNotFoundError, PermissionError, JSONDecodeError, RuntimeError),
+)
+"""What is raised when a provider of credentials does not do its work."""
+_PROVIDERS = ("AssumeRole", "GetRoleCredentials", "GetFederationToken")
+"""What the operations that bring credentials begin with."""
+_MAX_RETRY_AFTER_S = 300.0
 
 
 @contextmanager
@@ -37,20 +60,38 @@ def translated(url: str, key: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        raise _from_answer(url, key, error) from error
-    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise _from_answer(url, key, error) from None
+    except (NoCredentialsError, PartialCredentialsError):
         raise StoreUnavailable(
             f"no credentials for {url}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
+        ) from None
+    except PROVIDER_FAULTS as error:
+        raise StoreUnavailable(provider_fault(url, type(error).__name__)) from None
+    except SSLError as error:
+        raise StoreUnavailable(
+            f"{url} cannot be reached by TLS: check the endpoint's certificate, and name the authority that signed it "
+            "in store.ca_bundle or AWS_CA_BUNDLE"
         ) from error
-    except BotoCoreError as error:
+    except (BotoCoreError, HTTPError) as error:
         raise StoreUnavailable(
             f"{url} does not answer ({type(error).__name__}): check the endpoint and that the server runs"
         ) from error
 
 
+def provider_fault(url: str, problem: str) -> str:
+    """What to tell when a provider of credentials does not do its work."""
+    return (
+        f"the provider of credentials for {url} fails ({problem}): check the profile, role, process or token file "
+        "that AWS's configuration names"
+    )
+
+
 def _from_answer(url: str, key: str, error: ClientError) -> DeltaZipError:
     code = error.response.get("Error", {}).get("Code", "")
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    metadata = error.response.get("ResponseMetadata", {})
+    status = metadata.get("HTTPStatusCode", 0)
+    if error.operation_name.startswith(_PROVIDERS):
+        return StoreUnavailable(provider_fault(url, f"{error.operation_name}: {code or status}"))
     if code == "NoSuchBucket":
         return StoreUnavailable(f"{url}: there is no such bucket: create it, or correct the URL")
     if code in _ABSENT:
@@ -63,4 +104,8 @@ def _from_answer(url: str, key: str, error: ClientError) -> DeltaZipError:
         return StoreUnavailable(f"the credentials for {url} have expired ({code}): renew them")
     if code in _DENIED:
         return StoreUnavailable(f"{url} refuses access to {key} ({code}): check credentials and bucket policy")
-    return StoreUnavailable(f"{url} failed on {key} ({code or status}): try again later")
+    later = StoreUnavailable(f"{url} failed on {key} ({code or status}): try again later")
+    pause = metadata.get("HTTPHeaders", {}).get("retry-after", "")
+    if pause.isdecimal():
+        later.retry_after_s = min(float(pause), _MAX_RETRY_AFTER_S)
+    return later

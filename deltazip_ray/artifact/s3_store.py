@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
+import urllib3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
@@ -24,8 +25,8 @@ from botocore.exceptions import (
 )
 
 from deltazip_ray.artifact.object_store import MAX_OBJECT, ObjectStore, check_key, check_prefix, is_key
-from deltazip_ray.artifact.s3_errors import translated
-from deltazip_ray.config import MIB, StoreConfig
+from deltazip_ray.artifact.s3_errors import PROVIDER_FAULTS, provider_fault, translated
+from deltazip_ray.config import MIB, StoreConfig, refuse_credentials
 from deltazip_ray.errors import BlobCorrupt, ConfigError, ObjectNotFound, StoreError, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ PARALLEL = 8
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 _CHUNK = MIB
 _BACKOFF_S = 0.1
-_BROKEN_OFF = (ReadTimeoutError, ResponseStreamingError, IncompleteReadError)
+# urllib3's own is what a damaged TLS record becomes, which botocore lets through.
+_BROKEN_OFF = (ReadTimeoutError, ResponseStreamingError, IncompleteReadError, urllib3.exceptions.SSLError)
 _UPLOAD = TransferConfig(multipart_threshold=16 * MIB, multipart_chunksize=16 * MIB, max_concurrency=PARALLEL)
 
 
@@ -66,13 +68,11 @@ class S3Store(ObjectStore):
     def get(self, key: str, limit: int = MAX_OBJECT) -> bytes:
         where = self._where(key)
 
-        def read() -> bytes | None:
-            answer = self._client.get_object(Bucket=self._bucket, Key=where)
-            with closing(answer["Body"]) as body:
-                return None if answer["ContentLength"] > limit else body.read()
+        def read(answer: Mapping[str, Any]) -> bytes | None:
+            return None if answer["ContentLength"] > limit else answer["Body"].read()
 
         with translated(self.url, key):
-            data = self._again(read)
+            data = self._again(lambda: self._client.get_object(Bucket=self._bucket, Key=where), read)
         if data is None:
             raise StoreError(f"{self.url}/{key} is larger than {limit} bytes: it is not what its name says")
         return data
@@ -149,31 +149,33 @@ class S3Store(ObjectStore):
 
     def _read_range(self, key: str, where: str, start: int, part: memoryview, total: int) -> None:
         """Read ``len(part)`` bytes from ``start`` of an object that must have ``total`` bytes."""
+        wanted = f"bytes={start}-{start + len(part) - 1}"
 
-        def read() -> int:
-            wanted = f"bytes={start}-{start + len(part) - 1}"
-            answer = self._client.get_object(Bucket=self._bucket, Key=where, Range=wanted)
-            stream: Any = answer["Body"]  # boto3-stubs has readinto() wrong
-            with closing(stream) as body:
-                size = _whole_size(answer, len(part), total)
-                position = 0
-                while size == total and (count := body.readinto(part[position : position + _CHUNK])):
-                    position += count
+        def read(answer: Mapping[str, Any]) -> int:
+            size = _whole_size(answer, len(part), total)
+            position = 0
+            while size == total and (count := answer["Body"].readinto(part[position : position + _CHUNK])):
+                position += count
             return size
 
         with translated(self.url, key):
-            size = self._again(read)
+            size = self._again(lambda: self._client.get_object(Bucket=self._bucket, Key=where, Range=wanted), read)
         if size != total:
             raise BlobCorrupt(f"{self.url}/{key} has {size} bytes, not {total}: publish it again with --repair")
 
-    def _again(self, read: Callable[[], T]) -> T:
-        """botocore repeats requests that fail, but not bodies that break off in the middle: read those again."""
-        for attempt in range(self._attempts - 1):
+    def _again(self, ask: Callable[[], Mapping[str, Any]], read: Callable[[Mapping[str, Any]], T]) -> T:
+        """botocore repeats requests that fail, but not bodies that break off in the middle: those are read again."""
+        attempt = 1
+        while True:
+            answer = ask()
             try:
-                return read()
+                with closing(answer["Body"]):
+                    return read(answer)
             except _BROKEN_OFF:
-                time.sleep(_BACKOFF_S * 2**attempt)
-        return read()
+                if attempt == self._attempts:
+                    raise
+            time.sleep(_BACKOFF_S * 2**attempt)
+            attempt += 1
 
 
 def _whole_size(answer: Mapping[str, Any], asked: int, expected: int) -> int:
@@ -190,9 +192,8 @@ def _whole_size(answer: Mapping[str, Any], asked: int, expected: int) -> int:
 
 
 def _make_client(config: StoreConfig) -> "S3Client":
-    endpoint = config.endpoint_url
-    if endpoint is not None and "@" in urlsplit(endpoint).netloc:
-        raise ConfigError("the endpoint URL holds credentials: take them out, boto3 finds them in the environment")
+    if config.ca_bundle is not None and not config.ca_bundle.is_file():
+        raise ConfigError(f"store.ca_bundle: there is no file {config.ca_bundle}")
     settings = Config(
         retries={"mode": "standard", "total_max_attempts": config.max_attempts},
         connect_timeout=config.timeout_s,
@@ -206,6 +207,11 @@ def _make_client(config: StoreConfig) -> "S3Client":
     )
     try:
         session = boto3.Session(profile_name=config.profile, region_name=config.region)
-        return session.client("s3", endpoint_url=endpoint, config=settings)
+        verify = None if config.ca_bundle is None else str(config.ca_bundle)
+        client = session.client("s3", endpoint_url=config.endpoint_url, verify=verify, config=settings)
+    except PROVIDER_FAULTS as error:
+        raise ConfigError(provider_fault(config.url, type(error).__name__)) from None
     except (BotoCoreError, ValueError) as error:
         raise ConfigError(f"cannot connect to {config.url}: {error}") from error
+    refuse_credentials("the endpoint that AWS's configuration names", client.meta.endpoint_url)
+    return client

@@ -1,5 +1,7 @@
 """Answers that the test server never gives: expired credentials, throttling, quotas."""
 
+import traceback
+
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
@@ -41,9 +43,8 @@ def test_errors_say_what_to_do_and_no_secrets(error: Exception, kind: type[Delta
     with pytest.raises(kind, match=message) as caught, translated("s3://bucket/prefix", "some/key"):
         raise error
     assert type(caught.value) is kind
-    assert SECRET not in caught.value.message
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
     assert "s3://bucket/prefix" in caught.value.message
-    assert caught.value.__cause__ is error
 
 
 def test_other_errors_pass() -> None:

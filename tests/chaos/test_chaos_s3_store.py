@@ -1,0 +1,151 @@
+"""The S3 store behind a server that goes wrong: what each fault becomes, how long it takes, and that it ends."""
+
+import os
+import time
+import traceback
+from collections.abc import Iterator
+
+import pytest
+
+from deltazip_ray.artifact.s3_store import PART
+from deltazip_ray.artifact.store import ObjectStore, open_store
+from deltazip_ray.config import StoreConfig
+from deltazip_ray.errors import DeltaZipError, StoreUnavailable
+from tests.support.fault_proxy import Fault, FaultProxy, flipped, refused, reset, slow, stalled, truncated
+from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server
+
+DATA = os.urandom(PART + 5)
+
+
+@pytest.fixture
+def proxy(s3_environment: S3Server) -> Iterator[FaultProxy]:
+    with FaultProxy(s3_environment.ports["proxy"]) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def bucket(s3_environment: S3Server) -> str:
+    return s3_environment.new_bucket()
+
+
+def store_at(proxy: FaultProxy, bucket: str, **changes: object) -> ObjectStore:
+    fields = {"timeout_s": 0.5, "max_attempts": 2, "path_style": True} | changes
+    return open_store(StoreConfig(url=f"s3://{bucket}/store", endpoint_url=proxy.endpoint, **fields))
+
+
+def read(store: ObjectStore) -> bytes:
+    buffer = bytearray(len(DATA))
+    store.read_into("blob", memoryview(buffer))
+    return bytes(buffer)
+
+
+def test_without_faults_the_proxy_is_not_noticed(proxy: FaultProxy, bucket: str) -> None:
+    store = store_at(proxy, bucket)
+    store.put("blob", DATA)
+    store.put("large", DATA * 3)
+    assert read(store) == DATA == store.get("blob")
+    assert store.size("large") == 3 * len(DATA)
+    assert store.list() == ["blob", "large"]
+    store.delete("large")
+    assert not store.exists("large")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        slow(0.1),
+        reset(0.5),
+        reset(0.0),
+        truncated(),
+        stalled(0.0),
+        stalled(0.7),
+        refused(503, "SlowDown"),
+        refused(500, "InternalError"),
+        refused(502, ""),
+    ],
+    ids=["slow", "reset", "early reset", "truncated", "silent", "stalled", "503", "500", "502"],
+)
+def test_a_fault_that_happens_once_is_not_noticed(proxy: FaultProxy, bucket: str, fault: Fault) -> None:
+    store = store_at(proxy, bucket)
+    store.put("blob", DATA)
+    proxy.inject(fault, "blob", times=1)
+    assert read(store) == DATA
+    proxy.inject(fault, "blob", times=1)
+    assert store.get("blob") == DATA
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (reset(), "does not answer"),
+        (truncated(), "does not answer"),
+        (stalled(), "does not answer"),
+        (stalled(0.0), "does not answer"),
+        (refused(503, "SlowDown"), "SlowDown.*try again later"),
+        (refused(500, "InternalError"), "InternalError.*try again later"),
+        (refused(400, "ExpiredToken"), "expired.*renew"),
+        (refused(403, "ExpiredToken"), "expired.*renew"),
+        (refused(404, "NoSuchBucket"), "no such bucket"),
+        (refused(403, "AccessDenied"), "check credentials"),
+    ],
+    ids=[
+        *("reset", "truncated", "stalled", "silent", "503", "500", "expired 400", "expired 403", "no bucket"),
+        "denied",
+    ],
+)
+def test_a_fault_that_stays_is_an_outage_until_it_ends(
+    proxy: FaultProxy, bucket: str, fault: Fault, message: str
+) -> None:
+    store = store_at(proxy, bucket)
+    store.put("blob", DATA)
+    proxy.inject(fault)
+    for use in (lambda: read(store), lambda: store.get("blob")):
+        with pytest.raises(StoreUnavailable, match=message):
+            use()
+    proxy.heal()
+    assert read(store) == DATA
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["before the answer", "in the body"])
+def test_one_read_takes_no_more_attempts_than_it_may(proxy: FaultProxy, bucket: str, share: float) -> None:
+    store = store_at(proxy, bucket, timeout_s=0.2, max_attempts=3)
+    store.put("small", b"12345678")
+    proxy.inject(stalled(share) if share else slow(5))
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable):
+        store.get("small")
+    assert proxy.count("small") == 3
+    assert time.monotonic() - began < 5
+
+
+def test_wrong_bytes_pass_the_store_for_it_knows_no_digest(proxy: FaultProxy, bucket: str) -> None:
+    store = store_at(proxy, bucket)
+    store.put("blob", DATA)
+    proxy.inject(flipped(), "blob", times=1)
+    assert read(store) != DATA
+    assert read(store) == DATA
+
+
+def test_the_servers_own_wish_for_a_pause_is_passed_on(proxy: FaultProxy, bucket: str) -> None:
+    store = store_at(proxy, bucket, max_attempts=1)
+    for given, expected in (
+        ("7", 7.0),
+        ("0", 0.0),
+        (None, None),
+        ("Fri, 31 Dec 2100 23:59:59 GMT", None),
+        ("-5", None),
+    ):
+        proxy.inject(refused(503, "SlowDown", retry_after=given), times=1)
+        with pytest.raises(StoreUnavailable) as caught:
+            store.get("blob")
+        assert caught.value.retry_after_s == expected
+
+
+def test_nothing_that_a_server_wrote_gets_into_errors(proxy: FaultProxy, bucket: str) -> None:
+    store = store_at(proxy, bucket, max_attempts=1)
+    quoted = f"the string to sign was {SECRET_KEY} of {ACCESS_KEY}, Signature=0123"
+    for status, code in ((403, "SignatureDoesNotMatch"), (400, "ExpiredToken"), (500, "InternalError")):
+        proxy.inject(refused(status, code, message=quoted), times=1)
+        with pytest.raises(DeltaZipError) as caught:
+            store.get("blob")
+        assert "string to sign" not in "".join(traceback.format_exception(caught.value))
