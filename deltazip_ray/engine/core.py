@@ -53,8 +53,8 @@ def build_core(config: EngineConfig, base: Path) -> EngineCore:
     return EngineCore(
         base=identity,
         max_model_len=max_model_len,
-        slots=DeviceSlots(weights.targets, placement, identity, config.slot_bytes),
-        runner=ModelRunner(decoder, attention, device),
+        slots=DeviceSlots(weights.targets, placement, identity, config.slot_bytes, config.copy_bytes_per_s),
+        runner=ModelRunner(decoder, attention, placement.ops, device),
         scheduler=Scheduler(config.model_copy(update={"max_model_len": max_model_len})),
     )
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from deltazip_ray.engine.sampling import Draw, sample
+from deltazip_ray.engine.sampling import Draw, SamplingBatch, sample
 from deltazip_ray.layers.attention.backend import AttentionBackend, SequenceRows
-from deltazip_ray.layers.rows import make_rows
+from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.models.decoder import Decoder, StepInputs
 from deltazip_ray.scheduler.batch import Batch
 
@@ -17,9 +17,10 @@ class ModelRunner:
     ``prepare`` (host), ``decoder(inputs)`` (device), ``sample`` (device, then one transfer of tokens).
     """
 
-    def __init__(self, decoder: Decoder, attention: AttentionBackend[Any], device: torch.device) -> None:
+    def __init__(self, decoder: Decoder, attention: AttentionBackend[Any], ops: LayerOps, device: torch.device) -> None:
         self.decoder = decoder
         self.attention = attention
+        self.ops = ops
         self.device = device
 
     def run(self, batch: Batch) -> list[int | None]:
@@ -27,7 +28,10 @@ class ModelRunner:
         with torch.inference_mode():
             logits = self.decoder(self.prepare(batch))
             draws = [Draw(chunk.sampling, chunk.output_index) for chunk in batch.sampling_chunks]
-            return sample(logits, draws) if draws else []
+            if not draws:
+                return []
+            drawn = sample(logits, SamplingBatch.of(draws, self.device)).fetch()
+            return [None if one is None else one.token for one in drawn]
 
     def prepare(self, batch: Batch) -> StepInputs:
         """The batch as tensors."""
@@ -45,8 +49,8 @@ class ModelRunner:
         return StepInputs(
             tokens=torch.tensor(tokens).to(self.device),
             positions=torch.tensor(positions).to(self.device),
-            rows=make_rows([(c.slot, len(c.tokens)) for c in batch.chunks], self.device),
+            rows=self.ops.rows([(c.slot, len(c.tokens)) for c in batch.chunks], self.device),
             plan=plan,
             last=torch.tensor(last, dtype=torch.int64).to(self.device),
-            last_rows=make_rows([(c.slot, 1) for c in batch.sampling_chunks], self.device),
+            last_rows=self.ops.rows([(c.slot, 1) for c in batch.sampling_chunks], self.device),
         )

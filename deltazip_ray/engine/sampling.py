@@ -3,12 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from deltazip_ray.engine.sampling_weights import cut_probability, cut_ranks, draw, keep, whole_weights
+from deltazip_ray.engine.staging import Fetched, to_device
+from deltazip_ray.scheduler.batch import Drawn
 from deltazip_ray.scheduler.request import SamplingParams
 
-_MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_FEW = 1024  # best tokens that are cheaper to select than to find by sorting the vocabulary
+_COLDEST = 1e-30  # a lower temperature is no different, and would not be a float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,70 +25,110 @@ class Draw:
     position: int
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that is a function of both arguments (splitmix64, 48 bits kept).
-
-    48 bits, so that it times a sum in float64 stays below the sum.
-    """
-    return (_mix(_mix(seed) + (position + 1) * _GOLDEN) >> 16) * 2.0**-48
-
-
-def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int | None]:
-    """One token for each row of ``logits`` ``[rows, vocab]``, float32, -inf where a token cannot be.
-
-    None for a row whose logits are not finite: its model is broken, other rows are not.
-    """
-    top, greedy = logits.max(dim=-1)
-    # Each row is computed as if alone: whether it is filtered depends on its own parameters only.
-    plain = [i for i, draw in enumerate(draws) if draw.params.temperature > 0 and not _filtered(draw.params)]
-    filtered = [i for i, draw in enumerate(draws) if draw.params.temperature > 0 and _filtered(draw.params)]
-    if plain:
-        greedy[plain] = _draw(_weights(logits, top, plain, draws), plain, draws)
-    if filtered:
-        weights, order = _weights(logits, top, filtered, draws).sort(dim=-1, descending=True, stable=True)
-        ranks = _draw(_filter(weights, filtered, draws), filtered, draws)
-        greedy[filtered] = order.gather(1, ranks[:, None])[:, 0]
-    finite = top.isfinite().tolist()
-    return [token if ok else None for token, ok in zip(greedy.tolist(), finite, strict=True)]
+def uniform(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+    """Numbers in [0, 1) that are functions of seed and position (splitmix64, 48 bits kept)."""
+    low = np.array([seed & ((1 << 64) - 1) for seed in seeds], dtype=np.uint64)
+    steps = (np.array(positions, dtype=np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+    return (_mix(_mix(low) + steps) >> np.uint64(16)).astype(np.float64) * 2.0**-48
 
 
-def _filtered(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1.0
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows that are drawn in the same way; columns ``[rows, 1]`` on the device."""
+
+    rows: torch.Tensor
+    ranks: int | None
+    """How many of the best tokens decide what is cut off: 0 for none, None for all."""
+    temperature: torch.Tensor
+    point: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    least: torch.Tensor | None
+
+    def draw(self, logits: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+        """Tokens of the group's rows of ``logits`` ``[batch, vocab]``, whose greatest are ``top`` ``[batch]``."""
+        picked = logits.index_select(0, self.rows)
+        weights = whole_weights(picked, top.index_select(0, self.rows)[:, None], self.temperature)
+        least = self.least
+        if self.ranks != 0:
+            vocab = logits.shape[1]
+            cut = cut_ranks(weights, min(self.ranks or vocab, vocab), self.top_k, self.top_p)
+            least = cut if least is None else torch.maximum(cut, least)
+        return draw(weights if least is None else keep(weights, least), self.point)
 
 
-def _weights(logits: torch.Tensor, top: torch.Tensor, rows: list[int], draws: Sequence[Draw]) -> torch.Tensor:
-    """Probabilities up to a factor, ``[rows, vocab]`` float64: 1 for a row's best token."""
-    temperature = _column([draws[i].params.temperature for i in rows], logits)
-    # The best logit is taken off first, so that no temperature overflows.
-    return ((logits[rows] - top[rows, None]).double() / temperature).exp()
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """Everything that :func:`sample` needs beside logits, on the device. A batch without groups is greedy."""
+
+    groups: tuple[_Group, ...]
+
+    @classmethod
+    def of(cls, draws: Sequence[Draw], device: torch.device) -> "SamplingBatch":
+        """Stage the draws, in the order of the logits' rows; waits for nothing."""
+        groups: dict[tuple[int | None, bool], list[int]] = {}
+        for row, one in enumerate(draws):
+            params = one.params
+            if params.temperature > 0 and params.top_k != 1:
+                groups.setdefault((_ranks(params), params.min_p > 0), []).append(row)
+        return cls(tuple(_group(draws, rows, device, *kind) for kind, rows in groups.items()))
 
 
-def _filter(weights: torch.Tensor, rows: list[int], draws: Sequence[Draw]) -> torch.Tensor:
-    """Zero what top-k, and then top-p of the rest, leave out; ``weights`` descend in each row."""
-    vocab = weights.shape[1]
-    top_k = _column([draws[i].params.top_k or vocab for i in rows], weights)
-    top_p = _column([draws[i].params.top_p for i in rows], weights)
-    weights = weights.where(torch.arange(vocab, device=weights.device) < top_k, 0.0)
-    cumulative = weights.cumsum(dim=-1)
-    return weights.where(cumulative - weights < top_p * cumulative[:, -1:], 0.0)
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """Drawn tokens on the device, and on their way to the host."""
+
+    tokens: torch.Tensor
+    """``[rows]`` int64; anything where a row is not finite."""
+    finite: torch.Tensor
+    """``[rows]`` bool: False where the logits were not, and the model is broken."""
+    fetched: Fetched
+
+    def fetch(self) -> list[Drawn | None]:
+        """One for each row, None where it is not finite. Waits until they are drawn, and for nothing after that."""
+        tokens, finite = self.fetched.wait()
+        return [Drawn(token) if ok else None for token, ok in zip(tokens, finite, strict=True)]
 
 
-def _draw(weights: torch.Tensor, rows: list[int], draws: Sequence[Draw]) -> torch.Tensor:
-    """Indices ``[rows]`` drawn in proportion to ``weights``, by inversion of the cumulative sum."""
-    cumulative = weights.cumsum(dim=-1)
-    points = _column([uniform(draws[i].params.seed, draws[i].position) for i in rows], weights)
-    found = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)[:, 0]
-    # Out of range only where the row is not finite, and then nobody looks at it.
-    return found.clamp(max=weights.shape[1] - 1)
+def sample(logits: torch.Tensor, batch: SamplingBatch) -> SampledTokens:
+    """One token for each row of ``logits`` ``[rows, vocab]``, float32, -inf where a token cannot be. Does not wait."""
+    top, tokens = logits.max(dim=-1)
+    for group in batch.groups:
+        tokens.index_copy_(0, group.rows, group.draw(logits, top))
+    finite = top.isfinite()
+    return SampledTokens(tokens, finite, Fetched(tokens, finite))
 
 
-def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+def _ranks(params: SamplingParams) -> int | None:
+    if params.top_k == 0 and params.top_p == 1:
+        return 0
+    return _FEW if 0 < params.top_k <= _FEW else None
 
 
-def _mix(value: int) -> int:
+def _group(draws: Sequence[Draw], rows: list[int], device: torch.device, ranks: int | None, cut: bool) -> _Group:
+    params = [draws[row].params for row in rows]
+    columns = np.empty((6, len(rows), 1))
+    columns[0, :, 0] = rows
+    columns[1, :, 0] = [max(p.temperature, _COLDEST) for p in params]
+    columns[2, :, 0] = uniform([p.seed for p in params], [draws[row].position for row in rows])
+    columns[3, :, 0] = [p.top_k or np.inf for p in params]
+    columns[4, :, 0] = [p.top_p for p in params]
+    columns[5, :, 0] = [p.min_p for p in params]
+    index, temperature, point, top_k, top_p, min_p = to_device(columns, device)
+    return _Group(
+        rows=index[:, 0].long(),
+        ranks=max(p.top_k for p in params) if ranks else ranks,
+        temperature=temperature.float(),
+        point=point,
+        top_k=top_k,
+        top_p=top_p,
+        least=cut_probability(min_p) if cut else None,
+    )
+
+
+def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finalizer of splitmix64."""
-    value = (value + _GOLDEN) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
+    value = value + np.uint64(_GOLDEN)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from deltazip_kernels import Segments
+from deltazip_kernels.plan import Work
 
 BASE_SLOT = -1
 
@@ -23,29 +24,44 @@ class Span:
 class Rows:
     """The rows of one flat batch, sorted by slot; the same facts for the host and for the device."""
 
-    spans: tuple[Span, ...]
-    """Segments that have a delta: those of the base are left out."""
-    segments: Segments
-    """All segments, as the kernels take them."""
     index: torch.Tensor
-    """``[rows]`` int64, slot + 1: picks from tables that keep the base in row 0."""
+    """``[rows]`` int32, slot + 1: picks from tables that keep the base in row 0."""
+    spans: tuple[Span, ...] = ()
+    """Segments that have a delta, where the host knows them (a captured step serves any)."""
+    segments: Segments | None = None
+    """The same for the device, those of the base included; None where nobody asks."""
+    work: tuple[Work, ...] = ()
+    """What the grouped kernels do for the segments that are not ``merged``."""
+    merged: tuple[Span, ...] = ()
+    """Segments so long that they multiply with the sum of base and delta."""
 
 
-def make_rows(runs: Sequence[tuple[int, int]], device: torch.device) -> Rows:
-    """Rows from ``(slot, rows)`` runs in batch order; runs of one slot must be neighbours and are joined."""
-    joined: list[list[int]] = []
+def join_runs(runs: Sequence[tuple[int, int]]) -> tuple[Span, ...]:
+    """Spans of all slots from ``(slot, rows)`` runs in batch order; runs of one slot are neighbours and are joined."""
+    spans: list[Span] = []
+    end = 0
     for slot, length in runs:
-        if joined and joined[-1][0] == slot:
-            joined[-1][1] += length
-        else:
-            joined.append([slot, length])
-    starts, spans = [0], []
-    for slot, length in joined:
-        starts.append(starts[-1] + length)
-        if slot != BASE_SLOT:
-            spans.append(Span(slot, starts[-2], starts[-1]))
-    slots = torch.tensor([slot for slot, _ in joined], dtype=torch.int32)
-    lengths = torch.tensor([length for _, length in joined], dtype=torch.int64)
-    index = torch.repeat_interleave(slots.long() + 1, lengths)
-    segments = Segments(torch.tensor(starts, dtype=torch.int32).to(device), slots.to(device))
-    return Rows(tuple(spans), segments, index.to(device))
+        start, end = end, end + length
+        if spans and spans[-1].slot == slot:
+            start = spans.pop().start
+        spans.append(Span(slot, start, end))
+    return tuple(spans)
+
+
+def send(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers to the device, without waiting for what it has yet to do."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def send_segments(spans: Sequence[Span], device: torch.device) -> Segments:
+    """The table of segments for kernels; ``spans`` cover all rows."""
+    starts = [0, *(span.stop for span in spans)]
+    return Segments(send(starts, torch.int32, device), send([span.slot for span in spans], torch.int32, device))
+
+
+def send_index(spans: Sequence[Span], device: torch.device) -> torch.Tensor:
+    """``[rows]`` int32, slot + 1 of every row."""
+    index: list[int] = []
+    for span in spans:
+        index.extend([span.slot + 1] * (span.stop - span.start))
+    return send(index, torch.int32, device)

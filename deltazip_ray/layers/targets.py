@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from deltazip_kernels import RAW, PackedDelta
+from deltazip_ray.layers.stack import DeltaStack
 
 VALUES = "values"
 
@@ -38,21 +39,27 @@ class MatrixTarget(DeltaTarget):
 
     in_slot = True
 
-    def __init__(self, name: str, base: torch.Tensor, slots: int) -> None:
-        """``base`` ``[out, in]`` may be a slice of a fused weight."""
+    def __init__(self, name: str, base: torch.Tensor, stack: DeltaStack, part: int) -> None:
+        """``base`` ``[out, in]`` may be a slice of a fused weight; its deltas are part ``part`` of ``stack``."""
         super().__init__(name, tuple(base.shape))
         self.base = base
-        self.deltas: list[PackedDelta | None] = [None] * slots
+        self.stack = stack
+        self.part = part
+
+    @property
+    def deltas(self) -> list[PackedDelta | None]:
+        """By slot."""
+        return self.stack.deltas[self.part]
 
     def install(self, slot: int, codec: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep views of ``tensors``; raw values become their difference to the base, in place."""
         if codec == RAW:
             tensors[VALUES].sub_(self.base)
-        self.deltas[slot] = PackedDelta(codec, (self.base.shape[0], self.base.shape[1]), tensors)
+        self.stack.put(slot, self.part, PackedDelta(codec, (self.base.shape[0], self.base.shape[1]), tensors))
 
     def clear(self, slot: int) -> None:
         """Forget the views."""
-        self.deltas[slot] = None
+        self.stack.put(slot, self.part, None)
 
 
 class VectorTarget(DeltaTarget):
@@ -84,14 +91,18 @@ class AddedTarget(DeltaTarget):
         """``table``: ``[slots + 1, max_added, hidden]``; row 0, the base's, stays unused."""
         super().__init__(name, tuple(table.shape[1:]))
         self.table = table
-        self.counts = [0] * (len(table) - 1)
+        self.counts = torch.zeros(len(table), dtype=torch.int32, device=table.device)
+        """``[slots + 1]``: how many rows each has."""
+        self.width = 0
+        """The most rows that any version had so far."""
 
     def install(self, slot: int, codec: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy the rows into the slot's place."""
         values = tensors[VALUES]
         self.table[slot + 1, : len(values)].copy_(values)
-        self.counts[slot] = len(values)
+        self.counts[slot + 1] = len(values)
+        self.width = max(self.width, len(values))
 
     def clear(self, slot: int) -> None:
         """Forget that the slot has added rows."""
-        self.counts[slot] = 0
+        self.counts[slot + 1] = 0

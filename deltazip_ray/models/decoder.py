@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from deltazip_ray.layers.activations import Activations
 from deltazip_ray.layers.attention.backend import AttentionBackend
 from deltazip_ray.layers.embedding import DeltaEmbedding, DeltaHead
 from deltazip_ray.layers.rope import Rotary
@@ -25,8 +25,8 @@ class StepInputs:
     rows: Rows
     plan: Any
     """What the attention backend planned for these rows."""
-    last: torch.Tensor
-    """``[sampled]`` int64: rows whose logits are wanted, in order."""
+    last: torch.Tensor | None
+    """``[sampled]`` int64: rows whose logits are wanted, in order; None: all."""
     last_rows: Rows
     """The versions of those."""
 
@@ -36,7 +36,7 @@ class StepContext:
     """What every layer needs in a step."""
 
     rows: Rows
-    rotation: tuple[torch.Tensor, torch.Tensor]
+    positions: torch.Tensor
     plan: Any
 
 
@@ -48,21 +48,20 @@ class Attention:
     ) -> None:
         prefix = f"model.layers.{index}.self_attn"
         self.index = index
-        self.head_dim = config.head_dim
         kv_size = config.kv_heads * config.head_dim
-        self.sizes = [config.heads * config.head_dim, kv_size, kv_size]
+        sizes = [config.heads * config.head_dim, kv_size, kv_size]
         names = [f"{prefix}.{part}_proj" for part in "qkv"]
-        self.qkv = weights.linear(names, self.sizes, config.hidden_size, bias=config.qkv_bias)
-        self.out = weights.linear([f"{prefix}.o_proj"], [config.hidden_size], self.sizes[0], bias=config.out_bias)
+        self.qkv = weights.linear(names, sizes, config.hidden_size, bias=config.qkv_bias)
+        self.out = weights.linear([f"{prefix}.o_proj"], [config.hidden_size], sizes[0], bias=config.out_bias)
         self.rotary = rotary
         self.backend = backend
+        self.ops = weights.placement.ops
 
-    def __call__(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+    def __call__(self, x: Activations, step: StepContext) -> torch.Tensor:
         """``[rows, hidden]`` to ``[rows, hidden]``; writes this layer's keys and values."""
-        parts = torch.split(self.qkv(x, step.rows), self.sizes, dim=-1)
-        q, k, v = (part.view(len(x), -1, self.head_dim) for part in parts)
-        q, k = self.rotary(q, step.rotation), self.rotary(k, step.rotation)
-        return self.out(self.backend.attend(self.index, q, k, v, step.plan), step.rows)
+        qkv = self.qkv(x, step.rows)
+        q = self.ops.rotate(qkv, step.positions, self.rotary, self.backend.layers[self.index], step.plan.where)
+        return self.out(Activations(self.backend.attend(self.index, q, step.plan)), step.rows)
 
 
 class GatedMLP:
@@ -74,11 +73,11 @@ class GatedMLP:
         names = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
         self.gate_up = weights.linear(names, [inner, inner], hidden, bias=config.mlp_bias)
         self.down = weights.linear([f"{prefix}.down_proj"], [hidden], inner, bias=config.mlp_bias)
+        self.ops = weights.placement.ops
 
-    def __call__(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+    def __call__(self, x: Activations, step: StepContext) -> torch.Tensor:
         """``[rows, hidden]`` to ``[rows, hidden]``."""
-        gate, up = self.gate_up(x, step.rows).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up, step.rows)
+        return self.down(self.ops.silu_mul(self.gate_up(x, step.rows)), step.rows)
 
 
 class DecoderLayer:
@@ -93,10 +92,13 @@ class DecoderLayer:
         self.input_norm = weights.norm(f"{prefix}.input_layernorm", config.hidden_size, config.norm_eps)
         self.mlp_norm = weights.norm(f"{prefix}.post_attention_layernorm", config.hidden_size, config.norm_eps)
 
-    def __call__(self, hidden: torch.Tensor, step: StepContext) -> torch.Tensor:
-        """The residual stream ``[rows, hidden]`` after this layer."""
-        hidden = hidden + self.attention(self.input_norm(hidden, step.rows), step)
-        return hidden + self.mlp(self.mlp_norm(hidden, step.rows), step)
+    def __call__(self, stream: torch.Tensor, update: torch.Tensor | None, step: StepContext) -> torch.Tensor:
+        """This layer's update of the residual ``stream`` ``[rows, hidden]``, for the next layer to add.
+
+        ``update`` is that of the layer before; it is added to ``stream`` in place, in one pass with the norm.
+        """
+        update = self.attention(self.input_norm(stream, step.rows, update), step)
+        return self.mlp(self.mlp_norm(stream, step.rows, update), step)
 
 
 class Decoder:
@@ -106,25 +108,25 @@ class Decoder:
         self, config: DecoderConfig, weights: WeightReader, backend: AttentionBackend[Any], max_positions: int
     ) -> None:
         place = weights.placement
-        rotary = Rotary(config.inv_freq, config.rope_scale, max_positions, dtype=place.dtype, device=place.device)
+        rotary = Rotary(config.inv_freq, config.rope_scale, max_positions, place.device)
         shape = (config.vocab_size, config.hidden_size)
         tokens = weights.matrix("model.embed_tokens.weight", shape)
         added = weights.added(tokens.name, config.hidden_size)
-        self.embedding = DeltaEmbedding(tokens.base, tokens, added)
+        self.embedding = DeltaEmbedding(tokens, added)
         self.layers = [DecoderLayer(i, config, weights, rotary, backend) for i in range(config.layers)]
         self.norm = weights.norm("model.norm", config.hidden_size, config.norm_eps)
         if not config.tied:
             tokens = weights.matrix("lm_head.weight", shape)
             added = weights.added(tokens.name, config.hidden_size)
-        self.head = DeltaHead(tokens.base, tokens, added, backend=place.backend)
-        self.rotary = rotary
-        self.added = self.embedding.added
+        self.head = DeltaHead(tokens, added, place.ops)
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Float32 logits ``[sampled, vocab + added]`` of ``inputs.last``; writes the KV cache."""
-        step = StepContext(inputs.rows, self.rotary.select(inputs.positions), inputs.plan)
-        hidden = self.embedding(inputs.tokens, inputs.rows)
-        for layer in self.layers:
-            hidden = layer(hidden, step)
-        last = hidden[inputs.last]
-        return self.head(self.norm(last, inputs.last_rows), inputs.last_rows)
+        step = StepContext(inputs.rows, inputs.positions, inputs.plan)
+        stream = self.embedding(inputs.tokens, inputs.rows)
+        update = self.layers[0](stream, None, step)
+        for layer in self.layers[1:]:
+            update = layer(stream, update, step)
+        if inputs.last is not None:
+            stream, update = stream[inputs.last], update[inputs.last]
+        return self.head(self.norm(stream, inputs.last_rows, update), inputs.last_rows)

@@ -7,8 +7,9 @@ import torch
 
 from deltazip_ray.artifact.checkpoint import Checkpoint
 from deltazip_ray.errors import CheckpointInvalid
-from deltazip_ray.layers.linear import DeltaLinear, Projection
+from deltazip_ray.layers.linear import DeltaLinear
 from deltazip_ray.layers.norm import DeltaRMSNorm
+from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.layers.targets import AddedTarget, DeltaTarget, MatrixTarget, VectorTarget
 
 
@@ -21,8 +22,7 @@ class Placement:
     slots: int
     max_added: int
     """Rows that a version may add to the vocabulary."""
-    backend: str = "torch"
-    """Backend of the delta product, see ``deltazip_kernels.ops``."""
+    ops: LayerOps = field(default_factory=LayerOps)
 
 
 @dataclass
@@ -35,24 +35,24 @@ class WeightReader:
 
     def matrix(self, name: str, shape: tuple[int, int]) -> MatrixTarget:
         """One matrix on its own. Raises CheckpointInvalid, as every method here does."""
-        return self._fused((name,), (shape[0],), shape[1])[1][0].target
+        _, (target,) = self._fused([name], [shape[0]], shape[1])
+        return target
 
     def linear(self, names: Sequence[str], outs: Sequence[int], inputs: int, *, bias: bool) -> DeltaLinear:
         """Modules ``names`` with ``outs`` outputs each, fused into one weight ``[sum(outs), inputs]``."""
-        weight, projections = self._fused([f"{name}.weight" for name in names], outs, inputs)
-        backend = self.placement.backend
+        weight, targets = self._fused([f"{name}.weight" for name in names], outs, inputs)
+        stack, ops = targets[0].stack, self.placement.ops
         if not bias:
-            return DeltaLinear(weight, projections, backend=backend)
-        table = self._empty(self.placement.slots + 1, sum(outs))
-        biases = [
-            self._vector(f"{name}.bias", table[:, projection.start : projection.stop])
-            for name, projection in zip(names, projections, strict=True)
-        ]
-        return DeltaLinear(weight, projections, biases, table, backend=backend)
+            return DeltaLinear(weight, stack, ops)
+        biases = self._empty(self.placement.slots + 1, sum(outs))
+        for name, start, stop in zip(names, stack.starts, stack.starts[1:], strict=False):
+            self._vector(f"{name}.bias", biases[:, start:stop])
+        return DeltaLinear(weight, stack, ops, biases)
 
     def norm(self, name: str, size: int, eps: float) -> DeltaRMSNorm:
         """An RMS norm's weight."""
-        return DeltaRMSNorm(self._vector(f"{name}.weight", self._empty(self.placement.slots + 1, size)), eps)
+        target = self._vector(f"{name}.weight", self._empty(self.placement.slots + 1, size))
+        return DeltaRMSNorm(target, eps, self.placement.ops)
 
     def added(self, name: str, hidden: int) -> AddedTarget:
         """Room for the rows that versions add to the matrix ``name``."""
@@ -63,17 +63,16 @@ class WeightReader:
         self.targets[target.name] = target
         return target
 
-    def _fused(self, names: Sequence[str], outs: Sequence[int], inputs: int) -> tuple[torch.Tensor, list[Projection]]:
+    def _fused(self, names: Sequence[str], outs: Sequence[int], inputs: int) -> tuple[torch.Tensor, list[MatrixTarget]]:
         weight = self._empty(sum(outs), inputs)
-        projections, start = [], 0
-        for name, size in zip(names, outs, strict=True):
-            part = weight[start : start + size]
-            part.copy_(self._read(name, (size, inputs)))
-            target = MatrixTarget(name, part, self.placement.slots)
-            self.targets[name] = target
-            projections.append(Projection(target, start, start + size))
-            start += size
-        return weight, projections
+        stack = self.placement.ops.stack([(size, inputs) for size in outs], self.placement.slots)
+        targets = []
+        for part, (name, size) in enumerate(zip(names, outs, strict=True)):
+            rows = weight[stack.starts[part] : stack.starts[part + 1]]
+            rows.copy_(self._read(name, (size, inputs)))
+            targets.append(MatrixTarget(name, rows, stack, part))
+            self.targets[name] = targets[-1]
+        return weight, targets
 
     def _vector(self, name: str, table: torch.Tensor) -> VectorTarget:
         target = VectorTarget(name, self._read(name, (table.shape[1],)), table)

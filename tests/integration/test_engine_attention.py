@@ -25,8 +25,7 @@ def test_chunks_and_decodes_share_a_step(kv_heads: int) -> None:
     shape = CacheShape(layers=2, blocks=40, block_size=BLOCK, heads=4, kv_heads=kv_heads, head_dim=HEAD_DIM)
     backend = SdpaBackend(shape, torch.float32, torch.device("cpu"))
     # Memory that was never written, or belonged to a broken version, must not reach anybody.
-    backend.keys.fill_(torch.nan)
-    backend.values.fill_(torch.nan)
+    backend.cache.fill_(torch.nan)
     q, k, v = (
         [torch.randn(n, heads, HEAD_DIM, generator=generator) for n in lengths] for heads in (4, kv_heads, kv_heads)
     )
@@ -38,12 +37,14 @@ def test_chunks_and_decodes_share_a_step(kv_heads: int) -> None:
         running = [i for i, count in enumerate(step) if count]
         parts = {i: slice(done[i], done[i] + step[i]) for i in running}
         plan = backend.plan([SequenceRows(step[i], done[i] + step[i], tables[i]) for i in running])
-        flat = (torch.cat([values[i][parts[i]] for i in running]) for values in (q, k, v))
-        out = backend.attend(1, *flat, plan)
+        queries, keys, values = (torch.cat([whole[i][parts[i]] for i in running]) for whole in (q, k, v))
+        backend.layers[1].keys[plan.where] = keys
+        backend.layers[1].values[plan.where] = values
+        out = backend.attend(1, queries, plan)
         expected = torch.cat(
             [plain_attention(q[i][parts[i]], k[i][: parts[i].stop], v[i][: parts[i].stop]) for i in running]
         )
         torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
         done = [a + b for a, b in zip(done, step, strict=True)]
     assert done == lengths
-    assert backend.keys[0].isnan().all(), "the other layer was not touched"
+    assert backend.layers[0].keys.isnan().all(), "the other layer was not touched"

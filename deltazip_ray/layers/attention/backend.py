@@ -3,11 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
-
-PlanT = TypeVar("PlanT")
 
 
 @dataclass(frozen=True)
@@ -22,6 +20,13 @@ class CacheShape:
     head_dim: int
 
 
+class KVLayer(NamedTuple):
+    """One layer's part of the cache, each ``[positions, kv_heads, head_dim]``."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
 @dataclass(frozen=True)
 class SequenceRows:
     """One sequence of a step: its rows are the last ``queries`` of its ``context`` tokens."""
@@ -33,17 +38,35 @@ class SequenceRows:
     """Block table: token ``t`` lies in block ``blocks[t // block_size]``."""
 
 
+class AttentionPlan(Protocol):
+    """What a backend has prepared for a step."""
+
+    @property
+    def where(self) -> torch.Tensor:
+        """``[rows]`` int64: the position of the cache where each row's key and value go."""
+
+
+PlanT = TypeVar("PlanT", bound=AttentionPlan)
+
+
 class AttentionBackend(ABC, Generic[PlanT]):
     """Owns the KV cache. A step makes one plan on the host and uses it in every layer."""
+
+    def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
+        """A cache of zeros, one block longer than ``shape`` says: rows that pad a batch write to the last one."""
+        self.shape = shape
+        self.device = device
+        size = (shape.layers, 2, (shape.blocks + 1) * shape.block_size, shape.kv_heads, shape.head_dim)
+        self.cache = torch.zeros(size, dtype=dtype, device=device)
+        self.layers = [KVLayer(*layer) for layer in self.cache]
 
     @abstractmethod
     def plan(self, sequences: Sequence[SequenceRows]) -> PlanT:
         """Prepare a step whose rows are those of ``sequences``, one after the other."""
 
     @abstractmethod
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: PlanT) -> torch.Tensor:
-        """Write ``k`` and ``v`` to the cache, then attend causally within each sequence.
+    def attend(self, layer: int, q: torch.Tensor, plan: PlanT) -> torch.Tensor:
+        """Attend causally within each sequence, whose new keys and values are in the cache already.
 
-        ``q`` ``[rows, heads, head_dim]``, ``k`` and ``v`` ``[rows, kv_heads, head_dim]``, both rotated already;
-        returns ``[rows, heads * head_dim]``.
+        ``q`` ``[rows, heads, head_dim]``, rotated; returns ``[rows, heads * head_dim]``.
         """

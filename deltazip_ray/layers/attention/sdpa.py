@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from deltazip_ray.layers.attention.backend import AttentionBackend, CacheShape, SequenceRows
+from deltazip_ray.layers.attention.backend import AttentionBackend, SequenceRows
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,13 @@ class _Group:
 class SdpaPlan:
     """One step."""
 
-    write: torch.Tensor
-    """``[rows]``, where each row's key and value go in the cache."""
+    where: torch.Tensor
+    """``[rows]`` int64, where each row's key and value go in the cache."""
     groups: tuple[_Group, ...]
 
 
 class SdpaBackend(AttentionBackend[SdpaPlan]):
-    """Keeps keys and values as ``[layers, blocks * block_size, kv_heads, head_dim]``; gathers contexts each step."""
-
-    def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
-        size = (shape.layers, shape.blocks * shape.block_size, shape.kv_heads, shape.head_dim)
-        self.shape = shape
-        self.device = device
-        self.keys = torch.zeros(size, dtype=dtype, device=device)
-        self.values = torch.zeros(size, dtype=dtype, device=device)
+    """Gathers contexts each step."""
 
     def plan(self, sequences: Sequence[SequenceRows]) -> SdpaPlan:
         """Group sequences by their number of rows: all decodes together, prefill chunks mostly alone."""
@@ -75,11 +68,9 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SdpaPlan) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, plan: SdpaPlan) -> torch.Tensor:
         """See :meth:`AttentionBackend.attend`."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys[plan.write] = k
-        values[plan.write] = v
+        keys, values = self.layers[layer]
         out = torch.empty_like(q)
         for group in plan.groups:
             out[group.rows] = self._attend_group(q, keys, values, group)
