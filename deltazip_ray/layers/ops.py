@@ -1,0 +1,57 @@
+"""The operations that differ between devices; here in plain torch, which runs everywhere."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from deltazip_ray.layers.activations import Activations
+from deltazip_ray.layers.attention.backend import KVLayer
+from deltazip_ray.layers.rope import Rotary
+from deltazip_ray.layers.rows import Rows, join_runs, send_index, send_segments
+from deltazip_ray.layers.stack import DeltaStack
+
+
+class LayerOps:
+    """Everything in float32 or in the type of the weights; waits for the device where it must look at segments."""
+
+    def stack(self, shapes: Sequence[tuple[int, int]], slots: int) -> DeltaStack:
+        """Where the deltas of linears ``shapes`` that share one input are kept."""
+        return DeltaStack(shapes, slots)
+
+    def rows(self, runs: Sequence[tuple[int, int]], device: torch.device) -> Rows:
+        """Rows from ``(slot, rows)`` runs in batch order; runs of one slot must be neighbours."""
+        spans = join_runs(runs)
+        versions = tuple(span for span in spans if span.slot >= 0)
+        return Rows(send_index(spans, device), versions, send_segments(spans, device))
+
+    def linear(self, weight: torch.Tensor, x: Activations, stack: DeltaStack, rows: Rows) -> torch.Tensor:
+        """``x W^T`` of the base, and the rows' deltas on top."""
+        y = F.linear(x.values, weight)
+        stack.add_product(y, x, rows)
+        return y
+
+    def rms_norm(
+        self, x: torch.Tensor, weights: torch.Tensor, rows: Rows, eps: float, update: torch.Tensor | None = None
+    ) -> Activations:
+        """``x`` ``[rows, K]`` normed, times ``weights[rows.index]``; ``update`` is added to it in place before."""
+        if update is not None:
+            x += update
+        weight = weights[rows.index] if rows.spans else weights[0]
+        return Activations(F.rms_norm(x, (x.shape[-1],), None, eps) * weight)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> Activations:
+        """``silu(gate) * up`` of ``[rows, 2 K]``."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return Activations(F.silu(gate) * up)
+
+    def rotate(
+        self, qkv: torch.Tensor, positions: torch.Tensor, rotary: Rotary, cache: KVLayer, where: torch.Tensor
+    ) -> torch.Tensor:
+        """Rotated ``q`` ``[rows, heads, head_dim]``; keys, rotated, and values go to rows ``where`` of the cache."""
+        groups, dim = cache.keys.shape[1:]
+        q, k, v = qkv.view(len(qkv), -1, dim).split([qkv.shape[1] // dim - 2 * groups, groups, groups], dim=1)
+        tables = rotary.select(positions)
+        cache.keys[where] = rotary(k, tables)
+        cache.values[where] = v
+        return rotary(q, tables)
