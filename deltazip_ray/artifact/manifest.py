@@ -58,7 +58,7 @@ class BlobEntry(_Part):
     @model_validator(mode="after")
     def _weights_belong_here(self) -> Self:
         for weight, tensor in self.tensors.items():
-            home = re.match(r"model\.(layers\.[0-9]+)\.", weight)
+            home = re.match(r"[a-z_]+\.(layers\.[0-9]+)\.", weight)
             if (home.group(1) if home else "outer") != self.block:
                 raise ValueError(f"{weight} does not belong to block {self.block}")
             # In a blob "<weight>.codes" is a part of "<weight>": it cannot be a weight of its own beside it.

@@ -22,25 +22,28 @@ class Family:
     """Attributes of the transformers config that change the function and must agree with the base's."""
     ignored: tuple[str, ...] = ()
     """Endings of tensor names that old releases saved though they follow from the config."""
+    attention: str = "sdpa"
+    """The implementation of transformers that its blocks run with."""
+    scaled_embedding: bool = False
+    """Whether rows of the embedding are multiplied with the root of the hidden size."""
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
     rotary: str = "model.rotary_emb"
     head: str = "lm_head"
+    """As checkpoints name it."""
 
 
-_SHAPE = (
+_SIZES = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
     "rope_parameters",
     "tie_word_embeddings",
 )
+_GROUPED = (*_SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps")
+_SHAPE = (*_GROUPED, "hidden_act")
 
 FAMILIES: Mapping[str, Family] = {
     family.architecture: family
@@ -61,6 +64,41 @@ FAMILIES: Mapping[str, Family] = {
             architecture="Qwen3ForCausalLM",
             stages=LLAMA_STAGES,
             config_keys=(*_SHAPE, "attention_bias", "sliding_window", "layer_types"),
+        ),
+        Family(
+            architecture="Gemma2ForCausalLM",
+            stages=LLAMA_STAGES,
+            config_keys=(
+                *_GROUPED,
+                "hidden_activation",
+                "attention_bias",
+                "query_pre_attn_scalar",
+                "attn_logit_softcapping",
+                "final_logit_softcapping",
+                "sliding_window",
+                "layer_types",
+                "use_bidirectional_attention",
+            ),
+            # That of torch knows no soft caps.
+            attention="eager",
+            scaled_embedding=True,
+        ),
+        # Pythia, GPT-NeoX. Query, key and value of a head lie together in one matrix.
+        Family(
+            architecture="GPTNeoXForCausalLM",
+            stages=(
+                ("attention.query_key_value",),
+                ("attention.dense",),
+                ("mlp.dense_h_to_4h",),
+                ("mlp.dense_4h_to_h",),
+            ),
+            config_keys=(*_SIZES, "hidden_act", "layer_norm_eps", "attention_bias", "use_parallel_residual"),
+            ignored=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
+            layers="gpt_neox.layers",
+            embedding="gpt_neox.embed_in",
+            norm="gpt_neox.final_layer_norm",
+            rotary="gpt_neox.rotary_emb",
+            head="embed_out",
         ),
     )
 }

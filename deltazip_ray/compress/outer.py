@@ -7,15 +7,15 @@ from deltazip_kernels.layout import CODECS
 from deltazip_ray.compress.blocks import States, same
 from deltazip_ray.compress.calibration import Calibration
 from deltazip_ray.compress.coding import Plan, code
-from deltazip_ray.compress.grid import Coded, round_to_nearest
+from deltazip_ray.compress.grid import Coded
 from deltazip_ray.compress.hessian import Hessian
 from deltazip_ray.compress.options import Coding, CompressOptions
 from deltazip_ray.compress.pairing import Pair
 from deltazip_ray.compress.parts import ADDED, Parts, rebuild, rebuild_rows
 from deltazip_ray.compress.quality import divergence, relative
 from deltazip_ray.compress.runner import Runner
-from deltazip_ray.compress.skeleton import load_tensor
-from deltazip_ray.compress.solver import ROWS, Solver
+from deltazip_ray.compress.skeleton import load_tensor, load_tensors
+from deltazip_ray.compress.solver import ROWS, Solver, round_to_nearest
 
 
 class OuterCompressor:
@@ -42,27 +42,34 @@ class OuterCompressor:
             self._embedding(name, base, kept)
         self._add_rows(name, finetuned, base.shape[0])
         flat, where = torch.unique(calibration.tokens, return_inverse=True)
-        ours = self._runner.place(finetuned[flat])[where]
+        embed = self._pair.skeleton.embed
+        ours = embed(self._runner.place(finetuned[flat]))[where]
         if not changed and not self.parts.entries:
             return States(ours, ours)
-        return States(ours, self._runner.place(rebuild_rows(name, base, flat, self.parts))[where])
+        return States(ours, embed(self._runner.place(rebuild_rows(name, base, flat, self.parts)))[where])
 
     def finish(self, states: States) -> float:
         """Code norm and head; returns the mean KL(fine-tune ‖ reconstruction) per held-out token, in nats."""
         skeleton = self._pair.skeleton
-        norm = load_tensor(self._pair.finetuned, skeleton.norm)
-        if not same(load_tensor(self._pair.base, skeleton.norm), norm):
-            self.parts.add_raw(skeleton.norm, norm)
-        module = skeleton.part(skeleton.family.norm, {"weight": self._runner.place(norm)})
+        norms = load_tensors(self._pair.finetuned, skeleton.norms)
+        for name, values in norms.items():
+            if not same(load_tensor(self._pair.base, name), values):
+                self.parts.add_raw(name, values)
+        module = skeleton.final_norm({name: self._runner.place(values) for name, values in norms.items()})
         ours, theirs = module(states.finetuned), module(states.compressed)
         base, finetuned = load_tensor(self._pair.base, skeleton.head), load_tensor(self._pair.finetuned, skeleton.head)
         if not skeleton.tied:
             self._head(base, finetuned, theirs)
         place = self._runner.place
-        rebuilt = place(rebuild(skeleton.head, base, self.parts.entries, self.parts.tensors))
+        placed = base.to(self._runner.mask.device)
+        rebuilt = place(rebuild(skeleton.head, placed, self.parts.entries, self.parts.tensors))
         held_out = self._runner.mask[self._runner.fitted :]
         return divergence(
-            ours[self._runner.fitted :][held_out], place(finetuned), theirs[self._runner.fitted :][held_out], rebuilt
+            ours[self._runner.fitted :][held_out],
+            place(finetuned),
+            theirs[self._runner.fitted :][held_out],
+            rebuilt,
+            skeleton.logits_softcap,
         )
 
     def _head(self, base: Tensor, finetuned: Tensor, inputs: Tensor) -> None:
@@ -89,7 +96,7 @@ class OuterCompressor:
         """Round the embedding's delta with the first codec of its ladder that is accurate enough."""
         ladder = self._plan.ladder(name, self._options.outer_codec)
         for step, coding in enumerate(ladder):
-            coded, error = _nearest(base, finetuned, coding)
+            coded, error = _nearest(base, finetuned, coding, self._runner.mask.device)
             if self._plan.accepts(error) or step == len(ladder) - 1:
                 break
         if coding == "raw":
@@ -102,17 +109,18 @@ class OuterCompressor:
             self.parts.add_raw(name + ADDED, finetuned[start:])
 
 
-def _nearest(base: Tensor, finetuned: Tensor, coding: Coding) -> tuple[Coded | None, float]:
-    """The rounded delta and its relative error, a bounded number of rows at a time."""
+def _nearest(base: Tensor, finetuned: Tensor, coding: Coding, device: torch.device) -> tuple[Coded | None, float]:
+    """The rounded delta and its relative error, computed on ``device`` a bounded number of rows at a time."""
     if coding == "raw":
         return None, 0.0
-    weights = torch.ones(base.shape[1])
-    pieces, error, norm = [], torch.zeros(()), torch.zeros(())
+    weights = torch.ones(base.shape[1], device=device)
+    pieces, error, norm = [], torch.zeros((), device=device), torch.zeros((), device=device)
     for before, after in zip(torch.split(base, ROWS), torch.split(finetuned, ROWS), strict=True):
-        lost = after.float() - before.float()
+        after = after.to(device).float()
+        lost = after - before.to(device).float()
         if coding != "absent":
             pieces.append(round_to_nearest(lost, weights, CODECS[coding]))
             lost = lost - pieces[-1].dequantized(CODECS[coding])
         error += lost.square().sum()
-        norm += after.float().square().sum()
+        norm += after.square().sum()
     return Coded.join(pieces) if pieces else None, relative(error, norm)

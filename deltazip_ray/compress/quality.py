@@ -15,12 +15,20 @@ def relative(squared_error: Tensor, squared_norm: Tensor) -> float:
     return max(float(squared_error) / norm, 0.0) ** 0.5 if norm != 0 else 0.0
 
 
-def divergence(ours: Tensor, our_head: Tensor, theirs: Tensor, their_head: Tensor) -> float:
+def logits(states: Tensor, head: Tensor, softcap: float | None) -> Tensor:
+    """Float32 ``[tokens, vocab]`` of final states ``[tokens, hidden]``."""
+    found = linear(states, head).float()
+    return found if softcap is None else softcap * torch.tanh(found / softcap)
+
+
+def divergence(
+    ours: Tensor, our_head: Tensor, theirs: Tensor, their_head: Tensor, softcap: float | None = None
+) -> float:
     """Mean KL per row between the softmaxes of two models' logits, in nats; states are ``[tokens, hidden]``."""
     total = 0.0
     for mine, other in zip(torch.split(ours, TOKENS), torch.split(theirs, TOKENS), strict=True):
-        target = linear(mine, our_head).float().log_softmax(-1)
-        guess = linear(other, their_head).float().log_softmax(-1)
+        target = logits(mine, our_head, softcap).log_softmax(-1)
+        guess = logits(other, their_head, softcap).log_softmax(-1)
         total += float(kl_div(guess, target, reduction="sum", log_target=True))
     # Rounding may leave a hair below zero where the models agree; max keeps a first argument that is NaN.
     return max(total / ours.shape[0], 0.0)

@@ -46,6 +46,7 @@ class Runner:
         self._positions = torch.arange(calibration.tokens.shape[1], device=self._device)[None]
         probe = torch.empty(0, device=self._device, dtype=self._dtype)
         self._rotary: tuple[Tensor, Tensor] = skeleton.rotary(self._device)(probe, self._positions)
+        self._attention_mask = skeleton.attention_mask(self._positions.shape[1], self._dtype, self._device)
 
     def place(self, tensor: Tensor) -> Tensor:
         """A weight as the forward passes want it: their device and dtype."""
@@ -95,7 +96,10 @@ class Runner:
 
     def _forward(self, block: nn.Module, hidden: Tensor) -> Tensor:
         output: Tensor = block(
-            hidden, attention_mask=None, position_ids=self._positions, position_embeddings=self._rotary
+            hidden,
+            attention_mask=self._attention_mask,
+            position_ids=self._positions,
+            position_embeddings=self._rotary,
         )
         return output
 

@@ -27,14 +27,13 @@ class Skeleton:
         auto: Any = AutoModelForCausalLM
         try:
             config = AutoConfig.for_model(**checkpoint.config)
-            # SDPA without a mask is causal, and right padding needs no mask under causal attention.
-            config._attn_implementation = "sdpa"
+            config._attn_implementation = self.family.attention
             with torch.device("meta"):
                 model = auto.from_config(config)
         except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
             raise CheckpointInvalid(f"{checkpoint.path}/config.json is not usable: {error}") from error
         self.config: PreTrainedConfig = config
-        self._model: nn.Module = model.eval().requires_grad_(False)
+        self._model: Any = model.eval().requires_grad_(False)
 
     @property
     def tied(self) -> bool:
@@ -57,16 +56,33 @@ class Skeleton:
         return self.embedding if self.tied else f"{self.family.head}.weight"
 
     @property
-    def norm(self) -> str:
-        """Name of the final norm's weight."""
-        return f"{self.family.norm}.weight"
+    def norms(self) -> tuple[str, ...]:
+        """Names of the final norm's weights."""
+        return tuple(f"{self.family.norm}.{name}" for name in self._model.get_submodule(self.family.norm).state_dict())
+
+    @property
+    def embedding_scale(self) -> float:
+        """What rows of the embedding are multiplied with before the first block."""
+        return float(self.config.hidden_size**0.5) if self.family.scaled_embedding else 1.0
+
+    @property
+    def logits_softcap(self) -> float | None:
+        """What the logits are softly capped at."""
+        return getattr(self.config, "final_logit_softcapping", None)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every weight; the head is absent when it is tied."""
+        """Name and shape of every weight as checkpoints name it; the head is absent when it is tied."""
         found = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
-        if self.tied:
-            found.pop(f"{self.family.head}.weight", None)
+        head = found.pop(self._output_weight, None)
+        if head is not None and not self.tied:
+            found[f"{self.family.head}.weight"] = head
         return found
+
+    @property
+    def _output_weight(self) -> str:
+        """What transformers calls the head's weight, which differs between its releases and from checkpoints."""
+        head = self._model.get_output_embeddings()
+        return next(f"{name}.weight" for name, module in self._model.named_modules() if module is head)
 
     def block_name(self, index: int) -> str:
         """Prefix of block ``index`` in tensor names, without the dot."""
@@ -78,9 +94,29 @@ class Skeleton:
 
     def part(self, name: str, weights: Mapping[str, Tensor]) -> nn.Module:
         """The submodule ``name`` with ``weights``, which are used and not copied."""
-        module = copy.deepcopy(self._model.get_submodule(name))
+        module: nn.Module = copy.deepcopy(self._model.get_submodule(name))
         module.load_state_dict(dict(weights), strict=True, assign=True)
         return module
+
+    def final_norm(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """The norm before the head; ``weights`` by their names in the checkpoint."""
+        start = len(self.family.norm) + 1
+        return self.part(self.family.norm, {name[start:]: weights[name] for name in self.norms})
+
+    def embed(self, rows: Tensor) -> Tensor:
+        """Rows of the embedding, as they enter the first block."""
+        # The factor is rounded to the dtype of the rows, as transformers does it.
+        return rows * rows.new_tensor(self.embedding_scale) if self.family.scaled_embedding else rows
+
+    def attention_mask(self, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """What blocks add to the scores of ``tokens`` causal positions; right padding needs nothing else.
+
+        None where the attention is causal by itself.
+        """
+        if self.family.attention == "sdpa":
+            return None
+        hidden = torch.full((1, 1, tokens, tokens), torch.finfo(dtype).min, dtype=dtype, device=device)
+        return hidden.triu(1)
 
     def rotary(self, device: torch.device) -> nn.Module:
         """The module that gives cosines and sines of positions; its buffers follow from the config."""
@@ -91,17 +127,26 @@ class Skeleton:
     def whole(self, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
         """The complete model with ``weights``, which are used and not copied."""
         model: Any = copy.deepcopy(self._model)
-        model.load_state_dict(dict(weights), strict=False, assign=True)
+        named = dict(weights)
+        if not self.tied:
+            named[self._output_weight] = named.pop(f"{self.family.head}.weight")
+        model.load_state_dict(named, strict=False, assign=True)
         model.tie_weights()
+        embedding = model.get_input_embeddings()
+        if hasattr(embedding, "embed_scale"):
+            embedding.embed_scale = torch.tensor(self.embedding_scale, device=device)
         parent, _, leaf = self.family.rotary.rpartition(".")
         setattr(model.get_submodule(parent), leaf, self.rotary(device))
         module: nn.Module = model
         return module
 
 
-def load_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """The tensor ``name``, on the CPU, perhaps mapped from the file. Raises CheckpointInvalid when it is not finite."""
-    tensor = checkpoint.tensor(name)
+def load_tensor(checkpoint: Checkpoint, name: str, device: torch.device | None = None) -> Tensor:
+    """The tensor ``name`` on ``device``, or on the CPU, perhaps mapped from the file.
+
+    Raises CheckpointInvalid when it is not finite.
+    """
+    tensor = checkpoint.tensor(name).to(device or "cpu")
     if tensor.dtype not in WEIGHT_DTYPES:
         raise CheckpointInvalid(
             f"{checkpoint.path}: {name} is {tensor.dtype}: save the checkpoint in float32, bfloat16 or float16"
@@ -113,9 +158,11 @@ def load_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     return tensor
 
 
-def load_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
+def load_tensors(
+    checkpoint: Checkpoint, names: Iterable[str], device: torch.device | None = None
+) -> dict[str, Tensor]:
     """Several of :func:`load_tensor`."""
-    return {name: load_tensor(checkpoint, name) for name in names}
+    return {name: load_tensor(checkpoint, name, device) for name in names}
 
 
 def _family(checkpoint: Checkpoint) -> Family:

@@ -11,21 +11,20 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from deltazip_kernels.layout import Codec
 from deltazip_ray.compress.blocks import BlockWeights, place_block, read_block, same
 from deltazip_ray.compress.calibration import Calibration
 from deltazip_ray.compress.choices import BLOB_HEADER, Survey, lost_by_coding
-from deltazip_ray.compress.grid import Coded, round_to_nearest
+from deltazip_ray.compress.grid import Coded
 from deltazip_ray.compress.hessian import Hessian
 from deltazip_ray.compress.options import Coding, CompressOptions
 from deltazip_ray.compress.pairing import Pair
 from deltazip_ray.compress.parts import ADDED
-from deltazip_ray.compress.quality import divergence
+from deltazip_ray.compress.quality import divergence, logits
 from deltazip_ray.compress.runner import Flow, Runner
-from deltazip_ray.compress.skeleton import load_tensor
-from deltazip_ray.compress.solver import Solver
+from deltazip_ray.compress.skeleton import load_tensor, load_tensors
+from deltazip_ray.compress.solver import Solver, round_to_nearest
 
 SEQUENCES = 64
 """Calibrated sequences that are looked at; bounds the memory for the states of all blocks."""
@@ -49,11 +48,11 @@ class Surveyor:
     def survey(self, progress: Callable[[float], None]) -> Survey:
         """Measure everything; ``progress`` gets the fraction done. Raises CheckpointInvalid, CompressionError."""
         blocks = self._pair.skeleton.blocks
-        states = [
-            self._runner.place(load_tensor(self._pair.finetuned, self._pair.skeleton.embedding)[self._tokens.cpu()])
-        ]
+        skeleton = self._pair.skeleton
+        rows = load_tensor(self._pair.finetuned, skeleton.embedding)[self._tokens.cpu()]
+        states = [skeleton.embed(self._runner.place(rows))]
         for index in range(blocks):
-            block = place_block(read_block(self._pair, index), self._pair.skeleton, self._runner)
+            block = place_block(read_block(self._pair, index, self._mask.device), skeleton, self._runner)
             states.append(self._runner.run(block, states[-1]))
             progress(FORWARD * (index + 1) / blocks)
         slopes = self._outer(states.pop())
@@ -65,7 +64,7 @@ class Surveyor:
 
     def _block(self, index: int, hidden: Tensor, slopes: Tensor) -> Tensor:
         """Measure the linears of a block; returns the gradient by its inputs."""
-        weights = read_block(self._pair, index)
+        weights = read_block(self._pair, index, self._mask.device)
         block = place_block(weights, self._pair.skeleton, self._runner)
         stages = [
             [linear for linear in stage if f"{linear}.weight" in weights.changed]
@@ -86,7 +85,7 @@ class Surveyor:
         for sequence, mask in zip(inputs, self._mask, strict=True):
             hessian.add(sequence[mask])
         hessian.check(weights.full(linears[0]))
-        deltas = {linear: weights.delta(f"{linear}.weight", inputs.device) for linear in linears}
+        deltas = {linear: weights.delta(f"{linear}.weight") for linear in linears}
         costs: dict[str, dict[Coding, float]] = {linear: {} for linear in linears}
         for coding, lost in lost_by_coding(deltas, Solver(hessian.damped(self._options.damping)).solve):
             for linear in linears:
@@ -107,10 +106,11 @@ class Surveyor:
     def _outer(self, hidden: Tensor) -> Tensor:
         """Measure an untied head and count the norm; returns the gradient by the last block's outputs."""
         skeleton = self._pair.skeleton
-        norm = load_tensor(self._pair.finetuned, skeleton.norm)
-        if not same(load_tensor(self._pair.base, skeleton.norm), norm):
-            self._survey.add_rest(skeleton.norm, norm)
-        module = skeleton.part(skeleton.family.norm, {"weight": self._runner.place(norm)})
+        norms = load_tensors(self._pair.finetuned, skeleton.norms)
+        for name, values in norms.items():
+            if not same(load_tensor(self._pair.base, name), values):
+                self._survey.add_rest(name, values)
+        module = skeleton.final_norm({name: self._runner.place(values) for name, values in norms.items()})
         head = load_tensor(self._pair.finetuned, skeleton.head)
         placed = self._runner.place(head)
         self._head(module(hidden)[self._mask], placed)
@@ -129,7 +129,7 @@ class Surveyor:
         """Gradient by ``hidden`` of the log-likelihood of tokens drawn from the model's own predictions."""
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
-            logs = F.linear(norm(leaf)[mask], head).float().log_softmax(-1)
+            logs = logits(norm(leaf)[mask], head, self._pair.skeleton.logits_softcap).log_softmax(-1)
             drawn = torch.multinomial(logs.detach().exp(), 1, generator=self._generator)
             (slopes,) = torch.autograd.grad(logs.gather(1, drawn).sum(), leaf)
         return slopes
@@ -151,7 +151,8 @@ class Surveyor:
         for coding, lost in lost_by_coding({name: delta}, encode):
             worse = placed.float().clone()
             worse[: len(base)] -= lost[name]
-            costs[coding] = divergence(states, placed, states, self._runner.place(worse))
+            rebuilt = self._runner.place(worse)
+            costs[coding] = divergence(states, placed, states, rebuilt, self._pair.skeleton.logits_softcap)
         if tied:
             self._tied_costs = costs
         else:
@@ -172,7 +173,7 @@ class Surveyor:
         sequences = torch.arange(len(self._tokens), device=known.device)[:, None].expand_as(known)
         seen, row = torch.unique(self._tokens[known], return_inverse=True)
         delta = (kept[seen.cpu()].float() - base[seen.cpu()].float()).to(slopes.device)
-        gradient = slopes[known].float()
+        gradient = slopes[known].float() * self._pair.skeleton.embedding_scale
         costs = {}
         for coding, lost in lost_by_coding({name: delta}, nearest):
             products = gradient.new_zeros(len(self._tokens))

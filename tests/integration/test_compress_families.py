@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -47,12 +49,24 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "MistralForCausalLM": MistralConfig(**SIZES, sliding_window=64, head_dim=48),
     "Qwen2ForCausalLM": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "Qwen3ForCausalLM": Qwen3Config(**SIZES, head_dim=48),
+    # Caps small enough to bend random scores and logits.
+    "Gemma2ForCausalLM": Gemma2Config(
+        **SIZES,
+        head_dim=48,
+        sliding_window=64,
+        query_pre_attn_scalar=20,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "GPTNeoXForCausalLM": GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
 }
 RAW = {
     "LlamaForCausalLM": {"input_layernorm.weight"},
     "MistralForCausalLM": {"input_layernorm.weight"},
     "Qwen2ForCausalLM": {"self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"},
     "Qwen3ForCausalLM": {"self_attn.q_norm.weight", "self_attn.k_norm.weight"},
+    "Gemma2ForCausalLM": {"post_attention_layernorm.weight", "pre_feedforward_layernorm.weight"},
+    "GPTNeoXForCausalLM": {"input_layernorm.bias", "attention.query_key_value.bias", "mlp.dense_4h_to_h.bias"},
 }
 EVERY = pytest.mark.parametrize("architecture", CONFIGS)
 
@@ -91,20 +105,35 @@ def test_compress_and_merge(tmp_path: Path, architecture: str) -> None:
     merge(base, tmp_path / "artifact", tmp_path / "merged", dtype=torch.float32)
     target = load_file(finetuned / "model.safetensors")
     start = load_file(base / "model.safetensors")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    assert type(merged).__name__ == architecture
-    weights = merged.state_dict()
-    assert entries.keys() == target.keys()
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    assert entries.keys() == target.keys() == weights.keys()
     for name, entry in entries.items():
         if entry.codec == "raw":
             assert torch.equal(weights[name], target[name]), name
         else:
             assert (weights[name] - target[name]).norm() < 0.2 * (start[name] - target[name]).norm(), name
     for ending in RAW[architecture]:
-        assert entries[f"model.layers.1.{ending}"].codec == "raw"
+        assert entries[f"{FAMILIES[architecture].layers}.1.{ending}"].codec == "raw"
     tokens = torch.arange(3, 40)[None]
     wanted, found, unchanged = (logits(path, tokens) for path in (finetuned, tmp_path / "merged", base))
     assert (found - wanted).norm() < 0.2 * (unchanged - wanted).norm()
+
+
+@EVERY
+@torch.no_grad()
+def test_the_quality_record_is_the_divergence_of_whole_models(tmp_path: Path, architecture: str) -> None:
+    base = make(tmp_path / "base", CONFIGS[architecture])
+    finetuned = make(tmp_path / "finetuned", CONFIGS[architecture], moved=0.01)
+    options = CompressOptions.model_validate(SMALL | {"codec": "int2"})
+    manifest = compress_checkpoint(base, finetuned, (tmp_path / "artifact").as_uri(), options)
+    merge(base, tmp_path / "artifact", tmp_path / "merged", dtype=torch.float32)
+    checkpoint = Checkpoint.open(finetuned)
+    calibration = load_calibration(checkpoint, Skeleton(checkpoint), options, lambda fraction: None)
+    tokens, mask = calibration.tokens[calibration.fitted :], calibration.mask[calibration.fitted :]
+    ours, theirs = (logits(path, tokens)[mask].log_softmax(-1) for path in (finetuned, tmp_path / "merged"))
+    expected = float((ours.exp() * (ours - theirs)).sum(-1).mean())
+    assert manifest.quality is not None
+    assert manifest.quality.kl_divergence == pytest.approx(expected, rel=0.01)
 
 
 @torch.no_grad()
@@ -121,20 +150,23 @@ def test_block_by_block_is_what_transformers_computes(tmp_path: Path, architectu
     with torch.no_grad():
         calibration = load_calibration(checkpoint, skeleton, options, lambda fraction: None)
         runner = Runner(skeleton, calibration, options)
-        hidden = checkpoint.tensor(skeleton.embedding)[calibration.tokens]
+        hidden = skeleton.embed(checkpoint.tensor(skeleton.embedding)[calibration.tokens])
         for index in range(skeleton.blocks):
             prefix = skeleton.block_name(index)
             weights = load_tensors(checkpoint, [f"{prefix}.{name}" for name in skeleton.block_weights(index)])
             block = skeleton.part(prefix, {name[len(prefix) + 1 :]: weight for name, weight in weights.items()})
             hidden = runner.run(block, hidden)
-        norm = skeleton.part(skeleton.family.norm, {"weight": checkpoint.tensor(skeleton.norm)})
+        norm = skeleton.final_norm(load_tensors(checkpoint, skeleton.norms))
         model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
-        expected = model.model(calibration.tokens, attention_mask=calibration.mask.long()).last_hidden_state
+        expected = model.base_model(calibration.tokens, attention_mask=calibration.mask.long()).last_hidden_state
+        whole: Any = skeleton.whole(load_tensors(checkpoint, skeleton.shapes()), torch.device("cpu"))
+        torch.testing.assert_close(whole(calibration.tokens).logits, model(calibration.tokens).logits)
     torch.testing.assert_close(norm(hidden)[calibration.mask], expected[calibration.mask], rtol=1e-4, atol=1e-4)
 
 
-def test_a_target_counts_biases(tmp_path: Path) -> None:
-    config = CONFIGS["Qwen2ForCausalLM"]
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM", "GPTNeoXForCausalLM"])
+def test_a_target_counts_norms_and_biases(tmp_path: Path, architecture: str) -> None:
+    config = CONFIGS[architecture]
     base, finetuned = make(tmp_path / "base", config), make(tmp_path / "finetuned", config, moved=0.01)
     options = CompressOptions.model_validate(SMALL | {"target_ratio": 6})
     manifest = compress_checkpoint(base, finetuned, (tmp_path / "artifact").as_uri(), options)

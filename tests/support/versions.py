@@ -179,7 +179,7 @@ class MemorySource:
 
 
 def _block(name: str) -> str:
-    found = re.match(r"model\.(layers\.\d+)\.", name)
+    found = re.match(r"[a-z_]+\.(layers\.\d+)\.", name)
     return found[1] if found else "outer"
 
 
