@@ -15,14 +15,15 @@ from prometheus_client import CollectorRegistry
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.admission import check_sampling, check_tokens
 from deltazip_ray.engine.core import EngineCore, build_core
-from deltazip_ray.engine.step_loop import News, StepLoop
+from deltazip_ray.engine.step_loop import StepLoop
 from deltazip_ray.engine.token_stream import TokenStream
 from deltazip_ray.engine.versions import Versions
 from deltazip_ray.errors import DeltaZipError, EngineStopped, Overloaded
 from deltazip_ray.observability.engine_metrics import EngineMetrics, EngineStats
 from deltazip_ray.residency.slot_table import Pin
-from deltazip_ray.residency.tiers import DeltaSource
+from deltazip_ray.residency.tiers import DeltaSource, HostMemory
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
+from deltazip_ray.scheduler.scheduler import News
 
 __all__ = ["AsyncEngine", "EngineStats"]
 
@@ -81,6 +82,7 @@ class AsyncEngine:
             self._metrics,
             publish=functools.partial(_call_soon, here, self._deliver),
             ended=functools.partial(_call_soon, here, self._end),
+            ahead=self._config.device == "cuda" if self._config.async_steps is None else self._config.async_steps,
             threads=self._config.threads,
         )
         versions = Versions(self._source, core.slots, self._config.slots, self._metrics)
@@ -95,6 +97,10 @@ class AsyncEngine:
             await parts.versions.close()
             await asyncio.to_thread(parts.steps.stop)
             self._end()
+
+    async def adopt(self, memory: HostMemory) -> None:
+        """Prepare for loads from ``memory``, so that not the first one has to. Raises EngineStopped."""
+        await asyncio.to_thread(self._open().core.slots.uploads.lock_pages, memory)
 
     @property
     def base_digest(self) -> str:
@@ -215,7 +221,7 @@ class AsyncEngine:
 
     def _deliver(self, news: News) -> None:
         """What a step brought, on the event loop."""
-        for key, item in news.items():
+        for key, item in news:
             active = self._active[key]
             if isinstance(item, TokenChunk):
                 active.stream.put(item)

@@ -1,6 +1,5 @@
 """Device memory for deltas: one preallocated buffer, cut into slots, into which blobs are copied as they are."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -8,14 +7,16 @@ import torch
 
 from deltazip_kernels import LAYOUT_VERSION, RAW, packed_layout
 from deltazip_ray.artifact.blob import read_blob
-from deltazip_ray.artifact.manifest import Manifest, TensorEntry
+from deltazip_ray.artifact.manifest import BlobEntry, Manifest, TensorEntry
+from deltazip_ray.engine.slot_layout import aligned, fill, room
+from deltazip_ray.engine.uploads import Upload, Uploads
 from deltazip_ray.errors import BaseMismatch, DeltaTooLarge, ManifestInvalid
 from deltazip_ray.layers.targets import VALUES, AddedTarget, DeltaTarget, MatrixTarget
 from deltazip_ray.models.weights import Placement
 from deltazip_ray.residency.tiers import HostDelta
 
-ALIGNMENT = 256
-"""Bytes; what a tensor in a slot starts at a multiple of."""
+_Weight = tuple[DeltaTarget, str, Mapping[str, torch.Tensor]]
+"""Where a weight goes, its codec, and its tensors."""
 
 
 @dataclass(frozen=True)
@@ -28,23 +29,28 @@ class BaseIdentity:
 
 def default_slot_bytes(targets: Mapping[str, DeltaTarget]) -> int:
     """Room for a delta with every matrix in int4, the largest of the codecs."""
-    return sum(_room("int4", target.shape, torch.uint8) for target in targets.values() if target.in_slot)
+    return sum(room("int4", target.shape, torch.uint8) for target in targets.values() if target.in_slot)
 
 
 class DeviceSlots:
     """Which bytes of which slot belong to which weight. Each slot is filled by one thread at a time."""
 
     def __init__(
-        self, targets: Mapping[str, DeltaTarget], placement: Placement, base: BaseIdentity, slot_bytes: int | None
+        self,
+        targets: Mapping[str, DeltaTarget],
+        placement: Placement,
+        base: BaseIdentity,
+        slot_bytes: int | None,
+        copy_bytes_per_s: float | None = None,
     ) -> None:
+        """``copy_bytes_per_s`` bounds all loads together."""
         self.targets = targets
         self.base = base
         self.dtype = placement.dtype
         self.max_added = placement.max_added
         self.slot_bytes = slot_bytes or default_slot_bytes(targets)
-        self.memory = torch.empty(
-            placement.slots, _aligned(self.slot_bytes), dtype=torch.uint8, device=placement.device
-        )
+        self.memory = torch.empty(placement.slots, aligned(self.slot_bytes), dtype=torch.uint8, device=placement.device)
+        self.uploads = Uploads(placement.device, copy_bytes_per_s)
         self._vocab = [base.vocab_size] * placement.slots
 
     def vocab_size(self, slot: int) -> int:
@@ -73,7 +79,7 @@ class DeviceSlots:
         for name, entry in entries.items():
             self._check_entry(name, entry, manifest.added_tokens)
         self._check_added(entries, manifest.added_tokens)
-        needed = sum(_room(e.codec, e.shape, self.dtype) for name, e in entries.items() if self.targets[name].in_slot)
+        needed = sum(room(e.codec, e.shape, self.dtype) for name, e in entries.items() if self.targets[name].in_slot)
         if needed > self.slot_bytes:
             raise DeltaTooLarge(
                 f"the delta takes {needed} bytes of a slot of {self.slot_bytes}: "
@@ -81,38 +87,47 @@ class DeviceSlots:
             )
 
     def load(self, slot: int, delta: HostDelta) -> None:
-        """Copy a checked version into ``slot`` and publish it there; returns when its bytes have arrived.
+        """Copy a checked version into ``slot`` and publish it there; returns when the device has all of it.
 
-        Nothing of the version is visible before all of it was read. Raises BlobCorrupt.
+        Nothing of the version is visible before all of it was read. No step that was launched may read the slot.
+        Raises BlobCorrupt.
         """
-        # Whoever was here before is gone, also when this fails half-way.
-        for target in self.targets.values():
-            target.clear(slot)
-        memory, start = self.memory[slot], 0
-        installs = []
-        for blob in delta.manifest.blobs:
-            tensors = read_blob(delta.blobs[blob.block], blob)
-            for name, entry in blob.tensors.items():
-                target, parts = self.targets[name], _parts(name, entry, tensors)
-                if target.in_slot:
-                    parts, start = self._place(parts, entry, memory, start)
-                installs.append((target, entry.codec, parts))
-        for target, codec, parts in installs:
-            target.install(slot, codec, parts)
+        if delta.memory is not None:
+            self.uploads.lock_pages(delta.memory)
+        with self.uploads.beside_steps() as upload:
+            # Whoever was here before is gone, also when this fails half-way.
+            self.clear(slot)
+            start = 0
+            weights: list[_Weight] = []
+            for blob in delta.manifest.blobs:
+                placed, start = self._place(slot, start, blob, delta.blobs[blob.block], upload)
+                weights += placed
+            for target, codec, parts in weights:
+                target.install(slot, codec, parts)
         self._vocab[slot] = self.base.vocab_size + delta.manifest.added_tokens
 
+    def clear(self, slot: int) -> None:
+        """Leave nothing of a version in ``slot``, which no step that was launched may read."""
+        for target in self.targets.values():
+            target.clear(slot)
+
     def _place(
-        self, parts: dict[str, torch.Tensor], entry: TensorEntry, memory: torch.Tensor, start: int
-    ) -> tuple[dict[str, torch.Tensor], int]:
-        """Copies of ``parts`` in ``memory`` from byte ``start`` on, and where the next weight may begin."""
-        placed = {}
-        for part, tensor in parts.items():
-            dtype = self.dtype if entry.codec == RAW else tensor.dtype
-            size = tensor.numel() * dtype.itemsize
-            placed[part] = memory[start : start + size].view(dtype).view(tensor.shape)
-            placed[part].copy_(tensor)
-            start += _aligned(size)
-        return placed, start
+        self, slot: int, start: int, blob: BlobEntry, data: memoryview, upload: Upload
+    ) -> tuple[list[_Weight], int]:
+        """The weights of a blob, copied to ``slot`` from byte ``start`` on where that is their place, and where the
+        next blob may begin."""
+        tensors = read_blob(data, blob)
+        parts = {name: _parts(name, entry, tensors) for name, entry in blob.tensors.items()}
+        in_slot = {
+            (name, part): tensor.to(self.dtype) if blob.tensors[name].codec == RAW else tensor
+            for name, found in parts.items()
+            for part, tensor in found.items()
+            if self.targets[name].in_slot
+        }
+        copies, start = fill(self.memory[slot], start, in_slot, upload)
+        for (name, part), copy in copies.items():
+            parts[name][part] = copy
+        return [(self.targets[name], entry.codec, parts[name]) for name, entry in blob.tensors.items()], start
 
     def _check_entry(self, name: str, entry: TensorEntry, added: int) -> None:
         target = self.targets.get(name)
@@ -142,15 +157,3 @@ def _parts(name: str, entry: TensorEntry, tensors: Mapping[str, torch.Tensor]) -
     if entry.codec == RAW:
         return {VALUES: tensors[name]}
     return {part: tensors[f"{name}.{part}"] for part in packed_layout(entry.codec, (entry.shape[0], entry.shape[1]))}
-
-
-def _room(codec: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of a slot that one matrix takes; raw ones are kept in ``dtype``."""
-    if codec == RAW:
-        return _aligned(math.prod(shape) * dtype.itemsize)
-    layout = packed_layout(codec, (shape[0], shape[1]))
-    return sum(_aligned(math.prod(dims) * part.itemsize) for dims, part in layout.values())
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT

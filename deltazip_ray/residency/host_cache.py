@@ -40,7 +40,7 @@ from deltazip_ray.residency.disk_tier import DiskTier
 from deltazip_ray.residency.fetch_pool import FetchPool
 from deltazip_ray.residency.manifests import Manifests
 from deltazip_ray.residency.quarantine import Quarantine, blob_key
-from deltazip_ray.residency.tiers import HostDelta, Tier
+from deltazip_ray.residency.tiers import HostDelta, HostMemory, Tier
 
 _SLOWNESS: Sequence[Tier] = ("host", "disk", "remote")
 
@@ -73,7 +73,7 @@ class HostCache:
         memory = memoryview(buffer).cast("B")
         if memory.readonly:
             raise ConfigError("the host arena is read-only: map it writable")
-        self._catalog = catalog
+        self._memory = HostMemory(memory)
         share = settings.fetch_threads_per_version or max(1, settings.fetch_threads * 3 // 4)
         self._pool = FetchPool[Tier](settings.fetch_threads, share)
         self._metrics = HostMetrics(registry, self.stats)
@@ -110,7 +110,8 @@ class HostCache:
         self._held.setdefault(version, _Held(manifest, blobs)).count += 1
         self._metrics.acquires.labels(tier).inc()
         views = [self._blobs.view(blob).toreadonly() for blob in blobs]
-        return HostDelta(manifest, dict(zip((e.block for e in manifest.blobs), views, strict=True)), tier)
+        blocks = (entry.block for entry in manifest.blobs)
+        return HostDelta(manifest, dict(zip(blocks, views, strict=True)), tier, self._memory)
 
     async def release(self, version: str) -> None:
         """Let go of one :meth:`acquire`; the bytes stay cached. Raises StoreError when the version is not held."""

@@ -9,6 +9,13 @@ from deltazip_ray.artifact.manifest import Manifest
 Tier = Literal["device", "host", "disk", "remote"]
 
 
+@dataclass(frozen=True, eq=False)
+class HostMemory:
+    """Memory that blobs lie in, mapped at least as long as this object lives: a device may register it once."""
+
+    view: memoryview
+
+
 @dataclass(frozen=True)
 class HostDelta:
     """One version in host memory, verified against its manifest's digests.
@@ -21,6 +28,8 @@ class HostDelta:
     """Block name (``layers.0``, ``outer``) to the bytes of its safetensors blob."""
     tier: Tier
     """Where the slowest blob was found."""
+    memory: HostMemory | None = None
+    """What all blobs lie in, where they lie in one piece."""
 
 
 class DeltaSource(Protocol):

@@ -14,7 +14,7 @@ from deltazip_deployments.router.backend import ReplicaDescription
 from deltazip_ray.config import AppConfig
 from deltazip_ray.engine.async_engine import AsyncEngine, EngineStats
 from deltazip_ray.errors import StoreUnavailable
-from deltazip_ray.residency.tiers import DeltaSource
+from deltazip_ray.residency.tiers import DeltaSource, HostMemory
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,8 @@ class Engine(Protocol):
 
     async def check(self) -> None: ...
 
+    async def adopt(self, memory: HostMemory) -> None: ...
+
     def stats(self) -> EngineStats: ...
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]: ...
@@ -46,7 +48,7 @@ class Engine(Protocol):
 class HostSource(DeltaSource, Protocol):
     """A DeltaSource that wants to know whether its user still lives."""
 
-    async def connect(self) -> None: ...
+    async def connect(self) -> HostMemory: ...
 
     async def heartbeat(self, metrics: str) -> frozenset[str]: ...
 
@@ -79,7 +81,7 @@ class Replica:
         """Start at the first call; later raise what is broken, so that Serve replaces the replica."""
         if not self._started:
             await self._engine.start()
-            await self._source.connect()
+            await self._engine.adopt(await self._source.connect())
             self._beats = asyncio.create_task(self._beat())
             self._started = True
         await self._engine.check()

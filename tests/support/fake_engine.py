@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from deltazip_ray.config import AppConfig
 from deltazip_ray.engine.async_engine import EngineStats
 from deltazip_ray.errors import EngineStopped, InvalidRequest, Overloaded, PromptTooLong
-from deltazip_ray.residency.tiers import DeltaSource, Tier
+from deltazip_ray.residency.tiers import DeltaSource, HostMemory, Tier
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
 
 FIRST_LETTER = 3  # in the vocabulary of tests.support.tiny: after <unk>, <bos>, <eos>
@@ -74,6 +74,9 @@ class FakeEngine:
         self._open = False
 
     async def check(self) -> None:
+        self._check_open()
+
+    async def adopt(self, memory: HostMemory) -> None:
         self._check_open()
 
     def stats(self) -> EngineStats:

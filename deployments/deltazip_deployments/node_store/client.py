@@ -12,7 +12,7 @@ from deltazip_deployments.node_store.arena import ArenaRef, map_arena
 from deltazip_deployments.node_store.protocol import StoredDelta
 from deltazip_deployments.ray_errors import unwrapped
 from deltazip_ray.errors import StoreUnavailable
-from deltazip_ray.residency.tiers import HostDelta
+from deltazip_ray.residency.tiers import HostDelta, HostMemory
 
 _ATTEMPTS = 5
 _PAUSE_S = 0.2
@@ -25,7 +25,7 @@ class _Link:
     """One life of the node store: its actor and its memory."""
 
     actor: Any
-    arena: memoryview
+    arena: HostMemory
 
 
 class NodeStoreClient:
@@ -67,9 +67,10 @@ class NodeStoreClient:
         if not kept:
             raise StoreUnavailable(f"the node store took version {version[:12]} for abandoned: load it again")
 
-    async def connect(self) -> None:
-        """Find or start the node store; raises StoreUnavailable."""
+    async def connect(self) -> HostMemory:
+        """Find or start the node store; returns its memory. Raises StoreUnavailable."""
         await self._call(lambda link: link.actor.heartbeat.remote(self._replica, ""))
+        return (await self._connect()).arena
 
     async def heartbeat(self, metrics: str) -> frozenset[str]:
         """Show life and leave the replica's metrics; returns the versions in the host's memory."""
@@ -95,8 +96,8 @@ class NodeStoreClient:
         stored = await self._call(ask)
         arena = held_by[0].arena
         self._held[version].append(held_by[0])
-        views = {block: arena[offset : offset + size] for block, (offset, size) in stored.blobs.items()}
-        return HostDelta(manifest=stored.manifest, blobs=views, tier=stored.tier)
+        views = {block: arena.view[offset : offset + size] for block, (offset, size) in stored.blobs.items()}
+        return HostDelta(stored.manifest, views, stored.tier, arena)
 
     def _give_back(self, version: str) -> None:
         link = self._held[version].pop()
@@ -125,7 +126,7 @@ class NodeStoreClient:
             if self._link is None:
                 actor = await asyncio.to_thread(self._find)
                 ref: ArenaRef = await actor.arena.remote()
-                self._link = _Link(actor, map_arena(ref))
+                self._link = _Link(actor, HostMemory(map_arena(ref)))
             return self._link
 
 

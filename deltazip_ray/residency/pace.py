@@ -1,0 +1,36 @@
+"""A bound on bytes a second, shared by threads."""
+
+import threading
+import time
+from collections.abc import Callable
+
+
+class Pace:
+    """A token bucket: bytes may be moved as they are taken, in bursts of a tenth of a second. Thread-safe."""
+
+    def __init__(
+        self,
+        bytes_per_s: float | None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """None: no bound. ``clock`` gives seconds that never go back."""
+        self._rate = bytes_per_s
+        self._clock = clock
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._paid_until = clock()
+
+    def take(self, size: int) -> None:
+        """Wait until ``size`` bytes may be moved. Those who come while somebody waits wait behind them."""
+        if self._rate is None:
+            return
+        with self._lock:
+            now = self._clock()
+            start = max(self._paid_until, now - _BURST_S)
+            self._paid_until = start + size / self._rate
+        if start > now:
+            self._sleep(start - now)
+
+
+_BURST_S = 0.1
