@@ -15,6 +15,7 @@ def check_sampling(params: SamplingParams) -> None:
         "max_tokens must be at least 1": params.max_tokens >= 1,
         "temperature must be a number from 0": math.isfinite(params.temperature) and params.temperature >= 0,
         "top_p must be a number above 0 and at most 1": 0 < params.top_p <= 1,
+        "min_p must be a number from 0 to 1": 0 <= params.min_p <= 1,
         f"top_k must be 0 (all tokens) to {_MAX_TOP_K}": 0 <= params.top_k <= _MAX_TOP_K,
         "seed must fit into 64 bits": params.seed in _SEEDS,
     }

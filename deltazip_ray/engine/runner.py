@@ -6,7 +6,7 @@ import torch
 
 from deltazip_ray.engine.sampling import Draw, SamplingBatch, sample
 from deltazip_ray.layers.attention.backend import AttentionBackend, SequenceRows
-from deltazip_ray.layers.ops import LayerOps
+from deltazip_ray.layers.rows import make_rows
 from deltazip_ray.models.decoder import Decoder, StepInputs
 from deltazip_ray.scheduler.batch import Batch
 
@@ -17,10 +17,9 @@ class ModelRunner:
     ``prepare`` (host), ``decoder(inputs)`` (device), ``sample`` (device, then one transfer of tokens).
     """
 
-    def __init__(self, decoder: Decoder, attention: AttentionBackend[Any], ops: LayerOps, device: torch.device) -> None:
+    def __init__(self, decoder: Decoder, attention: AttentionBackend[Any], device: torch.device) -> None:
         self.decoder = decoder
         self.attention = attention
-        self.ops = ops
         self.device = device
 
     def run(self, batch: Batch) -> list[int | None]:
@@ -49,8 +48,8 @@ class ModelRunner:
         return StepInputs(
             tokens=torch.tensor(tokens).to(self.device),
             positions=torch.tensor(positions).to(self.device),
-            rows=self.ops.rows([(c.slot, len(c.tokens)) for c in batch.chunks], self.device),
+            rows=make_rows([(c.slot, len(c.tokens)) for c in batch.chunks], self.device),
             plan=plan,
             last=torch.tensor(last, dtype=torch.int64).to(self.device),
-            last_rows=self.ops.rows([(c.slot, 1) for c in batch.sampling_chunks], self.device),
+            last_rows=make_rows([(c.slot, 1) for c in batch.sampling_chunks], self.device),
         )

@@ -8,6 +8,16 @@ from deltazip_ray.scheduler.sequence import SequenceState
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """A token that was drawn, and what its request wanted to know of it."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens with their log probabilities, the best first."""
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Consecutive tokens of one sequence that run in a step.
 

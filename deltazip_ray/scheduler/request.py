@@ -22,11 +22,18 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     """0: all tokens."""
+    min_p: float = 0.0
+    """Drops tokens that are less than ``min_p`` times as likely as the best one."""
     seed: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     """Tokens that end the output; the token itself is not returned."""
     ignore_eos: bool = False
     """Do not end at ``stop_token_ids``."""
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the next draw depends on all tokens before it, so that the host must know them first."""
+        return False
 
 
 @dataclass(frozen=True, slots=True)
