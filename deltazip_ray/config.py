@@ -63,6 +63,9 @@ class EngineConfig(Settings):
     max_added_tokens: int = Field(64, ge=0, description="tokens a variant may add to the base's vocabulary")
     load_timeout_s: float = Field(60.0, gt=0, description="how long a request waits for its delta before it gets a 503")
     threads: int | None = Field(None, ge=1, description="torch CPU threads; torch's default when absent")
+    async_steps: bool | None = Field(
+        None, description="prepare a step while the device runs the one before; only on cuda when absent"
+    )
 
 
 class BreakerConfig(Settings):

@@ -4,24 +4,56 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from deltazip_ray.engine.runner import ModelRunner
 from deltazip_ray.errors import DeltaZipError, EngineError
 from deltazip_ray.observability.engine_metrics import EngineMetrics
-from deltazip_ray.scheduler.batch import Batch
-from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
-from deltazip_ray.scheduler.scheduler import Scheduler
+from deltazip_ray.scheduler.batch import Batch, Drawn
+from deltazip_ray.scheduler.request import GenerateRequest
+from deltazip_ray.scheduler.scheduler import News, Scheduler
 
 logger = logging.getLogger(__name__)
 
-News = Mapping[str, TokenChunk | DeltaZipError | None]
-"""By request id: what it got, why it failed, or None when it was aborted and nothing of it is left."""
-
 # What torch and the code around it raise for a batch that they cannot compute. Anything else ends the loop.
 _STEP_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, EngineError)
+
+
+class Launched(Protocol):
+    """A step on the device."""
+
+    def wait(self) -> Sequence[Drawn | None]:
+        """What it drew for each of ``batch.sampling_chunks``; None where the logits are not finite.
+
+        Waits for this step and for nothing that was launched after it.
+        """
+
+
+class StepRunner(Protocol):
+    """Runs batches, one after the other in the order of their launch."""
+
+    def launch(self, batch: Batch) -> Launched:
+        """Enqueue ``batch`` without waiting for the one before, whose tokens stand where it says ``DRAWN``.
+
+        A device that is the host itself may compute at once. After a launch that raised, the next batch has no
+        ``DRAWN``.
+        """
+
+    def synchronize(self) -> None:
+        """Wait until the device is idle. Raises RuntimeError when it is lost."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A batch on its way."""
+
+    batch: Batch
+    launched: Launched | Exception
+    """Why the launch failed, if it did."""
+    began: float
 
 
 class StepLoop:
@@ -30,21 +62,29 @@ class StepLoop:
     def __init__(
         self,
         scheduler: Scheduler,
-        runner: ModelRunner,
+        runner: StepRunner,
         metrics: EngineMetrics,
         publish: Callable[[News], None],
         ended: Callable[[], None],
+        *,
+        ahead: bool,
         threads: int | None,
     ) -> None:
-        """``publish`` and ``ended`` (once, when the loop is over) are called from the loop's thread."""
+        """``publish`` and ``ended`` (once, when the loop is over) are called from the loop's thread.
+
+        With ``ahead``, a step is scheduled and launched before the one before it is waited for.
+        """
         self._scheduler = scheduler
         self._runner = runner
         self._metrics = metrics
         self._publish = publish
         self._ended = ended
+        self._ahead = ahead
         self._threads = threads
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._news: dict[str, TokenChunk | DeltaZipError | None] = {}
+        self._step: _Step | None = None
+        self._finished_at = 0.0
+        self._lost = False
         self._thread = threading.Thread(target=self._run, name="deltazip-step", daemon=True)
 
     def start(self) -> None:
@@ -57,7 +97,7 @@ class StepLoop:
 
     def abort(self, request_id: str) -> None:
         """Forget a request; news say None when no step uses it any more, or that it was over before."""
-        self._inbox.put(lambda: self._abort(request_id))
+        self._inbox.put(lambda: self._scheduler.abort(request_id))
 
     def check(self, done: Callable[[DeltaZipError | None], None]) -> None:
         """Check the scheduler's invariants between two steps; ``done`` is called from the loop's thread."""
@@ -72,12 +112,10 @@ class StepLoop:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         try:
-            while self._obey():
-                if self._scheduler.has_work:
-                    self._step()
-                if self._news:
-                    self._publish(self._news)
-                    self._news = {}
+            while not self._lost and self._obey():
+                self._advance()
+            if self._step is not None:
+                self._finish(self._step)
         finally:
             self._ended()
 
@@ -96,41 +134,62 @@ class StepLoop:
             command()
             wait = False
 
-    def _step(self) -> None:
+    def _advance(self) -> None:
+        """Launch the next step and finish the one before; then that next one too, unless it may run meanwhile."""
+        before, self._step = self._step, self._launch(self._scheduler.schedule())
+        if before is not None:
+            self._finish(before)
+        if self._step is not None and (not self._ahead or isinstance(self._step.launched, Exception)):
+            self._finish(self._step)
+            self._step = None
+        if news := self._scheduler.take_news():
+            self._publish(news)
+
+    def _launch(self, batch: Batch) -> _Step | None:
+        if not batch:
+            return None
         began = time.perf_counter()
-        batch = self._scheduler.schedule()
         try:
-            drawn = self._runner.run(batch)
+            return _Step(batch, self._runner.launch(batch), began)
         except _STEP_FAILURES as error:
-            logger.exception("a step of %d requests failed", len(batch.chunks))
-            for chunk in batch.chunks:
-                self._fail(chunk.request_id, f"the step failed ({error!r}): send the request again")
+            return _Step(batch, error, began)
+
+    def _finish(self, step: _Step) -> None:
+        """Wait for a step; one that failed fails its requests, and ends the loop if the device is lost."""
+        try:
+            if isinstance(step.launched, Exception):
+                raise step.launched
+            drawn = step.launched.wait()
+        except _STEP_FAILURES as error:
+            logger.exception("a step of %d requests failed", len(step.batch.chunks))
+            self._scheduler.fail(step.batch, EngineError(f"the step failed ({error!r}): send the request again"))
+            self._lost = not self._device_works()
             return
-        for chunk, token in zip(batch.sampling_chunks, drawn, strict=True):
-            if token is None:
-                self._fail(chunk.request_id, "the logits are not finite: the version is broken")
-        # The scheduler drops tokens of requests that are gone, so those that failed may have any.
-        self._news |= self._scheduler.update(batch, [0 if token is None else token for token in drawn])
-        self._record(batch, time.perf_counter() - began)
+        self._scheduler.update(step.batch, drawn)
+        self._record(step)
 
-    def _record(self, batch: Batch, seconds: float) -> None:
-        self._metrics.step_seconds.observe(seconds)
-        self._metrics.step_rows.observe(batch.num_tokens)
-        self._metrics.step_versions.observe(len({chunk.slot for chunk in batch.chunks}))
+    def _device_works(self) -> bool:
+        """Whether only a step failed: some errors of a GPU make all later calls fail, until the process is replaced."""
+        try:
+            self._runner.synchronize()
+        except _STEP_FAILURES:
+            logger.critical("the device is lost: the engine stops, so that its replica is replaced", exc_info=True)
+            return False
+        return True
 
-    def _fail(self, request_id: str, message: str) -> None:
-        self._scheduler.abort(request_id)
-        self._news[request_id] = EngineError(message)
+    def _record(self, step: _Step) -> None:
+        """Steps overlap: the time of one begins when the one before was finished."""
+        now = time.perf_counter()
+        self._metrics.step_seconds.observe(now - max(step.began, self._finished_at))
+        self._metrics.step_rows.observe(step.batch.num_tokens)
+        self._metrics.step_versions.observe(len({chunk.slot for chunk in step.batch.chunks}))
+        self._finished_at = now
 
     def _add(self, request: GenerateRequest, slot: int) -> None:
         try:
             self._scheduler.add(request, slot)
         except DeltaZipError as error:
-            self._news[request.request_id] = error
-
-    def _abort(self, request_id: str) -> None:
-        if self._scheduler.abort(request_id):
-            self._news[request_id] = None
+            self._publish([(request.request_id, error)])
 
     def _check(self) -> DeltaZipError | None:
         try:

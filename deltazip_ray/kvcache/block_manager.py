@@ -5,8 +5,6 @@ their numbers; it never touches the memory. Position ``p`` of a sequence lives i
 at ``p % block_size``.
 """
 
-from collections.abc import Sequence
-
 from deltazip_ray.errors import ConfigError, EngineError
 
 
@@ -47,7 +45,7 @@ class BlockManager:
             table.append(self._free.pop())
         return True
 
-    def table(self, owner: str) -> Sequence[int]:
+    def table(self, owner: str) -> list[int]:
         """Block numbers of ``owner`` in the order of positions.
 
         It is the live table, not a copy: it grows at its end while the owner has it, and stays as it is once freed.

@@ -2,9 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from deltazip_ray.scheduler.request import SamplingParams
 from deltazip_ray.scheduler.sequence import SequenceState
+
+DRAWN = -1
+"""In ``Chunk.tokens``: the token that the batch launched just before this one drew for the same sequence.
+
+It is on the device only: its value becomes known to the host while this batch runs.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +29,21 @@ class Chunk:
     """Consecutive tokens of one sequence that run in a step.
 
     Token ``i`` of the chunk has position ``start + i``; it attends to positions ``0 .. start + i``, of which those
-    before ``start`` are in the KV cache. ``block_table`` covers all of them.
+    before ``start`` are in the KV cache, or will be when the batches launched before this one have run.
+    ``block_table`` covers all of them.
     """
 
     sequence: SequenceState
     tokens: tuple[int, ...]
+    """Known tokens, or ``(DRAWN,)``."""
     start: int
     block_table: Sequence[int]
     samples: bool
     """Whether a token is drawn from the logits of the chunk's last token; False before the end of the prompt."""
+    output_index: int = 0
+    """Position, in the request's whole output, of the token to draw: with ``sampling.seed`` it determines the draw."""
+    drawn_row: int | None = None
+    """With ``DRAWN``: which of the ``sampling_chunks`` of the batch launched before this one drew it."""
 
     @property
     def request_id(self) -> str:
@@ -47,15 +60,10 @@ class Chunk:
         """How to draw the token."""
         return self.sequence.request.sampling
 
-    @property
-    def output_index(self) -> int:
-        """Output position of the token to draw: with ``sampling.seed`` it determines the draw."""
-        return self.sequence.output_index
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Batch:
-    """Chunks sorted by slot (the base, -1, first), and by arrival within a slot. Empty when there is nothing to do."""
+    """Chunks sorted by slot (the base, -1, first). Empty when there is nothing to do."""
 
     chunks: tuple[Chunk, ...]
 
@@ -63,15 +71,15 @@ class Batch:
         """Whether there is anything to run."""
         return bool(self.chunks)
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Rows of the flat batch."""
-        return sum(len(chunk.tokens) for chunk in self.chunks)
+        return sum([len(chunk.tokens) for chunk in self.chunks])
 
-    @property
+    @cached_property
     def sampling_chunks(self) -> tuple[Chunk, ...]:
         """Chunks that sample, in batch order: ``Scheduler.update`` takes one token for each."""
-        return tuple(chunk for chunk in self.chunks if chunk.samples)
+        return tuple([chunk for chunk in self.chunks if chunk.samples])
 
     def segments(self) -> tuple[list[int], list[int]]:
         """Rows by slot: ``starts [S + 1]`` and ``slots [S]``; rows ``starts[i]:starts[i + 1]`` belong to ``slots[i]``.

@@ -15,6 +15,15 @@ The rules, all in arrival order:
    head of the queue; it keeps its output and recomputes it as part of its prompt.
    *No livelock*: the oldest running request is never preempted, since alone it fits (see :meth:`Scheduler.validate`);
    it advances in every step, so it finishes, and then the next one is the oldest.
+5. **One step ahead.** ``schedule`` may be called once more before ``update`` of the batch before, so that the host
+   prepares a step while the device runs another. A decode then carries ``DRAWN``, the token that is on the device
+   only. Left out are sequences whose last token is being drawn and those that must know it first
+   (``SamplingParams.sequential``). That a sequence ended with a stop token is found one step late: the row in the
+   batch on its way is wasted and its token dropped.
+   *Blocks and slots stay safe.* The device runs batches in the order of their launch, and reads nothing of a batch
+   after it ran. Blocks that a sequence gives up while a batch on its way still reads them go only to later batches,
+   which write them later. Slots are written by others at any time, so the end of a request is told (``take_news``)
+   when no batch on its way has it: until then its version is pinned.
 
 There is no torch here and no lock: everything but ``validate`` belongs to the engine's step thread. How many requests
 may wait is decided where they arrive, since those that wait for their delta are not here yet.
@@ -24,15 +33,21 @@ from collections import deque
 from collections.abc import Sequence
 
 from deltazip_ray.config import EngineConfig
-from deltazip_ray.errors import EngineError, InvalidRequest, PromptTooLong
+from deltazip_ray.errors import DeltaZipError, EngineError, InvalidRequest, PromptTooLong
 from deltazip_ray.kvcache.block_manager import BlockManager
-from deltazip_ray.scheduler.batch import Batch, Chunk
+from deltazip_ray.scheduler.batch import DRAWN, Batch, Chunk, Drawn
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
 from deltazip_ray.scheduler.sequence import SequenceState
 
+News = Sequence[tuple[str, TokenChunk | DeltaZipError | None]]
+"""Request ids and what is new: what it got, why it failed, or None when it was aborted and nothing of it is left."""
+
+_AHEAD = 2
+"""Batches that may be on their way at once."""
+
 
 class Scheduler:
-    """A loop of ``schedule`` → run the batch → ``update``, with ``add`` and ``abort`` at any point between."""
+    """A loop of ``schedule`` → launch the batch → ``update``, with ``add`` and ``abort`` at any point between."""
 
     def __init__(self, config: EngineConfig) -> None:
         """Uses ``max_model_len``, ``max_batch_tokens``, ``max_running``, ``kv_blocks`` and ``block_size``."""
@@ -43,6 +58,9 @@ class Scheduler:
         self._sequences: dict[str, SequenceState] = {}
         self._running: list[SequenceState] = []
         self._waiting: deque[SequenceState] = deque()
+        self._on_the_way: deque[Batch] = deque()
+        self._news: list[tuple[str, TokenChunk | DeltaZipError | None]] = []
+        self._ends: dict[str, TokenChunk | DeltaZipError | None] = {}
         self.preemptions = 0
         """Preemptions since the start."""
 
@@ -58,7 +76,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether ``schedule`` would return something."""
+        """Whether there are requests whose end was not told; if no batch is on its way, ``schedule`` makes one."""
         return bool(self._sequences)
 
     def validate(self, request: GenerateRequest) -> None:
@@ -88,7 +106,7 @@ class Scheduler:
             )
 
     def add(self, request: GenerateRequest, slot: int) -> None:
-        """Queue a request whose delta is in ``slot`` (-1: the base) and stays there until it is finished or aborted.
+        """Queue a request whose delta is in ``slot`` (-1: the base) and stays there until its end is told.
 
         Raises what ``validate`` raises, and InvalidRequest when a live request has the same id.
         """
@@ -99,80 +117,126 @@ class Scheduler:
         self._sequences[request.request_id] = sequence
         self._waiting.append(sequence)
 
-    def abort(self, request_id: str) -> bool:
-        """Forget a request and free its blocks, whatever its state; False when it is not here (any more).
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free its blocks, whatever its state; one that is over already is fine.
 
-        Between ``schedule`` and ``update`` too: its token of that step is dropped.
+        Its end, None, is told when no batch on its way has it; what those bring for it is dropped.
         """
-        sequence = self._sequences.pop(request_id, None)
-        if sequence is None:
-            return False
-        if sequence in self._running:
-            self._running.remove(sequence)
-            self.blocks.free(request_id)
-        else:
-            self._waiting.remove(sequence)
-        return True
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and not sequence.over:
+            self._end(sequence, None)
 
     def schedule(self) -> Batch:
-        """Choose the next step's work. Nothing advances before ``update``; blocks are taken here."""
+        """Choose the next step's work; blocks are taken here. Empty when all that may run is on its way.
+
+        Raises EngineError when two batches are on their way already.
+        """
+        if len(self._on_the_way) == _AHEAD:
+            raise EngineError(f"{_AHEAD} batches are on their way: call update first")
         self._grow_tables()
-        budget = self._max_batch_tokens
+        able = [sequence for sequence in self._running if sequence.may_run]
+        # Who sits out keeps its share, so that there are never more running sequences than tokens.
+        budget = self._max_batch_tokens - (len(self._running) - len(able))
         chunks = []
-        for sequence in self._running:
+        for sequence in able:
             chunks.append(self._chunk(sequence, budget))
             budget -= len(chunks[-1].tokens)
         while budget and self._admit():
             chunks.append(self._chunk(self._running[-1], budget))
             budget -= len(chunks[-1].tokens)
-        return Batch(tuple(sorted(chunks, key=lambda chunk: chunk.slot)))
+        batch = Batch(tuple(sorted(chunks, key=lambda chunk: chunk.slot)))
+        if batch:
+            self._on_the_way.append(batch)
+            for row, chunk in enumerate(batch.sampling_chunks):
+                chunk.sequence.row = row
+        return batch
 
-    def update(self, batch: Batch, tokens: Sequence[int]) -> dict[str, TokenChunk]:
-        """Record that ``batch`` ran, with one token for each of its ``sampling_chunks``, in their order.
+    def update(self, batch: Batch, drawn: Sequence[Drawn | None]) -> None:
+        """Record that ``batch`` ran, with what it drew for its ``sampling_chunks``, in their order.
 
-        Returns what is new, by request id. Finished requests are gone when this returns. Raises EngineError when
-        the number of tokens is wrong.
+        None stands for logits that are not finite: that request fails. Raises EngineError when it is not the turn of
+        this batch, or the number of tokens is wrong.
         """
-        if len(tokens) != len(batch.sampling_chunks):
-            raise EngineError(f"{len(tokens)} tokens for {len(batch.sampling_chunks)} sampling chunks")
-        drawn = iter(tokens)
-        news = {}
-        for chunk in batch.chunks:
-            token = next(drawn) if chunk.samples else None
+        if len(drawn) != len(batch.sampling_chunks):
+            raise EngineError(f"{len(drawn)} tokens for {len(batch.sampling_chunks)} sampling chunks")
+        self._arrived(batch)
+        for chunk, one in zip(batch.sampling_chunks, drawn, strict=True):
             sequence = chunk.sequence
-            if self._sequences.get(chunk.request_id) is not sequence:
-                continue  # aborted while the step ran
-            sequence.computed += len(chunk.tokens)
-            if token is not None:
-                reason = sequence.append(token)
-                news[chunk.request_id] = TokenChunk(() if reason == "stop" else (token,), reason)
-                if reason:
-                    self.abort(chunk.request_id)
+            if sequence.over:
+                continue
+            if one is None:
+                self._end(sequence, EngineError("the logits are not finite: the version is broken"))
+                continue
+            reason = sequence.append(one.token)
+            if reason is None:
+                self._news.append((chunk.request_id, TokenChunk((one.token,))))
+            else:
+                self._end(sequence, TokenChunk(() if reason == "stop" else (one.token,), reason))
+
+    def fail(self, batch: Batch, error: DeltaZipError) -> None:
+        """Record that ``batch`` did not run: all of its requests end with ``error``. Raises as ``update`` does."""
+        self._arrived(batch)
+        for chunk in batch.chunks:
+            if not chunk.sequence.over:
+                self._end(chunk.sequence, error)
+
+    def take_news(self) -> News:
+        """What is new since the last call, in order. A request that finished, failed or was aborted is gone then."""
+        news, self._news = self._news, []
         return news
 
     def check(self) -> None:
         """Raise EngineError unless the books agree: every request in one place, every block accounted for."""
         self.blocks.check()
         known = [*self._running, *self._waiting]
-        if len(known) != len(self._sequences) or {id(s) for s in known} != {id(s) for s in self._sequences.values()}:
+        live = [sequence for sequence in self._sequences.values() if not sequence.over]
+        if len(known) != len(live) or {id(s) for s in known} != {id(s) for s in live}:
             raise EngineError("requests do not add up; restart the replica and report this")
-        held = sum(len(self.blocks.table(sequence.request.request_id)) for sequence in self._running)
+        held = sum(len(sequence.table) for sequence in self._running)
         if held + self.blocks.free_blocks != self.blocks.num_blocks:
             raise EngineError("KV blocks are held by no running request; restart the replica and report this")
+
+    def _arrived(self, batch: Batch) -> None:
+        """Take ``batch`` off the way, and tell the ends that waited for it."""
+        if not self._on_the_way or batch is not self._on_the_way[0]:
+            raise EngineError("batches are updated in the order in which they were scheduled")
+        self._on_the_way.popleft()
+        for chunk in batch.chunks:
+            sequence = chunk.sequence
+            sequence.in_flight -= 1
+            if sequence.over and not sequence.in_flight:
+                self._tell_end(sequence, self._ends.pop(chunk.request_id))
+
+    def _end(self, sequence: SequenceState, end: TokenChunk | DeltaZipError | None) -> None:
+        """Free what a request holds, and tell its end as soon as nothing on its way needs its slot."""
+        sequence.over = True
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self.blocks.free(sequence.request.request_id)
+        else:
+            self._waiting.remove(sequence)
+        if sequence.in_flight:
+            self._ends[sequence.request.request_id] = end
+        else:
+            self._tell_end(sequence, end)
+
+    def _tell_end(self, sequence: SequenceState, end: TokenChunk | DeltaZipError | None) -> None:
+        del self._sequences[sequence.request.request_id]
+        self._news.append((sequence.request.request_id, end))
 
     def _grow_tables(self) -> None:
         """Give every running sequence the blocks of its tokens, oldest first, preempting from the youngest."""
         index = 0
         while index < len(self._running):
             sequence = self._running[index]
-            if self.blocks.grow(sequence.request.request_id, len(sequence)):
+            if not sequence.may_run or self.blocks.grow(sequence.request.request_id, len(sequence)):
                 index += 1
             else:
                 self._preempt(self._running.pop())
 
     def _preempt(self, sequence: SequenceState) -> None:
         self.blocks.free(sequence.request.request_id)
-        sequence.computed = 0
+        sequence.scheduled = 0
         self._waiting.appendleft(sequence)
         self.preemptions += 1
 
@@ -181,19 +245,29 @@ class Scheduler:
         if not self._waiting or len(self._running) >= self._max_running:
             return False
         sequence = self._waiting[0]
+        if sequence.drawing:
+            return False  # Preempted just now: it is computed again with the token that is on its way.
         if self.blocks.blocks_for(len(sequence)) > self.blocks.free_blocks - len(self._running):
             return False
         self.blocks.grow(sequence.request.request_id, len(sequence))
+        sequence.table = self.blocks.table(sequence.request.request_id)
         self._running.append(self._waiting.popleft())
         return True
 
     def _chunk(self, sequence: SequenceState, budget: int) -> Chunk:
+        """The next tokens of a running sequence, which count as scheduled from now on."""
         count = min(sequence.pending, budget)
-        start = sequence.computed
-        return Chunk(
+        start = sequence.scheduled
+        chunk = Chunk(
             sequence=sequence,
-            tokens=tuple(sequence.tokens[start : start + count]),
+            tokens=(DRAWN,) if sequence.drawing else tuple(sequence.tokens[start : start + count]),
             start=start,
-            block_table=self.blocks.table(sequence.request.request_id),
+            block_table=sequence.table,
             samples=count == sequence.pending,
+            output_index=sequence.output_index,
+            drawn_row=sequence.row if sequence.drawing else None,
         )
+        sequence.scheduled += count
+        sequence.in_flight += 1
+        sequence.drawing = chunk.samples
+        return chunk
