@@ -1,5 +1,7 @@
 """Runs the batches that the scheduler makes."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,7 +10,18 @@ from deltazip_ray.engine.sampling import Draw, SamplingBatch, sample
 from deltazip_ray.layers.attention.backend import AttentionBackend, SequenceRows
 from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.models.decoder import Decoder, StepInputs
-from deltazip_ray.scheduler.batch import Batch
+from deltazip_ray.scheduler.batch import Batch, Chunk, Drawn
+
+
+@dataclass(frozen=True, slots=True)
+class RanStep:
+    """A step that ran when it was launched."""
+
+    drawn: list[Drawn | None]
+
+    def wait(self) -> list[Drawn | None]:
+        """See :class:`~deltazip_ray.engine.step_loop.Launched`."""
+        return self.drawn
 
 
 class ModelRunner:
@@ -22,16 +35,20 @@ class ModelRunner:
         self.attention = attention
         self.ops = ops
         self.device = device
+        self._drawn: list[Drawn | None] = []
 
-    def run(self, batch: Batch) -> list[int | None]:
-        """One token for each of ``batch.sampling_chunks``; None where the logits are not finite."""
+    def launch(self, batch: Batch) -> RanStep:
+        """Run a batch; see :class:`~deltazip_ray.engine.step_loop.StepRunner`."""
         with torch.inference_mode():
             logits = self.decoder(self.prepare(batch))
             draws = [Draw(chunk.sampling, chunk.output_index) for chunk in batch.sampling_chunks]
-            if not draws:
-                return []
-            drawn = sample(logits, SamplingBatch.of(draws, self.device)).fetch()
-            return [None if one is None else one.token for one in drawn]
+            self._drawn = sample(logits, SamplingBatch.of(draws, self.device)).fetch() if draws else []
+        return RanStep(self._drawn)
+
+    def synchronize(self) -> None:
+        """Wait until the device is idle. Raises RuntimeError when it is lost."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def prepare(self, batch: Batch) -> StepInputs:
         """The batch as tensors."""
@@ -39,7 +56,7 @@ class ModelRunner:
         positions: list[int] = []
         last: list[int] = []
         for chunk in batch.chunks:
-            tokens.extend(chunk.tokens)
+            tokens.extend(self._tokens(chunk))
             positions.extend(range(chunk.start, chunk.start + len(chunk.tokens)))
             if chunk.samples:
                 last.append(len(tokens) - 1)
@@ -54,3 +71,11 @@ class ModelRunner:
             last=torch.tensor(last, dtype=torch.int64).to(self.device),
             last_rows=self.ops.rows([(c.slot, 1) for c in batch.sampling_chunks], self.device),
         )
+
+    def _tokens(self, chunk: Chunk) -> Iterable[int]:
+        """The tokens of a chunk, with what the step before drew in place of ``DRAWN``."""
+        if chunk.drawn_row is None:
+            return chunk.tokens
+        drawn = self._drawn[chunk.drawn_row]
+        # A sequence without finite logits is about to fail: until that is known, any token will do.
+        return (0 if drawn is None else drawn.token,)
