@@ -62,13 +62,13 @@ def blob_tensors(rows: int, columns: int) -> dict[str, torch.Tensor]:
 def test_a_blobs_tensors_are_copied_in_few_pieces() -> None:
     tensors = blob_tensors(512, 1024)
     norm = tensors.pop("model.layers.0.input_layernorm.weight")
-    other = tensors.pop("model.layers.0.self_attn.k_proj.weight.scales")
+    other = tensors.pop("model.layers.0.self_attn.q_proj.weight.scales")
     memory = torch.zeros(1 << 20, dtype=torch.uint8)
     upload = Recorder()
     copies, end = fill(memory, 256, tensors, upload)
     assert len(tensors) == 5
-    assert len(upload.sizes) == 2, "what is not copied lies before and between them"
-    assert norm.data_ptr() < min(t.data_ptr() for t in tensors.values()) < other.data_ptr()
+    assert len(upload.sizes) == 2, "what is left out lies before and between them"
+    assert norm.data_ptr() < min(t.data_ptr() for t in tensors.values())
     for name, tensor in tensors.items():
         assert torch.equal(copies[name], tensor)
         assert copies[name].dtype == tensor.dtype
