@@ -88,6 +88,7 @@ def compress(
     sequence_length: Annotated[int, typer.Option(min=8, help="Tokens of a calibration sequence at most.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal versions.")] = 0,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to compute.")] = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Replace an artifact that --out holds already.")] = False,
     as_json: Json = False,
     endpoint_url: EndpointUrl = None,
     path_style: PathStyle = False,
@@ -112,9 +113,8 @@ def compress(
         device=device,
     )
     with fraction_progress() as advance:
-        manifest = compress_checkpoint(
-            base, finetuned, store_config(to, endpoint_url, path_style), options, progress=advance
-        )
+        where = store_config(to, endpoint_url, path_style)
+        manifest = compress_checkpoint(base, finetuned, where, options, advance, replace=force)
     if as_json:
         print_json(summary(manifest))
     else:

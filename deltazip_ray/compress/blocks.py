@@ -28,7 +28,7 @@ class States:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """The weights of one block on both sides, as stored."""
+    """The weights of one block on both sides, in their dtypes as stored, on one device."""
 
     prefix: str
     base: dict[str, Tensor]
@@ -41,25 +41,25 @@ class BlockWeights:
         """The full name of ``name``."""
         return f"{self.prefix}.{name}"
 
-    def delta(self, name: str, device: torch.device) -> Tensor:
+    def delta(self, name: str) -> Tensor:
         """Fine-tune minus base of ``name``, float32."""
         full = self.full(name)
-        return self.finetuned[full].to(device).float() - self.base[full].to(device).float()
+        return self.finetuned[full].float() - self.base[full].float()
 
 
-def read_block(pair: Pair, index: int) -> BlockWeights:
-    """Load block ``index`` of both checkpoints. Raises CheckpointInvalid."""
+def read_block(pair: Pair, index: int, device: torch.device) -> BlockWeights:
+    """Load block ``index`` of both checkpoints to ``device``. Raises CheckpointInvalid."""
     prefix = pair.skeleton.block_name(index)
     names = pair.skeleton.block_weights(index)
     full = [f"{prefix}.{name}" for name in names]
-    finetuned, base = load_tensors(pair.finetuned, full), load_tensors(pair.base, full)
+    finetuned, base = load_tensors(pair.finetuned, full, device), load_tensors(pair.base, full, device)
     differs = (name for name in names if not same(base[f"{prefix}.{name}"], finetuned[f"{prefix}.{name}"]))
     return BlockWeights(prefix, base, finetuned, frozenset(differs))
 
 
 def same(base: Tensor, finetuned: Tensor) -> bool:
     """Whether two weights are equal, whatever their dtypes."""
-    return finetuned.float().equal(base.float())
+    return finetuned.equal(base) if finetuned.dtype == base.dtype else finetuned.float().equal(base.float())
 
 
 def place_block(weights: BlockWeights, skeleton: Skeleton, runner: Runner) -> nn.Module:
@@ -81,7 +81,7 @@ class BlockCompressor:
     def compress(self, index: int, states: States) -> tuple[Parts, States]:
         """Code what block ``index`` changed. The inputs of its linears are those of the model compressed so far."""
         skeleton = self._pair.skeleton
-        weights = read_block(self._pair, index)
+        weights = read_block(self._pair, index, self._runner.mask.device)
         block = place_block(weights, skeleton, self._runner)
         reference = self._runner.run(block, states.finetuned)
         parts = Parts(self._pair.finetuned)
@@ -102,7 +102,7 @@ class BlockCompressor:
     ) -> States:
         """The states behind block ``index``, which an earlier run has coded to ``entries`` and ``tensors``."""
         skeleton = self._pair.skeleton
-        weights = read_block(self._pair, index)
+        weights = read_block(self._pair, index, self._runner.mask.device)
         reference = self._runner.run(place_block(weights, skeleton, self._runner), states.finetuned)
         if not weights.changed and states.compressed is states.finetuned:
             return States(reference, reference)
@@ -118,8 +118,8 @@ class BlockCompressor:
         hessian = Hessian(weights.base[full[linears[0]]].shape[1], hidden.device)
         self._runner.visit_inputs(block, linears[0], hidden, hessian.add)
         hessian.check(weights.full(linears[0]))
-        new = {linear: weights.finetuned[name].to(hidden.device).float() for linear, name in full.items()}
-        old = {linear: weights.base[name].to(hidden.device).float() for linear, name in full.items()}
+        new = {linear: weights.finetuned[name].float() for linear, name in full.items()}
+        old = {linear: weights.base[name].float() for linear, name in full.items()}
         norms = {linear: hessian.squared_norm(after) for linear, after in new.items()}
         outcomes = code(
             {linear: new[linear] - old[linear] for linear in linears},

@@ -29,13 +29,17 @@ class Survey:
     """Bytes of everything else in the blobs: norms, biases, added rows, headers."""
 
     def add(self, name: str, finetuned: Tensor, costs: Mapping[Coding, float]) -> None:
-        """Take in a matrix and what each coding of it costs. Raises CompressionError when a cost is no number."""
+        """Take in a matrix and what each coding of it costs but raw, which costs nothing.
+
+        Raises CompressionError when a cost is no number.
+        """
         if not all(map(isfinite, costs.values())):
             raise CompressionError(
                 f"the gradients of {name} overflow on the calibration data: compress with dtype float32 or bfloat16"
             )
         self.choices[name] = [
-            Choice(coding, stored_bytes(name, finetuned, coding), cost) for coding, cost in costs.items()
+            Choice(coding, stored_bytes(name, finetuned, coding), cost)
+            for coding, cost in {**costs, "raw": 0.0}.items()
         ]
         self.weights += finetuned.numel()
 
@@ -63,8 +67,8 @@ class Survey:
 
 
 def lost_by_coding(deltas: Mapping[str, Tensor], encode: Encode) -> Iterator[tuple[Coding, dict[str, Tensor]]]:
-    """For each coding, what it loses of each of ``deltas`` ``[N, K]``, which share their inputs."""
-    for coding in LADDER:
+    """What each coding but raw loses of each of ``deltas`` ``[N, K]``, which share their inputs."""
+    for coding in LADDER[:-1]:
         yield coding, {name: deltas[name] - added for name, (_, added) in attempt(deltas, coding, encode).items()}
 
 

@@ -3,7 +3,11 @@
 import torch
 from torch import Tensor
 
+from deltazip_ray.compress.precision import float32_products
 from deltazip_ray.errors import CompressionError
+
+COLUMNS = 2048
+"""Columns of an inverse that are held in float64 at a time."""
 
 JITTER = 1e-6
 """First addition to the diagonal of an indefinite matrix, above the rounding of float32 sums of squares."""
@@ -15,6 +19,7 @@ class Hessian:
     def __init__(self, columns: int, device: torch.device) -> None:
         self.matrix = torch.zeros(columns, columns, device=device)
 
+    @float32_products("highest")
     def add(self, inputs: Tensor) -> None:
         """Take in ``inputs`` ``[tokens, columns]``. Raises CompressionError when they are not finite."""
         inputs = inputs.float()
@@ -41,6 +46,7 @@ class Hessian:
         matrix.diagonal().add_(damping)
         return matrix
 
+    @float32_products("highest")
     def squared_norm(self, rows: Tensor) -> Tensor:
         """``‖x rowᵀ‖²`` summed over the inputs and all ``rows`` ``[N, columns]``: a scalar."""
         return ((rows @ self.matrix) * rows).sum()
@@ -55,9 +61,12 @@ def inverse_factor(damped: Tensor) -> Tensor:
     """
     # With M Mᵀ = H for an upper triangular M (the Cholesky factor of H in reverse order), U = M⁻¹.
     lower = _cholesky(damped.flip(0, 1))
-    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-    return inverse.float().flip(0, 1)
+    inverse = torch.empty(lower.shape, device=lower.device)
+    for columns in torch.split(torch.arange(len(lower), device=lower.device), COLUMNS):
+        unit = lower.new_zeros(len(lower), len(columns))
+        unit[columns, torch.arange(len(columns), device=lower.device)] = 1
+        inverse[:, columns] = torch.linalg.solve_triangular(lower, unit, upper=False).float()
+    return inverse.flip(0, 1)
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

@@ -5,13 +5,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from deltazip_kernels.layout import pack, packed_layout, unpack, unpack_rows
+from deltazip_kernels.layout import ROWS, pack, packed_layout, unpack, unpack_rows
 from deltazip_ray.artifact.checkpoint import Checkpoint
 from deltazip_ray.artifact.manifest import TensorEntry
 from deltazip_ray.compress.coding import Outcome
 from deltazip_ray.compress.grid import Coded
 from deltazip_ray.compress.options import Coding
 
+PACKED = 256 * ROWS
+"""Rows packed at a time: bounds the memory that a matrix of the vocabulary takes."""
 ADDED = ".added"
 """Ends the name of the rows that a fine-tune adds to a matrix of the vocabulary."""
 
@@ -29,7 +31,7 @@ class Parts:
         self.entries[name] = TensorEntry(
             codec="raw", shape=tuple(values.shape), bytes_finetuned=self._before(name, values)
         )
-        self.tensors[name] = values.contiguous()
+        self.tensors[name] = values.cpu().contiguous()
 
     def add(self, name: str, outcome: Outcome, finetuned: Tensor) -> None:
         """Keep what became of the delta of a matrix, whose values in the fine-tune are ``finetuned``."""
@@ -45,8 +47,10 @@ class Parts:
         self.entries[name] = TensorEntry.model_validate(
             {"codec": codec, "shape": shape, "bytes_finetuned": before, "relative_error": error}
         )
-        for part, tensor in pack(codec, coded.codes, coded.scales, coded.kept).items():
-            self.tensors[f"{name}.{part}"] = tensor.cpu()
+        pieces = [coded.rows(slice(start, start + PACKED)) for start in range(0, shape[0], PACKED)]
+        packed = [pack(codec, piece.codes, piece.scales, piece.kept) for piece in pieces]
+        for part in packed[0]:
+            self.tensors[f"{name}.{part}"] = torch.cat([piece[part].cpu() for piece in packed])
 
     def _before(self, name: str, values: Tensor) -> int:
         """Bytes of ``values`` as the fine-tune's checkpoint stores them."""
@@ -56,17 +60,19 @@ class Parts:
 def rebuild(name: str, base: Tensor, entries: Mapping[str, TensorEntry], tensors: Mapping[str, Tensor]) -> Tensor:
     """The weight ``name`` of the reconstruction: the base's plus the delta, or the raw one, and added rows below.
 
-    ``base`` as stored in its checkpoint; the result is the base's own tensor when the delta has nothing for it, raw
-    values in their dtype, and float32 otherwise. ``tensors`` has the keys of a blob.
+    ``base`` as stored in its checkpoint, on the device where the sum is wanted; the result is the base's own tensor
+    when the delta has nothing for it, raw values in their dtype, and float32 otherwise. ``tensors`` has the keys of a
+    blob.
     """
     added = tensors.get(name + ADDED)
     entry = entries.get(name)
     weight = base
     if entry is not None and entry.codec == "raw":
-        weight = tensors[name]
+        weight = tensors[name].to(base.device)
     elif entry is not None:
-        weight = base.float() + unpack(entry.codec, packed(name, tensors, entry), (entry.shape[0], entry.shape[1]))
-    return weight if added is None else torch.cat([weight.float(), added.float()])
+        parts = {part: tensor.to(base.device) for part, tensor in packed(name, tensors, entry).items()}
+        weight = base.float() + unpack(entry.codec, parts, (entry.shape[0], entry.shape[1]))
+    return weight if added is None else torch.cat([weight.float(), added.to(base.device).float()])
 
 
 def rebuild_rows(name: str, base: Tensor, rows: Tensor, parts: Parts) -> Tensor:

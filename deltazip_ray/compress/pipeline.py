@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deltazip_kernels.layout import LAYOUT_VERSION
-from deltazip_ray.artifact.artifact import ArtifactWriter
+from deltazip_ray.artifact.artifact import MANIFEST, ArtifactWriter
 from deltazip_ray.artifact.blob import read_blob
 from deltazip_ray.artifact.checkpoint import Checkpoint, base_digest
 from deltazip_ray.artifact.digests import read_verified
@@ -27,11 +27,12 @@ from deltazip_ray.compress.options import Coding, CompressOptions, Progress, sil
 from deltazip_ray.compress.outer import OuterCompressor
 from deltazip_ray.compress.pairing import Pair, open_pair
 from deltazip_ray.compress.parts import Parts
+from deltazip_ray.compress.precision import float32_products
 from deltazip_ray.compress.quality import relative
 from deltazip_ray.compress.runner import Runner
 from deltazip_ray.compress.survey import Surveyor
 from deltazip_ray.config import StoreConfig
-from deltazip_ray.errors import BlobCorrupt, CompressionError, ObjectNotFound
+from deltazip_ray.errors import BlobCorrupt, CompressionError, ConfigError, ObjectNotFound
 
 OUTER = "outer"
 CALIBRATED, SURVEYED, BLOCKS_DONE = 0.2, 0.6, 0.95
@@ -39,31 +40,44 @@ CALIBRATED, SURVEYED, BLOCKS_DONE = 0.2, 0.6, 0.95
 DIGESTED = 0.05
 
 
-@torch.no_grad()
 def compress_checkpoint(
     base: Path,
     finetuned: Path,
     out: StoreConfig | str,
     options: CompressOptions | None = None,
     progress: Progress = silent,
+    *,
+    replace: bool = False,
 ) -> Manifest:
     """Compress ``finetuned`` to its difference from ``base`` and write the artifact to ``out`` (a URL or its settings).
 
-    A run that broke off goes on where it was, when inputs and options are the same.
+    A run that broke off goes on where it was, when inputs and options are the same. An artifact that ``out`` holds is
+    only replaced when that is asked for.
     Holds the weights of one block of either checkpoint at a time, besides embedding and head and the calibration
     states ``2 × [sequences, tokens, hidden]``. Equal inputs give an equal version.
-    Raises CheckpointInvalid, CheckpointMismatch, CompressionError, StoreError, and QualityTooLow before a manifest is
-    written: what it leaves is no artifact.
+    Raises CheckpointInvalid, CheckpointMismatch, CompressionError, ConfigError, StoreError, and QualityTooLow before a
+    manifest is written: what it leaves is no artifact.
     """
-    options = options or CompressOptions()
-    pair = open_pair(base, finetuned)
+    store = open_store(StoreConfig(url=out) if isinstance(out, str) else out)
+    store.create()
+    if not replace and store.exists(MANIFEST):
+        raise ConfigError(f"{store.url} holds an artifact already: give another place, or ask to replace it (--force)")
+    return compress_pair(open_pair(base, finetuned), store, options or CompressOptions(), progress)
+
+
+@torch.no_grad()
+def compress_pair(pair: Pair, store: ObjectStore, options: CompressOptions, progress: Progress = silent) -> Manifest:
+    """:func:`compress_checkpoint` of a pair that is open already, into ``store``, whatever it holds."""
+    with float32_products("high" if options.device == "cuda" else "highest"):
+        return _compress(pair, store, options, progress)
+
+
+def _compress(pair: Pair, store: ObjectStore, options: CompressOptions, progress: Progress) -> Manifest:
     digest = _digest(pair.base, progress)
     calibration = load_calibration(
         pair.finetuned, pair.skeleton, options, _within(progress, "calibration data", DIGESTED, CALIBRATED)
     )
     runner = Runner(pair.skeleton, calibration, options)
-    store = open_store(StoreConfig(url=out) if isinstance(out, str) else out)
-    store.create()
     journal, writer = Journal(store, resume_key(pair, digest, options)), ArtifactWriter(store)
     plan = Plan(options, _chosen(pair, runner, calibration, options, journal, progress))
     outer = OuterCompressor(pair, runner, options, plan)

@@ -13,6 +13,7 @@ from deltazip_kernels.layout import GROUP, Codec
 from deltazip_ray.compress import grid as torch_grid
 from deltazip_ray.compress.grid import Coded
 from deltazip_ray.compress.hessian import inverse_factor
+from deltazip_ray.compress.precision import float32_products
 
 ROWS = 16384
 """Rows coded at a time; bounds the memory that a head of many tokens takes."""
@@ -54,6 +55,7 @@ class Solver:
     def __init__(self, damped: Tensor, grid: Grid | None = None) -> None:
         self._factor, self._metric, self._grid = inverse_factor(damped), damped.float(), grid
 
+    @float32_products("highest")
     def solve(self, delta: Tensor, codec: Codec) -> Coded:
         """Code ``delta`` float32 ``[N, K]``."""
         grid = self._grid or grid_for(delta.device, codec)

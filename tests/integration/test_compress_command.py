@@ -65,3 +65,15 @@ def test_goals_that_make_no_sense(
     assert code != 0
     assert hint in told
     assert "Traceback" not in told
+
+
+def test_an_artifact_is_replaced_only_when_asked(command: tuple[object, ...], tmp_path: Path) -> None:
+    out = tmp_path / "delta"
+    assert deltazip(*command, out, "--codec", "int2")[0] == 0
+    before = (out / "manifest.json").read_bytes()
+    code, _, told = deltazip(*command, out, "--codec", "int4")
+    assert code == 1
+    assert "holds an artifact already" in told
+    assert (out / "manifest.json").read_bytes() == before
+    assert deltazip(*command, out, "--codec", "int4", "--force")[0] == 0
+    assert (out / "manifest.json").read_bytes() != before
