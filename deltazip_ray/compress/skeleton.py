@@ -158,9 +158,7 @@ def load_tensor(checkpoint: Checkpoint, name: str, device: torch.device | None =
     return tensor
 
 
-def load_tensors(
-    checkpoint: Checkpoint, names: Iterable[str], device: torch.device | None = None
-) -> dict[str, Tensor]:
+def load_tensors(checkpoint: Checkpoint, names: Iterable[str], device: torch.device | None = None) -> dict[str, Tensor]:
     """Several of :func:`load_tensor`."""
     return {name: load_tensor(checkpoint, name, device) for name in names}
 
