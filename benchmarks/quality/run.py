@@ -1,0 +1,145 @@
+"""Full fine-tunes of a base that is trained here, compressed in many ways, and what is left of them.
+
+    python -m benchmarks.quality.run --scale full --device cuda --cache ~/.cache/deltazip/quality-proof \\
+        --out quality.jsonl --deadline-s 480
+
+Trains a base on text that the machine has, a full fine-tune and a LoRA adapter for each task (cached), then measures
+every compressed form in two processes a task. Each line of the result is one form of one fine-tune; the first ones say
+how the models were trained. What the deadline leaves no time for is missing.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from multiprocessing import get_context
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.quality.measure import Job, measure
+from benchmarks.quality.models import BASE, Trainer, trained
+from benchmarks.quality.prepare import SEED, Prepared, prepare
+from benchmarks.quality.scales import SCALES, Scale
+from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.training import compile_layers, new_model
+from deltazip_deployments.demo.checkpoints import CheckpointCache
+
+SOURCES = ("data", "models", "prepare", "scales", "tasks", "text", "training")
+"""What the models follow from."""
+SIDES = ("ours", "others")
+TAIL_S = 8.0
+"""Seconds before the deadline at which the measuring ends."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = _arguments(arguments)
+    began = time.time()
+    deadline = began + given.deadline_s - TAIL_S
+    scale = SCALES[given.scale]
+    cache = CheckpointCache(given.cache, f"{given.scale}-{_sources()}")
+    context = get_context("spawn")
+    preparing = context.Process(target=_prepare, args=(cache, scale, given.processes))
+    preparing.start()
+    model = new_model(scale, given.device, SEED)
+    if given.compile:
+        pretrain, finetune = scale.pretrain, scale.finetune
+        compile_layers(model, [(pretrain.batch, pretrain.length + 1), (finetune.batch, finetune.length)])
+    _join([preparing])
+    _log(began, "text is prepared and layers are compiled")
+    trainer = Trainer(model, Prepared(cache.path("data")), scale, cache)
+    _write(given.out, {"machine": machine(given.device), "parameters": model.num_parameters(), "scale": asdict(scale)})
+    for name in (BASE, *given.tasks):
+        path = trainer.base() if name == BASE else trainer.finetune(name)
+        _write(given.out, {"trained": name} | trained(path))
+        _log(began, f"{name} is trained")
+    with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
+        jobs = [
+            Job(
+                task,
+                side,
+                given.scale,
+                cache.folder,
+                given.out,
+                Path(scratch, f"{task}-{side}"),
+                given.device,
+                deadline,
+            )
+            for task in given.tasks
+            for side in SIDES
+        ]
+        running = [context.Process(target=measure, args=(job,)) for job in jobs]
+        for process in running:
+            process.start()
+        for name in given.tasks:
+            _write(given.out, {"trained": f"{name}-lora"} | trained(trainer.adapter(name)))
+        _log(began, "the adapters are trained")
+        _join(running)
+    _log(began, "all is measured")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the numbers were taken with."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "commit": commit,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
+    }
+
+
+def _prepare(cache: CheckpointCache, scale: Scale, processes: int) -> None:
+    """Read text and make examples, unless that was done before."""
+    cache.get("data", lambda folder: prepare(folder, scale, processes))
+
+
+def _sources() -> str:
+    """Names the code that the models follow from."""
+    here = Path(__file__).parent
+    return hashlib.sha256(b"".join((here / f"{name}.py").read_bytes() for name in SOURCES)).hexdigest()[:12]
+
+
+def _join(processes: Sequence[SpawnProcess]) -> None:
+    """Wait for all; exit when one failed, whose traceback is on stderr."""
+    for process in processes:
+        process.join()
+    failed = [process.name for process in processes if process.exitcode]
+    if failed:
+        sys.exit(f"{', '.join(failed)} failed")
+
+
+def _write(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as out:
+        out.write(json.dumps(row) + "\n")
+
+
+def _log(began: float, what: str) -> None:
+    print(f"{time.time() - began:6.1f} s  {what}", flush=True)
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default="full")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for text and trained models")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
+    parser.add_argument("--scratch", type=Path, help="folder for artifacts while they are measured")
+    parser.add_argument("--deadline-s", type=float, default=3600, help="begin nothing that would not be done by then")
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--processes", type=int, default=8, help="that prepare data")
+    parser.add_argument("--compile", action="store_true", help="compile the layers for training")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
