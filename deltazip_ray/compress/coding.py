@@ -57,7 +57,8 @@ def attempt(deltas: Mapping[str, Tensor], coding: Coding, encode: Encode) -> dic
     if coding == "raw":
         return {name: (None, delta) for name, delta in deltas.items()}
     codec = CODECS[coding]
-    together = encode(torch.cat(list(deltas.values())), codec)
+    first, *others = deltas.values()
+    together = encode(torch.cat([first, *others]) if others else first, codec)
     found: dict[str, tuple[Coded | None, Tensor]] = {}
     start = 0
     for name, delta in deltas.items():

@@ -31,10 +31,12 @@ class Coded:
 
     def dequantized(self, codec: Codec) -> Tensor:
         """The matrix that the codes stand for, float32 ``[N, K]``."""
-        columns = self.codes.shape[1]
-        scales = self.scales.repeat_interleave(GROUP, dim=1)[:, :columns]
-        values = (self.codes.float() - codec.zero) * scales
-        return values if self.kept is None else values.masked_fill(~self.kept, 0.0)
+        # In place, and group by group without an expanded copy of the scales: a head has half a billion weights.
+        values = self.codes.float().sub_(codec.zero)
+        whole = values.shape[1] // GROUP * GROUP
+        values[:, :whole].unflatten(1, (-1, GROUP)).mul_(self.scales[:, : whole // GROUP, None])
+        values[:, whole:].mul_(self.scales[:, whole // GROUP :])
+        return values if self.kept is None else values.masked_fill_(~self.kept, 0.0)
 
     def rows(self, selected: slice) -> "Coded":
         """The same for some rows."""

@@ -50,14 +50,15 @@ class Surveyor:
         blocks = self._pair.skeleton.blocks
         skeleton = self._pair.skeleton
         rows = load_tensor(self._pair.finetuned, skeleton.embedding)[self._tokens.cpu()]
-        states = [skeleton.embed(self._runner.place(rows))]
+        # The states before every block wait on the host: they would fill a GPU.
+        states = [skeleton.embed(self._runner.place(rows)).cpu()]
         for index in range(blocks):
             block = place_block(read_block(self._pair, index, self._mask.device), skeleton, self._runner)
-            states.append(self._runner.run(block, states[-1]))
+            states.append(self._runner.run(block, self._runner.place(states[-1])).cpu())
             progress(FORWARD * (index + 1) / blocks)
-        slopes = self._outer(states.pop())
+        slopes = self._outer(self._runner.place(states.pop()))
         for index in reversed(range(blocks)):
-            slopes = self._block(index, states.pop(), slopes)
+            slopes = self._block(index, self._runner.place(states.pop()), slopes)
             progress(1 - (1 - FORWARD) * index / blocks)
         self._embedding(slopes)
         return self._survey
