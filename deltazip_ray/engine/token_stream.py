@@ -3,7 +3,7 @@
 import asyncio
 
 from deltazip_ray.errors import DeltaZipError
-from deltazip_ray.scheduler.request import FinishReason, TokenChunk
+from deltazip_ray.scheduler.request import FinishReason, TokenChunk, TokenLogprobs
 
 
 class TokenStream:
@@ -11,6 +11,7 @@ class TokenStream:
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
         self._finish: FinishReason | None = None
         self._error: DeltaZipError | None = None
         self._ready = asyncio.Event()
@@ -18,6 +19,7 @@ class TokenStream:
     def put(self, chunk: TokenChunk) -> None:
         """Add the next tokens."""
         self._tokens.extend(chunk.tokens)
+        self._logprobs.extend(chunk.logprobs)
         self._finish = chunk.finish_reason
         self._ready.set()
 
@@ -31,8 +33,9 @@ class TokenStream:
         await self._ready.wait()
         if self._error is not None and not self._tokens:
             raise self._error
-        chunk = TokenChunk(tuple(self._tokens), self._finish)
+        chunk = TokenChunk(tuple(self._tokens), self._finish, logprobs=tuple(self._logprobs))
         self._tokens.clear()
+        self._logprobs.clear()
         if self._error is None:
             self._ready.clear()
         return chunk

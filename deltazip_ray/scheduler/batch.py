@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from deltazip_ray.scheduler.request import SamplingParams
+from deltazip_ray.scheduler.request import FinishReason, SamplingParams, TokenChunk, TokenLogprobs
 from deltazip_ray.scheduler.sequence import SequenceState
 
 DRAWN = -1
@@ -19,9 +19,13 @@ class Drawn:
     """A token that was drawn, and what its request wanted to know of it."""
 
     token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens with their log probabilities, the best first."""
+    logprobs: TokenLogprobs | None = None
+
+    def chunk(self, reason: FinishReason | None) -> TokenChunk:
+        """What the request gets; a stop token is not part of it."""
+        if reason == "stop":
+            return TokenChunk((), reason)
+        return TokenChunk((self.token,), reason, logprobs=() if self.logprobs is None else (self.logprobs,))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,21 @@
 """What the engine is asked for and what it answers; plain data that crosses processes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from deltazip_ray.residency.tiers import Tier
 
 FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What the text of an output must match."""
+
+    kind: Literal["json", "json_schema", "regex", "grammar", "choice"]
+    text: str = ""
+    """The schema as JSON, the regular expression, the grammar as EBNF, the choices as a JSON array; "" for ``json``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +39,55 @@ class SamplingParams:
     """Tokens that end the output; the token itself is not returned."""
     ignore_eos: bool = False
     """Do not end at ``stop_token_ids``."""
+    min_tokens: int = 0
+    """No stop token comes before so many output tokens."""
+    repetition_penalty: float = 1.0
+    """Divides what speaks for tokens of prompt and output; 1: off."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit for each time it is in the output."""
+    presence_penalty: float = 0.0
+    """Taken off a token's logit once it is in the output."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens, none twice, and what is added to their logits."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens to tell beside each drawn one; None: no log-probabilities at all."""
+    structure: Structure | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the best token is taken without a draw."""
+        return self.temperature == 0 or self.top_k == 1
+
+    @property
+    def penalized(self) -> bool:
+        """Whether tokens that came before are less likely to come again."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
     @property
     def sequential(self) -> bool:
         """Whether the next draw depends on all tokens before it, so that the host must know them first."""
-        return False
+        return self.structure is not None or self.penalized
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is wanted but the best token."""
+        return (
+            self.greedy
+            and self.logprobs is None
+            and self.min_tokens == 0
+            and not self.logit_bias
+            and not self.sequential
+        )
+
+
+class Matcher(Protocol):
+    """Follows the structure of one output token by token."""
+
+    def accept(self, token: int) -> None:
+        """Go on behind ``token``, which was allowed."""
+
+    def allowed(self) -> Sequence[int]:
+        """Which tokens may come next: bit ``i % 32`` of the 32-bit number ``i // 32`` is 1 for token ``i``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +101,18 @@ class GenerateRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     output_offset: int = 0
     """Output tokens that an earlier replica already made; they are at the end of ``prompt``."""
+    matcher: Matcher | None = field(default=None, repr=False, compare=False)
+    """Of ``sampling.structure``; the engine makes it, and it crosses no process."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one output position, before everything that sampling does."""
+
+    chosen: float
+    """Of the token that was drawn."""
+    best: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens, the best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +123,5 @@ class TokenChunk:
     finish_reason: FinishReason | None = None
     tier: Tier | None = None
     """On the first chunk only: where the delta was found; ``device`` is warm."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each token, where the request asks for them."""

@@ -169,9 +169,9 @@ class Scheduler:
                 continue
             reason = sequence.append(one.token)
             if reason is None:
-                self._news.append((chunk.request_id, TokenChunk((one.token,))))
+                self._news.append((chunk.request_id, one.chunk(None)))
             else:
-                self._end(sequence, TokenChunk(() if reason == "stop" else (one.token,), reason))
+                self._end(sequence, one.chunk(reason))
 
     def fail(self, batch: Batch, error: DeltaZipError) -> None:
         """Record that ``batch`` did not run: all of its requests end with ``error``. Raises as ``update`` does."""

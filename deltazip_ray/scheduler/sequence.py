@@ -1,5 +1,7 @@
 """What the scheduler knows about one request."""
 
+from typing import Any
+
 from deltazip_ray.scheduler.request import FinishReason, GenerateRequest
 
 
@@ -13,6 +15,7 @@ class SequenceState:
 
     __slots__ = (
         "_prompt_len",
+        "draw_state",
         "drawing",
         "in_flight",
         "over",
@@ -42,6 +45,8 @@ class SequenceState:
         """Finished, failed or aborted: what batches on their way bring is dropped."""
         self.table: list[int] = []
         """KV blocks in the order of positions; a new object each time the sequence is admitted."""
+        self.draw_state: Any = None
+        """What the sampler remembers of the tokens before, if it must."""
         self._prompt_len = len(request.prompt)
 
     def __len__(self) -> int:

@@ -5,8 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-from deltazip_ray.engine.sampling import Draw, SamplingBatch, uniform
+from deltazip_ray.engine.sampling import Draw, SamplingBatch
 from deltazip_ray.engine.sampling import sample as sample_batch
+from deltazip_ray.engine.sampling.random_rows import uniform
 from deltazip_ray.scheduler.request import SamplingParams
 
 DRAWS = 20_000
@@ -14,7 +15,7 @@ DRAWS = 20_000
 
 def sample(logits: torch.Tensor, draws: list[Draw]) -> list[int | None]:
     """The tokens of one batch."""
-    drawn = sample_batch(logits, SamplingBatch.of(draws, logits.device)).fetch()
+    drawn = sample_batch(logits.clone(), SamplingBatch.of(draws, logits.device)).fetch()
     return [None if one is None else one.token for one in drawn]
 
 

@@ -39,7 +39,7 @@ def keep(weights: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
     return weights.where(weights >= least, 0.0)
 
 
-def draw(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+def pick(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Tokens ``[rows]`` in proportion to their weights: where ``points`` ``[rows, 1]`` of the whole sum is passed.
 
     A point in [0, 1) of 48 bits stays below the sum in float64. Sums of chunks come first, so that only one chunk of a

@@ -1,0 +1,62 @@
+"""One token to draw, and what its request remembers of those before it."""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deltazip_ray.scheduler.batch import Chunk
+from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
+
+
+class DrawState:
+    """What the draws of one sequence depend on beside its logits. The step thread brings it up to date."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self.matcher = request.matcher
+        """Follows the output's structure; None where any text will do."""
+        self.tokens = array("i")
+        """Distinct tokens of prompt and output."""
+        self.counts = array("i")
+        """How often each is in the output."""
+        self._places: dict[int, int] = {}
+        self._counts_all = request.sampling.penalized
+        self._output = len(request.prompt) - request.output_offset
+        self._known = 0
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Take note of the sequence's ``tokens``, all of them, as far as they are new."""
+        for position in range(self._known, len(tokens)):
+            made = position >= self._output
+            if self._counts_all:
+                self._count(tokens[position], made)
+            if self.matcher is not None and made:
+                self.matcher.accept(tokens[position])
+        self._known = len(tokens)
+
+    def _count(self, token: int, made: bool) -> None:
+        place = self._places.setdefault(token, len(self.tokens))
+        if place == len(self.tokens):
+            self.tokens.append(token)
+            self.counts.append(0)
+        self.counts[place] += made
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One token to draw: the parameters of its request and its position in the request's whole output."""
+
+    params: SamplingParams
+    position: int
+    state: DrawState | None = None
+    """Needed where ``params.sequential``."""
+
+    @classmethod
+    def of(cls, chunk: Chunk) -> "Draw":
+        """The draw of a chunk that samples. Its sequence keeps the state."""
+        sequence, params = chunk.sequence, chunk.sampling
+        if not params.sequential:
+            return cls(params, chunk.output_index)
+        if sequence.draw_state is None:
+            sequence.draw_state = DrawState(sequence.request)
+        sequence.draw_state.advance(sequence.tokens)
+        return cls(params, chunk.output_index, sequence.draw_state)

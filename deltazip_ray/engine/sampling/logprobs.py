@@ -1,0 +1,39 @@
+"""Log-probabilities of tokens as the model gave them: before biases, penalties, masks and temperature."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from deltazip_ray.engine.sampling.draw import Draw
+from deltazip_ray.engine.staging import to_device
+
+_LEAST = -9999.0  # JSON has no -inf; OpenAI's API writes this
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobRows:
+    """Rows that ask for them."""
+
+    rows: torch.Tensor
+    wanted: tuple[tuple[int, int], ...]
+    """Each row of the batch, and how many of the likeliest tokens it wants."""
+
+    @classmethod
+    def of(cls, draws: Sequence[Draw], device: torch.device) -> "LogprobRows | None":
+        """None when no row asks."""
+        wanted = [(row, one.params.logprobs) for row, one in enumerate(draws) if one.params.logprobs is not None]
+        if not wanted:
+            return None
+        return cls(to_device(np.array([row for row, _ in wanted]), device), tuple(wanted))
+
+    def of_all(self, logits: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities ``[rows, vocab]`` of these rows of ``logits`` ``[batch, vocab]``."""
+        return logits.index_select(0, self.rows).log_softmax(dim=-1).clamp_(min=_LEAST)
+
+    def select(self, logprobs: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of all, those of the drawn ``tokens`` ``[batch]``, ``[rows, 1]``, and the best with their tokens."""
+        chosen = logprobs.gather(1, tokens.index_select(0, self.rows)[:, None])
+        best = logprobs.topk(min(max(count for _, count in self.wanted), logprobs.shape[1]))
+        return chosen, best.values, best.indices

@@ -1,0 +1,93 @@
+"""Rows that are drawn at random, each at a point that only its seed and its position determine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from deltazip_ray.engine.sampling.draw import Draw
+from deltazip_ray.engine.sampling.weights import cut_probability, cut_ranks, keep, pick, whole_weights
+from deltazip_ray.engine.staging import to_device
+from deltazip_ray.scheduler.request import SamplingParams
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_FEW = 1024  # best tokens that are cheaper to select than to find by sorting the vocabulary
+_COLDEST = 1e-30  # a lower temperature is no different, and would not be a float32
+
+
+@dataclass(frozen=True, slots=True)
+class RandomRows:
+    """Rows that are drawn in the same way; columns ``[rows, 1]`` on the device."""
+
+    rows: torch.Tensor
+    ranks: int | None
+    """How many of the best tokens decide what is cut off: 0 for none, None for all."""
+    temperature: torch.Tensor
+    point: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    least: torch.Tensor | None
+
+    def draw(self, logits: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+        """Tokens of these rows of ``logits`` ``[batch, vocab]``, whose greatest are ``top`` ``[batch]``."""
+        picked = logits.index_select(0, self.rows)
+        weights = whole_weights(picked, top.index_select(0, self.rows)[:, None], self.temperature)
+        least = self.least
+        if self.ranks != 0:
+            vocab = logits.shape[1]
+            cut = cut_ranks(weights, min(self.ranks or vocab, vocab), self.top_k, self.top_p)
+            least = cut if least is None else torch.maximum(cut, least)
+        return pick(weights if least is None else keep(weights, least), self.point)
+
+
+def random_rows(draws: Sequence[Draw], device: torch.device) -> tuple[RandomRows, ...]:
+    """All rows that are not greedy, by what has to be done for them."""
+    groups: dict[tuple[int | None, bool], list[int]] = {}
+    for row, one in enumerate(draws):
+        if not one.params.greedy:
+            groups.setdefault((_ranks(one.params), one.params.min_p > 0), []).append(row)
+    return tuple(_stage(draws, rows, device, *kind) for kind, rows in groups.items())
+
+
+def uniform(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+    """Numbers in [0, 1) that are functions of seed and position (splitmix64, 48 bits kept)."""
+    low = np.array([seed & ((1 << 64) - 1) for seed in seeds], dtype=np.uint64)
+    steps = (np.array(positions, dtype=np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+    return (_mix(_mix(low) + steps) >> np.uint64(16)).astype(np.float64) * 2.0**-48
+
+
+def _ranks(params: SamplingParams) -> int | None:
+    if params.top_k == 0 and params.top_p == 1:
+        return 0
+    return _FEW if 0 < params.top_k <= _FEW else None
+
+
+def _stage(draws: Sequence[Draw], rows: list[int], device: torch.device, ranks: int | None, cut: bool) -> RandomRows:
+    params = [draws[row].params for row in rows]
+    columns = np.empty((6, len(rows), 1))
+    columns[0, :, 0] = rows
+    columns[1, :, 0] = [max(p.temperature, _COLDEST) for p in params]
+    columns[2, :, 0] = uniform([p.seed for p in params], [draws[row].position for row in rows])
+    columns[3, :, 0] = [p.top_k or np.inf for p in params]
+    columns[4, :, 0] = [p.top_p for p in params]
+    columns[5, :, 0] = [p.min_p for p in params]
+    index, temperature, point, top_k, top_p, min_p = to_device(columns, device)
+    return RandomRows(
+        rows=index[:, 0].long(),
+        ranks=max(p.top_k for p in params) if ranks else ranks,
+        temperature=temperature.float(),
+        point=point,
+        top_k=top_k,
+        top_p=top_p,
+        least=cut_probability(min_p) if cut else None,
+    )
+
+
+def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64."""
+    value = value + np.uint64(_GOLDEN)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
