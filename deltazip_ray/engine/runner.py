@@ -41,7 +41,7 @@ class ModelRunner:
         """Run a batch; see :class:`~deltazip_ray.engine.step_loop.StepRunner`."""
         with torch.inference_mode():
             logits = self.decoder(self.prepare(batch))
-            draws = [Draw(chunk.sampling, chunk.output_index) for chunk in batch.sampling_chunks]
+            draws = [Draw.of(chunk) for chunk in batch.sampling_chunks]
             self._drawn = sample(logits, SamplingBatch.of(draws, self.device)).fetch() if draws else []
         return RanStep(self._drawn)
 
