@@ -3,7 +3,6 @@
 import os
 import time
 import traceback
-from collections.abc import Iterator
 
 import pytest
 
@@ -15,12 +14,6 @@ from tests.support.fault_proxy import Fault, FaultProxy, flipped, refused, reset
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server
 
 DATA = os.urandom(PART + 5)
-
-
-@pytest.fixture
-def proxy(s3_environment: S3Server) -> Iterator[FaultProxy]:
-    with FaultProxy(s3_environment.ports["proxy"]) as proxy:
-        yield proxy
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from deltazip_deployments.router.service import RouterService
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.store import open_store
 from deltazip_ray.config import AppConfig
+from deltazip_ray.engine.async_engine import AsyncEngine
 from deltazip_ray.errors import DeltaZipError, EngineStopped
 from deltazip_ray.residency.tiers import HostDelta
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
@@ -45,7 +46,7 @@ class CatalogSource:
 class LocalBackend:
     """A Backend without Ray. ``fail_after`` breaks streams off: how many chunks each call gives before it dies."""
 
-    engine: FakeEngine
+    engine: FakeEngine | AsyncEngine
     fail_after: list[int | None] = field(default_factory=list)
     lose_the_end: bool = False
     """Break off instead of telling that the last token was the last."""

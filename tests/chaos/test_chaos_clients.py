@@ -1,0 +1,132 @@
+"""What clients get while the store of one version goes wrong: status, reason and Retry-After, and that others go on."""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+import pytest
+
+from deltazip_ray.config import BreakerConfig
+from tests.support.chaos_app import ChaosApp, Models, chaos_app
+from tests.support.fault_proxy import (
+    ALWAYS,
+    Fault,
+    FaultProxy,
+    flipped,
+    refused,
+    reset,
+    slow,
+    stalled,
+    trickling,
+    truncated,
+)
+from tests.support.s3 import ACCESS_KEY
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fault, how often it happens, and what the client of the version gets."""
+
+    fault: Fault
+    times: int = ALWAYS
+    status: int = 503
+    code: str | None = "store_unavailable"
+    reason: str = ""
+    retry_after: str | None = "2"
+
+
+SERVED = {"status": 200, "code": None, "retry_after": None}
+CASES = {
+    "slow": Case(slow(0.2), **SERVED),
+    "one reset": Case(reset(), 1, **SERVED),
+    "one wrong bit": Case(flipped(), 1, **SERVED),
+    "one SlowDown": Case(refused(503, "SlowDown", retry_after="1"), 1, **SERVED),
+    "resets": Case(reset(), reason="does not answer"),
+    "truncated": Case(truncated(), reason="does not answer"),
+    "stalls": Case(stalled(), reason="ReadTimeoutError"),
+    "SlowDown": Case(refused(503, "SlowDown"), reason="SlowDown"),
+    "SlowDown, 7 s": Case(refused(503, "SlowDown", retry_after="7"), reason="SlowDown", retry_after="7"),
+    "internal errors": Case(refused(500, "InternalError"), reason="InternalError"),
+    "expired credentials": Case(refused(400, "ExpiredToken"), reason="have expired"),
+    "denied": Case(refused(403, "AccessDenied"), reason="refuses access"),
+    "no bucket": Case(refused(404, "NoSuchBucket"), reason="no such bucket"),
+    "no blob": Case(refused(404, "NoSuchKey"), status=500, code="variant_unusable", reason="has no", retry_after=None),
+    "wrong bits": Case(
+        flipped(), status=500, code="variant_unusable", reason="another digest than its name", retry_after=None
+    ),
+    "trickle": Case(trickling(0.05), code="load_timeout", reason="bytes have not come", retry_after="5"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+async def test_a_sick_version_hurts_only_itself(
+    name: str, models: Models, bucket: str, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = CASES[name]
+    caplog.set_level(logging.INFO)
+    async with chaos_app(models, bucket, proxy, engine={"load_timeout_s": 1.5}) as app:
+        assert (await app.ask("warm")).status_code == 200
+        proxy.inject(case.fault, models.blob("sick"), case.times)
+        sick = asyncio.create_task(app.ask("sick"))
+        for other in ("warm", "base", "cold", "cold"):
+            assert (await app.ask(other)).status_code == 200
+        answer = await sick
+        assert answer.status_code == case.status, answer.text
+        assert answer.headers.get("retry-after") == case.retry_after
+        if case.code is not None:
+            error = answer.json()["error"]
+            assert error["code"] == case.code
+            assert case.reason in error["message"]
+        proxy.heal()
+        proxy.released.set()
+        assert await until_served(app, "sick")
+        await app.check()
+        for text in (answer.text, caplog.text):
+            assert ACCESS_KEY not in text
+            assert "Signature" not in text
+
+
+async def until_served(app: ChaosApp, model: str) -> bool:
+    """Whether it is, once quarantine and breaker let a try through."""
+    for _ in range(40):
+        if (await app.ask(model)).status_code == 200:
+            return True
+        await asyncio.sleep(0.1)
+    return False
+
+
+async def test_an_open_breaker_answers_at_once_and_says_when(models: Models, bucket: str, proxy: FaultProxy) -> None:
+    async with chaos_app(models, bucket, proxy, breaker=BreakerConfig(failures=2, backoff_s=20)) as app:
+        proxy.inject(refused(404, "NoSuchBucket"), models.blob("sick"))
+        for _ in range(2):
+            assert (await app.ask("sick")).status_code == 503
+        asked = proxy.count(models.blob("sick"))
+        refusal = await app.ask("sick")
+        assert proxy.count(models.blob("sick")) == asked
+        assert refusal.status_code == 503
+        assert 9 < int(refusal.headers["retry-after"]) <= 20
+        assert "failed 2 times in a row" in refusal.json()["error"]["message"]
+        assert app.metric("host_open_breakers") == 1
+        assert (await app.ask("cold")).status_code == 200
+
+
+async def test_a_damaged_blob_is_put_in_quarantine_and_counted(models: Models, bucket: str, proxy: FaultProxy) -> None:
+    async with chaos_app(models, bucket, proxy, quarantine_s=60) as app:
+        proxy.inject(flipped(), models.blob("sick"))
+        assert (await app.ask("sick")).status_code == 500
+        asked = proxy.count(models.blob("sick"))
+        refusal = await app.ask("sick")
+        assert refusal.status_code == 500
+        assert "publish the version again with --repair" in refusal.json()["error"]["message"]
+        assert (proxy.count(models.blob("sick")), asked) == (2, 2)
+        assert app.metric("host_quarantined_blobs") == 1
+        assert app.metric("host_refetches_total") == 1
+
+
+async def test_all_of_the_store_away_leaves_what_is_here(models: Models, bucket: str, proxy: FaultProxy) -> None:
+    async with chaos_app(models, bucket, proxy) as app:
+        assert (await app.ask("warm")).status_code == 200
+        proxy.inject(reset(0.0))
+        assert [(await app.ask(name)).status_code for name in ("warm", "base", "cold")] == [200, 200, 503]
+        proxy.heal()
+        assert await until_served(app, "cold")
