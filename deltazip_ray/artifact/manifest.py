@@ -91,6 +91,7 @@ class Quality(_Part):
         description="relative output error of each decoder block, all before it compressed"
     )
     kl_divergence: float | None = Field(None, description="mean KL(fine-tune ‖ reconstruction) per token, in nats")
+    scores: dict[str, float] = Field({}, description="of tasks, by task:metric, as `deltazip eval --record` found them")
 
 
 class Manifest(_Part):

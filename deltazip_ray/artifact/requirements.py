@@ -1,26 +1,37 @@
 """What a version's quality record must show before it is written or published."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 
 from deltazip_ray.artifact.manifest import Quality
 from deltazip_ray.errors import ConfigError, QualityTooLow
 
-_WRITTEN = re.compile(r"\s*(kl|block)\s*<\s*([0-9.eE+-]+)\s*(%?)\s*")
+_BOUND = re.compile(r"\s*(kl|block)\s*<\s*([0-9.eE+-]+)\s*(%?)\s*")
+_SCORE = re.compile(r"\s*([^\s:<>,]+:[^\s<>,]+)\s*>\s*([0-9.eE+-]+)\s*(%?)\s*")
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """A bound that a measure stays below."""
+    """A bound that a measure stays below, or a score above."""
 
     measure: str
-    """``kl``: divergence from the fine-tune in nats a token; ``block``: largest relative error behind any block."""
+    """``kl``: divergence from the fine-tune in nats a token; ``block``: largest relative error behind any block;
+    ``task:metric``: a score."""
     limit: float
+
+    @property
+    def is_score(self) -> bool:
+        """Whether more is better."""
+        return ":" in self.measure
 
 
 def parse_requirements(text: str) -> tuple[Requirement, ...]:
-    """Bounds as people write them, with commas between: ``kl<0.05``, ``block<2%``. Raises ConfigError."""
+    """Bounds as people write them, with commas between: ``kl<0.05``, ``block<2%``, ``task:metric>0.9``.
+
+    Raises ConfigError.
+    """
     return tuple(_parse(part) for part in text.split(","))
 
 
@@ -34,6 +45,8 @@ def check_quality(quality: Quality | None, text: str | None) -> None:
 
 def _failure(requirement: Requirement, quality: Quality | None) -> str | None:
     """What is wrong, in words; None when the bound is kept."""
+    if requirement.is_score:
+        return _low_score(requirement, {} if quality is None else quality.scores)
     if requirement.measure == "kl":
         found = None if quality is None else quality.kl_divergence
         if found is None:
@@ -46,19 +59,31 @@ def _failure(requirement: Requirement, quality: Quality | None) -> str | None:
         worst = max(errors, key=errors.__getitem__)
         found = errors[worst]
         told = f"the relative error behind {worst} is {found:.3%}"
-    return None if found < requirement.limit else f"{told}, not below {_written(requirement)}"
+    limit = f"{requirement.limit:g}" if requirement.measure == "kl" else f"{100 * requirement.limit:g}%"
+    return None if found < requirement.limit else f"{told}, not below {limit}"
 
 
-def _written(requirement: Requirement) -> str:
-    return f"{requirement.limit:g}" if requirement.measure == "kl" else f"{100 * requirement.limit:g}%"
+def _low_score(requirement: Requirement, scores: Mapping[str, float]) -> str | None:
+    found = scores.get(requirement.measure)
+    if found is None:
+        return (
+            f"the artifact has no score {requirement.measure}, but {', '.join(sorted(scores)) or 'none at all'}: "
+            "measure it with `deltazip eval --record`"
+        )
+    return (
+        None if found > requirement.limit else f"{requirement.measure} is {found:.4g}, not above {requirement.limit:g}"
+    )
 
 
 def _parse(part: str) -> Requirement:
-    match = _WRITTEN.fullmatch(part)
+    match = _BOUND.fullmatch(part) or _SCORE.fullmatch(part)
     try:
         limit = float(match.group(2)) if match else 0.0
     except ValueError:
         limit = 0.0
     if match is None or limit <= 0 or not isfinite(limit):
-        raise ConfigError(f"{part.strip()!r} is no requirement: write kl<0.05 or block<2%, with commas between several")
+        raise ConfigError(
+            f"{part.strip()!r} is no requirement: write kl<0.05, block<2% or task:metric>0.9, "
+            "with commas between several"
+        )
     return Requirement(match.group(1), limit / 100 if match.group(3) else limit)

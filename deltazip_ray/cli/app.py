@@ -3,6 +3,7 @@
 import typer
 
 from deltazip_ray.cli.compress import compress
+from deltazip_ray.cli.evaluate import evaluate
 from deltazip_ray.cli.inspect import inspect
 from deltazip_ray.cli.merge import merge
 from deltazip_ray.cli.publish import publish
@@ -18,6 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(compress)
+app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(merge)
 app.command()(publish)

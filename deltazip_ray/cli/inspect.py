@@ -83,6 +83,8 @@ def show(manifest: Manifest) -> None:
         out.print(
             f"quality  KL {kl:.2e} nats a token, on {manifest.quality.data}" if kl is not None else "quality  no KL"
         )
+        for name, score in sorted(manifest.quality.scores.items()):
+            out.print(f"         {name} {score:.4f}")
     errors = manifest.quality.block_errors if manifest.quality else {}
     table(
         "", ("block", "codecs", "bits", "before", "after", "error", "digest"), [_row(b, errors) for b in manifest.blobs]

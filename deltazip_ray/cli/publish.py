@@ -16,7 +16,8 @@ def publish(
         list[str] | None, typer.Option(help=f"Alias to move to this version; repeat for several. Default: {LATEST}.")
     ] = None,
     require: Annotated[
-        str | None, typer.Option(metavar="BOUNDS", help="Publish only if its record says, say, kl<0.05,block<2%.")
+        str | None,
+        typer.Option(metavar="BOUNDS", help="Publish only if its record says, say, kl<0.05,sort:exact_match>0.9."),
     ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Copy blobs that the store has already, too: it may hold damaged ones.")

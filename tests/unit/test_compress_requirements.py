@@ -8,7 +8,10 @@ from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.errors import ConfigError, QualityTooLow
 
 QUALITY = Quality(
-    data="chats", block_errors={"layers.0": 0.004, "layers.1": 0.03, "layers.2": 0.01}, kl_divergence=0.02
+    data="chats",
+    block_errors={"layers.0": 0.004, "layers.1": 0.03, "layers.2": 0.01},
+    kl_divergence=0.02,
+    scores={"sort:exact_match": 0.9, "gsm8k:exact_match:strict-match": 0.5},
 )
 
 
@@ -18,14 +21,30 @@ def test_bounds_as_people_write_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "kl", "kl>1", "kl<", "kl<x", "kl<-1", "kl<0", "kl<1.2.3", "ppl<3", "kl<1;block<2", "kl<1,"]
+    "text",
+    [
+        "",
+        "kl",
+        "kl>1",
+        "kl<",
+        "kl<x",
+        "kl<-1",
+        "kl<0",
+        "kl<1.2.3",
+        "ppl<3",
+        "kl<1;block<2",
+        "kl<1,",
+        "sort>0.9",
+        "a:b<0.9",
+        "a:b>0",
+    ],
 )
 def test_what_is_no_bound_is_refused_before_any_work(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"is no requirement: write kl<0\.05 or block<2%"):
+    with pytest.raises(ConfigError, match=r"is no requirement: write kl<0\.05, block<2% or task"):
         CompressOptions(require=text)
 
 
-@pytest.mark.parametrize("text", [None, "kl<0.05", "block<4%", "kl<0.0201,block<0.0301"])
+@pytest.mark.parametrize("text", [None, "kl<0.05", "block<4%", "kl<0.0201,block<0.0301", "sort:exact_match>89%, kl<1"])
 def test_bounds_that_are_kept(text: str | None) -> None:
     check_quality(QUALITY, text)
 
@@ -38,6 +57,9 @@ def test_bounds_that_are_kept(text: str | None) -> None:
             "the KL divergence from the fine-tune is 0.02 nats a token, not below 0.01: compress with more bits",
         ),
         ("kl<0.02", "not below 0.02"),
+        ("sort:exact_match>0.9", "sort:exact_match is 0.9, not above 0.9"),
+        ("gsm8k:exact_match:strict-match>0.7", "strict-match is 0.5, not above 0.7"),
+        ("sort:acc>0.1", "no score sort:acc, but gsm8k:exact_match:strict-match, sort:exact_match: measure it with"),
         ("block<2%", "the relative error behind layers.1 is 3.000%, not below 2%"),
         ("kl<0.05,block<0.01", "behind layers.1 is 3.000%, not below 1%"),
         ("kl<0.01,block<1%", "0.02 nats a token, not below 0.01; the relative error behind layers.1"),

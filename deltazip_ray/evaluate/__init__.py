@@ -1,0 +1,1 @@
+"""Task scores with EleutherAI's lm-eval harness, an optional dependency."""
