@@ -19,7 +19,8 @@ GIB = 1 << 30
 class Settings(BaseModel):
     """Base of all settings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # What is wrong is not shown: it may be a secret that does not belong here.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class StoreConfig(Settings):

@@ -33,6 +33,7 @@ _ABSENT = {"NoSuchKey", "404"}
 _SHORT = {"InvalidRange", "416"}
 _FULL = {"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "InsufficientStorage", "507"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+_ELSEWHERE = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "301"}
 _DENIED = {
     "AccessDenied",
     "AllAccessDisabled",
@@ -102,6 +103,8 @@ def _from_answer(url: str, key: str, error: ClientError) -> DeltaZipError:
         return StoreFull(f"no room for {url}/{key} ({code}): free space or raise the quota")
     if code in _EXPIRED:
         return StoreUnavailable(f"the credentials for {url} have expired ({code}): renew them")
+    if code in _ELSEWHERE:
+        return StoreUnavailable(f"{url} belongs to another region than that of the requests ({code}): set store.region")
     if code in _DENIED:
         return StoreUnavailable(f"{url} refuses access to {key} ({code}): check credentials and bucket policy")
     later = StoreUnavailable(f"{url} failed on {key} ({code or status}): try again later")

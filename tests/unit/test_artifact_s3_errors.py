@@ -29,6 +29,7 @@ def answer(code: str, status: int) -> ClientError:
         (answer("AccessDenied", 403), StoreUnavailable, "check credentials"),
         (answer("403", 403), StoreUnavailable, "check credentials"),
         (answer("InvalidAccessKeyId", 403), StoreUnavailable, "check credentials"),
+        (answer("AuthorizationHeaderMalformed", 400), StoreUnavailable, "set store.region"),
         (answer("SlowDown", 503), StoreUnavailable, r"SlowDown.*try again later"),
         (answer("InternalError", 500), StoreUnavailable, "try again later"),
         (answer("RequestTimeout", 400), StoreUnavailable, "try again later"),
