@@ -14,6 +14,7 @@ from deltazip_ray.errors import ConfigError
 
 MIB = 1 << 20
 GIB = 1 << 30
+CPU_KV_BLOCKS = 1024
 
 
 class Settings(BaseModel):
@@ -57,11 +58,22 @@ class EngineConfig(Settings):
     max_running: int = Field(64, ge=1, description="requests that may be in a batch at once")
     max_waiting: int = Field(4096, ge=0, description="requests that may wait; more are answered with 429")
     block_size: int = Field(16, ge=1, description="tokens of one KV block")
-    kv_blocks: int = Field(1024, ge=1, description="KV blocks in all")
+    kv_blocks: int | None = Field(
+        None, ge=1, description="KV blocks in all; when absent what memory_fraction leaves on cuda, 1024 on a CPU"
+    )
+    memory_fraction: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory that the engine takes")
+    kernels: Literal["auto", "torch", "triton"] = Field("auto", description="auto: triton on cuda, else torch")
+    attention: Literal["auto", "sdpa", "flashinfer"] = Field(
+        "auto", description="auto: flashinfer on cuda for the head sizes and types that it has, else sdpa"
+    )
+    cuda_graphs: bool = Field(True, description="run decode steps as CUDA graphs, where attention is flashinfer's")
     slots: int = Field(8, ge=1, description="deltas on the device at once")
     slot_bytes: int | None = Field(None, ge=1, description="room of one slot; sized for a dense int4 delta when absent")
     copy_bytes_per_s: float | None = Field(None, gt=0, description="bound on copies to the device; none when absent")
     max_added_tokens: int = Field(64, ge=0, description="tokens a variant may add to the base's vocabulary")
+    eviction_half_life: float = Field(
+        2000.0, ge=1, description="requests after which one counts half for what stays in a slot; 1: recency alone"
+    )
     load_timeout_s: float = Field(60.0, gt=0, description="how long a request waits for its delta before it gets a 503")
     threads: int | None = Field(None, ge=1, description="torch CPU threads; torch's default when absent")
     async_steps: bool | None = Field(
@@ -90,9 +102,16 @@ class NodeStoreConfig(Settings):
         None, description="folder of its own for blobs that survive a restart; none if absent"
     )
     disk_bytes: int = Field(64 * GIB, ge=MIB, description="what that folder may grow to")
+    fetch_bytes_per_s: float | None = Field(None, gt=0, description="bound on what is fetched; none when absent")
+    eviction_half_life: float = Field(
+        2000.0, ge=1, description="uses after which a use counts half for what stays in memory; 1: recency alone"
+    )
     room_timeout_s: float = Field(30.0, gt=0, description="how long a version waits for room in a full arena")
     breaker: BreakerConfig = BreakerConfig()
     quarantine_s: float = Field(60.0, gt=0, description="how long a blob that came damaged twice is not fetched again")
+    retire_after_s: float = Field(
+        30.0, ge=0, description="how long a version stays in memory that has lost its last alias"
+    )
     lease_timeout_s: float = Field(
         15.0, gt=0, description="leases of a replica that was silent for this long are dropped"
     )

@@ -21,7 +21,7 @@ from deltazip_ray.engine.versions import Versions
 from deltazip_ray.errors import DeltaZipError, EngineStopped, Overloaded
 from deltazip_ray.observability.engine_metrics import EngineMetrics, EngineStats
 from deltazip_ray.residency.slot_table import Pin
-from deltazip_ray.residency.tiers import DeltaSource, HostMemory
+from deltazip_ray.residency.tiers import DeltaSource, HostMemory, PrefetchTier
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
 from deltazip_ray.scheduler.scheduler import News
 
@@ -51,8 +51,17 @@ class _Running:
 class AsyncEngine:
     """Generates tokens for the base and for every version that ``source`` can bring. Belongs to one event loop."""
 
-    def __init__(self, config: EngineConfig, base: Path, source: DeltaSource, registry: CollectorRegistry) -> None:
-        """``base``: folder of the base checkpoint. Nothing is read before :meth:`start`."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        base: Path,
+        source: DeltaSource,
+        registry: CollectorRegistry,
+        *,
+        build: Callable[[EngineConfig, Path], EngineCore] = build_core,
+    ) -> None:
+        """``base``: folder of the base checkpoint, which ``build`` reads at :meth:`start`."""
+        self._build = build
         self._config = config
         self._base = base
         self._source = source
@@ -72,7 +81,7 @@ class AsyncEngine:
         """
         if self._parts is not None:
             return
-        core = await asyncio.to_thread(build_core, self._config, self._base)
+        core = await asyncio.to_thread(self._build, self._config, self._base)
         if self._stopped:
             raise EngineStopped(_STOPPED)
         here = asyncio.get_running_loop()
@@ -85,7 +94,7 @@ class AsyncEngine:
             ahead=self._config.device == "cuda" if self._config.async_steps is None else self._config.async_steps,
             threads=self._config.threads,
         )
-        versions = Versions(self._source, core.slots, self._config.slots, self._metrics)
+        versions = Versions(self._source, core.slots, self._config, self._metrics)
         self._parts = self._to_stop = _Running(core, versions, steps)
         steps.start()
 
@@ -101,6 +110,24 @@ class AsyncEngine:
     async def adopt(self, memory: HostMemory) -> None:
         """Prepare for loads from ``memory``, so that not the first one has to. Raises EngineStopped."""
         await asyncio.to_thread(self._open().core.slots.uploads.lock_pages, memory)
+
+    async def prefetch(self, version: str, tier: PrefetchTier = "device") -> bool:
+        """Bring a version nearer because it will be wanted soon, as long as nothing else has to wait for that.
+
+        Returns whether it is there; hints are dropped without an error. Raises EngineStopped.
+        """
+        return await self._open().versions.prefetch(version, tier, self._config.load_timeout_s)
+
+    def retire(self, version: str) -> None:
+        """Free a version's slot as soon as no request uses it. Raises EngineStopped."""
+        self._open().versions.table.discard(version)
+
+    async def unload(self, version: str, *, disk: bool = False) -> None:
+        """Free what a version takes in its slot, on the host and, if asked, on disk, as soon as nothing uses it.
+
+        Raises EngineStopped, ArtifactError, StoreError.
+        """
+        await self._open().versions.unload(version, disk=disk)
 
     @property
     def base_digest(self) -> str:

@@ -1,22 +1,31 @@
 """Puts the parts of an engine together around a base checkpoint."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from deltazip_ray.artifact.checkpoint import Checkpoint, base_digest
-from deltazip_ray.config import EngineConfig
+from deltazip_ray.config import CPU_KV_BLOCKS, EngineConfig
 from deltazip_ray.engine.device_slots import BaseIdentity, DeviceSlots
+from deltazip_ray.engine.memory import plan_memory, workspace_bytes
 from deltazip_ray.engine.runner import ModelRunner
 from deltazip_ray.errors import ConfigError
-from deltazip_ray.layers.attention.backend import CacheShape
+from deltazip_ray.layers.attention.backend import AttentionBackend, CacheShape
 from deltazip_ray.layers.attention.sdpa import SdpaBackend
+from deltazip_ray.layers.ops import LayerOps
+from deltazip_ray.layers.triton_ops import TritonOps
 from deltazip_ray.models.decoder import Decoder
 from deltazip_ray.models.decoder_config import DecoderConfig, read_decoder_config
-from deltazip_ray.models.weights import Placement, WeightReader
+from deltazip_ray.models.weights import Placement, WeightReader, WeightSource
 from deltazip_ray.scheduler.scheduler import Scheduler
 
+logger = logging.getLogger(__name__)
+
+_FLASHINFER_HEADS = (64, 128, 256)
+_FLASHINFER_DTYPES = (torch.bfloat16, torch.float16)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -44,27 +53,90 @@ def build_core(config: EngineConfig, base: Path) -> EngineCore:
         raise ConfigError("engine.device is cuda, but torch sees no GPU here: set it to cpu, or install torch for CUDA")
     checkpoint = Checkpoint.open(base)
     shape = read_decoder_config(checkpoint.config)
-    identity = BaseIdentity(base_digest(checkpoint), shape.vocab_size)
+    return assemble(config, shape, checkpoint, base_digest(checkpoint))
+
+
+def assemble(config: EngineConfig, shape: DecoderConfig, weights: WeightSource, digest: str) -> EngineCore:
+    """An engine around the weights of any source. Raises ConfigError, CheckpointInvalid."""
+    device, dtype = torch.device(config.device), _DTYPES[config.dtype]
     max_model_len = min(config.max_model_len, shape.max_positions)
-    placement = Placement(_DTYPES[config.dtype], device, config.slots, config.max_added_tokens)
-    weights = WeightReader(checkpoint, placement)
-    attention = SdpaBackend(_cache_shape(config, shape), placement.dtype, device)
-    decoder = Decoder(shape, weights, attention, max_model_len)
+    placement = Placement(dtype, device, config.slots, config.max_added_tokens, _ops(config, device, dtype))
+    reader = WeightReader(weights, placement)
+    attention = _attention(config, _cache_shape(config, shape), dtype, device)
+    decoder = Decoder(shape, reader, attention, max_model_len)
+    identity = BaseIdentity(digest, shape.vocab_size)
+    slots = DeviceSlots(reader.targets, placement, identity, config.slot_bytes, config.copy_bytes_per_s)
+    attention.allocate(_blocks(config, shape, attention, slots))
+    settled = config.model_copy(update={"max_model_len": max_model_len, "kv_blocks": attention.blocks})
     return EngineCore(
         base=identity,
         max_model_len=max_model_len,
-        slots=DeviceSlots(weights.targets, placement, identity, config.slot_bytes, config.copy_bytes_per_s),
-        runner=ModelRunner(decoder, attention, placement.ops, device),
-        scheduler=Scheduler(config.model_copy(update={"max_model_len": max_model_len})),
+        slots=slots,
+        runner=_runner(settled, decoder, attention, placement),
+        scheduler=Scheduler(settled),
     )
+
+
+def _ops(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> LayerOps:
+    if config.kernels == "torch" or (config.kernels == "auto" and device.type != "cuda"):
+        return LayerOps()
+    return TritonOps(device, dtype)
+
+
+def _attention(
+    config: EngineConfig, shape: CacheShape, dtype: torch.dtype, device: torch.device
+) -> AttentionBackend[Any]:
+    known = device.type == "cuda" and shape.head_dim in _FLASHINFER_HEADS and dtype in _FLASHINFER_DTYPES
+    if config.attention == "sdpa" or (config.attention == "auto" and not known):
+        return SdpaBackend(shape, dtype, device)
+    if not known:
+        raise ConfigError(
+            f"flashinfer has no kernels for {config.device}, {config.dtype} and heads of {shape.head_dim}: "
+            "set engine.attention to auto"
+        )
+    from deltazip_ray.layers.attention.flashinfer import FlashInferBackend  # installed where there is a GPU
+
+    return FlashInferBackend(shape, dtype, device)
+
+
+def _blocks(config: EngineConfig, shape: DecoderConfig, attention: AttentionBackend[Any], slots: DeviceSlots) -> int:
+    """Blocks of the KV cache, once base and slots are allocated."""
+    if attention.device.type != "cuda":
+        return config.kv_blocks or CPU_KV_BLOCKS
+    plan = plan_memory(
+        config,
+        attention.device,
+        base=torch.cuda.memory_allocated(attention.device) - slots.memory.numel(),
+        slots=slots.memory.numel(),
+        workspace=workspace_bytes(config, shape, attention.dtype.itemsize),
+        block_bytes=attention.block_bytes,
+    )
+    logger.info("GPU memory:\n%s", plan)
+    return plan.blocks
+
+
+def _runner(
+    config: EngineConfig, decoder: Decoder, attention: AttentionBackend[Any], placement: Placement
+) -> ModelRunner:
+    ops = placement.ops
+    drawn = torch.zeros(config.max_running, dtype=torch.int64, device=placement.device)
+    if isinstance(attention, SdpaBackend) or not isinstance(ops, TritonOps) or not config.cuda_graphs:
+        return ModelRunner(decoder, attention, ops, drawn, None)
+    from deltazip_ray.engine.decode_graphs import DecodeGraphs  # needs flashinfer
+
+    pages = config.max_running * -(-config.max_model_len // config.block_size)
+    graphs = DecodeGraphs(decoder, attention, ops, drawn, config.slots, pages)
+    return ModelRunner(decoder, attention, ops, drawn, graphs)
 
 
 def _cache_shape(config: EngineConfig, shape: DecoderConfig) -> CacheShape:
     return CacheShape(
         layers=shape.layers,
-        blocks=config.kv_blocks,
         block_size=config.block_size,
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
+        scale=shape.attention_scale,
+        softcap=shape.attention_softcap,
+        windows=shape.windows,
     )

@@ -1,49 +1,78 @@
 """Runs the batches that the scheduler makes."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from deltazip_ray.engine.sampling import Draw, SamplingBatch, sample
+from deltazip_ray.engine.sampling import Draw, SampledTokens, SamplingBatch, sample
 from deltazip_ray.layers.attention.backend import AttentionBackend, SequenceRows
 from deltazip_ray.layers.ops import LayerOps
+from deltazip_ray.layers.rows import send
 from deltazip_ray.models.decoder import Decoder, StepInputs
-from deltazip_ray.scheduler.batch import Batch, Chunk, Drawn
+from deltazip_ray.scheduler.batch import Batch, Drawn
+
+
+class StepGraphs(Protocol):
+    """Steps that were recorded before: see :class:`~deltazip_ray.engine.decode_graphs.DecodeGraphs`."""
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether ``batch`` can run so."""
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Its logits ``[sampled, vocab + added]``, float32."""
 
 
 @dataclass(frozen=True, slots=True)
-class RanStep:
-    """A step that ran when it was launched."""
+class LaunchedStep:
+    """A step on the device."""
 
-    drawn: list[Drawn | None]
+    sampled: SampledTokens | None
+    """None where no chunk samples."""
+    done: torch.cuda.Event | None
 
     def wait(self) -> list[Drawn | None]:
         """See :class:`~deltazip_ray.engine.step_loop.Launched`."""
-        return self.drawn
+        if self.done is not None:
+            self.done.synchronize()
+        return [] if self.sampled is None else self.sampled.fetch()
 
 
 class ModelRunner:
-    """A step in three parts, so that a device may compute one while the host prepares the next:
+    """A step in three parts, none of which waits for the device: inputs, logits, tokens.
 
-    ``prepare`` (host), ``decoder(inputs)`` (device), ``sample`` (device, then one transfer of tokens).
+    Tokens stay on the device for the next step, which may be launched before the host knows them.
     """
 
-    def __init__(self, decoder: Decoder, attention: AttentionBackend[Any], ops: LayerOps, device: torch.device) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        attention: AttentionBackend[Any],
+        ops: LayerOps,
+        drawn: torch.Tensor,
+        graphs: StepGraphs | None,
+    ) -> None:
+        """``drawn`` ``[most running]`` int64 keeps the tokens of the last step; ``graphs`` run decodes, where given."""
         self.decoder = decoder
         self.attention = attention
         self.ops = ops
-        self.device = device
-        self._drawn: list[Drawn | None] = []
+        self.device = drawn.device
+        self._drawn = drawn
+        self._graphs = graphs
 
-    def launch(self, batch: Batch) -> RanStep:
-        """Run a batch; see :class:`~deltazip_ray.engine.step_loop.StepRunner`."""
+    def launch(self, batch: Batch) -> LaunchedStep:
+        """See :class:`~deltazip_ray.engine.step_loop.StepRunner`."""
         with torch.inference_mode():
-            logits = self.decoder(self.prepare(batch))
-            draws = [Draw.of(chunk) for chunk in batch.sampling_chunks]
-            self._drawn = sample(logits, SamplingBatch.of(draws, self.device)).fetch() if draws else []
-        return RanStep(self._drawn)
+            if self._graphs is not None and self._graphs.fits(batch):
+                logits = self._graphs.run(batch)
+            else:
+                logits = self.decoder(self.prepare(batch)).float()
+            sampled = self._sample(logits, batch) if batch.sampling_chunks else None
+        if self.device.type != "cuda":
+            return LaunchedStep(sampled, None)
+        done = torch.cuda.Event(blocking=True)
+        done.record()
+        return LaunchedStep(sampled, done)
 
     def synchronize(self) -> None:
         """Wait until the device is idle. Raises RuntimeError when it is lost."""
@@ -55,27 +84,30 @@ class ModelRunner:
         tokens: list[int] = []
         positions: list[int] = []
         last: list[int] = []
+        drawn: dict[int, int] = {}
         for chunk in batch.chunks:
-            tokens.extend(self._tokens(chunk))
+            if chunk.drawn_row is not None:
+                drawn[len(tokens)] = chunk.drawn_row
+            tokens.extend(chunk.tokens)
             positions.extend(range(chunk.start, chunk.start + len(chunk.tokens)))
             if chunk.samples:
                 last.append(len(tokens) - 1)
-        plan = self.attention.plan(
-            [SequenceRows(len(c.tokens), c.start + len(c.tokens), c.block_table) for c in batch.chunks]
-        )
+        on_device = send(tokens, torch.int64, self.device)
+        if drawn:
+            rows, sources = (send(list(part), torch.int64, self.device) for part in (drawn.keys(), drawn.values()))
+            on_device[rows] = self._drawn[sources]
+        sequences = [SequenceRows(len(c.tokens), c.start + len(c.tokens), c.block_table) for c in batch.chunks]
         return StepInputs(
-            tokens=torch.tensor(tokens).to(self.device),
-            positions=torch.tensor(positions).to(self.device),
+            tokens=on_device,
+            positions=send(positions, torch.int64, self.device),
             rows=self.ops.rows([(c.slot, len(c.tokens)) for c in batch.chunks], self.device),
-            plan=plan,
-            last=torch.tensor(last, dtype=torch.int64).to(self.device),
+            plan=self.attention.plan(sequences),
+            last=send(last, torch.int64, self.device),
             last_rows=self.ops.rows([(c.slot, 1) for c in batch.sampling_chunks], self.device),
         )
 
-    def _tokens(self, chunk: Chunk) -> Iterable[int]:
-        """The tokens of a chunk, with what the step before drew in place of ``DRAWN``."""
-        if chunk.drawn_row is None:
-            return chunk.tokens
-        drawn = self._drawn[chunk.drawn_row]
-        # A sequence without finite logits is about to fail: until that is known, any token will do.
-        return (0 if drawn is None else drawn.token,)
+    def _sample(self, logits: torch.Tensor, batch: Batch) -> SampledTokens:
+        draws = [Draw.of(chunk) for chunk in batch.sampling_chunks]
+        sampled = sample(logits, SamplingBatch.of(draws, self.device))
+        self._drawn[: len(draws)] = sampled.tokens
+        return sampled

@@ -30,18 +30,24 @@ class DeltaEmbedding:
 class DeltaHead:
     """Logits over the base's vocabulary and each version's added tokens."""
 
-    def __init__(self, target: MatrixTarget, added: AddedTarget, ops: LayerOps) -> None:
-        """For tied weights these are the embedding's own."""
+    def __init__(self, target: MatrixTarget, added: AddedTarget, ops: LayerOps, softcap: float | None = None) -> None:
+        """For tied weights these are the embedding's own. ``softcap``: logits ``x`` become ``cap * tanh(x / cap)``."""
         self.target = target
         self.added = added
         self.ops = ops
+        self.softcap = softcap
 
     def __call__(self, hidden: Activations, rows: Rows) -> torch.Tensor:
-        """``hidden`` ``[rows, hidden]`` to float32 logits ``[rows, vocab + most added]``; -inf where a version ends."""
-        logits = self.ops.linear(self.target.base, hidden, self.target.stack, rows).float()
+        """``hidden`` ``[rows, hidden]`` to logits ``[rows, vocab + most added]``; -inf where a version ends."""
+        logits = self._capped(self.ops.linear(self.target.base, hidden, self.target.stack, rows))
         width = self.added.width
         if width == 0:
             return logits
-        own = torch.einsum("rh,rah->ra", hidden.values, self.added.table[rows.index, :width]).float()
+        own = self._capped(torch.einsum("rh,rah->ra", hidden.values, self.added.table[rows.index, :width]))
         known = torch.arange(width, device=own.device) < self.added.counts[rows.index, None]
         return torch.cat((logits, own.where(known, -torch.inf)), dim=1)
+
+    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.softcap is None:
+            return logits
+        return (self.softcap * torch.tanh(logits.float() / self.softcap)).to(logits.dtype)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from deltazip_kernels.rope import HeadNorm
 from deltazip_ray.layers.activations import Activations
 from deltazip_ray.layers.attention.backend import KVLayer
 from deltazip_ray.layers.rope import Rotary
@@ -32,25 +33,72 @@ class LayerOps:
         return y
 
     def rms_norm(
-        self, x: torch.Tensor, weights: torch.Tensor, rows: Rows, eps: float, update: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        rows: Rows,
+        eps: float,
+        update: torch.Tensor | None = None,
+        *,
+        offset: bool = False,
     ) -> Activations:
-        """``x`` ``[rows, K]`` normed, times ``weights[rows.index]``; ``update`` is added to it in place before."""
+        """``x`` ``[rows, K]`` normed, times ``weights[rows.index]``; ``update`` is added to it in place before.
+
+        With ``offset`` the factor is one plus the weight, and the product is rounded once (Gemma).
+        """
         if update is not None:
             x += update
         weight = weights[rows.index] if rows.spans else weights[0]
+        if offset:
+            return Activations((F.rms_norm(x.float(), (x.shape[-1],), None, eps) * (1 + weight.float())).to(x.dtype))
         return Activations(F.rms_norm(x, (x.shape[-1],), None, eps) * weight)
+
+    def layer_norm(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        biases: torch.Tensor,
+        rows: Rows,
+        eps: float,
+        update: torch.Tensor | None = None,
+    ) -> Activations:
+        """The layer norm likewise, plus ``biases[rows.index]``; rounded once."""
+        if update is not None:
+            x += update
+        normed = F.layer_norm(x.float(), (x.shape[-1],), None, None, eps)
+        weight, bias = weights[rows.index].float(), biases[rows.index].float()
+        return Activations((normed * weight + bias).to(x.dtype))
 
     def silu_mul(self, gate_up: torch.Tensor) -> Activations:
         """``silu(gate) * up`` of ``[rows, 2 K]``."""
         gate, up = gate_up.chunk(2, dim=-1)
         return Activations(F.silu(gate) * up)
 
+    def gelu_mul(self, gate_up: torch.Tensor) -> Activations:
+        """The same with the tanh approximation of gelu."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return Activations(F.gelu(gate, approximate="tanh") * up)
+
     def rotate(
-        self, qkv: torch.Tensor, positions: torch.Tensor, rotary: Rotary, cache: KVLayer, where: torch.Tensor
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        rotary: Rotary,
+        cache: KVLayer,
+        where: torch.Tensor,
+        norm: HeadNorm | None = None,
     ) -> torch.Tensor:
-        """Rotated ``q`` ``[rows, heads, head_dim]``; keys, rotated, and values go to rows ``where`` of the cache."""
+        """Rotated ``q`` ``[rows, heads, head_dim]``; keys, rotated, and values go to rows ``where`` of the cache.
+
+        With ``norm`` the heads of ``q`` and ``k`` are normed before.
+        """
         groups, dim = cache.keys.shape[1:]
         q, k, v = qkv.view(len(qkv), -1, dim).split([qkv.shape[1] // dim - 2 * groups, groups, groups], dim=1)
+        if norm is not None:
+            q, k = (
+                F.rms_norm(x, (dim,), None, norm.epsilon) * weights[norm.which, None]
+                for x, weights in ((q, norm.q), (k, norm.k))
+            )
         tables = rotary.select(positions)
         cache.keys[where] = rotary(k, tables)
         cache.values[where] = v

@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
-from deltazip_kernels import RAW, PackedDelta, delta_matmul, unpack_rows
+from deltazip_kernels import LOW_RANK, RAW, PackedDelta, delta_matmul, unpack_rows
 from deltazip_ray.layers.activations import Activations
 from deltazip_ray.layers.rows import Rows
 
@@ -49,4 +49,6 @@ def _weights(delta: PackedDelta, chosen: torch.Tensor) -> torch.Tensor:
     """Rows ``chosen`` of a delta, ``[chosen, K]``."""
     if delta.codec == RAW:
         return F.embedding(chosen, delta.tensors["values"])
+    if delta.codec == LOW_RANK:
+        return F.embedding(chosen, delta.tensors["up"]) @ delta.tensors["down"]
     return unpack_rows(delta.codec, delta.tensors, delta.shape, chosen)

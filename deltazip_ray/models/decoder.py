@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
-from deltazip_ray.layers.activations import Activations
 from deltazip_ray.layers.attention.backend import AttentionBackend
 from deltazip_ray.layers.embedding import DeltaEmbedding, DeltaHead
 from deltazip_ray.layers.rope import Rotary
 from deltazip_ray.layers.rows import Rows
+from deltazip_ray.models.block import LlamaBlock, StepContext
 from deltazip_ray.models.decoder_config import DecoderConfig
+from deltazip_ray.models.neox_block import NeoXBlock
 from deltazip_ray.models.weights import WeightReader
 
 
@@ -31,74 +32,7 @@ class StepInputs:
     """The versions of those."""
 
 
-@dataclass(frozen=True)
-class StepContext:
-    """What every layer needs in a step."""
-
-    rows: Rows
-    positions: torch.Tensor
-    plan: Any
-
-
-class Attention:
-    """Grouped-query self-attention."""
-
-    def __init__(
-        self, index: int, config: DecoderConfig, weights: WeightReader, rotary: Rotary, backend: AttentionBackend[Any]
-    ) -> None:
-        prefix = f"model.layers.{index}.self_attn"
-        self.index = index
-        kv_size = config.kv_heads * config.head_dim
-        sizes = [config.heads * config.head_dim, kv_size, kv_size]
-        names = [f"{prefix}.{part}_proj" for part in "qkv"]
-        self.qkv = weights.linear(names, sizes, config.hidden_size, bias=config.qkv_bias)
-        self.out = weights.linear([f"{prefix}.o_proj"], [config.hidden_size], sizes[0], bias=config.out_bias)
-        self.rotary = rotary
-        self.backend = backend
-        self.ops = weights.placement.ops
-
-    def __call__(self, x: Activations, step: StepContext) -> torch.Tensor:
-        """``[rows, hidden]`` to ``[rows, hidden]``; writes this layer's keys and values."""
-        qkv = self.qkv(x, step.rows)
-        q = self.ops.rotate(qkv, step.positions, self.rotary, self.backend.layers[self.index], step.plan.where)
-        return self.out(Activations(self.backend.attend(self.index, q, step.plan)), step.rows)
-
-
-class GatedMLP:
-    """``down(silu(gate(x)) * up(x))``."""
-
-    def __init__(self, index: int, config: DecoderConfig, weights: WeightReader) -> None:
-        prefix = f"model.layers.{index}.mlp"
-        hidden, inner = config.hidden_size, config.intermediate_size
-        names = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
-        self.gate_up = weights.linear(names, [inner, inner], hidden, bias=config.mlp_bias)
-        self.down = weights.linear([f"{prefix}.down_proj"], [hidden], inner, bias=config.mlp_bias)
-        self.ops = weights.placement.ops
-
-    def __call__(self, x: Activations, step: StepContext) -> torch.Tensor:
-        """``[rows, hidden]`` to ``[rows, hidden]``."""
-        return self.down(self.ops.silu_mul(self.gate_up(x, step.rows)), step.rows)
-
-
-class DecoderLayer:
-    """Attention and MLP, each behind a norm and beside the residual stream."""
-
-    def __init__(
-        self, index: int, config: DecoderConfig, weights: WeightReader, rotary: Rotary, backend: AttentionBackend[Any]
-    ) -> None:
-        prefix = f"model.layers.{index}"
-        self.attention = Attention(index, config, weights, rotary, backend)
-        self.mlp = GatedMLP(index, config, weights)
-        self.input_norm = weights.norm(f"{prefix}.input_layernorm", config.hidden_size, config.norm_eps)
-        self.mlp_norm = weights.norm(f"{prefix}.post_attention_layernorm", config.hidden_size, config.norm_eps)
-
-    def __call__(self, stream: torch.Tensor, update: torch.Tensor | None, step: StepContext) -> torch.Tensor:
-        """This layer's update of the residual ``stream`` ``[rows, hidden]``, for the next layer to add.
-
-        ``update`` is that of the layer before; it is added to ``stream`` in place, in one pass with the norm.
-        """
-        update = self.attention(self.input_norm(stream, step.rows, update), step)
-        return self.mlp(self.mlp_norm(stream, step.rows, update), step)
+_BLOCKS: dict[str, type[LlamaBlock] | type[NeoXBlock]] = {"llama": LlamaBlock, "gpt_neox": NeoXBlock}
 
 
 class Decoder:
@@ -107,26 +41,31 @@ class Decoder:
     def __init__(
         self, config: DecoderConfig, weights: WeightReader, backend: AttentionBackend[Any], max_positions: int
     ) -> None:
-        place = weights.placement
+        place, names = weights.placement, config.names
         rotary = Rotary(config.inv_freq, config.rope_scale, max_positions, place.device)
         shape = (config.vocab_size, config.hidden_size)
-        tokens = weights.matrix("model.embed_tokens.weight", shape)
+        tokens = weights.matrix(f"{names.embedding}.weight", shape)
         added = weights.added(tokens.name, config.hidden_size)
         self.embedding = DeltaEmbedding(tokens, added)
-        self.layers = [DecoderLayer(i, config, weights, rotary, backend) for i in range(config.layers)]
-        self.norm = weights.norm("model.norm", config.hidden_size, config.norm_eps)
+        # Rounded to the type of what it multiplies, as in training.
+        self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=place.dtype))
+        block = _BLOCKS[config.block]
+        self.blocks = [block(i, config, weights, rotary, backend) for i in range(config.layers)]
+        self.norm = weights.norm(names.norm, config.hidden_size, config.norm, config.norm_eps)
         if not config.tied:
-            tokens = weights.matrix("lm_head.weight", shape)
+            tokens = weights.matrix(f"{names.head}.weight", shape)
             added = weights.added(tokens.name, config.hidden_size)
-        self.head = DeltaHead(tokens, added, place.ops)
+        self.head = DeltaHead(tokens, added, place.ops, config.logits_softcap)
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
-        """Float32 logits ``[sampled, vocab + added]`` of ``inputs.last``; writes the KV cache."""
+        """Logits ``[sampled, vocab + added]`` of ``inputs.last``; writes the KV cache."""
         step = StepContext(inputs.rows, inputs.positions, inputs.plan)
         stream = self.embedding(inputs.tokens, inputs.rows)
-        update = self.layers[0](stream, None, step)
-        for layer in self.layers[1:]:
-            update = layer(stream, update, step)
+        if self.embedding_scale != 1:
+            stream *= self.embedding_scale
+        update = self.blocks[0](stream, None, step)
+        for block in self.blocks[1:]:
+            update = block(stream, update, step)
         if inputs.last is not None:
             stream, update = stream[inputs.last], update[inputs.last]
         return self.head(self.norm(stream, inputs.last_rows, update), inputs.last_rows)

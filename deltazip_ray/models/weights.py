@@ -2,15 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
-from deltazip_ray.artifact.checkpoint import Checkpoint
 from deltazip_ray.errors import CheckpointInvalid
 from deltazip_ray.layers.linear import DeltaLinear
-from deltazip_ray.layers.norm import DeltaRMSNorm
+from deltazip_ray.layers.norm import DeltaHeadNorm, DeltaLayerNorm, DeltaRMSNorm, Norm
 from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.layers.targets import AddedTarget, DeltaTarget, MatrixTarget, VectorTarget
+from deltazip_ray.models.decoder_config import NormKind
+
+
+class WeightSource(Protocol):
+    """Where weights come from: a checkpoint."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor. Raises CheckpointInvalid."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, on any device. Raises CheckpointInvalid."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class Placement:
 class WeightReader:
     """Reads weights once and keeps, by checkpoint name, where versions put theirs."""
 
-    checkpoint: Checkpoint
+    source: WeightSource
     placement: Placement
     targets: dict[str, DeltaTarget] = field(default_factory=dict)
 
@@ -49,10 +60,17 @@ class WeightReader:
             self._vector(f"{name}.bias", biases[:, start:stop])
         return DeltaLinear(weight, stack, ops, biases)
 
-    def norm(self, name: str, size: int, eps: float) -> DeltaRMSNorm:
-        """An RMS norm's weight."""
-        target = self._vector(f"{name}.weight", self._empty(self.placement.slots + 1, size))
-        return DeltaRMSNorm(target, eps, self.placement.ops)
+    def norm(self, name: str, size: int, kind: NormKind, eps: float) -> Norm:
+        """The norm of rows of ``size`` columns in module ``name``."""
+        weight, ops = self._whole_vector(f"{name}.weight", size), self.placement.ops
+        if kind == "layer":
+            return DeltaLayerNorm(weight, self._whole_vector(f"{name}.bias", size), eps, ops)
+        return DeltaRMSNorm(weight, eps, ops, offset=kind == "rms_plus_one")
+
+    def head_norm(self, names: tuple[str, str], size: int, eps: float) -> DeltaHeadNorm:
+        """The norms of the heads of q and of k, which have ``size`` columns."""
+        q, k = (self._whole_vector(f"{name}.weight", size) for name in names)
+        return DeltaHeadNorm(q, k, eps)
 
     def added(self, name: str, hidden: int) -> AddedTarget:
         """Room for the rows that versions add to the matrix ``name``."""
@@ -74,18 +92,21 @@ class WeightReader:
             self.targets[name] = targets[-1]
         return weight, targets
 
+    def _whole_vector(self, name: str, size: int) -> VectorTarget:
+        return self._vector(name, self._empty(self.placement.slots + 1, size))
+
     def _vector(self, name: str, table: torch.Tensor) -> VectorTarget:
         target = VectorTarget(name, self._read(name, (table.shape[1],)), table)
         self.targets[name] = target
         return target
 
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if self.checkpoint.shape(name) != shape:
+        if self.source.shape(name) != shape:
             raise CheckpointInvalid(
-                f"{name} is {list(self.checkpoint.shape(name))}, but config.json makes it {list(shape)}: "
+                f"{name} is {list(self.source.shape(name))}, but config.json makes it {list(shape)}: "
                 "config.json belongs to another checkpoint"
             )
-        return self.checkpoint.tensor(name)
+        return self.source.tensor(name)
 
     def _empty(self, *size: int) -> torch.Tensor:
         return torch.empty(*size, dtype=self.placement.dtype, device=self.placement.device)

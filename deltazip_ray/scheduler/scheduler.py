@@ -32,7 +32,7 @@ may wait is decided where they arrive, since those that wait for their delta are
 from collections import deque
 from collections.abc import Sequence
 
-from deltazip_ray.config import EngineConfig
+from deltazip_ray.config import CPU_KV_BLOCKS, EngineConfig
 from deltazip_ray.errors import DeltaZipError, EngineError, InvalidRequest, PromptTooLong
 from deltazip_ray.kvcache.block_manager import BlockManager
 from deltazip_ray.scheduler.batch import DRAWN, Batch, Chunk, Drawn
@@ -51,7 +51,7 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig) -> None:
         """Uses ``max_model_len``, ``max_batch_tokens``, ``max_running``, ``kv_blocks`` and ``block_size``."""
-        self.blocks = BlockManager(config.kv_blocks, config.block_size)
+        self.blocks = BlockManager(config.kv_blocks or CPU_KV_BLOCKS, config.block_size)
         self._max_model_len = config.max_model_len
         self._max_batch_tokens = config.max_batch_tokens
         self._max_running = config.max_running

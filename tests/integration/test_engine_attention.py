@@ -22,10 +22,13 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
 def test_chunks_and_decodes_share_a_step(kv_heads: int) -> None:
     generator = torch.Generator().manual_seed(kv_heads)
     lengths = [1, 4, 11, 17, 9]
-    shape = CacheShape(layers=2, blocks=40, block_size=BLOCK, heads=4, kv_heads=kv_heads, head_dim=HEAD_DIM)
+    shape = CacheShape(layers=2, block_size=BLOCK, heads=4, kv_heads=kv_heads, head_dim=HEAD_DIM)
     backend = SdpaBackend(shape, torch.float32, torch.device("cpu"))
+    backend.allocate(40)
     # Memory that was never written, or belonged to a broken version, must not reach anybody.
-    backend.cache.fill_(torch.nan)
+    for layer in backend.layers:
+        layer.keys.fill_(torch.nan)
+        layer.values.fill_(torch.nan)
     q, k, v = (
         [torch.randn(n, heads, HEAD_DIM, generator=generator) for n in lengths] for heads in (4, kv_heads, kv_heads)
     )

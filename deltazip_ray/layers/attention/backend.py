@@ -13,11 +13,20 @@ class CacheShape:
     """The paged KV cache of all layers."""
 
     layers: int
-    blocks: int
     block_size: int
     heads: int
     kv_heads: int
     head_dim: int
+    scale: float | None = None
+    """Factor on the scores; None: the root of ``1 / head_dim``."""
+    softcap: float | None = None
+    """Scores ``s`` become ``cap * tanh(s / cap)``."""
+    windows: tuple[int | None, ...] = ()
+    """By layer, the tokens that a query sees, its own included; None: all before it. Empty: None for every layer."""
+
+    def window(self, layer: int) -> int | None:
+        """That of ``layer``."""
+        return self.windows[layer] if self.windows else None
 
 
 class KVLayer(NamedTuple):
@@ -53,12 +62,25 @@ class AttentionBackend(ABC, Generic[PlanT]):
     """Owns the KV cache. A step makes one plan on the host and uses it in every layer."""
 
     def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
-        """A cache of zeros, one block longer than ``shape`` says: rows that pad a batch write to the last one."""
+        """Without a cache, which takes what memory is left once the weights are there."""
         self.shape = shape
+        self.dtype = dtype
         self.device = device
-        size = (shape.layers, 2, (shape.blocks + 1) * shape.block_size, shape.kv_heads, shape.head_dim)
-        self.cache = torch.zeros(size, dtype=dtype, device=device)
-        self.layers = [KVLayer(*layer) for layer in self.cache]
+        self.blocks = 0
+        self.layers: list[KVLayer] = []
+
+    @property
+    def block_bytes(self) -> int:
+        """Memory of one block in all layers."""
+        shape = self.shape
+        return 2 * shape.layers * shape.block_size * shape.kv_heads * shape.head_dim * self.dtype.itemsize
+
+    def allocate(self, blocks: int) -> None:
+        """A cache of ``blocks`` blocks of zeros, and one more, to which the rows that pad a batch write."""
+        shape = self.shape
+        self.blocks = blocks
+        size = (shape.layers, 2, (blocks + 1) * shape.block_size, shape.kv_heads, shape.head_dim)
+        self.layers = [KVLayer(*layer) for layer in torch.zeros(size, dtype=self.dtype, device=self.device)]
 
     @abstractmethod
     def plan(self, sequences: Sequence[SequenceRows]) -> PlanT:

@@ -1,6 +1,6 @@
 """Paged attention on torch's scaled_dot_product_attention: for the CPU, and a reference for other backends."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,8 @@ class _Group:
     """``[sequences, queries]``, rows of the step."""
     positions: torch.Tensor
     """``[sequences, keys]``, where their tokens lie in the cache."""
-    mask: torch.Tensor
-    """``[sequences, 1, queries, keys]``, True where a query may look."""
+    masks: Mapping[int | None, torch.Tensor]
+    """By window ``[sequences, 1, queries, keys]``, True where a query may look."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,16 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         groups = []
         for queries, indices in members.items():
             rows = starts[indices][:, None] + np.arange(queries)
-            positions, mask, written = self._contexts([sequences[i] for i in indices], queries)
+            positions, masks, written = self._contexts([sequences[i] for i in indices], queries)
             write[rows] = written
-            groups.append(_Group(self._tensor(rows), self._tensor(positions), self._tensor(mask)[:, None]))
+            sent = {window: self._tensor(mask)[:, None] for window, mask in masks.items()}
+            groups.append(_Group(self._tensor(rows), self._tensor(positions), sent))
         return SdpaPlan(self._tensor(write), tuple(groups))
 
-    def _contexts(self, sequences: list[SequenceRows], queries: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Cache positions ``[n, keys]``, mask ``[n, queries, keys]``, and the positions ``[n, queries]`` to write."""
+    def _contexts(
+        self, sequences: list[SequenceRows], queries: int
+    ) -> tuple[np.ndarray, dict[int | None, np.ndarray], np.ndarray]:
+        """Cache positions ``[n, keys]``, masks ``[n, queries, keys]``, and the positions ``[n, queries]`` to write."""
         block_size = self.shape.block_size
         contexts = np.array([sequence.context for sequence in sequences])[:, None]
         keys = np.arange(contexts.max())
@@ -60,10 +63,12 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
             table[: len(used)] = used
         positions = tables[:, keys // block_size] * block_size + keys % block_size
         last = contexts - queries + np.arange(queries)
-        mask = keys[None, None, :] <= last[:, :, None]
+        behind = last[:, :, None] - keys[None, None, :]
+        windows = set(self.shape.windows) or {None}
+        masks = {w: (behind >= 0) if w is None else (behind >= 0) & (behind < w) for w in windows}
         written = np.take_along_axis(positions, last, axis=1)
         # Masked keys still multiply by zero, and stale memory may hold NaN: look at the first token instead.
-        return np.where(keys < contexts, positions, positions[:, :1]), mask, written
+        return np.where(keys < contexts, positions, positions[:, :1]), masks, written
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -73,20 +78,37 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         keys, values = self.layers[layer]
         out = torch.empty_like(q)
         for group in plan.groups:
-            out[group.rows] = self._attend_group(q, keys, values, group)
+            mask = group.masks[self.shape.window(layer)]
+            key, value = (cache[group.positions].transpose(1, 2) for cache in (keys, values))
+            out[group.rows] = self._attend_group(q[group.rows], key, value, mask)
         return out.flatten(1)
 
-    def _attend_group(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: _Group) -> torch.Tensor:
-        """``[sequences, queries, heads, head_dim]``."""
-        query = q[group.rows]
-        key = keys[group.positions].transpose(1, 2)
-        value = values[group.positions].transpose(1, 2)
+    def _attend_group(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """``query`` and the result ``[sequences, queries, heads, head_dim]``, the others with heads before tokens."""
+        shape = self.shape
+        if shape.softcap is not None:
+            return self._attend_capped(query, key, value, mask, shape.softcap)
         if query.shape[1] == 1:
             # The heads that share keys become queries of one head, so that a decode does not repeat its context.
-            shared = query.view(len(query), self.shape.kv_heads, -1, self.shape.head_dim)
-            return F.scaled_dot_product_attention(shared, key, value, attn_mask=group.mask).view_as(query)
-        grouped = self.shape.heads != self.shape.kv_heads
+            shared = query.view(len(query), shape.kv_heads, -1, shape.head_dim)
+            out = F.scaled_dot_product_attention(shared, key, value, attn_mask=mask, scale=shape.scale)
+            return out.view_as(query)
+        grouped = shape.heads != shape.kv_heads
         out = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key, value, attn_mask=group.mask, enable_gqa=grouped
+            query.transpose(1, 2), key, value, attn_mask=mask, scale=shape.scale, enable_gqa=grouped
         )
         return out.transpose(1, 2)
+
+    def _attend_capped(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, cap: float
+    ) -> torch.Tensor:
+        """Scores written out, since torch's attention knows no soft caps."""
+        shape = self.shape
+        shared = query.transpose(1, 2).unflatten(1, (shape.kv_heads, -1))
+        scale = shape.head_dim**-0.5 if shape.scale is None else shape.scale
+        scores = (shared @ key[:, :, None].mT).float() * scale
+        scores = (cap * torch.tanh(scores / cap)).masked_fill(~mask[:, :, None], -torch.inf)
+        out = scores.softmax(-1).to(value.dtype) @ value[:, :, None]
+        return out.flatten(1, 2).transpose(1, 2)

@@ -1,0 +1,201 @@
+"""``python -m benchmarks.engine --json FILE``: the engine on one GPU, in process, as BENCHMARKS defines its figures.
+
+``step``: the time of N requests of 512 prompt and 136 output tokens, less that of the same with 8, over 128.
+``saturated``: output tokens a second of 512 requests at once, 256 prompt and 128 output tokens, at most 256 running.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks.engine_model import RandomVersions, decoder_shape, in_arena, random_delta, started
+from deltazip_ray.config import EngineConfig
+from deltazip_ray.engine.async_engine import AsyncEngine
+from deltazip_ray.models.decoder_config import DecoderConfig
+from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
+
+LONG, SHORT = 136, 8
+
+
+def variant(index: int, count: int) -> str | None:
+    """Versions in turn; the base when there are none."""
+    return f"{index % count:064x}" if count else None
+
+
+async def batch(engine: AsyncEngine, requests: int, prompt: int, output: int, versions: int, seed: int) -> float:
+    """Seconds until all of ``requests`` random requests are done."""
+    rng = random.Random(seed)
+    vocab = engine.vocab_size
+    sampling = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
+    jobs = [
+        GenerateRequest(str(i), variant(i, versions), tuple(rng.choices(range(vocab), k=prompt)), sampling)
+        for i in range(requests)
+    ]
+
+    async def one(request: GenerateRequest) -> int:
+        return sum([len(chunk.tokens) async for chunk in engine.generate(request)])
+
+    began = time.perf_counter()
+    counts = await asyncio.gather(*map(one, jobs))
+    elapsed = time.perf_counter() - began
+    if set(counts) != {output}:
+        raise SystemExit(f"requests ended early: {sorted(set(counts))} tokens instead of {output}")
+    return elapsed
+
+
+async def step(engine: AsyncEngine, requests: int, versions: int, runs: int) -> dict[str, Any]:
+    """Milliseconds of a decode step, by the difference of long and short runs."""
+    samples = []
+    for seed in range(runs + 1):
+        long = await batch(engine, requests, 512, LONG, versions, 2 * seed)
+        short = await batch(engine, requests, 512, SHORT, versions, 2 * seed + 1)
+        samples.append(1e3 * (long - short) / (LONG - SHORT))
+    return {"requests": requests, "ms": statistics.median(samples[1:]), "samples": samples[1:]}
+
+
+async def saturated(engine: AsyncEngine, versions: int, runs: int) -> dict[str, Any]:
+    """Output tokens a second; and what the host did for each step meanwhile."""
+    samples = [512 * 128 / await batch(engine, 512, 256, 128, versions, 100 + seed) for seed in range(runs)]
+    return {"tokens_per_s": statistics.median(samples), "samples": samples}
+
+
+async def profile(engine: AsyncEngine, requests: int, versions: int) -> dict[str, float]:
+    """Milliseconds of device time of a step, by kind of kernel, over a run of decodes."""
+    running = asyncio.ensure_future(batch(engine, requests, 512, 400, versions, 7))
+    await asyncio.sleep(1.2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        await asyncio.sleep(0.4)
+    await running
+    totals: dict[str, float] = {}
+    steps = 0
+    for event in trace.key_averages():
+        kind = kernel_kind(event.key)
+        totals[kind] = totals.get(kind, 0.0) + event.self_device_time_total
+        steps = max(steps, event.count if "argmax" in event.key.lower() or "reduce_kernel" in event.key else 0)
+    names = {event.key[:90]: [event.count, event.self_device_time_total] for event in trace.key_averages()}
+    sums = {kind: total / 1e3 / max(steps, 1) for kind, total in totals.items()}
+    return sums | {"steps": steps, "kernels": dict(sorted(names.items(), key=lambda item: -item[1][1])[:25])}  # type: ignore[dict-item]
+
+
+def kernel_kind(name: str) -> str:
+    """Which part of a step a kernel belongs to."""
+    kinds = {
+        "delta": ("grouped", "raw", "shrink", "expand", "gather", "write_items"),
+        "attention": ("Decode", "Prefill", "attention", "MergeState", "rope"),
+        "norms and activation": ("rms_norm", "silu_mul", "quantize"),
+        "base GEMM": ("nvjet", "gemm", "cutlass", "splitK", "cublas"),
+    }
+    return next((kind for kind, parts in kinds.items() if any(part in name for part in parts)), "rest")
+
+
+def host_ms(before: dict[int, float], after: dict[int, float], steps: int) -> float:
+    """CPU milliseconds a step of the busiest thread."""
+    return 1e3 * max(after.get(thread, 0.0) - spent for thread, spent in before.items()) / max(steps, 1)
+
+
+def limits(shape: DecoderConfig, bandwidth: float, codec_bits: float) -> dict[str, float]:
+    """Milliseconds that reading takes at ``bandwidth`` bytes/s: weights, keys and values of 32 requests, one delta."""
+    hidden, kv = shape.hidden_size, shape.kv_heads * shape.head_dim
+    block = hidden * (2 * shape.heads * shape.head_dim + 2 * kv + 3 * shape.intermediate_size)
+    weights = 2 * (shape.layers * block + shape.vocab_size * hidden)
+    cache = 32 * (512 + LONG / 2) * shape.layers * 2 * kv * 2
+    delta = shape.layers * block * (codec_bits + 16 / 128) / 8
+    return {name: 1e3 * size / bandwidth for name, size in (("weights", weights), ("cache", cache), ("delta", delta))}
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a large copy on the device."""
+    source = torch.randint(0, 255, (2 << 30,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * len(source) / (triton.testing.do_bench(lambda: target.copy_(source), return_mode="median") * 1e-3)
+
+
+async def measure(options: argparse.Namespace, put: Any) -> None:
+    """Everything, one figure after the other, written as it comes."""
+    shape = decoder_shape(options.shape)
+    counts = [int(n) for n in options.versions.split(",")]
+    bits = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}[options.codec]
+    put("machine", {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__})
+    bandwidth = copy_bandwidth()
+    put("limits_ms", {"bandwidth": bandwidth} | limits(shape, bandwidth, bits))
+    torch.cuda.empty_cache()
+    delta = random_delta(shape, options.codec, outer=options.outer)
+    size = sum(map(len, delta.blobs.values()))
+    config = EngineConfig(
+        device="cuda",
+        dtype="bfloat16",
+        max_model_len=min(2048, shape.max_positions),
+        max_batch_tokens=8192,
+        max_running=256,
+        slots=max(1, *counts),
+        slot_bytes=size,
+        max_added_tokens=0,
+        memory_fraction=options.memory_fraction,
+    )
+    began = time.perf_counter()
+    source = RandomVersions(in_arena(delta))
+    engine = await started(shape, config, source)
+    put("start_seconds", time.perf_counter() - began)
+    began = time.perf_counter()
+    await batch(engine, 4, 64, 4, 0, 1)
+    put("first_requests_seconds", time.perf_counter() - began)
+    for count in counts:
+        began = time.perf_counter()
+        await batch(engine, max(count, 1), 16, 2, count, 2)
+        put(f"{count}.load_seconds", time.perf_counter() - began)
+        for requests in (8, 32):
+            if count <= requests:
+                put(f"{count}.step_{requests}", await step(engine, requests, count, options.runs))
+        if count in (0, 8, 32):
+            put(f"{count}.saturated", await saturated(engine, count, options.saturated_runs))
+        if options.profile and count in (0, 8, 32):
+            put(f"{count}.profile_32", await profile(engine, 32, count))
+    await engine.check()
+    await engine.stop()
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where the results go, and every sample")
+    parser.add_argument("--shape", default="8b", choices=("8b", "tiny"))
+    parser.add_argument("--codec", default="int2", choices=("int4", "int3", "int2", "int1"))
+    parser.add_argument("--outer", action="store_true", help="deltas change embedding and head too")
+    parser.add_argument("--versions", default="0,8,32", help="numbers of versions, 0 is the base alone")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--saturated-runs", type=int, default=3)
+    parser.add_argument("--memory-fraction", type=float, default=0.9)
+    parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
+    options = parser.parse_args()
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    results: dict[str, Any] = {"commit": commit, "codec": options.codec, "outer": options.outer, "shape": options.shape}
+
+    def put(name: str, value: Any) -> None:
+        results[name] = value
+        shown = (
+            {k: v for k, v in value.items() if k not in ("samples", "kernels")} if isinstance(value, dict) else value
+        )
+        sys.stdout.write(f"{name}: {shown}\n")
+        sys.stdout.flush()
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1))
+
+    asyncio.run(measure(options, put))
+
+
+if __name__ == "__main__":
+    main()

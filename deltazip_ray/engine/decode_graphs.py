@@ -1,0 +1,181 @@
+"""Decode steps as CUDA graphs: one launch for a whole step, whichever versions share it."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from deltazip_kernels import Segments
+from deltazip_kernels.plan import FEW, SOME
+from deltazip_ray.engine.step_inputs import StepBuffer
+from deltazip_ray.layers.attention.backend import SequenceRows
+from deltazip_ray.layers.attention.flashinfer import FlashInferBackend, FlashInferPlan
+from deltazip_ray.layers.attention.paged import page_tables
+from deltazip_ray.layers.rows import Rows
+from deltazip_ray.layers.triton_ops import TritonOps
+from deltazip_ray.models.decoder import Decoder, StepInputs
+from deltazip_ray.scheduler.batch import Batch
+
+_FINE, _COARSE = 64, 256  # rows up to which the sizes of graphs lie 8 and 16 apart; then it is 64
+_SMALL = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What the launches of a step depend on; a batch runs in a graph at least as large in every respect."""
+
+    rows: int
+    versions: int
+    """0: the base alone."""
+    longest: int
+    """Rows of one version."""
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    width: int
+    """The most tokens that a version adds: so wide are the logits."""
+    generation: int
+
+
+class DecodeGraphs:
+    """Captures a graph when a step first needs one of its shape, and replays it from then on.
+
+    Graphs share their memory, since one runs at a time, and write logits to one place: whoever reads them does so on
+    the stream of the steps, before the next is launched.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        attention: FlashInferBackend,
+        ops: TritonOps,
+        drawn: torch.Tensor,
+        slots: int,
+        pages: int,
+    ) -> None:
+        """``drawn`` ``[most rows]`` int64 holds the tokens of the step before; ``pages``: the most of a whole batch."""
+        self._decoder = decoder
+        self._attention = attention
+        self._ops = ops
+        self._drawn = drawn
+        most = len(drawn)
+        self._sizes = _sizes(most)
+        self._inputs = StepBuffer(
+            {
+                "tokens": (most, np.int64),
+                "positions": (most, np.int64),
+                "drawn_rows": (most, np.int64),
+                "where": (most, np.int64),
+                "index": (most, np.int32),
+                "starts": (slots + 2, np.int32),
+                "slots": (slots + 1, np.int32),
+                "page_starts": (most + 1, np.int32),
+                "last": (most, np.int32),
+                "pages": (pages + most, np.int32),
+            },
+            ops.device,
+        )
+        vocab = len(decoder.head.target.base) + decoder.head.added.table.shape[1]
+        self._logits = torch.empty((most, vocab), dtype=torch.float32, device=ops.device)
+        self._slots = slots
+        self._pool = torch.cuda.graph_pool_handle()
+        self._plans: dict[int, FlashInferPlan] = {}
+        self._graphs: dict[_Shape, _Captured] = {}
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether every chunk of ``batch`` is one token that samples."""
+        return len(batch.chunks) == batch.num_tokens == len(batch.sampling_chunks)
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Launch a batch that fits; returns its logits ``[chunks, vocab + added]``, float32."""
+        rows = next(size for size in self._sizes if size >= len(batch.chunks))
+        plan = self._plan(rows)
+        shape = self._fill(batch, rows)
+        captured = self._graphs.get(shape)
+        if captured is None or (captured.generation, captured.width) != (self._ops.generation, self._width):
+            captured = self._graphs[shape] = self._capture(shape, plan)
+        captured.graph.replay()
+        return self._logits[: len(batch.chunks), : self._vocab]
+
+    @property
+    def _width(self) -> int:
+        return self._decoder.head.added.width
+
+    @property
+    def _vocab(self) -> int:
+        return len(self._decoder.head.target.base) + self._width
+
+    def _plan(self, rows: int) -> FlashInferPlan:
+        if rows not in self._plans:
+            inputs = self._inputs.tensors
+            where, starts, last = inputs["where"][:rows], inputs["page_starts"][: rows + 1], inputs["last"][:rows]
+            self._plans[rows] = self._attention.capture_plan(where, starts, inputs["pages"], last)
+        return self._plans[rows]
+
+    def _fill(self, batch: Batch, rows: int) -> _Shape:
+        """Send the batch's inputs and plan its attention; rows that pad it belong to the base and see one token."""
+        arrays, chunks = self._inputs.arrays, batch.chunks
+        count, size = len(chunks), self._attention.shape.block_size
+        padding = SequenceRows(1, 1, (self._attention.blocks,))
+        sequences = [SequenceRows(1, chunk.start + 1, chunk.block_table) for chunk in chunks]
+        sequences += [padding] * (rows - count)
+        idle = rows - count
+        arrays["tokens"][:rows] = [chunk.tokens[0] for chunk in chunks] + [0] * idle
+        arrays["positions"][:rows] = [sequence.context - 1 for sequence in sequences]
+        arrays["drawn_rows"][:rows] = [-1 if c.drawn_row is None else c.drawn_row for c in chunks] + [-1] * idle
+        arrays["where"][:rows] = [s.blocks[(s.context - 1) // size] * size + (s.context - 1) % size for s in sequences]
+        arrays["index"][:rows] = [chunk.slot + 1 for chunk in chunks] + [0] * idle
+        starts, slots = batch.segments()
+        arrays["starts"][:] = starts + [count] * (self._slots + 2 - len(starts))
+        arrays["slots"][:] = slots + [-1] * (self._slots + 1 - len(slots))
+        tables = page_tables(sequences, size)
+        arrays["page_starts"][: rows + 1] = tables.starts
+        arrays["last"][:rows] = tables.last
+        arrays["pages"][: len(tables.pages)] = tables.pages
+        self._inputs.send(len(tables.pages))
+        self._attention.plan_decode(rows, tables)
+        lengths = [stop - start for (start, stop), slot in zip(pairwise(starts), slots, strict=True) if slot >= 0]
+        return _shape(rows, len(lengths), max(lengths, default=0), self._slots)
+
+    def _capture(self, shape: _Shape, plan: FlashInferPlan) -> _Captured:
+        """Run the step once, which compiles kernels and writes nothing that its replay would not, and record it."""
+        self._step(shape, plan)
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            # Other threads copy deltas to the device meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            self._step(shape, plan)
+            graph.capture_end()
+        here.wait_stream(stream)
+        return _Captured(graph, self._width, self._ops.generation)
+
+    def _step(self, shape: _Shape, plan: FlashInferPlan) -> None:
+        inputs = {name: tensor[: shape.rows] for name, tensor in self._inputs.tensors.items()}
+        rows = Rows(inputs["index"])
+        if shape.versions:
+            starts = self._inputs.tensors["starts"][: shape.versions + 2]
+            segments = Segments(starts, self._inputs.tensors["slots"][: shape.versions + 1])
+            rows = self._ops.graph_rows(inputs["index"], segments, shape.longest)
+        source = inputs["drawn_rows"]
+        tokens = torch.where(source >= 0, self._drawn[source.clamp(min=0)], inputs["tokens"])
+        logits = self._decoder(StepInputs(tokens, inputs["positions"], rows, plan, None, rows))
+        self._logits[: shape.rows, : self._vocab].copy_(logits)
+
+
+def _sizes(most: int) -> tuple[int, ...]:
+    """Rows of the graphs for batches of up to ``most`` rows."""
+    sizes = [*_SMALL, *range(8, _FINE, 8), *range(_FINE, _COARSE, 16), *range(_COARSE, most, 64)]
+    return (*(size for size in sizes if size < most), most)
+
+
+def _shape(rows: int, versions: int, longest: int, slots: int) -> _Shape:
+    """The least shape for such a batch of which there is a graph."""
+    if versions == 0:
+        return _Shape(rows, 0, 0)
+    steps = (FEW, SOME, rows)
+    return _Shape(rows, min(1 << (versions - 1).bit_length(), rows, slots), next(n for n in steps if n >= longest))

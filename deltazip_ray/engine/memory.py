@@ -1,0 +1,65 @@
+"""How a GPU's memory is shared out at the start: base, slots, workspace, and the KV cache from what is left."""
+
+from dataclasses import dataclass
+
+import torch
+
+from deltazip_ray.config import GIB, EngineConfig
+from deltazip_ray.errors import ConfigError
+from deltazip_ray.models.decoder_config import DecoderConfig
+
+_GRAPHS = GIB  # CUDA graphs, cuBLAS and what the allocator cannot use
+_FEWEST = 16
+"""Blocks below which a cache is no use."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one device."""
+
+    total: int
+    base: int
+    slots: int
+    workspace: int
+    cache: int
+    blocks: int
+    tokens: int
+    """That the cache holds."""
+
+    def __str__(self) -> str:
+        """A table."""
+        rows = {"base": self.base, "slots": self.slots, "workspace": self.workspace, "KV cache": self.cache}
+        rest = self.total - sum(rows.values())
+        lines = [f"  {name:<16} {size / GIB:8.2f} GiB" for name, size in (rows | {"left to others": rest}).items()]
+        return "\n".join([*lines, f"  KV cache: {self.blocks} blocks, {self.tokens} tokens"])
+
+
+def workspace_bytes(config: EngineConfig, shape: DecoderConfig, itemsize: int) -> int:
+    """The most that a step takes beside weights and cache: its widest activations, one merged weight, its logits."""
+    attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    widest = max(3 * shape.intermediate_size, attention + shape.heads * shape.head_dim)
+    rows = config.max_batch_tokens * (4 * shape.hidden_size + widest) * (itemsize + 1)
+    merged = 2 * shape.intermediate_size * shape.hidden_size * itemsize
+    logits = config.max_running * (shape.vocab_size + config.max_added_tokens) * (2 * itemsize + 3 * 4)
+    return rows + merged + logits + _GRAPHS
+
+
+def plan_memory(
+    config: EngineConfig, device: torch.device, *, base: int, slots: int, workspace: int, block_bytes: int
+) -> MemoryPlan:
+    """Blocks of ``block_bytes`` in what ``config.memory_fraction`` allows. Raises ConfigError when that is too little.
+
+    ``base`` and ``slots`` are allocated already. With ``config.kv_blocks`` the plan takes that many, if they fit.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    left = int(total * config.memory_fraction) - (total - free) - workspace
+    blocks = left // block_bytes - 1 if config.kv_blocks is None else config.kv_blocks
+    plan = MemoryPlan(
+        total, base, slots, workspace, max(blocks, 0) * block_bytes, blocks, max(blocks, 0) * config.block_size
+    )
+    if blocks < _FEWEST or (blocks + 1) * block_bytes > left:
+        raise ConfigError(
+            f"the engine does not fit the GPU's {total / GIB:.1f} GiB, of which engine.memory_fraction allows "
+            f"{config.memory_fraction:.0%}:\n{plan}\nlower engine.slots, slot_bytes, max_batch_tokens or kv_blocks"
+        )
+    return plan

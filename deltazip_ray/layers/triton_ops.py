@@ -1,0 +1,193 @@
+"""The same operations as fused kernels, for a GPU: a fixed number of launches, whatever versions share the batch."""
+
+from collections.abc import Sequence
+
+import torch
+
+from deltazip_kernels import CODECS, LOW_RANK, RAW, PackedDelta, Segments
+from deltazip_kernels.gather import gather_rows
+from deltazip_kernels.merged import merge_weight
+from deltazip_kernels.plan import Work, plan
+from deltazip_kernels.quantize import (
+    gelu_mul_quantize,
+    layer_norm_quantize,
+    quantize_rows,
+    rms_norm_quantize,
+    silu_mul_quantize,
+)
+from deltazip_kernels.rope import HeadNorm, rope_and_cache
+from deltazip_kernels.table import CODEC_IDS, DeltaTable
+from deltazip_kernels.triton_backend import grouped_matmul, low_rank_matmul, raw_matmul
+from deltazip_ray.layers.activations import Activations
+from deltazip_ray.layers.attention.backend import KVLayer
+from deltazip_ray.layers.ops import LayerOps
+from deltazip_ray.layers.rope import Rotary
+from deltazip_ray.layers.rows import Rows, Span, join_runs, send_index, send_segments
+from deltazip_ray.layers.stack import DeltaStack
+
+MERGE_ROWS = 384
+"""Rows of a segment from which on one product with the sum of base and delta is cheaper than two (docs/kernels.md)."""
+
+
+class TritonStack(DeltaStack):
+    """Deltas behind a table of pointers in device memory."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], slots: int, ops: "TritonOps") -> None:
+        super().__init__(shapes, slots)
+        self.ops = ops
+        self.table = DeltaTable(shapes, slots, ops.device, ops.dtype)
+        self.codecs: tuple[str, ...] = ()
+        """All that any slot ever held: launches depend on it, so it only grows."""
+        self.rank = 0
+        """The largest of the low-rank deltas so far."""
+
+    def put(self, slot: int, part: int, delta: PackedDelta | None) -> None:
+        """As the base class says; seen by the steps that are launched afterwards."""
+        super().put(slot, part, delta)
+        self.table.set(slot, [deltas[slot] for deltas in self.deltas])
+        if delta is None:
+            return
+        rank = delta.tensors["down"].shape[0] if delta.codec == LOW_RANK else 0
+        if delta.codec not in self.codecs or rank > self.rank:
+            self.codecs = tuple(name for name in CODEC_IDS if name in {*self.codecs, delta.codec})
+            self.rank = max(self.rank, rank)
+            self.ops.generation += 1
+
+    def add_product(self, y: torch.Tensor, x: Activations, rows: Rows) -> None:
+        """As the base class says, for ``rows.work``; packed codecs see activations rounded to int8."""
+        packed = [name for name in self.codecs if name in CODECS]
+        rounded = x.rounded
+        if packed and rows.work and rounded is None:
+            rounded = quantize_rows(x.values)
+        for work in rows.work:
+            if packed and rounded is not None:
+                grouped_matmul(y, rounded, self.table, work, packed)
+            if RAW in self.codecs:
+                raw_matmul(y, x.values, self.table, work)
+            if LOW_RANK in self.codecs:
+                low_rank_matmul(y, x.values, self.table, work, self.rank)
+
+    def add_weights(self, hidden: torch.Tensor, chosen: torch.Tensor, rows: Rows) -> None:
+        """As the base class says."""
+        if self.codecs:
+            gather_rows(hidden, chosen, rows.index, self.table, self.codecs)
+
+    def merged(self, weight: torch.Tensor, slot: int) -> torch.Tensor:
+        """``weight`` plus the slot's deltas; valid until the next call for any stack."""
+        if all(deltas[slot] is None for deltas in self.deltas):
+            return weight
+        scratch = self.ops.scratch(weight)
+        for deltas, start, stop in zip(self.deltas, self.starts, self.starts[1:], strict=False):
+            delta = deltas[slot]
+            if delta is None:
+                scratch[start:stop].copy_(weight[start:stop])
+            else:
+                merge_weight(weight[start:stop], delta, scratch[start:stop])
+        return scratch
+
+
+class TritonOps(LayerOps):
+    """Fused kernels, int8 activations where deltas are packed, merged weights for long segments."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.generation = 0
+        """Grows when launches change: graphs that were captured before are of no use then."""
+        self._scratch = torch.empty(0, dtype=dtype, device=device)
+
+    def scratch(self, like: torch.Tensor) -> torch.Tensor:
+        """Room for one weight of the shape of ``like``, the same memory for all."""
+        if self._scratch.numel() < like.numel():
+            self._scratch = torch.empty(like.numel(), dtype=self.dtype, device=self.device)
+        return self._scratch[: like.numel()].view(like.shape)
+
+    def stack(self, shapes: Sequence[tuple[int, int]], slots: int) -> TritonStack:
+        """See :meth:`LayerOps.stack`."""
+        return TritonStack(shapes, slots, self)
+
+    def rows(self, runs: Sequence[tuple[int, int]], device: torch.device) -> Rows:
+        """See :meth:`LayerOps.rows`. Long segments are left to merged weights."""
+        spans = join_runs(runs)
+        index = send_index(spans, device)
+        versions = tuple(span for span in spans if span.slot >= 0)
+        merged = tuple(span for span in versions if span.stop - span.start >= MERGE_ROWS)
+        short = [span for span in versions if span not in merged]
+        work: tuple[Work, ...] = ()
+        if short:
+            segments = send_segments([_without(span, merged) for span in spans], device)
+            work = plan(segments, spans[-1].stop, max(span.stop - span.start for span in short))
+        return Rows(index, versions, None, work, merged)
+
+    def graph_rows(self, index: torch.Tensor, segments: Segments, longest: int) -> Rows:
+        """Rows of a step to be captured: any that ``index`` and ``segments`` hold at its replay."""
+        return Rows(index, work=plan(segments, len(index), longest))
+
+    def linear(self, weight: torch.Tensor, x: Activations, stack: DeltaStack, rows: Rows) -> torch.Tensor:
+        """See :meth:`LayerOps.linear`."""
+        if not rows.merged or not isinstance(stack, TritonStack):
+            return super().linear(weight, x, stack, rows)
+        y = torch.empty((len(x.values), len(weight)), dtype=x.values.dtype, device=x.values.device)
+        start = 0
+        for span in (*rows.merged, Span(-1, len(y), len(y))):
+            if start < span.start:
+                torch.mm(x.values[start : span.start], weight.T, out=y[start : span.start])
+            if span.start < span.stop:
+                torch.mm(
+                    x.values[span.start : span.stop], stack.merged(weight, span.slot).T, out=y[span.start : span.stop]
+                )
+            start = span.stop
+        stack.add_product(y, x, rows)
+        return y
+
+    def rms_norm(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        rows: Rows,
+        eps: float,
+        update: torch.Tensor | None = None,
+        *,
+        offset: bool = False,
+    ) -> Activations:
+        """See :meth:`LayerOps.rms_norm`."""
+        first, residual = (x, None) if update is None else (update, x)
+        return Activations(*rms_norm_quantize(first, weights, rows.index, eps, residual, offset=offset))
+
+    def layer_norm(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        biases: torch.Tensor,
+        rows: Rows,
+        eps: float,
+        update: torch.Tensor | None = None,
+    ) -> Activations:
+        """See :meth:`LayerOps.layer_norm`."""
+        first, residual = (x, None) if update is None else (update, x)
+        return Activations(*layer_norm_quantize(first, weights, biases, rows.index, eps, residual))
+
+    def silu_mul(self, gate_up: torch.Tensor) -> Activations:
+        """See :meth:`LayerOps.silu_mul`."""
+        return Activations(*silu_mul_quantize(gate_up))
+
+    def gelu_mul(self, gate_up: torch.Tensor) -> Activations:
+        """See :meth:`LayerOps.gelu_mul`."""
+        return Activations(*gelu_mul_quantize(gate_up))
+
+    def rotate(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        rotary: Rotary,
+        cache: KVLayer,
+        where: torch.Tensor,
+        norm: HeadNorm | None = None,
+    ) -> torch.Tensor:
+        """See :meth:`LayerOps.rotate`."""
+        return rope_and_cache(qkv, positions, rotary.tables, cache.keys, cache.values, where, norm)
+
+
+def _without(span: Span, merged: Sequence[Span]) -> Span:
+    """A merged segment as the kernels see it: rows of the base, with nothing to add."""
+    return Span(-1, span.start, span.stop) if span in merged else span

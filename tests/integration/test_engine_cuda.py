@@ -1,0 +1,110 @@
+"""The whole engine on a GPU: FlashInfer, CUDA graphs, steps ahead, against transformers running the merged weights."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from deltazip_ray.artifact.file_store import FileStore
+from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
+from tests.support.engines import RunningEngine, random_prompt, running
+from tests.support.oracle import Oracle
+from tests.support.tiny import make_base, make_finetune
+from tests.support.versions import MemorySource, build_version
+from tests.support.zoo import Zoo
+
+pytestmark = pytest.mark.gpu
+
+SETTINGS = {
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "slot_bytes": 8 << 20,
+    "max_batch_tokens": 512,
+    "kv_blocks": 512,
+    "max_running": 48,
+    "memory_fraction": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def wide_zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """As ``zoo``, with heads of 128, which FlashInfer has kernels for."""
+    path = tmp_path_factory.mktemp("wide")
+    base = make_base(path / "base", hidden=512)
+    tunes = [make_finetune(base, path / f"tune{i}", seed=i, scale=0.02) for i in range(3)]
+    odd = make_finetune(base, path / "odd", seed=3, scale=0.02, added=("<one>", "<two>"))
+    versions = (
+        build_version(base, tunes[0], "int4"),
+        build_version(base, tunes[1], "int2"),
+        build_version(base, tunes[2], "sparse24_int4"),
+        build_version(base, odd, "int4", raw=r"1\.self_attn\.o_proj|embed_tokens", codecs={"mlp": "int3"}),
+    )
+    oracles: dict[str | None, Oracle] = {None: Oracle(base)}
+    oracles |= {v.version: Oracle(v.write_merged(path / v.version)) for v in versions}
+    return Zoo(base, FileStore(path / "store"), versions, oracles)
+
+
+def regret(oracle: Oracle, prompt: Sequence[int], output: Sequence[int]) -> float:
+    """How far the drawn tokens lie below the best ones at most, in units of the logits' spread."""
+    logits = oracle.logits([*prompt, *output])[len(prompt) - 1 : -1]
+    drawn = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+    return float(((logits.amax(1) - drawn) / logits.std(1)).max())
+
+
+async def all_of(run: RunningEngine, zoo: Zoo, count: int, tokens: int) -> float:
+    """The largest regret of ``count`` greedy requests, all versions mixed, all at once."""
+    names = zoo.names
+    sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    prompts = [random_prompt(i, 5 + 7 * i % 90) for i in range(count)]
+    jobs = [run.generate(prompt, names[i % len(names)], sampling) for i, prompt in enumerate(prompts)]
+    outputs = await asyncio.gather(*jobs)
+    assert {len(output) for output in outputs} == {tokens}
+    found = [regret(zoo.oracles[names[i % len(names)]], prompts[i], outputs[i]) for i in range(count)]
+    return max(found)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cuda_graphs": False}, {"attention": "sdpa"}, {"async_steps": False}])
+async def test_mixed_requests_draw_what_transformers_ranks_first(wide_zoo: Zoo, settings: dict[str, object]) -> None:
+    async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS | settings) as run:
+        # bfloat16 has 8 bits and int8 activations 7: a token this close to the best may win.
+        assert await all_of(run, wide_zoo, 40, 24) < 0.15
+
+
+async def test_long_prompts_of_one_version_run_merged(wide_zoo: Zoo) -> None:
+    version = wide_zoo.versions[1].version
+    async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS | {"max_model_len": 512}) as run:
+        prompt = random_prompt(1, 450)
+        output = await run.generate(prompt, version, SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True))
+        assert regret(wide_zoo.oracles[version], prompt, output) < 0.15
+
+
+async def test_versions_come_and_go_under_graphs(wide_zoo: Zoo) -> None:
+    async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS | {"slots": 2}) as run:
+        assert await all_of(run, wide_zoo, 20, 8) < 0.15
+        assert run.engine.stats().evictions > 0
+
+
+async def test_cancelled_requests_leak_nothing(wide_zoo: Zoo) -> None:
+    async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS) as run:
+        names = wide_zoo.names
+
+        async def one(i: int) -> None:
+            request = GenerateRequest(str(i), names[i % len(names)], tuple(random_prompt(i, 3 + i % 60)))
+            async for _ in run.engine.generate(request):
+                if i % 3 == 0:
+                    return
+
+        await asyncio.gather(*map(one, range(150)))
+        await run.engine.check()
+        assert run.engine.stats().kv_blocks_free == SETTINGS["kv_blocks"]
+
+
+def test_sampled_tokens_follow_their_seed(wide_zoo: Zoo, tmp_path: Path) -> None:
+    async def outputs() -> list[list[int]]:
+        async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS) as run:
+            drawn = SamplingParams(max_tokens=8, temperature=1.0, top_p=0.9, seed=3, ignore_eos=True)
+            return [await run.generate(random_prompt(1, 20), name, drawn) for name in wide_zoo.names]
+
+    assert asyncio.run(outputs()) == asyncio.run(outputs())
