@@ -7,16 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from deltazip_ray.artifact.checkpoint import Checkpoint
 from deltazip_ray.compress.calibration import load_calibration
@@ -28,38 +19,9 @@ from deltazip_ray.compress.pipeline import compress_checkpoint
 from deltazip_ray.compress.runner import Runner
 from deltazip_ray.compress.skeleton import Skeleton, load_tensors
 from deltazip_ray.errors import CheckpointMismatch
-from tests.support.tiny import make_tokenizer
+from tests.support.families import CONFIGS, GROUPED, save_model
 
 SMALL = {"samples": 8, "sequence_length": 24}
-SIZES: dict[str, Any] = {
-    "vocab_size": len(make_tokenizer()),
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.1,
-    "architectures": None,
-}
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "LlamaForCausalLM": LlamaConfig(**SIZES),
-    "MistralForCausalLM": MistralConfig(**SIZES, sliding_window=64, head_dim=48),
-    "Qwen2ForCausalLM": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "Qwen3ForCausalLM": Qwen3Config(**SIZES, head_dim=48),
-    # Caps small enough to bend random scores and logits.
-    "Gemma2ForCausalLM": Gemma2Config(
-        **SIZES,
-        head_dim=48,
-        sliding_window=64,
-        query_pre_attn_scalar=20,
-        attn_logit_softcapping=2.0,
-        final_logit_softcapping=3.0,
-    ),
-    "GPTNeoXForCausalLM": GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
-}
 RAW = {
     "LlamaForCausalLM": {"input_layernorm.weight"},
     "MistralForCausalLM": {"input_layernorm.weight"},
@@ -71,31 +33,14 @@ RAW = {
 EVERY = pytest.mark.parametrize("architecture", CONFIGS)
 
 
-def make(path: Path, config: PreTrainedConfig, moved: float = 0.0) -> Path:
-    """A random model of one seed, all its weights ``moved`` by noise; biases and norms are no longer trivial."""
-    torch.manual_seed(0)
-    auto: Any = AutoModelForCausalLM
-    model = auto.from_config(config)
-    noise = torch.Generator().manual_seed(1)
-    tuning = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=noise)
-            parameter += moved * torch.randn(parameter.shape, generator=tuning)
-    model.save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return path
-
-
 def test_every_family_is_tested() -> None:
     assert CONFIGS.keys() == FAMILIES.keys()
 
 
 @EVERY
 def test_compress_and_merge(tmp_path: Path, architecture: str) -> None:
-    base = make(tmp_path / "base", CONFIGS[architecture])
-    finetuned = make(tmp_path / "finetuned", CONFIGS[architecture], moved=0.01)
+    base = save_model(tmp_path / "base", CONFIGS[architecture])
+    finetuned = save_model(tmp_path / "finetuned", CONFIGS[architecture], moved=0.01)
     options = CompressOptions.model_validate(SMALL)
     manifest = compress_checkpoint(base, finetuned, (tmp_path / "artifact").as_uri(), options)
     assert manifest.base.architecture == architecture
@@ -122,8 +67,8 @@ def test_compress_and_merge(tmp_path: Path, architecture: str) -> None:
 @EVERY
 @torch.no_grad()
 def test_the_quality_record_is_the_divergence_of_whole_models(tmp_path: Path, architecture: str) -> None:
-    base = make(tmp_path / "base", CONFIGS[architecture])
-    finetuned = make(tmp_path / "finetuned", CONFIGS[architecture], moved=0.01)
+    base = save_model(tmp_path / "base", CONFIGS[architecture])
+    finetuned = save_model(tmp_path / "finetuned", CONFIGS[architecture], moved=0.01)
     options = CompressOptions.model_validate(SMALL | {"codec": "int2"})
     manifest = compress_checkpoint(base, finetuned, (tmp_path / "artifact").as_uri(), options)
     merge(base, tmp_path / "artifact", tmp_path / "merged", dtype=torch.float32)
@@ -144,7 +89,7 @@ def logits(path: Path, tokens: Tensor) -> Tensor:
 
 @EVERY
 def test_block_by_block_is_what_transformers_computes(tmp_path: Path, architecture: str) -> None:
-    checkpoint = Checkpoint.open(make(tmp_path / "base", CONFIGS[architecture]))
+    checkpoint = Checkpoint.open(save_model(tmp_path / "base", CONFIGS[architecture]))
     skeleton = Skeleton(checkpoint)
     options = CompressOptions.model_validate(SMALL)
     with torch.no_grad():
@@ -167,7 +112,7 @@ def test_block_by_block_is_what_transformers_computes(tmp_path: Path, architectu
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Gemma2ForCausalLM", "GPTNeoXForCausalLM"])
 def test_a_target_counts_norms_and_biases(tmp_path: Path, architecture: str) -> None:
     config = CONFIGS[architecture]
-    base, finetuned = make(tmp_path / "base", config), make(tmp_path / "finetuned", config, moved=0.01)
+    base, finetuned = save_model(tmp_path / "base", config), save_model(tmp_path / "finetuned", config, moved=0.01)
     options = CompressOptions.model_validate(SMALL | {"target_ratio": 6})
     manifest = compress_checkpoint(base, finetuned, (tmp_path / "artifact").as_uri(), options)
     numbers = sum(tensor.numel() for tensor in load_file(finetuned / "model.safetensors").values())
@@ -175,8 +120,8 @@ def test_a_target_counts_norms_and_biases(tmp_path: Path, architecture: str) -> 
 
 
 def test_calibration_stays_inside_a_sliding_window(tmp_path: Path) -> None:
-    config = MistralConfig(**SIZES, sliding_window=16)
-    pair = open_pair(make(tmp_path / "base", config), make(tmp_path / "finetuned", config, moved=0.01))
+    config = MistralConfig(**GROUPED, sliding_window=16)
+    pair = open_pair(save_model(tmp_path / "base", config), save_model(tmp_path / "finetuned", config, moved=0.01))
     options = CompressOptions.model_validate(SMALL)
     with torch.no_grad():
         calibration = load_calibration(pair.finetuned, pair.skeleton, options, lambda fraction: None)
@@ -184,10 +129,10 @@ def test_calibration_stays_inside_a_sliding_window(tmp_path: Path) -> None:
 
 
 def test_families_and_windows_do_not_mix(tmp_path: Path) -> None:
-    base = make(tmp_path / "base", CONFIGS["MistralForCausalLM"])
-    other = make(tmp_path / "other", CONFIGS["LlamaForCausalLM"])
+    base = save_model(tmp_path / "base", CONFIGS["MistralForCausalLM"])
+    other = save_model(tmp_path / "other", CONFIGS["LlamaForCausalLM"])
     with pytest.raises(CheckpointMismatch, match="architecture is MistralForCausalLM in the base, LlamaForCausalLM"):
         open_pair(base, other)
-    wider = make(tmp_path / "wider", MistralConfig(**SIZES, sliding_window=32, head_dim=48))
-    with pytest.raises(CheckpointMismatch, match="sliding_window is 64 in the base, 32 in the fine-tune"):
+    wider = save_model(tmp_path / "wider", MistralConfig(**GROUPED, sliding_window=32, head_dim=48))
+    with pytest.raises(CheckpointMismatch, match="sliding_window is 24 in the base, 32 in the fine-tune"):
         open_pair(base, wider)

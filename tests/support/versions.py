@@ -21,7 +21,7 @@ from deltazip_ray.artifact.manifest import BaseRef, BlobEntry, FileEntry, Manife
 from deltazip_ray.artifact.object_store import ObjectStore
 from deltazip_ray.residency.tiers import HostDelta, Tier
 
-EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight", "gpt_neox.embed_in.weight", "embed_out.weight")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def build_version(
     blocks: dict[str, dict[str, torch.Tensor]] = {}
     entries: dict[str, dict[str, TensorEntry]] = {}
     merged: dict[str, torch.Tensor] = {}
-    vocab = old.shape(EMBEDDINGS[0])[0]
+    vocab = old.config["vocab_size"]
     for name in new.names:
         value, block = new.tensor(name).float(), _block(name)
         known = value[:vocab] if name in EMBEDDINGS else value
@@ -131,7 +131,7 @@ def build_version(
     manifest = Manifest(
         layout_version=LAYOUT_VERSION,
         base=BaseRef(digest=base_digest(old), architecture=old.config["architectures"][0], vocab_size=vocab),
-        added_tokens=new.shape(EMBEDDINGS[0])[0] - vocab,
+        added_tokens=new.config["vocab_size"] - vocab,
         bytes_finetuned=new.nbytes,
         blobs=tuple(
             BlobEntry(block=block, digest=sha256_hex(blob), size=len(blob), tensors=entries[block])
@@ -176,6 +176,15 @@ class MemorySource:
 
     async def release(self, version: str) -> None:
         self.held[version] -= 1
+
+    async def prefetch(self, version: str) -> bool:
+        return version in self.versions
+
+    async def discard(self, version: str, *, disk: bool = False) -> None:
+        """Nothing: the versions are the test's."""
+
+    def seconds_away(self, version: str) -> float:
+        return 0.0
 
 
 def _block(name: str) -> str:
