@@ -5,10 +5,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 from prometheus_client import CollectorRegistry
 
+from deltazip_deployments.replica import Engine
 from deltazip_deployments.router.api import build_api
 from deltazip_deployments.router.backend import ReplicaDescription
 from deltazip_deployments.router.metrics import RouterMetrics
@@ -17,11 +19,18 @@ from deltazip_deployments.router.service import RouterService
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.store import open_store
 from deltazip_ray.config import AppConfig
-from deltazip_ray.engine.async_engine import AsyncEngine
 from deltazip_ray.errors import DeltaZipError, EngineStopped
-from deltazip_ray.residency.tiers import HostDelta
+from deltazip_ray.residency.tiers import DeltaSource, HostDelta
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
-from tests.support.fake_engine import FakeEngine, Script
+
+
+class EngineMaker(Protocol):
+    """An EngineFactory that knows its base: a ``Script``, or one of real engines."""
+
+    @property
+    def base_digest(self) -> str: ...
+
+    def __call__(self, config: AppConfig, source: DeltaSource, registry: CollectorRegistry) -> Engine: ...
 
 
 class CatalogSource:
@@ -46,7 +55,7 @@ class CatalogSource:
 class LocalBackend:
     """A Backend without Ray. ``fail_after`` breaks streams off: how many chunks each call gives before it dies."""
 
-    engine: FakeEngine | AsyncEngine
+    engine: Engine
     fail_after: list[int | None] = field(default_factory=list)
     lose_the_end: bool = False
     """Break off instead of telling that the last token was the last."""
@@ -88,7 +97,7 @@ class RouterApp:
 
 @asynccontextmanager
 async def router_app(
-    config: AppConfig, script: Script, base: Path, *, replicas: bool = True
+    config: AppConfig, script: EngineMaker, base: Path, *, replicas: bool = True
 ) -> AsyncIterator[RouterApp]:
     """Start the API; requests go through ASGI, without a socket."""
     store = open_store(config.store)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from deltazip_deployments.http_errors import answer_for, error_body, error_response
-from deltazip_deployments.openai.protocol import InvalidField
+from deltazip_deployments.openai.body import InvalidField
 from deltazip_ray import errors
 
 

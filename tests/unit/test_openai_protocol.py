@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest, InvalidField, parse_request
+from deltazip_deployments.openai.body import InvalidField, parse_request
+from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
 from deltazip_ray.errors import InvalidRequest
+from deltazip_ray.scheduler.request import SamplingParams, Structure
 
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "abc"}
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -23,21 +25,10 @@ def completion(**fields: Any) -> CompletionRequest:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
         ("n", True),
-        ("best_of", 3),
-        ("logprobs", True),
-        ("logprobs", 0),
-        ("top_logprobs", 2),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("logit_bias", {"5": 10}),
-        ("echo", True),
         ("suffix", "end"),
-        ("min_p", 0.1),
         ("reasoning_effort", "high"),
         ("no_such_field", 1),
     ],
@@ -49,6 +40,14 @@ def test_fields_that_would_change_the_answer_are_refused_by_name(field: str, val
         assert refused.value.param == field
 
 
+def test_fields_of_the_other_endpoint_are_refused() -> None:
+    for field, value in (("best_of", 3), ("echo", True)):
+        with pytest.raises(InvalidField, match=field):
+            chat(**{field: value})
+    with pytest.raises(InvalidField, match="top_logprobs"):
+        completion(top_logprobs=2)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -58,7 +57,6 @@ def test_fields_that_would_change_the_answer_are_refused_by_name(field: str, val
         ("service_tier", "auto"),
         ("n", 1),
         ("logprobs", None),
-        ("logprobs", False),
         ("presence_penalty", 0.0),
         ("frequency_penalty", 0),
         ("tools", []),
@@ -81,6 +79,27 @@ def test_fields_that_ask_for_nothing_are_accepted(field: str, value: Any) -> Non
         ({"temperature": 2.5}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"n": 0}, "n"),
+        ({"n": 33}, "n"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias"),
+        ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs"),
+        ({"structured_outputs": {"lark": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "min_tokens"),
         ({"stop": 7}, "stop"),
         ({"model": 7}, "model"),
         ({"stream_options": {"include_usage": 1}, "stream": True}, "stream_options"),
@@ -168,16 +187,79 @@ def test_output_limits() -> None:
 def test_sampling_prefers_the_request_over_the_version_over_neutral() -> None:
     defaults = {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
     ends = frozenset({2})
-    own = completion(temperature=0, seed=3).sampling(max_tokens=4, stop_token_ids=ends, defaults=defaults)
+    own = completion(temperature=0, seed=3).sampling(max_tokens=4, end_token_ids=ends, defaults=defaults)
     assert (own.temperature, own.top_p, own.top_k, own.seed, own.max_tokens) == (0.0, 0.9, 20, 3, 4)
-    neutral = completion(top_k=-1).sampling(max_tokens=4, stop_token_ids=ends, defaults={})
+    neutral = completion(top_k=-1).sampling(max_tokens=4, end_token_ids=ends, defaults={})
     assert (neutral.temperature, neutral.top_p, neutral.top_k, neutral.ignore_eos) == (1.0, 1.0, 0, False)
 
 
+def sampled(request: ChatRequest | CompletionRequest) -> SamplingParams:
+    return request.sampling(max_tokens=64, end_token_ids=frozenset({2}), defaults={})
+
+
+def test_extra_parameters_reach_the_engine() -> None:
+    fields = {"min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -0.5, "repetition_penalty": 1.1}
+    for request in (chat, completion):
+        params = sampled(request(**fields, min_tokens=3, stop_token_ids=[7, 8], logit_bias={"5": -100, "6": 2.5}))
+        assert {name: getattr(params, name) for name in fields} == fields
+        assert params.min_tokens == 3
+        assert params.stop_token_ids == {2, 7, 8}
+        assert params.logit_bias == ((5, -100), (6, 2.5))
+        assert params.sequential
+    assert sampled(chat(ignore_eos=True, stop_token_ids=[7])).stop_token_ids == {7}
+
+
+def test_logprobs_of_both_endpoints() -> None:
+    assert [sampled(completion(logprobs=count)).logprobs for count in (None, 0, 5)] == [None, 0, 5]
+    assert sampled(chat()).logprobs is None
+    assert sampled(chat(logprobs=True)).logprobs == 0
+    assert sampled(chat(logprobs=True, top_logprobs=4)).logprobs == 4
+    assert sampled(completion(best_of=3)).logprobs == 0
+    for request, fields in (
+        (chat, {"top_logprobs": 3}),
+        (chat, {"logprobs": True, "top_logprobs": 21}),
+        (completion, {"logprobs": 21}),
+        (completion, {"echo": True, "logprobs": 1}),
+    ):
+        with pytest.raises(InvalidField, match="logprobs"):
+            request(**fields)
+
+
+def test_choices_and_candidates() -> None:
+    assert (completion().choices, completion().candidates) == (1, 1)
+    assert (completion(n=2, best_of=5).choices, completion(n=2, best_of=5).candidates) == (2, 5)
+    assert (chat(n=3).choices, chat(n=3).candidates) == (3, 3)
+    for fields in ({"n": 3, "best_of": 2}, {"best_of": 2, "stream": True}, {"best_of": 33}):
+        with pytest.raises(InvalidField, match="best_of"):
+            completion(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "structure"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Structure("json")),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "null"}}}},
+            Structure("json_schema", '{"type": "null"}'),
+        ),
+        ({"structured_outputs": {"json": {"type": "null"}}}, Structure("json_schema", '{"type": "null"}')),
+        ({"structured_outputs": {"json": '{"type":"null"}'}}, Structure("json_schema", '{"type":"null"}')),
+        ({"structured_outputs": {"json_object": True}}, Structure("json")),
+        ({"structured_outputs": {"regex": "a+"}}, Structure("regex", "a+")),
+        ({"structured_outputs": {"grammar": 'root ::= "a"'}}, Structure("grammar", 'root ::= "a"')),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, Structure("choice", '["a", "b"]')),
+    ],
+)
+def test_structures_in_both_spellings(fields: dict[str, Any], structure: Structure | None) -> None:
+    for request in (chat, completion):
+        assert sampled(request(**fields)).structure == structure
+
+
 def test_a_missing_seed_is_drawn_anew_and_a_negative_one_fits() -> None:
-    seeds = {completion().sampling(max_tokens=1, stop_token_ids=frozenset(), defaults={}).seed for _ in range(8)}
+    seeds = {completion().sampling(max_tokens=1, end_token_ids=frozenset(), defaults={}).seed for _ in range(8)}
     assert len(seeds) == 8
-    negative = completion(seed=-1).sampling(max_tokens=1, stop_token_ids=frozenset(), defaults={}).seed
+    negative = completion(seed=-1).sampling(max_tokens=1, end_token_ids=frozenset(), defaults={}).seed
     assert 0 <= negative < 1 << 63
 
 
@@ -212,4 +294,4 @@ def test_whole_characters_may_be_escaped() -> None:
 @pytest.mark.parametrize("top_k", [10**30, 10**400])
 def test_no_top_k_is_too_large_for_the_machine(top_k: int) -> None:
     request = CompletionRequest(model="m", prompt="x", top_k=top_k)
-    assert request.sampling(max_tokens=1, stop_token_ids=frozenset(), defaults={}).top_k == (1 << 31) - 1
+    assert request.sampling(max_tokens=1, end_token_ids=frozenset(), defaults={}).top_k == (1 << 31) - 1

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltazip_deployments.http_errors import error_body
-from deltazip_deployments.router.generation import Generation
+from deltazip_deployments.openai.logprobs import TokenText, Told, chat_logprobs, completion_logprobs
+from deltazip_deployments.router.choices import Choices
 from deltazip_ray.errors import DeltaZipError
 
 
@@ -23,6 +24,7 @@ class Form:
     delta: Callable[[str], dict[str, Any]]
     opening: dict[str, Any] | None
     closing: dict[str, Any]
+    logprobs: Callable[[Told, TokenText, int], dict[str, Any]]
 
 
 COMPLETION = Form(
@@ -33,6 +35,7 @@ COMPLETION = Form(
     delta=lambda text: {"text": text},
     opening=None,
     closing={"text": ""},
+    logprobs=completion_logprobs,
 )
 CHAT = Form(
     id_prefix="chatcmpl",
@@ -42,60 +45,80 @@ CHAT = Form(
     delta=lambda text: {"delta": {"content": text}},
     opening={"delta": {"role": "assistant", "content": ""}},
     closing={"delta": {}},
+    logprobs=chat_logprobs,
 )
 
 
 class Answer:
     """Writes one answer in the form of one endpoint."""
 
-    def __init__(self, form: Form, generation: Generation, *, include_usage: bool) -> None:
+    def __init__(self, form: Form, choices: Choices, *, include_usage: bool) -> None:
         self._form = form
-        self._generation = generation
+        self._choices = choices
+        self._asked = choices.asked
         self._include_usage = include_usage
         self._head = {
             "id": f"{form.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": generation.model,
-            "system_fingerprint": f"fp_{(generation.version or 'base')[:12]}",
+            "model": self._asked.model,
+            "system_fingerprint": f"fp_{(self._asked.version or 'base')[:12]}",
         }
 
     async def whole(self) -> dict[str, Any]:
         """The complete answer; raises what the generation raises."""
-        text = "".join([piece async for piece in self._generation.pieces()])
-        choice = {
-            "index": 0,
-            "logprobs": None,
-            "finish_reason": self._generation.finish_reason,
-            **self._form.message(text),
-        }
-        return {"object": self._form.whole, **self._head, "choices": [choice], "usage": self._usage()}
+        choices = [
+            self._choice(index, self._form.message(made.text), made.finish_reason, self._logprobs(made.logprobs, 0))
+            for index, made in enumerate(await self._choices.whole())
+        ]
+        return {"object": self._form.whole, **self._head, "choices": choices, "usage": self._usage()}
 
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events; an error in the middle becomes the last event, without ``[DONE]``."""
         # The head of a piece never changes: writing only the text anew costs a tenth of a whole document.
-        before, after = json.dumps(self._event([self._choice(self._form.delta("\0"), None)])).split(json.dumps("\0"))
-        if self._form.opening is not None:
-            yield _sse(self._event([self._choice(self._form.opening, None)]))
+        heads = [self._event(self._choice(i, self._form.delta("\0"))) for i in range(self._asked.choices)]
+        frames = [json.dumps(head).split(json.dumps("\0")) for head in heads]
+        offsets = [0] * self._asked.choices
+        for index in range(self._asked.choices):
+            if self._form.opening is not None:
+                yield _sse(self._event(self._choice(index, self._form.opening)))
+            if self._asked.lead:
+                yield _sse(self._event(self._choice(index, self._form.delta(self._asked.lead))))
         try:
-            async for piece in self._generation.pieces():
-                yield f"data: {before}{json.dumps(piece)}{after}\n\n".encode()
+            async for index, piece in self._choices.pieces():
+                if piece.logprobs:
+                    logprobs = self._logprobs(piece.logprobs, offsets[index])
+                    yield _sse(self._event(self._choice(index, self._form.delta(piece.text), None, logprobs)))
+                    offsets[index] += sum(len(self._asked.text.token_text(token)) for token, _ in piece.logprobs)
+                elif piece.text:
+                    yield f"data: {frames[index][0]}{json.dumps(piece.text)}{frames[index][1]}\n\n".encode()
+                if piece.finish_reason is not None:
+                    yield _sse(self._event(self._choice(index, self._form.closing, piece.finish_reason)))
         except DeltaZipError as error:
             yield _sse(error_body(error))
             return
-        yield _sse(self._event([self._choice(self._form.closing, self._generation.finish_reason)]))
         if self._include_usage:
-            yield _sse(self._event([]) | {"usage": self._usage()})
+            yield _sse(self._event() | {"usage": self._usage()})
         yield b"data: [DONE]\n\n"
 
-    def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _event(self, *choices: dict[str, Any]) -> dict[str, Any]:
         event = {"object": self._form.part, **self._head, "choices": choices}
         return event | {"usage": None} if self._include_usage else event
 
-    def _choice(self, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+    def _choice(
+        self,
+        index: int,
+        content: dict[str, Any],
+        finish_reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def _logprobs(self, told: Told, offset: int) -> dict[str, Any] | None:
+        """What is told of tokens; None where nobody asked."""
+        return self._form.logprobs(told, self._asked.text.token_text, offset) if self._asked.logprobs else None
 
     def _usage(self) -> dict[str, int]:
-        prompt, completion = self._generation.prompt_tokens, self._generation.completion_tokens
+        prompt, completion = self._asked.prompt_tokens, self._choices.completion_tokens
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 

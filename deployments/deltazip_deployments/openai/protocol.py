@@ -1,68 +1,19 @@
-"""OpenAI requests. A field that would change the answer and is not offered is refused by name, never ignored."""
+"""OpenAI requests, with vLLM's names for what OpenAI does not have."""
 
-import json
-import re
 import secrets
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from deltazip_ray.errors import InvalidRequest
-from deltazip_ray.scheduler.request import SamplingParams
+from deltazip_deployments.openai.structure import ResponseFormat, StructuredOutputs
+from deltazip_ray.engine.admission import MOST_BIASES, MOST_LOGPROBS, MOST_TOP_K
+from deltazip_ray.scheduler.request import SamplingParams, Structure
 
-MAX_BODY_BYTES = 16 << 20
 MAX_STOPS = 16
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_MOST_TOP_K = (1 << 31) - 1  # more than any vocabulary; a batch computes with it as a number of the machine
+MAX_CHOICES = 32
 
-# Accepted and without effect on the answer.
-_HARMLESS = frozenset(
-    {
-        "metadata",
-        "parallel_tool_calls",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-    }
-)
-
-# Not offered; the values that ask for nothing are accepted.
-_NEUTRAL: Mapping[str, Sequence[Any]] = {
-    "audio": (None,),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "frequency_penalty": (None, 0),
-    "function_call": (None, "none", "auto"),
-    "functions": (None, []),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "min_p": (None, 0),
-    "modalities": (None, ["text"]),
-    "n": (None, 1),
-    "prediction": (None,),
-    "presence_penalty": (None, 0),
-    "reasoning_effort": (None,),
-    "repetition_penalty": (None, 1),
-    "response_format": (None, {"type": "text"}),
-    "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-    "top_logprobs": (None, 0),
-    "verbosity": (None,),
-    "web_search_options": (None,),
-}
-
-
-class InvalidField(InvalidRequest):
-    """A request is refused because of one field; ``param`` names it in the answer."""
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
+_TokenId = Annotated[int, Field(ge=0)]
 
 
 class _Strict(BaseModel):
@@ -111,11 +62,21 @@ class _Sampled(_Strict):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stop: str | list[str] | None = None
+    stop_token_ids: list[_TokenId] | None = Field(None, max_length=1024)
+    min_tokens: int | None = Field(None, ge=0)
+    ignore_eos: bool | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool | None = None
 
     @field_validator("stop")
     @classmethod
@@ -125,11 +86,46 @@ class _Sampled(_Strict):
             raise ValueError(f"takes up to {MAX_STOPS} strings, none of them empty")
         return stop
 
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        # Ten digits are more than any vocabulary has.
+        if not all(token.isascii() and token.isdigit() and len(token) < 10 for token in bias or ()):
+            raise ValueError('takes token ids as keys: {"50256": -100}')
+        return bias
+
     @model_validator(mode="after")
     def _consistent(self) -> "_Sampled":
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' needs 'stream': true")
+        if self.min_tokens and self.output_limit and self.min_tokens > self.output_limit:
+            raise ValueError("'min_tokens' must be at most 'max_tokens'")
+        if self.structure is not None and (self.ignore_eos or self.min_tokens):
+            raise ValueError("'min_tokens' and 'ignore_eos' cannot be combined with structured output")
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise ValueError("'structured_outputs' and 'response_format' exclude each other")
         return self
+
+    @property
+    def structure(self) -> Structure | None:
+        """What the output must match."""
+        asked = self.structured_outputs or self.response_format
+        return None if asked is None else asked.structure()
+
+    @property
+    def choices(self) -> int:
+        """How many outputs the answer has."""
+        return self.n or 1
+
+    @property
+    def candidates(self) -> int:
+        """How many outputs are made, to choose the best of."""
+        return self.choices
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many of the likeliest tokens are told beside each one's log-probability; None: no log-probabilities."""
+        return None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -149,27 +145,33 @@ class _Sampled(_Strict):
         return self.max_tokens
 
     def sampling(
-        self, *, max_tokens: int, stop_token_ids: frozenset[int], defaults: Mapping[str, float]
+        self, *, max_tokens: int, end_token_ids: frozenset[int], defaults: Mapping[str, float]
     ) -> SamplingParams:
-        """The engine's parameters; ``defaults`` are the version's own. A seed is drawn where none is given,
-        so that a resumed request goes on alike.
+        """The engine's parameters; ``defaults`` and ``end_token_ids`` are the version's own.
+
+        A seed is drawn where none is given, so that a resumed request goes on alike.
         """
-        asked = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        chosen = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, **defaults}
+        asked = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        asked |= {"repetition_penalty": self.repetition_penalty}
+        chosen = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, **defaults}
         chosen |= {name: value for name, value in asked.items() if value is not None}
-        seed = secrets.randbits(63) if self.seed is None else self.seed & ((1 << 63) - 1)
+        best_is_chosen = self.candidates > self.choices
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=float(chosen["temperature"]),
             top_p=float(chosen["top_p"]),
-            top_k=min(max(int(chosen["top_k"]), 0), _MOST_TOP_K),
-            seed=seed,
-            stop_token_ids=stop_token_ids,
-            ignore_eos=bool(self.ignore_eos),
+            top_k=min(max(int(chosen["top_k"]), 0), MOST_TOP_K),
+            min_p=float(chosen["min_p"]),
+            seed=secrets.randbits(63) if self.seed is None else self.seed & ((1 << 63) - 1),
+            stop_token_ids=frozenset(self.stop_token_ids or ()) | (frozenset() if self.ignore_eos else end_token_ids),
+            min_tokens=self.min_tokens or 0,
+            repetition_penalty=float(chosen["repetition_penalty"]),
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            logit_bias=tuple({int(token): value for token, value in (self.logit_bias or {}).items()}.items()),
+            logprobs=0 if self.likeliest is None and best_is_chosen else self.likeliest,
+            structure=self.structure,
         )
-
-
-_TokenId = Annotated[int, Field(ge=0)]
 
 
 class CompletionRequest(_Sampled):
@@ -177,6 +179,9 @@ class CompletionRequest(_Sampled):
 
     prompt: str | list[_TokenId] | list[str] | list[list[_TokenId]]
     max_tokens: int | None = Field(16, ge=1)
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    echo: bool | None = None
 
     @field_validator("prompt")
     @classmethod
@@ -184,6 +189,26 @@ class CompletionRequest(_Sampled):
         if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
             raise ValueError("takes one prompt: send a request for each")
         return prompt
+
+    @model_validator(mode="after")
+    def _offered(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of < self.choices:
+            raise ValueError("'best_of' must be at least 'n'")
+        if self.candidates > self.choices and self.stream:
+            raise ValueError("'best_of' above 'n' cannot be streamed")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("'echo' with 'logprobs' is not supported: leave one of them out")
+        return self
+
+    @property
+    def candidates(self) -> int:
+        """``best_of``."""
+        return self.best_of or self.choices
+
+    @property
+    def likeliest(self) -> int | None:
+        """``logprobs``."""
+        return self.logprobs
 
     @property
     def text_or_tokens(self) -> str | list[int]:
@@ -199,59 +224,21 @@ class ChatRequest(_Sampled):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _offered(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("'top_logprobs' needs 'logprobs': true")
+        return self
+
+    @property
+    def likeliest(self) -> int | None:
+        """``top_logprobs``, where there are any."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def output_limit(self) -> int | None:
         """``max_completion_tokens``, or its older name."""
         return self.max_completion_tokens or self.max_tokens
-
-
-_Request = TypeVar("_Request", CompletionRequest, ChatRequest)
-
-
-def parse_request(kind: type[_Request], body: bytes) -> _Request:
-    """Parse a request body; raises InvalidRequest that names the field and what to do."""
-    if len(body) > MAX_BODY_BYTES:
-        raise InvalidRequest(f"the body has {len(body)} bytes; at most {MAX_BODY_BYTES} are read")
-    try:
-        text = body.decode("utf-8-sig")
-        data = json.loads(text)
-        if _SURROGATE.search(text):
-            # Half of a pair is no character: neither tokenizers nor answers can write it.
-            json.dumps(data, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"the body is not JSON in UTF-8: {error}") from error
-    if not isinstance(data, dict):
-        raise InvalidRequest("the body must be a JSON object")
-    try:
-        return kind.model_validate(_without_unused(kind, data))
-    except ValidationError as error:
-        raise _first_problem(error) from error
-
-
-def _without_unused(kind: type[BaseModel], data: dict[str, Any]) -> dict[str, Any]:
-    """``data`` without fields that ask for nothing; raises InvalidField for one that asks for what is not offered."""
-    kept = {}
-    for name, value in data.items():
-        if name in kind.model_fields:
-            kept[name] = value
-        elif name in _NEUTRAL:
-            if not any(type(value) in _like(unused) and value == unused for unused in _NEUTRAL[name]):
-                raise InvalidField(f"{name!r} is not supported: leave it out", name)
-        elif name not in _HARMLESS:
-            raise InvalidField(f"unknown field {name[:80]!r}: leave it out", name[:80])
-    return kept
-
-
-def _like(value: Any) -> tuple[type, ...]:
-    """Types of JSON values that may equal ``value``: 0 is not False, but it is 0.0."""
-    return (int, float) if type(value) is int else (type(value),)
-
-
-def _first_problem(error: ValidationError) -> InvalidField:
-    problem = error.errors(include_url=False, include_input=False)[0]
-    location = [str(part) for part in problem["loc"]]
-    message = problem["msg"].removeprefix("Value error, ")
-    if not location:
-        return InvalidField(message, None)
-    return InvalidField(f"{'.'.join(location)}: {message}", location[0])

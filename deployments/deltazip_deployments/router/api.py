@@ -13,9 +13,10 @@ from starlette.types import Receive, Scope, Send
 
 from deltazip_deployments.http_errors import answer_for, error_response, plain_error_response
 from deltazip_deployments.openai.answers import CHAT, COMPLETION, Answer, Form
+from deltazip_deployments.openai.body import parse_request
 from deltazip_deployments.openai.models import model_list
-from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest, parse_request
-from deltazip_deployments.router.generation import Generation
+from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
+from deltazip_deployments.router.choices import Choices
 from deltazip_deployments.router.metrics import RouterMetrics
 from deltazip_deployments.router.scrape import Labels, merge
 from deltazip_deployments.router.service import RouterService
@@ -99,35 +100,35 @@ async def _answer(
 ) -> Response:
     arrived = metrics.arrived()
     endpoint = request.url.path
-    generation: Generation | None = None
+    choices: Choices | None = None
     try:
         asked = parse(await request.body())
-        generation = await service.begin(asked)
-        metrics.begun(arrived, generation)
-        answer = Answer(form, generation, include_usage=asked.include_usage)
-        headers = {"x-deltazip-version": generation.version or "base", "x-deltazip-tier": generation.tier}
+        choices = await service.begin(asked)
+        metrics.begun(arrived, choices)
+        answer = Answer(form, choices, include_usage=asked.include_usage)
+        headers = {"x-deltazip-version": choices.asked.version or "base", "x-deltazip-tier": choices.tier}
         if asked.stream:
-            return _Stream(answer.events(), headers, _closing(metrics, endpoint, generation))
-        async with generation:
+            return _Stream(answer.events(), headers, _closing(metrics, endpoint, choices))
+        async with choices:
             whole = await answer.whole()
     except DeltaZipError as error:
-        metrics.ended(endpoint, answer_for(error).status, generation)
+        metrics.ended(endpoint, answer_for(error).status, choices)
         raise
     except BaseException as error:
-        metrics.ended(endpoint, _CLIENT_LEFT if isinstance(error, asyncio.CancelledError) else 500, generation)
+        metrics.ended(endpoint, _CLIENT_LEFT if isinstance(error, asyncio.CancelledError) else 500, choices)
         raise
-    metrics.ended(endpoint, 200, generation)
+    metrics.ended(endpoint, 200, choices)
     return JSONResponse(whole, headers=headers)
 
 
-def _closing(metrics: RouterMetrics, endpoint: str, generation: Generation) -> Callable[[], Awaitable[None]]:
+def _closing(metrics: RouterMetrics, endpoint: str, choices: Choices) -> Callable[[], Awaitable[None]]:
     async def close() -> None:
-        if generation.error is not None:
-            status = answer_for(generation.error).status
+        if choices.error is not None:
+            status = answer_for(choices.error).status
         else:
-            status = 200 if generation.finish_reason else _CLIENT_LEFT
-        metrics.ended(endpoint, status, generation)
-        await generation.aclose()
+            status = 200 if choices.finished else _CLIENT_LEFT
+        metrics.ended(endpoint, status, choices)
+        await choices.aclose()
 
     return close
 

@@ -1,44 +1,41 @@
-"""One answer in the making: text pieces, and the counts that go with them."""
+"""One output in the making: text pieces, and the counts that go with them."""
 
 import asyncio
 from collections.abc import AsyncGenerator
-from types import TracebackType
-from typing import Self
+from dataclasses import dataclass
 
 from deltazip_deployments.text.output import OutputText
 from deltazip_ray.errors import DeltaZipError, RequestTimeout
 from deltazip_ray.residency.tiers import Tier
-from deltazip_ray.scheduler.request import FinishReason, TokenChunk
+from deltazip_ray.scheduler.request import FinishReason, TokenChunk, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that may go out, and what is told of the tokens that came meanwhile: not always those of this text."""
+
+    text: str
+    logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
+    finish_reason: FinishReason | None = None
+    """On the last piece only, whose text may be empty."""
 
 
 class Generation:
-    """Text of one request. :meth:`begin` it, iterate :meth:`pieces`, and close it, whatever happened in between."""
+    """Text of one output. :meth:`begin` it, iterate :meth:`pieces`, and close it, whatever happened in between."""
 
     tier: Tier
     """Where the delta was when the request came; known once it has begun."""
 
-    def __init__(
-        self,
-        chunks: AsyncGenerator[TokenChunk, None],
-        text: OutputText,
-        *,
-        model: str,
-        version: str | None,
-        prompt_tokens: int,
-        timeout_s: float,
-    ) -> None:
+    def __init__(self, chunks: AsyncGenerator[TokenChunk, None], text: OutputText, *, timeout_s: float) -> None:
         self._chunks = chunks
         self._text = text
         self._first: TokenChunk | None = None
         self._timeout_s = timeout_s
         self._deadline = asyncio.get_running_loop().time() + timeout_s
-        self.model = model
-        self.version = version
-        self.prompt_tokens = prompt_tokens
+        self.tier = "device"
         self.completion_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.error: DeltaZipError | None = None
-        self.tier = "device"
 
     async def begin(self) -> None:
         """Wait for the first chunk, so that what goes wrong before it can still become an HTTP status."""
@@ -46,21 +43,22 @@ class Generation:
         if self._first.tier is not None:
             self.tier = self._first.tier
 
-    async def pieces(self) -> AsyncGenerator[str, None]:
-        """Text as it becomes known, no piece empty. Raises what the engine raises, and RequestTimeout."""
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Text as it becomes known; only the last piece may be empty. Raises what the engine raises, RequestTimeout."""
         chunk = self._first or await self._next()
         while True:
             self.completion_tokens += len(chunk.tokens)
-            piece = self._text.feed(chunk.tokens)
+            text = self._text.feed(chunk.tokens)
             if self._text.stopped:
                 self.finish_reason = "stop"
             elif chunk.finish_reason is not None:
                 self.finish_reason = chunk.finish_reason
-                piece += self._text.finish()
+                text += self._text.finish()
                 if self._text.stopped:
                     self.finish_reason = "stop"
-            if piece:
-                yield piece
+            logprobs = tuple(zip(chunk.tokens, chunk.logprobs, strict=True)) if chunk.logprobs else ()
+            if text or logprobs or self.finish_reason is not None:
+                yield Piece(text, logprobs, self.finish_reason)
             if self.finish_reason is not None:
                 return
             chunk = await self._next()
@@ -68,14 +66,6 @@ class Generation:
     async def aclose(self) -> None:
         """End the request everywhere; harmless when it is over."""
         await self._chunks.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
 
     async def _next(self) -> TokenChunk:
         try:

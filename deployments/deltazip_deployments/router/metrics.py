@@ -4,7 +4,7 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from deltazip_deployments.router.generation import Generation
+from deltazip_deployments.router.choices import Choices
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -32,14 +32,14 @@ class RouterMetrics:
         self._open.inc()
         return time.perf_counter()
 
-    def begun(self, arrived: float, generation: Generation) -> None:
+    def begun(self, arrived: float, choices: Choices) -> None:
         """The first token is there."""
-        self._first_token.labels(generation.tier).observe(time.perf_counter() - arrived)
+        self._first_token.labels(choices.tier).observe(time.perf_counter() - arrived)
 
-    def ended(self, endpoint: str, status: int, generation: Generation | None) -> None:
+    def ended(self, endpoint: str, status: int, choices: Choices | None) -> None:
         """The request is over, answered or not."""
         self._open.dec()
         self._requests.labels(endpoint, str(status)).inc()
-        if generation is not None:
-            self._tokens.labels("prompt").inc(generation.prompt_tokens)
-            self._tokens.labels("completion").inc(generation.completion_tokens)
+        if choices is not None:
+            self._tokens.labels("prompt").inc(choices.asked.prompt_tokens)
+            self._tokens.labels("completion").inc(choices.completion_tokens)

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
 from deltazip_deployments.router.backend import Backend, ReplicaDescription
+from deltazip_deployments.router.choices import Asked, Choices, nth
 from deltazip_deployments.router.directory import Directory
 from deltazip_deployments.router.generation import Generation
 from deltazip_deployments.router.health import Health
@@ -84,31 +85,43 @@ class RouterService:
             return None
         return await self._ready_directory().resolve(parse_ref(model))
 
-    async def begin(self, request: CompletionRequest | ChatRequest) -> Generation:
+    async def begin(self, request: CompletionRequest | ChatRequest) -> Choices:
         """Start to answer, and wait for the first tokens. The caller closes what it gets. Raises DeltaZipError."""
         version = await self.resolve(request.model)
         text = await self._texts.get(version)
         prompt = await _prompt(request, text, self._described().max_model_len)
         sampling = request.sampling(
             max_tokens=self._output_limit(len(prompt), request.output_limit),
-            stop_token_ids=text.end_token_ids,
+            end_token_ids=text.end_token_ids,
             defaults=text.defaults,
         )
         wanted = GenerateRequest(uuid.uuid4().hex, version, tuple(prompt), sampling)
-        generation = Generation(
-            generate_resuming(self._backend, wanted, self.config.router.resume_attempts),
-            OutputText(text.detokenizer(prompt), request.stops),
+        asked = Asked(
             model=request.model,
             version=version,
+            text=text,
             prompt_tokens=len(prompt),
+            choices=request.choices,
+            logprobs=request.likeliest is not None,
+            lead=_lead(request, text),
+        )
+        outputs = [self._generation(nth(wanted, index), request, text) for index in range(request.candidates)]
+        choices = Choices(asked, outputs)
+        try:
+            await choices.begin()
+        except BaseException:
+            await choices.aclose()
+            raise
+        return choices
+
+    def _generation(
+        self, wanted: GenerateRequest, request: CompletionRequest | ChatRequest, text: VersionText
+    ) -> Generation:
+        return Generation(
+            generate_resuming(self._backend, wanted, self.config.router.resume_attempts),
+            OutputText(text.detokenizer(wanted.prompt), request.stops),
             timeout_s=self.config.router.request_timeout_s,
         )
-        try:
-            await generation.begin()
-        except BaseException:
-            await generation.aclose()
-            raise
-        return generation
 
     def _output_limit(self, prompt_tokens: int, wanted: int | None) -> int:
         context = self._described().max_model_len
@@ -170,3 +183,11 @@ async def _prompt(request: CompletionRequest | ChatRequest, text: VersionText, r
     if not prompt:
         raise InvalidRequest("the prompt is empty: this model needs at least one token to start from")
     return prompt
+
+
+def _lead(request: CompletionRequest | ChatRequest, text: VersionText) -> str:
+    """The prompt, where the answer repeats it."""
+    if not isinstance(request, CompletionRequest) or not request.echo:
+        return ""
+    given = request.text_or_tokens
+    return given if isinstance(given, str) else text.decode(given)

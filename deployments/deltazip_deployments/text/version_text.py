@@ -18,6 +18,8 @@ _DEFAULTS: Mapping[str, Callable[[float], bool]] = {
     "temperature": lambda value: 0 <= value <= sys.float_info.max,
     "top_p": lambda value: 0 < value <= 1,
     "top_k": lambda value: 0 <= value < 1 << 31,
+    "min_p": lambda value: 0 <= value <= 1,
+    "repetition_penalty": lambda value: 0 < value <= 10,
 }
 _LONG_TOKEN = 32  # characters; more than a token of ordinary text ever has
 
@@ -32,6 +34,7 @@ class VersionText:
         # transformers wrapper unsafe in threads, so that encoding goes to the tokenizer below it.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._token_texts: dict[int, str] = {}
         self._longest = max((len(token) for token in self._tokenizer.get_vocab()), default=0)
         self.end_token_ids = _end_tokens(generation.get("eos_token_id"), tokenizer.eos_token_id)
         self.defaults = _defaults(generation)
@@ -67,6 +70,18 @@ class VersionText:
                 f"this model's context is {room} tokens; the prompt's {characters} characters are more than fit "
                 f"({most} at the most): shorten the prompt"
             )
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of a prompt that came as tokens."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def token_text(self, token: int) -> str:
+        """What one token reads like inside a text, special ones too; incomplete characters as U+FFFD."""
+        if token not in self._token_texts:
+            # Alone it would lose the space that it may begin with.
+            once, twice = (self._tokenizer.decode([token] * n, skip_special_tokens=False) for n in (1, 2))
+            self._token_texts[token] = twice[len(once) :]
+        return self._token_texts[token]
 
     def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
         """A decoder for the tokens that follow ``prompt``."""

@@ -1,0 +1,109 @@
+"""From the bytes of a request to its model. What would change the answer and is not offered is refused by name."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
+from deltazip_ray.errors import InvalidRequest
+
+MAX_BODY_BYTES = 16 << 20
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+# Accepted and without effect on the answer.
+_HARMLESS = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+
+# Not offered, or not at this endpoint; the values that ask for nothing are accepted.
+_NEUTRAL: Mapping[str, Sequence[Any]] = {
+    "audio": (None,),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "function_call": (None, "none", "auto"),
+    "functions": (None, []),
+    "modalities": (None, ["text"]),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+
+
+class InvalidField(InvalidRequest):
+    """A request is refused because of one field; ``param`` names it in the answer."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+_Request = TypeVar("_Request", CompletionRequest, ChatRequest)
+
+
+def parse_request(kind: type[_Request], body: bytes) -> _Request:
+    """Parse a request body; raises InvalidRequest that names the field and what to do."""
+    try:
+        text = body.decode("utf-8-sig")
+        data = json.loads(text)
+        if _SURROGATE.search(text):
+            # Half of a pair is no character: neither tokenizers nor answers can write it.
+            json.dumps(data, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the body is not JSON in UTF-8: {error}") from error
+    if not isinstance(data, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    try:
+        return kind.model_validate(_without_unused(kind, data))
+    except ValidationError as error:
+        raise _first_problem(error) from error
+
+
+def _without_unused(kind: type[BaseModel], data: dict[str, Any]) -> dict[str, Any]:
+    """``data`` without fields that ask for nothing; raises InvalidField for one that asks for what is not offered."""
+    kept = {}
+    for name, value in data.items():
+        if name in kind.model_fields:
+            kept[name] = value
+        elif name in _NEUTRAL:
+            if not any(type(value) in _like(unused) and value == unused for unused in _NEUTRAL[name]):
+                raise InvalidField(f"{name!r} is not supported here: leave it out", name)
+        elif name not in _HARMLESS:
+            raise InvalidField(f"unknown field {name[:80]!r}: leave it out", name[:80])
+    return kept
+
+
+def _like(value: Any) -> tuple[type, ...]:
+    """Types of JSON values that may equal ``value``: 0 is not False, but it is 0.0."""
+    return (int, float) if type(value) is int else (type(value),)
+
+
+def _first_problem(error: ValidationError) -> InvalidField:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    location = [str(part) for part in problem["loc"]]
+    message = problem["msg"].removeprefix("Value error, ")
+    if not location:
+        return InvalidField(message, _named_first(message))
+    return InvalidField(f"{'.'.join(location)}: {message}", location[0])
+
+
+def _named_first(message: str) -> str | None:
+    """The field that a complaint about several begins with."""
+    found = re.match(r"'(\w+)'", message)
+    return found and found[1]

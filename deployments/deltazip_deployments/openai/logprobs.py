@@ -1,0 +1,48 @@
+"""Log-probabilities as the two endpoints write them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from deltazip_ray.scheduler.request import TokenLogprobs
+
+Told = Sequence[tuple[int, TokenLogprobs]]
+"""Tokens, and what is told of each."""
+TokenText = Callable[[int], str]
+
+
+def chat_logprobs(told: Told, text_of: TokenText, offset: int) -> dict[str, Any]:
+    """``logprobs`` of a chat completion; ``offset`` is of no use here."""
+    return {"content": [_entry(token, one, text_of) for token, one in told], "refusal": None}
+
+
+def completion_logprobs(told: Told, text_of: TokenText, offset: int) -> dict[str, Any]:
+    """``logprobs`` of a text completion; ``offset`` is where the first token's text begins."""
+    texts = [text_of(token) for token, _ in told]
+    offsets = []
+    for text in texts:
+        offsets.append(offset)
+        offset += len(text)
+    return {
+        "tokens": texts,
+        "token_logprobs": [one.chosen for _, one in told],
+        "top_logprobs": [_best(token, one, text_of) for token, one in told],
+        "text_offset": offsets,
+    }
+
+
+def _entry(token: int, one: TokenLogprobs, text_of: TokenText) -> dict[str, Any]:
+    best = [_token(other, value, text_of) for other, value in one.best]
+    return {**_token(token, one.chosen, text_of), "top_logprobs": best}
+
+
+def _token(token: int, value: float, text_of: TokenText) -> dict[str, Any]:
+    text = text_of(token)
+    return {"token": text, "logprob": value, "bytes": list(text.encode())}
+
+
+def _best(token: int, one: TokenLogprobs, text_of: TokenText) -> dict[str, float]:
+    """The likeliest tokens by text, with the drawn one; of two that read alike the likelier one."""
+    best = {text_of(token): one.chosen}
+    for other, value in reversed(one.best):
+        best[text_of(other)] = value
+    return best

@@ -1,0 +1,145 @@
+"""All outputs of one request: one, or several that share a prompt."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from deltazip_deployments.router.generation import Generation, Piece
+from deltazip_deployments.text.version_text import VersionText
+from deltazip_ray.errors import DeltaZipError
+from deltazip_ray.residency.tiers import Tier
+from deltazip_ray.scheduler.request import FinishReason, GenerateRequest, TokenLogprobs
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the outputs have in common."""
+
+    model: str
+    version: str | None
+    text: VersionText
+    prompt_tokens: int
+    choices: int
+    """How many of the outputs are wanted: the best of them, if there are more."""
+    logprobs: bool = False
+    """Whether the answer tells them."""
+    lead: str = ""
+    """Text that goes before each output."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A complete output."""
+
+    text: str
+    logprobs: tuple[tuple[int, TokenLogprobs], ...]
+    finish_reason: FinishReason | None
+
+    @property
+    def likelihood(self) -> float:
+        """Mean log-probability of its tokens."""
+        return sum(told.chosen for _, told in self.logprobs) / max(1, len(self.logprobs))
+
+
+class Choices:
+    """Outputs in the making. :meth:`begin` them, take them in pieces or whole, and close them, whatever happened."""
+
+    def __init__(self, asked: Asked, outputs: Sequence[Generation]) -> None:
+        self.asked = asked
+        self._outputs = outputs
+
+    @property
+    def tier(self) -> Tier:
+        """Where the delta was when the request came; known once it has begun."""
+        return self._outputs[0].tier
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens made so far, of all outputs."""
+        return sum(output.completion_tokens for output in self._outputs)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all outputs are complete."""
+        return all(output.finish_reason is not None for output in self._outputs)
+
+    @property
+    def error(self) -> DeltaZipError | None:
+        """What ended them early."""
+        return next((output.error for output in self._outputs if output.error is not None), None)
+
+    async def begin(self) -> None:
+        """Wait for each output's first tokens, so that what goes wrong before them can still become an HTTP status."""
+        await _all([output.begin() for output in self._outputs])
+
+    async def whole(self) -> list[Choice]:
+        """The wanted outputs, complete. Raises what the engine raises, and RequestTimeout."""
+        made = await _all([self._complete(output) for output in self._outputs])
+        if len(made) > self.asked.choices:
+            made = sorted(made, key=lambda choice: choice.likelihood, reverse=True)[: self.asked.choices]
+        return made
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        """Pieces of each output, with its index, as they come. Raises as :meth:`whole` does."""
+        streams = [output.pieces() for output in self._outputs]
+        if len(streams) == 1:
+            async for piece in streams[0]:
+                yield 0, piece
+            return
+        next_pieces = {asyncio.ensure_future(anext(stream)): index for index, stream in enumerate(streams)}
+        try:
+            while next_pieces:
+                done, _ = await asyncio.wait(next_pieces, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    index, piece = next_pieces.pop(task), task.result()
+                    if piece.finish_reason is None:
+                        next_pieces[asyncio.ensure_future(anext(streams[index]))] = index
+                    yield index, piece
+        finally:
+            for task in next_pieces:
+                task.cancel()
+            await asyncio.gather(*next_pieces, return_exceptions=True)
+
+    async def aclose(self) -> None:
+        """End the request everywhere; harmless when it is over."""
+        for output in self._outputs:
+            await output.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _complete(self, output: Generation) -> Choice:
+        pieces = [piece async for piece in output.pieces()]
+        text = self.asked.lead + "".join(piece.text for piece in pieces)
+        return Choice(text, tuple(told for piece in pieces for told in piece.logprobs), output.finish_reason)
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """The results, or the first error, and then the rest is cancelled."""
+    if len(work) == 1:
+        return [await work[0]]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from errors
+    return [task.result() for task in tasks]
+
+
+def nth(request: GenerateRequest, index: int) -> GenerateRequest:
+    """The request of output ``index``: itself for the first one, then others with seeds that follow from its own."""
+    if index == 0:
+        return request
+    digest = hashlib.blake2b(f"{request.sampling.seed}/{index}".encode(), digest_size=8).digest()
+    sampling = replace(request.sampling, seed=int.from_bytes(digest) >> 1)
+    return replace(request, request_id=f"{request.request_id}.{index}", sampling=sampling)
