@@ -1,7 +1,8 @@
 """One blob: the tensors of one block of a delta in a safetensors file, written and read in memory.
 
 Keys are ``<weight>.codes``, ``<weight>.scales`` and, for sparse codecs, ``<weight>.index`` in the packed layout
-of ``deltazip_kernels.layout``; a raw weight is ``<weight>`` itself.
+of ``deltazip_kernels.layout``; a low-rank one has ``<weight>.down`` and ``<weight>.up``, a raw one is ``<weight>``
+itself.
 """
 
 import json
@@ -15,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from deltazip_kernels.layout import packed_layout
 from deltazip_ray.artifact.digests import verify_blob
-from deltazip_ray.artifact.manifest import BlobEntry
+from deltazip_ray.artifact.manifest import BlobEntry, TensorEntry
 from deltazip_ray.errors import BlobCorrupt
 
-__all__ = ["ALIGNMENT", "read_blob", "verify_blob", "write_blob"]
+__all__ = ["ALIGNMENT", "coded_layout", "read_blob", "verify_blob", "write_blob"]
 
 ALIGNMENT = 64
 """The data of a blob starts at a multiple of this many bytes."""
@@ -94,9 +95,17 @@ def expected_tensors(entry: BlobEntry) -> dict[str, tuple[tuple[int, ...], torch
         if tensor.codec == "raw":
             expected[weight] = (tensor.shape, None)
             continue
-        for part, (shape, dtype) in packed_layout(tensor.codec, (tensor.shape[0], tensor.shape[1])).items():
+        for part, (shape, dtype) in coded_layout(tensor).items():
             expected[f"{weight}.{part}"] = (shape, dtype)
     return expected
+
+
+def coded_layout(entry: TensorEntry) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor of a weight that is not raw, by the end of its key."""
+    rows, columns = entry.shape
+    if entry.rank is not None:
+        return {"down": ((entry.rank, columns), torch.bfloat16), "up": ((rows, entry.rank), torch.bfloat16)}
+    return packed_layout(entry.codec, (rows, columns))
 
 
 def _read_header(view: memoryview, entry: BlobEntry) -> tuple[int, dict[str, _Piece]]:

@@ -16,7 +16,7 @@ from deltazip_ray.errors import ManifestInvalid
 FORMAT_VERSION: Literal[1] = 1
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-CodecName = Literal["int4", "int3", "int2", "int1", "sparse24_int4", "sparse24_int2", "raw"]
+CodecName = Literal["int4", "int3", "int2", "int1", "sparse24_int4", "sparse24_int2", "low_rank", "raw"]
 WeightName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+){0,31}$", max_length=200)]
 Dimension = Annotated[int, Field(gt=0, lt=1 << 31)]
 Size = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -31,7 +31,8 @@ class _Part(BaseModel):
 class TensorEntry(_Part):
     """How one weight of the delta is coded.
 
-    ``codec`` other than ``raw`` codes the difference fine-tune − base of a matrix ``[out, in]``.
+    ``codec`` other than ``raw`` codes the difference fine-tune − base of a matrix ``[out, in]``; ``low_rank`` as the
+    product of ``up`` ``[out, rank]`` and ``down`` ``[rank, in]``.
     ``raw`` holds the fine-tune's own values (norms, biases, added rows): they replace the base's.
     """
 
@@ -39,11 +40,14 @@ class TensorEntry(_Part):
     shape: Annotated[tuple[Dimension, ...], Field(max_length=8)]
     bytes_finetuned: Size = Field(description="size of the weight in the fine-tuned checkpoint")
     relative_error: float | None = Field(None, ge=0, description="output error on calibration inputs, relative")
+    rank: int | None = Field(None, ge=1, le=128, description="of low_rank, and of nothing else")
 
     @model_validator(mode="after")
     def _codes_are_matrices(self) -> Self:
         if self.codec != "raw" and len(self.shape) != 2:
             raise ValueError(f"codec {self.codec} codes matrices, not shape {self.shape}")
+        if (self.codec == "low_rank") != (self.rank is not None):
+            raise ValueError("a low_rank weight has a rank, and no other has")
         return self
 
 
@@ -62,7 +66,7 @@ class BlobEntry(_Part):
             if (home.group(1) if home else "outer") != self.block:
                 raise ValueError(f"{weight} does not belong to block {self.block}")
             # In a blob "<weight>.codes" is a part of "<weight>": it cannot be a weight of its own beside it.
-            parts = {f"{weight}.{part}" for part in ("codes", "low", "scales", "index")}
+            parts = {f"{weight}.{part}" for part in ("codes", "low", "scales", "index", "down", "up")}
             if tensor.codec != "raw" and parts & self.tensors.keys():
                 raise ValueError(f"a weight has the name of a part of {weight}")
         return self

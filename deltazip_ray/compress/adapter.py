@@ -25,17 +25,30 @@ _KEY = re.compile(r"base_model\.model\.(?P<module>.+?)(?P<part>\.lora_[AB])?\.(?
 
 @dataclass(frozen=True)
 class LowRank:
-    """One weight's product: ``scale · up @ down``."""
+    """The delta of one weight, the product ``up @ down``; PEFT's scale is in ``up``."""
 
     down: Tensor
     """``[rank, in]``, PEFT's A."""
     up: Tensor
-    """``[out, rank]``, PEFT's B."""
-    scale: float
+    """``[out, rank]``, PEFT's B times its scale."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``[out, in]``."""
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return 2 * (self.down.numel() + self.up.numel())
 
     def product(self) -> Tensor:
         """The delta ``[out, in]``, float32."""
-        return self.scale * (self.up.float() @ self.down.float())
+        return self.up.float() @ self.down.float()
+
+    def stored(self, device: torch.device) -> "LowRank":
+        """As a blob holds it: bfloat16."""
+        return LowRank(self.down.to(device, torch.bfloat16), self.up.to(device, torch.bfloat16))
 
 
 class AdaptedCheckpoint(Checkpoint):
@@ -49,7 +62,8 @@ class AdaptedCheckpoint(Checkpoint):
     ) -> None:
         super().__init__(path, base.config, {}, {})
         self._base = base
-        self._products = products
+        self.products = products
+        """By weight."""
         self._replaced = replaced
         own = self.files if "tokenizer.json" in self.files else {}
         # Parts of two tokenizers would not fit each other.
@@ -82,7 +96,7 @@ class AdaptedCheckpoint(Checkpoint):
         if name in self._replaced:
             return self._replaced[name]
         weight = self._base.tensor(name)
-        return weight.float() + self._products[name].product() if name in self._products else weight
+        return weight.float() + self.products[name].product() if name in self.products else weight
 
 
 def is_adapter(path: Path) -> bool:
@@ -134,7 +148,7 @@ def _product(path: Path, module: str, parts: Mapping[str, Tensor], config: Adapt
             f"{path}: lora_A {list(down.shape)} and lora_B {list(up.shape)} of {module} make no rank {rank} product "
             f"for a weight {list(shape)} of {base.path}: give the adapter's own base"
         )
-    return LowRank(down, up, config.scale(module, rank))
+    return LowRank(down, config.scale(module, rank) * up.float())
 
 
 def _read(path: Path) -> dict[str, Tensor]:

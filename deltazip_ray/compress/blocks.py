@@ -114,21 +114,19 @@ class BlockCompressor:
 
     def _stage(self, block: nn.Module, linears: list[str], weights: BlockWeights, hidden: Tensor, parts: Parts) -> None:
         """Code linears that share their input, and put their reconstruction into ``block`` for what follows."""
-        full = {linear: weights.full(f"{linear}.weight") for linear in linears}
-        hessian = Hessian(weights.base[full[linears[0]]].shape[1], hidden.device)
+        full = {weights.full(f"{linear}.weight"): linear for linear in linears}
+        hessian = Hessian(weights.base[next(iter(full))].shape[1], hidden.device)
         self._runner.visit_inputs(block, linears[0], hidden, hessian.add)
         hessian.check(weights.full(linears[0]))
-        new = {linear: weights.finetuned[name].float() for linear, name in full.items()}
-        old = {linear: weights.base[name].float() for linear, name in full.items()}
-        norms = {linear: hessian.squared_norm(after) for linear, after in new.items()}
+        norms = {name: hessian.squared_norm(weights.finetuned[name].float()) for name in full}
         outcomes = code(
-            {linear: new[linear] - old[linear] for linear in linears},
-            {linear: self._plan.ladder(name, self._options.codec) for linear, name in full.items()},
+            {name: weights.delta(f"{linear}.weight") for name, linear in full.items()},
             self._plan,
-            Solver(hessian.damped(self._options.damping)).solve,
-            lambda linear, lost: relative(hessian.squared_norm(lost), norms[linear]),
+            self._options.codec,
+            lambda: Solver(hessian.damped(self._options.damping)).solve,
+            lambda name, lost: relative(hessian.squared_norm(lost), norms[name]),
         )
-        for linear, name in full.items():
-            rebuilt = self._runner.place(old[linear] + outcomes[linear].added)
+        for name, linear in full.items():
+            rebuilt = self._runner.place(weights.base[name].float() + outcomes[name].added)
             block.get_submodule(linear).weight = nn.Parameter(rebuilt, requires_grad=False)
-            parts.add(name, outcomes[linear], weights.finetuned[name])
+            parts.add(name, outcomes[name], weights.finetuned[name])

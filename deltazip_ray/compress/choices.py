@@ -8,6 +8,7 @@ from math import isfinite, prod
 from torch import Tensor
 
 from deltazip_kernels.layout import packed_layout
+from deltazip_ray.compress.adapter import LowRank
 from deltazip_ray.compress.allocation import Choice
 from deltazip_ray.compress.coding import LADDER, Encode, attempt
 from deltazip_ray.compress.options import Coding, CompressOptions
@@ -26,7 +27,7 @@ class Survey:
     weights: int = 0
     """Numbers in those matrices."""
     fixed: int = 0
-    """Bytes of everything else in the blobs: norms, biases, added rows, headers."""
+    """Bytes of everything else in the blobs: norms, biases, added rows, products of adapters, headers."""
 
     def add(self, name: str, finetuned: Tensor, costs: Mapping[Coding, float]) -> None:
         """Take in a matrix and what each coding of it costs but raw, which costs nothing.
@@ -47,6 +48,12 @@ class Survey:
         """Count what is kept as the fine-tune has it, if it has any rows."""
         if len(values):
             self.fixed += stored_bytes(name, values, "raw")
+
+    def add_product(self, name: str, product: LowRank) -> None:
+        """Count a delta that is kept as the product that it is."""
+        self.fixed += (
+            product.nbytes + _described(f"{name}.down", product.shape) + _described(f"{name}.up", product.shape)
+        )
 
     def budget(self, options: CompressOptions, weights: int) -> int:
         """Bytes that the matrices may take under the target; the whole fine-tune has ``weights`` numbers.

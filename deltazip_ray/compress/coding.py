@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from deltazip_kernels.layout import CODECS, Codec
+from deltazip_kernels.delta import MAX_RANK
+from deltazip_kernels.layout import CODECS, Codec, packed_bytes
+from deltazip_ray.compress.adapter import LowRank
 from deltazip_ray.compress.grid import Coded
 from deltazip_ray.compress.options import Coding, CompressOptions
+from deltazip_ray.errors import CompressionError
 
 LADDER: tuple[Coding, ...] = ("absent", "int1", "int2", "int3", "int4", "raw")
 """What there is to choose from, smallest first. The 2:4 codecs take the bytes of int2 and int3 and lose more."""
@@ -23,9 +27,11 @@ class Plan:
     options: CompressOptions
     chosen: Mapping[str, Coding]
     """What bit allocation chose, by weight; empty without a target."""
+    products: Mapping[str, LowRank]
+    """What :func:`kept_products` says."""
 
     def ladder(self, name: str, uniform: Coding) -> tuple[Coding, ...]:
-        """Codings of the matrix ``name``, smallest first; ``uniform`` is that of its kind without a goal."""
+        """Codings of a matrix that is no product, smallest first; ``uniform`` is that of its kind without a goal."""
         if name in self.options.codecs:
             return (self.options.codecs[name],)
         if self.options.max_error is not None:
@@ -43,11 +49,30 @@ class Outcome:
 
     coding: Coding
     coded: Coded | None
-    """None when the delta is absent or raw."""
+    """None when the delta is absent, raw or of low rank."""
     added: Tensor
     """What is added to the base, float32 ``[N, K]``: the whole delta when it is raw."""
     error: float
     """Relative output error."""
+    factors: LowRank | None = None
+    """As they are stored; None unless the delta is of low rank."""
+
+
+def kept_products(products: Mapping[str, LowRank], options: CompressOptions) -> dict[str, LowRank]:
+    """The deltas among ``products`` that stay what they are: those that take fewer bytes so than in int4.
+
+    Raises CompressionError when ``options`` want a product of a weight that is none, or of too high a rank.
+    """
+    wanted = {name for name, coding in options.codecs.items() if coding == "low_rank"}
+    known = {name: product for name, product in products.items() if product.down.shape[0] <= MAX_RANK}
+    odd = sorted(wanted - known.keys())
+    if odd:
+        raise CompressionError(f"codecs wants {odd[0]} in low_rank, but it is no product of a rank up to {MAX_RANK}")
+    return {
+        name: product
+        for name, product in known.items()
+        if name in wanted or (name not in options.codecs and product.nbytes < packed_bytes("int4", product.shape))
+    }
 
 
 def attempt(deltas: Mapping[str, Tensor], coding: Coding, encode: Encode) -> dict[str, tuple[Coded | None, Tensor]]:
@@ -69,18 +94,27 @@ def attempt(deltas: Mapping[str, Tensor], coding: Coding, encode: Encode) -> dic
 
 def code(
     deltas: Mapping[str, Tensor],
-    ladders: Mapping[str, tuple[Coding, ...]],
     plan: Plan,
-    encode: Encode,
+    uniform: Coding,
+    solver: Callable[[], Encode],
     measure: Callable[[str, Tensor], float],
 ) -> dict[str, Outcome]:
-    """Climb each delta's ladder until the plan accepts its error, or to its end.
+    """Keep products, and climb each other delta's ladder until the plan accepts its error, or to its end.
 
-    ``measure`` gives the relative output error of a matrix from what its codes lose.
+    ``deltas`` ``[N, K]`` by weight share their inputs; ``uniform`` is the coding of their kind without a goal,
+    ``solver`` makes what codes them. ``measure`` gives the relative output error of a matrix from what its codes lose.
     """
-    done: dict[str, Outcome] = {}
+    done = {
+        name: _as_product(delta, plan.products[name], partial(measure, name))
+        for name, delta in deltas.items()
+        if name in plan.products
+    }
+    ladders = {name: plan.ladder(name, uniform) for name in deltas if name not in done}
+    if not ladders:
+        return done
+    encode = solver()
     for step in range(max(map(len, ladders.values()))):
-        here = {name: ladders[name][step] for name in deltas if name not in done}
+        here = {name: ladder[step] for name, ladder in ladders.items() if name not in done}
         for coding in sorted(set(here.values())):
             same = {name: deltas[name] for name in here if here[name] == coding}
             for name, (coded, added) in attempt(same, coding, encode).items():
@@ -88,3 +122,9 @@ def code(
                 if plan.accepts(error) or step == len(ladders[name]) - 1:
                     done[name] = Outcome(coding, coded, added, error)
     return done
+
+
+def _as_product(delta: Tensor, product: LowRank, measure: Callable[[Tensor], float]) -> Outcome:
+    stored = product.stored(delta.device)
+    added = stored.product()
+    return Outcome("low_rank", None, added, measure(delta - added), stored)

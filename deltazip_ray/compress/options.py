@@ -11,8 +11,8 @@ from deltazip_ray.artifact.requirements import parse_requirements
 from deltazip_ray.config import Settings
 
 MatrixCodec = Literal["int4", "int3", "int2", "int1", "sparse24_int4", "sparse24_int2"]
-Coding = Literal["absent", "int4", "int3", "int2", "int1", "sparse24_int4", "sparse24_int2", "raw"]
-"""How one matrix is kept: not at all (the base's serves), coded, or as the fine-tune has it."""
+Coding = Literal["absent", "int4", "int3", "int2", "int1", "sparse24_int4", "sparse24_int2", "low_rank", "raw"]
+"""How one matrix is kept: not at all (the base's serves), coded, as an adapter has it, or as the fine-tune has it."""
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction (0 to 1) of the whole that is done."""
 

@@ -84,9 +84,9 @@ class OuterCompressor:
             norm = hessian.squared_norm(target)
             outcomes = code(
                 {name: target - base.to(inputs.device).float()},
-                {name: self._plan.ladder(name, self._options.outer_codec)},
                 self._plan,
-                Solver(hessian.damped(self._options.damping)).solve,
+                self._options.outer_codec,
+                lambda: Solver(hessian.damped(self._options.damping)).solve,
                 lambda name, lost: relative(hessian.squared_norm(lost), norm),
             )
             self.parts.add(name, outcomes[name], kept)

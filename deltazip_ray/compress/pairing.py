@@ -1,11 +1,12 @@
 """Whether two checkpoints belong together."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deltazip_ray.artifact.checkpoint import Checkpoint
-from deltazip_ray.compress.adapter import is_adapter, open_adapter
+from deltazip_ray.compress.adapter import AdaptedCheckpoint, LowRank, is_adapter, open_adapter
 from deltazip_ray.compress.skeleton import Skeleton
 from deltazip_ray.errors import CheckpointInvalid, CheckpointMismatch
 
@@ -25,6 +26,8 @@ class Pair:
     base_vocab: int
     added: int
     """Rows that the fine-tune adds to the vocabulary."""
+    products: Mapping[str, LowRank] = field(default_factory=dict)
+    """The deltas, by weight, that are products because the fine-tune is an adapter."""
 
 
 def open_pair(base: Path, finetuned: Path) -> Pair:
@@ -48,7 +51,8 @@ def open_pair(base: Path, finetuned: Path) -> Pair:
             f"{finetuned} has {vocab} tokens, fewer than the {base_vocab} of {base}: a vocabulary may only grow; "
             "keep the base's rows when you resize the embedding"
         )
-    return Pair(base_checkpoint, finetuned_checkpoint, skeleton, base_vocab, vocab - base_vocab)
+    products = finetuned_checkpoint.products if isinstance(finetuned_checkpoint, AdaptedCheckpoint) else {}
+    return Pair(base_checkpoint, finetuned_checkpoint, skeleton, base_vocab, vocab - base_vocab, products)
 
 
 def _config_differences(base: Skeleton, finetuned: Skeleton) -> list[str]:

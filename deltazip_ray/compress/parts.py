@@ -1,13 +1,16 @@
 """What goes into one blob, and how a weight comes back out of it."""
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import Tensor
 
-from deltazip_kernels.layout import ROWS, pack, packed_layout, unpack, unpack_rows
+from deltazip_kernels.layout import ROWS, pack, unpack, unpack_rows
+from deltazip_ray.artifact.blob import coded_layout
 from deltazip_ray.artifact.checkpoint import Checkpoint
 from deltazip_ray.artifact.manifest import TensorEntry
+from deltazip_ray.compress.adapter import LowRank
 from deltazip_ray.compress.coding import Outcome
 from deltazip_ray.compress.grid import Coded
 from deltazip_ray.compress.options import Coding
@@ -37,6 +40,8 @@ class Parts:
         """Keep what became of the delta of a matrix, whose values in the fine-tune are ``finetuned``."""
         if outcome.coding == "raw":
             self.add_raw(name, finetuned)
+        elif outcome.factors is not None:
+            self._add_factors(name, outcome.factors, outcome.error)
         elif outcome.coded is not None:
             self.add_coded(name, outcome.coded, outcome.coding, outcome.error)
 
@@ -51,6 +56,16 @@ class Parts:
         packed = [pack(codec, piece.codes, piece.scales, piece.kept) for piece in pieces]
         for part in packed[0]:
             self.tensors[f"{name}.{part}"] = torch.cat([piece[part].cpu() for piece in packed])
+
+    def _add_factors(self, name: str, factors: LowRank, error: float) -> None:
+        self.entries[name] = TensorEntry(
+            codec="low_rank",
+            shape=factors.shape,
+            bytes_finetuned=prod(factors.shape) * self._finetuned.dtype(name).itemsize,
+            relative_error=error,
+            rank=factors.down.shape[0],
+        )
+        self.tensors |= {f"{name}.down": factors.down.cpu(), f"{name}.up": factors.up.cpu()}
 
     def _before(self, name: str, values: Tensor) -> int:
         """Bytes of ``values`` as the fine-tune's checkpoint stores them."""
@@ -71,7 +86,7 @@ def rebuild(name: str, base: Tensor, entries: Mapping[str, TensorEntry], tensors
         weight = tensors[name].to(base.device)
     elif entry is not None:
         parts = {part: tensor.to(base.device) for part, tensor in packed(name, tensors, entry).items()}
-        weight = base.float() + unpack(entry.codec, parts, (entry.shape[0], entry.shape[1]))
+        weight = base.float() + _delta(entry, parts)
     return weight if added is None else torch.cat([weight.float(), added.to(base.device).float()])
 
 
@@ -93,5 +108,11 @@ def rebuild_rows(name: str, base: Tensor, rows: Tensor, parts: Parts) -> Tensor:
 
 def packed(name: str, tensors: Mapping[str, Tensor], entry: TensorEntry) -> dict[str, Tensor]:
     """The packed tensors of one coded weight."""
-    layout = packed_layout(entry.codec, (entry.shape[0], entry.shape[1]))
-    return {key: tensors[f"{name}.{key}"] for key in layout}
+    return {part: tensors[f"{name}.{part}"] for part in coded_layout(entry)}
+
+
+def _delta(entry: TensorEntry, parts: Mapping[str, Tensor]) -> Tensor:
+    """What the parts of a coded weight stand for, float32 ``[N, K]``."""
+    if entry.rank is not None:
+        return LowRank(parts["down"], parts["up"]).product()
+    return unpack(entry.codec, parts, (entry.shape[0], entry.shape[1]))

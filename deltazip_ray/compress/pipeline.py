@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, prod
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from deltazip_ray.artifact.store import open_store
 from deltazip_ray.compress.allocation import allocate
 from deltazip_ray.compress.blocks import BlockCompressor, States
 from deltazip_ray.compress.calibration import Calibration, load_calibration
-from deltazip_ray.compress.coding import Plan
+from deltazip_ray.compress.coding import Plan, kept_products
 from deltazip_ray.compress.journal import Finished, Journal, resume_key
 from deltazip_ray.compress.options import Coding, CompressOptions, Progress, silent
 from deltazip_ray.compress.outer import OuterCompressor
@@ -73,13 +73,15 @@ def compress_pair(pair: Pair, store: ObjectStore, options: CompressOptions, prog
 
 
 def _compress(pair: Pair, store: ObjectStore, options: CompressOptions, progress: Progress) -> Manifest:
+    _check_codecs(pair, options)
+    pair = replace(pair, products=kept_products(pair.products, options))
     digest = _digest(pair.base, progress)
     calibration = load_calibration(
         pair.finetuned, pair.skeleton, options, _within(progress, "calibration data", DIGESTED, CALIBRATED)
     )
     runner = Runner(pair.skeleton, calibration, options)
     journal, writer = Journal(store, resume_key(pair, digest, options)), ArtifactWriter(store)
-    plan = Plan(options, _chosen(pair, runner, calibration, options, journal, progress))
+    plan = Plan(options, _chosen(pair, runner, calibration, options, journal, progress), pair.products)
     outer = OuterCompressor(pair, runner, options, plan)
     blocks = Blocks(BlockCompressor(pair, runner, options, plan), runner, store, writer, journal)
     states = outer.embed(calibration)
@@ -150,10 +152,6 @@ def _chosen(
     progress: Progress,
 ) -> dict[str, Coding]:
     """The coding of each matrix by bit allocation; nothing without a target."""
-    matrices = {name for name, shape in pair.skeleton.shapes().items() if len(shape) == 2}
-    unknown = sorted(options.codecs.keys() - matrices)
-    if unknown:
-        raise CompressionError(f"codecs names {unknown[0]}, which is no matrix of {pair.finetuned.path}")
     if not options.allocated:
         return {}
     if journal.codings is not None:
@@ -165,6 +163,14 @@ def _chosen(
     codings = {name: choice.coding for name, choice in chosen.items()}
     journal.keep_codings(codings)
     return codings
+
+
+def _check_codecs(pair: Pair, options: CompressOptions) -> None:
+    """Raise CompressionError when the options name a matrix that there is not."""
+    matrices = {name for name, shape in pair.skeleton.shapes().items() if len(shape) == 2}
+    unknown = sorted(options.codecs.keys() - matrices)
+    if unknown:
+        raise CompressionError(f"codecs names {unknown[0]}, which is no matrix of {pair.finetuned.path}")
 
 
 def _digest(base: Checkpoint, progress: Progress) -> str:

@@ -67,15 +67,18 @@ class Surveyor:
         """Measure the linears of a block; returns the gradient by its inputs."""
         weights = read_block(self._pair, index, self._mask.device)
         block = place_block(weights, self._pair.skeleton, self._runner)
+        products = {name: product for name, product in self._pair.products.items() if name in weights.finetuned}
+        for name, product in products.items():
+            self._survey.add_product(name, product)
+        coded = {name for name in weights.changed if weights.full(name) not in products}
         stages = [
-            [linear for linear in stage if f"{linear}.weight" in weights.changed]
-            for stage in self._pair.skeleton.family.stages
+            [linear for linear in stage if f"{linear}.weight" in coded] for stage in self._pair.skeleton.family.stages
         ]
         flow = self._runner.backward(block, stages, hidden, slopes)
         for stage in stages:
             if stage:
                 self._stage(stage, weights, flow)
-        for name in sorted(weights.changed - {f"{linear}.weight" for stage in stages for linear in stage}):
+        for name in sorted(coded - {f"{linear}.weight" for stage in stages for linear in stage}):
             self._survey.add_rest(weights.full(name), weights.finetuned[weights.full(name)])
         return flow.slopes
 
@@ -141,6 +144,9 @@ class Surveyor:
         base, finetuned = load_tensor(self._pair.base, name), load_tensor(self._pair.finetuned, name)
         kept = finetuned[: len(base)]
         if same(base, kept):
+            return
+        if name in self._pair.products:
+            self._survey.add_product(name, self._pair.products[name])
             return
         hessian = Hessian(base.shape[1], states.device)
         hessian.add(states)

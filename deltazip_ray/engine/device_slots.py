@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from deltazip_kernels import LAYOUT_VERSION, RAW, packed_layout
-from deltazip_ray.artifact.blob import read_blob
+from deltazip_kernels import LAYOUT_VERSION, LOW_RANK, RAW
+from deltazip_ray.artifact.blob import coded_layout, read_blob
 from deltazip_ray.artifact.manifest import BlobEntry, Manifest, TensorEntry
 from deltazip_ray.engine.slot_layout import aligned, fill, room
 from deltazip_ray.engine.uploads import Upload, Uploads
@@ -79,7 +79,8 @@ class DeviceSlots:
         for name, entry in entries.items():
             self._check_entry(name, entry, manifest.added_tokens)
         self._check_added(entries, manifest.added_tokens)
-        needed = sum(room(e.codec, e.shape, self.dtype) for name, e in entries.items() if self.targets[name].in_slot)
+        in_slot = [entry for name, entry in entries.items() if self.targets[name].in_slot]
+        needed = sum(room(entry.codec, entry.shape, self.dtype, entry.rank) for entry in in_slot)
         if needed > self.slot_bytes:
             raise DeltaTooLarge(
                 f"the delta takes {needed} bytes of a slot of {self.slot_bytes}: "
@@ -119,7 +120,7 @@ class DeviceSlots:
         tensors = read_blob(data, blob)
         parts = {name: _parts(name, entry, tensors) for name, entry in blob.tensors.items()}
         in_slot = {
-            (name, part): tensor.to(self.dtype) if blob.tensors[name].codec == RAW else tensor
+            (name, part): tensor.to(self.dtype) if blob.tensors[name].codec in (RAW, LOW_RANK) else tensor
             for name, found in parts.items()
             for part, tensor in found.items()
             if self.targets[name].in_slot
@@ -156,4 +157,4 @@ def _parts(name: str, entry: TensorEntry, tensors: Mapping[str, torch.Tensor]) -
     """The tensors of one weight by their names in the packed layout."""
     if entry.codec == RAW:
         return {VALUES: tensors[name]}
-    return {part: tensors[f"{name}.{part}"] for part in packed_layout(entry.codec, (entry.shape[0], entry.shape[1]))}
+    return {part: tensors[f"{name}.{part}"] for part in coded_layout(entry)}

@@ -20,10 +20,12 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def room(codec: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of a slot that one matrix takes; raw ones are kept in ``dtype``."""
+def room(codec: str, shape: tuple[int, ...], dtype: torch.dtype, rank: int | None = None) -> int:
+    """Bytes of a slot that one matrix takes; raw ones and products of a low ``rank`` are kept in ``dtype``."""
     if codec == RAW:
         return aligned(math.prod(shape) * dtype.itemsize)
+    if rank is not None:
+        return sum(aligned(rank * size * dtype.itemsize) for size in shape)
     layout = packed_layout(codec, (shape[0], shape[1]))
     return sum(aligned(math.prod(dims) * part.itemsize) for dims, part in layout.values())
 

@@ -215,3 +215,22 @@ def test_unaligned_data_is_refused() -> None:
     data = (length + 1).to_bytes(8, "little") + BLOB[8 : 8 + length] + b" " + BLOB[8 + length :]
     with pytest.raises(BlobCorrupt, match="aligned"):
         read_blob(data, make_entry(data))
+
+
+def test_a_product_is_two_matrices_of_its_rank() -> None:
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        f"{UP}.down": torch.randn(3, 200, generator=generator).bfloat16(),
+        f"{UP}.up": torch.randn(70, 3, generator=generator).bfloat16(),
+    }
+    data = write_blob(tensors)
+
+    def entry(rank: int) -> BlobEntry:
+        weight = TensorEntry(codec="low_rank", shape=(70, 200), bytes_finetuned=1, rank=rank)
+        return BlobEntry(block="layers.0", digest="a" * 64, size=len(data), tensors={UP: weight})
+
+    found = read_blob(data, entry(3))
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    with pytest.raises(BlobCorrupt, match=r"its manifest wants torch\.bfloat16 \[4, 200\]|\[70, 4\]"):
+        read_blob(data, entry(4))

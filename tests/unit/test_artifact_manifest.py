@@ -143,3 +143,10 @@ def test_a_block_twice_is_refused() -> None:
     blob = make_manifest().blobs[0]
     with pytest.raises(ValidationError, match="named twice"):
         make_manifest(blobs=(blob, blob))
+
+
+@pytest.mark.parametrize(("codec", "rank"), [("low_rank", None), ("int4", 4), ("raw", 4), ("low_rank", 129)])
+def test_a_rank_belongs_to_low_rank_alone(codec: str, rank: int | None) -> None:
+    with pytest.raises(ValidationError):
+        TensorEntry.model_validate({"codec": codec, "shape": (64, 128), "bytes_finetuned": 1, "rank": rank})
+    assert TensorEntry(codec="low_rank", shape=(64, 128), bytes_finetuned=1, rank=4).rank == 4
