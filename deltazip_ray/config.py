@@ -61,6 +61,11 @@ class EngineConfig(Settings):
     kv_blocks: int | None = Field(
         None, ge=1, description="KV blocks in all; when absent what memory_fraction leaves on cuda, 1024 on a CPU"
     )
+    kv_prefix_cache: bool = Field(True, description="requests of one version share the KV blocks of a common prefix")
+    fair_lead_tokens: int = Field(
+        65536, ge=1, description="service by which a version may be ahead of others before the rest is forgiven"
+    )
+    priority_step_tokens: int = Field(8192, ge=0, description="tokens of service that one more of priority is worth")
     memory_fraction: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory that the engine takes")
     kernels: Literal["auto", "torch", "triton"] = Field("auto", description="auto: triton on cuda, else torch")
     attention: Literal["auto", "sdpa", "flashinfer"] = Field(

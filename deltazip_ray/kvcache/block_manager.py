@@ -1,15 +1,23 @@
-"""Which KV blocks belong to which sequence.
+"""Which KV blocks belong to which sequence, and which hold a prefix that another sequence may share.
 
 The KV cache on the device is ``num_blocks`` blocks of ``block_size`` token positions. This module hands out
-their numbers; it never touches the memory. Position ``p`` of a sequence lives in block ``table[p // block_size]``,
-at ``p % block_size``.
+their numbers; it never touches the memory. A table is a list of block numbers: position ``p`` of its sequence lives in
+block ``table[p // block_size]``, at ``p % block_size``.
+
+A full block whose content is final gets a **name** (see :mod:`~deltazip_ray.kvcache.block_names`): equal names mean
+equal content. Whoever starts with the same names shares those blocks instead of computing them. A named block that
+nobody holds keeps its content, and its name, until somebody needs the room; the least recently used goes first, and of
+one sequence the last block goes first, as it is of no use without those before it.
 """
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
 from deltazip_ray.errors import ConfigError, EngineError
 
 
 class BlockManager:
-    """Free list and block tables. Not thread-safe: it belongs to the thread that schedules."""
+    """Free blocks, shares and names. Not thread-safe: it belongs to the thread that schedules."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         """All blocks are free at first. Raises ConfigError."""
@@ -18,49 +26,109 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         # A stack: what was freed last is taken first, while its lines may still be in a cache.
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._tables: dict[str, list[int]] = {}
-        self._all = frozenset(self._free)
+        self._blank = list(range(num_blocks - 1, -1, -1))
+        self._kept: OrderedDict[int, None] = OrderedDict()  # free blocks with a name, least recently used first
+        self._holders = [0] * num_blocks
+        self._names: dict[int, bytes] = {}
+        self._named: dict[bytes, int] = {}
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that nobody has."""
-        return len(self._free)
+        """Blocks that nobody holds."""
+        return len(self._blank) + len(self._kept)
+
+    @property
+    def kept_blocks(self) -> int:
+        """Blocks that nobody holds, with content that may be wanted again."""
+        return len(self._kept)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that ``tokens`` positions take."""
         return -(-tokens // self.block_size)
 
-    def grow(self, owner: str, tokens: int) -> bool:
-        """Make ``owner``'s table cover ``tokens`` positions, all or nothing.
+    def start(self, tokens: int, names: Sequence[bytes], spare: int) -> tuple[list[int], int] | None:
+        """A new table for ``tokens`` positions, and how many of its blocks, the first ones, have their content already.
 
-        Starts a table when there is none, and never shrinks one. Returns False, with nothing changed, when too few
-        blocks are free.
+        Those are the blocks called ``names``, as far as there are any. None, with nothing changed, unless ``spare``
+        blocks stay free.
         """
-        missing = self.blocks_for(tokens) - len(self._tables.get(owner, ()))
-        if missing > len(self._free):
+        shared = []
+        for name in names:
+            block = self._named.get(name)
+            if block is None:
+                break
+            shared.append(block)
+        missing = self.blocks_for(tokens) - len(shared)
+        if missing + sum(not self._holders[block] for block in shared) > self.free_blocks - spare:
+            return None
+        for block in shared:
+            self._kept.pop(block, None)
+            self._holders[block] += 1
+        return shared + [self._take() for _ in range(missing)], len(shared)
+
+    def grow(self, table: list[int], tokens: int) -> bool:
+        """Make ``table`` cover ``tokens`` positions, all or nothing; it never shrinks.
+
+        Returns False, with nothing changed, when too few blocks are free.
+        """
+        missing = self.blocks_for(tokens) - len(table)
+        if missing > self.free_blocks:
             return False
-        table = self._tables.setdefault(owner, [])
-        for _ in range(missing):
-            table.append(self._free.pop())
+        table.extend([self._take() for _ in range(missing)])
         return True
 
-    def table(self, owner: str) -> list[int]:
-        """Block numbers of ``owner`` in the order of positions.
+    def name(self, block: int, name: bytes) -> None:
+        """Let others share a held block, whose content is final. One that bears a name keeps it; so does the name."""
+        if block not in self._names and name not in self._named:
+            self._names[block] = name
+            self._named[name] = block
 
-        It is the live table, not a copy: it grows at its end while the owner has it, and stays as it is once freed.
-        """
-        return self._tables[owner]
+    def forget(self, table: Sequence[int]) -> None:
+        """Take away the names of a table's blocks: nobody else shall share what is in them."""
+        for block in table:
+            self._unname(block)
 
-    def free(self, owner: str) -> None:
-        """Take back all blocks of ``owner``; one without blocks is fine."""
-        self._free.extend(reversed(self._tables.pop(owner, ())))
+    def free(self, table: Sequence[int]) -> None:
+        """Give up the blocks of a table. The list stays as it is, for the step that reads it."""
+        for block in reversed(table):
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                if block in self._names:
+                    self._kept[block] = None
+                else:
+                    self._blank.append(block)
 
-    def check(self) -> None:
-        """Raise EngineError unless each block is free or in exactly one table. 2 ms for 65,536 blocks."""
-        held = [block for table in self._tables.values() for block in table]
-        if len(held) + len(self._free) != self.num_blocks or self._all != {*held, *self._free}:
-            raise EngineError(
-                f"KV blocks do not add up: {len(held)} held and {len(self._free)} free of {self.num_blocks}; "
-                "restart the replica and report this"
-            )
+    def check(self, tables: Iterable[Sequence[int]]) -> None:
+        """Raise EngineError unless ``tables`` are all that hold blocks, and each block is free or held. Linear."""
+        holders = [0] * self.num_blocks
+        for table in tables:
+            for block in table:
+                holders[block] += 1
+        free = sorted([*self._blank, *self._kept])
+        rules = {
+            "blocks are held by nobody": holders == self._holders,
+            "a block is lost or free twice": free == [b for b, count in enumerate(holders) if not count],
+            "names do not match": {name: block for block, name in self._names.items()} == self._named,
+            "a free block has the wrong list": self._kept.keys() <= self._names.keys()
+            and self._names.keys().isdisjoint(self._blank),
+        }
+        for problem, holds in rules.items():
+            if not holds:
+                raise EngineError(f"KV blocks do not add up: {problem}; restart the replica and report this")
+
+    def _take(self) -> int:
+        if self._blank:
+            block = self._blank.pop()
+        else:
+            block, _ = self._kept.popitem(last=False)
+            del self._named[self._names.pop(block)]
+        self._holders[block] = 1
+        return block
+
+    def _unname(self, block: int) -> None:
+        name = self._names.pop(block, None)
+        if name is not None:
+            del self._named[name]
+            if block in self._kept:
+                del self._kept[block]
+                self._blank.append(block)

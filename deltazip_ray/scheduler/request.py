@@ -101,6 +101,10 @@ class GenerateRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     output_offset: int = 0
     """Output tokens that an earlier replica already made; they are at the end of ``prompt``."""
+    priority: int = 0
+    """Higher goes first; see :mod:`~deltazip_ray.scheduler.fair_queue`."""
+    weight: float = 1.0
+    """Share of the version in the engine, against that of others that have requests waiting."""
     matcher: Matcher | None = field(default=None, repr=False, compare=False)
     """Of ``sampling.structure``; the engine makes it, and it crosses no process."""
 

@@ -1,68 +1,83 @@
 """Continuous batching: which tokens of which requests run in the next step.
 
-The rules, all in arrival order:
-
-1. **Admission is first come, first served.** The waiting request that came first is admitted, or nobody is. So every
-   running request came before every waiting one, always.
-2. **Blocks.** An admitted request gets the KV blocks of all tokens it has at once, and later one block whenever a
-   decode crosses into it. Admission leaves one block free for each running request, lest it preempts one at once.
-3. **Tokens of a step.** Running sequences come first: one token for each decode, and for the prefill under way a chunk
-   of what is left of ``max_batch_tokens``. The rest goes to requests that are admitted now.
-   *No prefill starves*: as nobody is admitted without a token to run, there are never more running sequences than
+1. **Admission** follows :mod:`~deltazip_ray.scheduler.fair_queue`: whose turn it is gets admitted, or nobody.
+2. **Blocks.** An admitted request shares the KV blocks of the longest prefix that is in the cache, gets those of all
+   its other tokens at once, and later one whenever a decode crosses into it. Admission leaves one block free for each
+   running request, lest it preempts one at once. Blocks are shared from ``update`` of the batch on that filled them.
+3. **Tokens of a step.** Each running request has one token of ``max_batch_tokens``; a prefill under way gets of the
+   rest what it can use, and what is left goes to requests that are admitted now.
+   *No prefill starves*: as nobody is admitted without a token to run, there are never more running requests than
    tokens in a step, and all of them advance in every step. An unfinished prefill leaves nothing to admit anybody
-   with, so there is at most one, and it is the youngest: decodes never wait for it.
-4. **Preemption.** When blocks run out, the youngest running request gives up all of its blocks and goes back to the
-   head of the queue; it keeps its output and recomputes it as part of its prompt.
-   *No livelock*: the oldest running request is never preempted, since alone it fits (see :meth:`Scheduler.validate`);
-   it advances in every step, so it finishes, and then the next one is the oldest.
+   with, so there is at most one. Decodes never wait for it.
+4. **Preemption.** When blocks run out, the running request that is last in the queue's order of arrival and priority
+   gives up its blocks and waits again; it keeps its output and computes it again as part of its prompt.
+   *No livelock*: the first one in that order is never preempted, since alone it fits (see :meth:`Scheduler.validate`);
+   it advances in every step, so it finishes. *No starvation*: priorities age, so everybody is the first in time.
 5. **One step ahead.** ``schedule`` may be called once more before ``update`` of the batch before, so that the host
    prepares a step while the device runs another. A decode then carries ``DRAWN``, the token that is on the device
-   only. Left out are sequences whose last token is being drawn and those that must know it first
-   (``SamplingParams.sequential``). That a sequence ended with a stop token is found one step late: the row in the
-   batch on its way is wasted and its token dropped.
+   only. Left out are requests whose last token is being drawn, and those that must know it first
+   (``SamplingParams.sequential``). That one ended with a stop token is found a step late: the row in the batch on its
+   way is wasted and its token dropped.
    *Blocks and slots stay safe.* The device runs batches in the order of their launch, and reads nothing of a batch
-   after it ran. Blocks that a sequence gives up while a batch on its way still reads them go only to later batches,
-   which write them later. Slots are written by others at any time, so the end of a request is told (``take_news``)
-   when no batch on its way has it: until then its version is pinned.
+   after it ran. Blocks that a request gives up while a batch on its way uses them go only to later batches, which
+   write them later. Slots are written by others at any time, so the end of a request is told (``take_news``) when no
+   batch on its way has it: until then its version stays where it is.
 
 There is no torch here and no lock: everything but ``validate`` belongs to the engine's step thread. How many requests
 may wait is decided where they arrive, since those that wait for their delta are not here yet.
 """
 
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence
+from operator import attrgetter
 
 from deltazip_ray.config import CPU_KV_BLOCKS, EngineConfig
 from deltazip_ray.errors import DeltaZipError, EngineError, InvalidRequest, PromptTooLong
 from deltazip_ray.kvcache.block_manager import BlockManager
 from deltazip_ray.scheduler.batch import DRAWN, Batch, Chunk, Drawn
+from deltazip_ray.scheduler.fair_queue import FairQueue
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
 from deltazip_ray.scheduler.sequence import SequenceState
 
-News = Sequence[tuple[str, TokenChunk | DeltaZipError | None]]
-"""Request ids and what is new: what it got, why it failed, or None when it was aborted and nothing of it is left."""
+End = TokenChunk | DeltaZipError | None
+"""How a request ended: with its last tokens, with an error, or aborted."""
+News = Sequence[tuple[str, End]]
+"""Request ids and what is new: the next tokens, or the end."""
 
 _AHEAD = 2
 """Batches that may be on their way at once."""
+_MAX_PRIORITY = 16
+_WEIGHTS = (0.1, 100.0)
+
+_slot = attrgetter("slot")
+_order = attrgetter("order")
 
 
 class Scheduler:
     """A loop of ``schedule`` → launch the batch → ``update``, with ``add`` and ``abort`` at any point between."""
 
     def __init__(self, config: EngineConfig) -> None:
-        """Uses ``max_model_len``, ``max_batch_tokens``, ``max_running``, ``kv_blocks`` and ``block_size``."""
+        """Uses the limits, the settings of the KV cache and those of fairness."""
         self.blocks = BlockManager(config.kv_blocks or CPU_KV_BLOCKS, config.block_size)
         self._max_model_len = config.max_model_len
         self._max_batch_tokens = config.max_batch_tokens
         self._max_running = config.max_running
+        self._block_size = config.block_size
+        self._share_prefixes = config.kv_prefix_cache
+        self._queue = FairQueue(config.fair_lead_tokens, config.priority_step_tokens, config.max_batch_tokens)
         self._sequences: dict[str, SequenceState] = {}
-        self._running: list[SequenceState] = []
-        self._waiting: deque[SequenceState] = deque()
+        self._running: list[SequenceState] = []  # by slot
+        self._prefill: SequenceState | None = None  # the one that was cut off in the last batch
         self._on_the_way: deque[Batch] = deque()
-        self._news: list[tuple[str, TokenChunk | DeltaZipError | None]] = []
-        self._ends: dict[str, TokenChunk | DeltaZipError | None] = {}
+        self._ends: dict[SequenceState, End] = {}  # to be told when no batch on its way has the request
+        self._news: list[tuple[str, End]] = []
         self.preemptions = 0
         """Preemptions since the start."""
+        self.prefix_lookups = 0
+        """Tokens that were looked for in the prefix cache, since the start."""
+        self.prefix_hits = 0
+        """Tokens of those that were there."""
 
     @property
     def num_running(self) -> int:
@@ -72,7 +87,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests that were added, or preempted, and have no KV blocks."""
-        return len(self._waiting)
+        return len(self._queue)
 
     @property
     def has_work(self) -> bool:
@@ -82,7 +97,7 @@ class Scheduler:
     def validate(self, request: GenerateRequest) -> None:
         """Refuse what could never run. Reads settings only, so any thread may call it.
 
-        Raises InvalidRequest (empty prompt, nothing to generate) or PromptTooLong.
+        Raises InvalidRequest (empty prompt, nothing to generate, absurd priority) or PromptTooLong.
         """
         remaining = request.sampling.max_tokens - request.output_offset
         if not request.prompt:
@@ -91,6 +106,11 @@ class Scheduler:
             raise InvalidRequest(
                 f"max_tokens is {request.sampling.max_tokens} with {request.output_offset} output tokens made: "
                 "ask for at least one more, after a prompt of at least one"
+            )
+        if abs(request.priority) > _MAX_PRIORITY or not _WEIGHTS[0] <= request.weight <= _WEIGHTS[1]:
+            raise InvalidRequest(
+                f"priority {request.priority} and weight {request.weight}: use -{_MAX_PRIORITY} to {_MAX_PRIORITY} and "
+                f"{_WEIGHTS[0]} to {_WEIGHTS[1]}"
             )
         total = len(request.prompt) + remaining
         if total > self._max_model_len:
@@ -113,9 +133,9 @@ class Scheduler:
         self.validate(request)
         if request.request_id in self._sequences:
             raise InvalidRequest(f"a request {request.request_id!r} is running already: give each its own id")
-        sequence = SequenceState(request, slot)
+        sequence = SequenceState(request, slot, self._block_size)
         self._sequences[request.request_id] = sequence
-        self._waiting.append(sequence)
+        self._queue.add(sequence)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks, whatever its state; one that is over already is fine.
@@ -134,21 +154,18 @@ class Scheduler:
         if len(self._on_the_way) == _AHEAD:
             raise EngineError(f"{_AHEAD} batches are on their way: call update first")
         self._grow_tables()
-        able = [sequence for sequence in self._running if sequence.may_run]
-        # Who sits out keeps its share, so that there are never more running sequences than tokens.
-        budget = self._max_batch_tokens - (len(self._running) - len(able))
-        chunks = []
-        for sequence in able:
-            chunks.append(self._chunk(sequence, budget))
-            budget -= len(chunks[-1].tokens)
-        while budget and self._admit():
-            chunks.append(self._chunk(self._running[-1], budget))
-            budget -= len(chunks[-1].tokens)
-        batch = Batch(tuple(sorted(chunks, key=lambda chunk: chunk.slot)))
-        if batch:
+        cut = self._share_out()
+        chunks, rows = [], 0
+        for sequence in self._running:
+            if sequence.may_run:
+                chunk = _chunk(sequence, cut if sequence is self._prefill else sequence.pending)
+                chunks.append(chunk)
+                if chunk.samples:
+                    sequence.row = rows
+                    rows += 1
+        batch = Batch(tuple(chunks))
+        if chunks:
             self._on_the_way.append(batch)
-            for row, chunk in enumerate(batch.sampling_chunks):
-                chunk.sequence.row = row
         return batch
 
     def update(self, batch: Batch, drawn: Sequence[Drawn | None]) -> None:
@@ -160,18 +177,19 @@ class Scheduler:
         if len(drawn) != len(batch.sampling_chunks):
             raise EngineError(f"{len(drawn)} tokens for {len(batch.sampling_chunks)} sampling chunks")
         self._arrived(batch)
-        for chunk, one in zip(batch.sampling_chunks, drawn, strict=True):
+        results = iter(drawn)
+        for chunk in batch.chunks:
+            one = next(results) if chunk.samples else None
             sequence = chunk.sequence
             if sequence.over:
                 continue
-            if one is None:
+            if chunk.samples and one is None:
                 self._end(sequence, EngineError("the logits are not finite: the version is broken"))
                 continue
-            reason = sequence.append(one.token)
-            if reason is None:
-                self._news.append((chunk.request_id, one.chunk(None)))
-            else:
-                self._end(sequence, one.chunk(reason))
+            if chunk.block_table is sequence.table:
+                self._name_blocks(sequence, chunk.start + len(chunk.tokens))
+            if one is not None:
+                self._record(sequence, one)
 
     def fail(self, batch: Batch, error: DeltaZipError) -> None:
         """Record that ``batch`` did not run: all of its requests end with ``error``. Raises as ``update`` does."""
@@ -187,14 +205,71 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise EngineError unless the books agree: every request in one place, every block accounted for."""
-        self.blocks.check()
-        known = [*self._running, *self._waiting]
-        live = [sequence for sequence in self._sequences.values() if not sequence.over]
-        if len(known) != len(live) or {id(s) for s in known} != {id(s) for s in live}:
+        self.blocks.check(sequence.table for sequence in self._running)
+        known = [*self._running, *self._queue, *self._ends]
+        if len(known) != len(self._sequences) or {id(s) for s in known} != {id(s) for s in self._sequences.values()}:
             raise EngineError("requests do not add up; restart the replica and report this")
-        held = sum(len(sequence.table) for sequence in self._running)
-        if held + self.blocks.free_blocks != self.blocks.num_blocks:
-            raise EngineError("KV blocks are held by no running request; restart the replica and report this")
+
+    def _grow_tables(self) -> None:
+        """Give every request that may run the blocks of its tokens, preempting as it takes."""
+        size = self._block_size
+        short = [s for s in self._running if len(s.tokens) + s.drawing > len(s.table) * size and s.may_run]
+        for sequence in short:
+            while sequence.table and not self.blocks.grow(sequence.table, len(sequence)):
+                self._preempt(max(self._running, key=_order))
+            self._pay(sequence, len(sequence.table) * size)
+
+    def _preempt(self, sequence: SequenceState) -> None:
+        self._release(sequence)
+        sequence.scheduled = 0
+        self._queue.add(sequence)
+        self.preemptions += 1
+
+    def _pay(self, sequence: SequenceState, tokens: int) -> None:
+        """Charge the version of a running request for its first ``tokens`` tokens, unless that was done."""
+        if tokens > sequence.paid:
+            self._queue.charge(sequence, tokens - sequence.paid)
+            sequence.paid = tokens
+
+    def _share_out(self) -> int:
+        """Admit whom the step has room for. Returns the tokens of ``self._prefill``, which has more to run than that.
+
+        All others that run have all of their pending tokens in the step.
+        """
+        room = self._max_batch_tokens - len(self._running)
+        last = self._prefill
+        self._prefill = None
+        if last is not None and last.table:
+            if last.pending > room + 1:
+                self._prefill = last
+                return room + 1
+            room -= last.pending - 1
+        while room and (last := self._admit(last)):
+            if last.pending > room:
+                self._prefill = last
+                return room
+            room -= last.pending
+        return 0
+
+    def _admit(self, last: SequenceState | None) -> SequenceState | None:
+        """Start the request whose turn it is, if there is one and it fits; ``last`` was prefilled before it."""
+        sequence = self._queue.first(last) if len(self._running) < self._max_running else None
+        if sequence is None or sequence.drawing:
+            return None  # One that was preempted just now is computed again with the token that is on its way.
+        tokens = len(sequence)
+        # At least one token has to run, for its logits.
+        names = sequence.names.first((tokens - 1) // self._block_size) if self._share_prefixes else []
+        found = self.blocks.start(tokens, names, spare=len(self._running))
+        if found is None:
+            return None
+        sequence.table, sequence.named = found
+        sequence.scheduled = sequence.named * self._block_size
+        self.prefix_lookups += tokens
+        self.prefix_hits += sequence.scheduled
+        self._queue.admit(sequence, max(0, tokens - max(sequence.paid, sequence.scheduled)))
+        sequence.paid = max(sequence.paid, tokens)
+        insort(self._running, sequence, key=_slot)
+        return sequence
 
     def _arrived(self, batch: Batch) -> None:
         """Take ``batch`` off the way, and tell the ends that waited for it."""
@@ -205,69 +280,63 @@ class Scheduler:
             sequence = chunk.sequence
             sequence.in_flight -= 1
             if sequence.over and not sequence.in_flight:
-                self._tell_end(sequence, self._ends.pop(chunk.request_id))
+                self._tell_end(sequence, self._ends.pop(sequence))
 
-    def _end(self, sequence: SequenceState, end: TokenChunk | DeltaZipError | None) -> None:
+    def _name_blocks(self, sequence: SequenceState, computed: int) -> None:
+        """Let others share the blocks that the first ``computed`` tokens fill."""
+        full = computed // self._block_size
+        if full > sequence.named and self._share_prefixes:
+            names = sequence.names.first(full)
+            for i in range(sequence.named, full):
+                self.blocks.name(sequence.table[i], names[i])
+            sequence.named = full
+
+    def _record(self, sequence: SequenceState, drawn: Drawn) -> None:
+        """Take the next token of a request, and with the last one its end."""
+        reason = sequence.append(drawn.token)
+        if reason is None:
+            self._news.append((sequence.request.request_id, drawn.chunk(None)))
+        else:
+            self._end(sequence, drawn.chunk(reason))
+
+    def _end(self, sequence: SequenceState, end: End) -> None:
         """Free what a request holds, and tell its end as soon as nothing on its way needs its slot."""
         sequence.over = True
-        if sequence in self._running:
-            self._running.remove(sequence)
-            self.blocks.free(sequence.request.request_id)
+        if not sequence.table:
+            self._queue.remove(sequence)
         else:
-            self._waiting.remove(sequence)
+            if isinstance(end, DeltaZipError):
+                self.blocks.forget(sequence.table)
+            self._release(sequence)
         if sequence.in_flight:
-            self._ends[sequence.request.request_id] = end
+            self._ends[sequence] = end
         else:
             self._tell_end(sequence, end)
 
-    def _tell_end(self, sequence: SequenceState, end: TokenChunk | DeltaZipError | None) -> None:
+    def _release(self, sequence: SequenceState) -> None:
+        """Take a running request off its blocks; batches on their way keep the old table."""
+        self._running.remove(sequence)
+        self.blocks.free(sequence.table)
+        sequence.table = []
+
+    def _tell_end(self, sequence: SequenceState, end: End) -> None:
         del self._sequences[sequence.request.request_id]
         self._news.append((sequence.request.request_id, end))
 
-    def _grow_tables(self) -> None:
-        """Give every running sequence the blocks of its tokens, oldest first, preempting from the youngest."""
-        index = 0
-        while index < len(self._running):
-            sequence = self._running[index]
-            if not sequence.may_run or self.blocks.grow(sequence.request.request_id, len(sequence)):
-                index += 1
-            else:
-                self._preempt(self._running.pop())
 
-    def _preempt(self, sequence: SequenceState) -> None:
-        self.blocks.free(sequence.request.request_id)
-        sequence.scheduled = 0
-        self._waiting.appendleft(sequence)
-        self.preemptions += 1
-
-    def _admit(self) -> bool:
-        """Start the request at the head of the queue, if there is one and it fits."""
-        if not self._waiting or len(self._running) >= self._max_running:
-            return False
-        sequence = self._waiting[0]
-        if sequence.drawing:
-            return False  # Preempted just now: it is computed again with the token that is on its way.
-        if self.blocks.blocks_for(len(sequence)) > self.blocks.free_blocks - len(self._running):
-            return False
-        self.blocks.grow(sequence.request.request_id, len(sequence))
-        sequence.table = self.blocks.table(sequence.request.request_id)
-        self._running.append(self._waiting.popleft())
-        return True
-
-    def _chunk(self, sequence: SequenceState, budget: int) -> Chunk:
-        """The next tokens of a running sequence, which count as scheduled from now on."""
-        count = min(sequence.pending, budget)
-        start = sequence.scheduled
-        chunk = Chunk(
-            sequence=sequence,
-            tokens=(DRAWN,) if sequence.drawing else tuple(sequence.tokens[start : start + count]),
-            start=start,
-            block_table=sequence.table,
-            samples=count == sequence.pending,
-            output_index=sequence.output_index,
-            drawn_row=sequence.row if sequence.drawing else None,
-        )
-        sequence.scheduled += count
-        sequence.in_flight += 1
-        sequence.drawing = chunk.samples
-        return chunk
+def _chunk(sequence: SequenceState, count: int) -> Chunk:
+    """The next ``count`` tokens of a running request, which count as scheduled from now on."""
+    start = sequence.scheduled
+    chunk = Chunk(
+        sequence=sequence,
+        tokens=(DRAWN,) if sequence.drawing else tuple(sequence.tokens[start : start + count]),
+        start=start,
+        block_table=sequence.table,
+        samples=count == sequence.pending,
+        output_index=sequence.output_index,
+        drawn_row=sequence.row if sequence.drawing else None,
+    )
+    sequence.scheduled += count
+    sequence.in_flight += 1
+    sequence.drawing += chunk.samples
+    return chunk

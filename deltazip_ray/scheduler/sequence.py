@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from deltazip_ray.kvcache.block_names import BlockNames
 from deltazip_ray.scheduler.request import FinishReason, GenerateRequest
 
 
@@ -9,16 +10,21 @@ class SequenceState:
     """A request on its way: its tokens so far and how many of them were given to a batch.
 
     Prefill, decode and recompute after a preemption are one thing here: ``pending`` tokens have to run, and the step
-    that runs the last of them samples the next one. While that step is on its way the token counts, but its value is
+    that runs the last of them draws the next one. While that step is on its way the token counts, but its value is
     not known (``drawing``).
     """
 
     __slots__ = (
-        "_prompt_len",
+        "_before",
+        "_complete",
         "draw_state",
         "drawing",
         "in_flight",
+        "named",
+        "names",
+        "order",
         "over",
+        "paid",
         "request",
         "row",
         "scheduled",
@@ -27,30 +33,38 @@ class SequenceState:
         "tokens",
     )
 
-    def __init__(self, request: GenerateRequest, slot: int) -> None:
+    def __init__(self, request: GenerateRequest, slot: int, block_size: int = 1) -> None:
         """``slot``: where the version's delta is on the device; -1 for the base."""
         self.request = request
         self.slot = slot
         self.tokens = list(request.prompt)
         """Known tokens: prompt and output."""
         self.scheduled = 0
-        """Tokens, from the first on, that ran or are in a batch on its way."""
-        self.drawing = False
-        """Whether a batch on its way draws the token after ``tokens``."""
+        """Tokens, from the first on, that are in the KV cache or in a batch on its way."""
+        self.drawing = 0
+        """Batches on their way that draw tokens after ``tokens``: not more than one, when a step is scheduled."""
         self.row = 0
-        """Which of that batch's sampling chunks does."""
+        """Which of the last one's sampling chunks does."""
         self.in_flight = 0
         """Batches on their way that have tokens of this sequence."""
         self.over = False
         """Finished, failed or aborted: what batches on their way bring is dropped."""
         self.table: list[int] = []
-        """KV blocks in the order of positions; a new object each time the sequence is admitted."""
+        """KV blocks in the order of positions, none while it waits; another object after each admission."""
+        self.names = BlockNames(request.version, self.tokens, block_size)
+        self.named = 0
+        """Blocks of ``table``, from the first on, that others may share."""
         self.draw_state: Any = None
         """What the sampler remembers of the tokens before, if it must."""
-        self._prompt_len = len(request.prompt)
+        self.order: tuple[float, int] | None = None
+        """Its place among all requests, the least first: given when it is queued, and kept."""
+        self.paid = 0
+        """Tokens that its version was charged for, or that it got for nothing."""
+        self._before = request.output_offset - len(request.prompt)
+        self._complete = request.sampling.max_tokens - self._before
 
     def __len__(self) -> int:
-        """Tokens so far: known ones, and the one that is being drawn."""
+        """Tokens so far: known ones, and those that are being drawn."""
         return len(self.tokens) + self.drawing
 
     @property
@@ -61,7 +75,7 @@ class SequenceState:
     @property
     def output_index(self) -> int:
         """Position, in the request's whole output, of the token after all of ``len(self)`` (see SamplingParams)."""
-        return self.request.output_offset + len(self) - self._prompt_len
+        return self._before + len(self.tokens) + self.drawing
 
     @property
     def may_run(self) -> bool:
@@ -71,14 +85,13 @@ class SequenceState:
         """
         if not self.drawing:
             return True
-        sampling = self.request.sampling
-        return self.output_index < sampling.max_tokens and not sampling.sequential
+        return len(self.tokens) + self.drawing < self._complete and not self.request.sampling.sequential
 
     def append(self, token: int) -> FinishReason | None:
         """Take the token that was drawn; a stop token is not kept. Returns the reason when the sequence is finished."""
         sampling = self.request.sampling
-        self.drawing = False
+        self.drawing -= 1
         if token in sampling.stop_token_ids and not sampling.ignore_eos:
             return "stop"
         self.tokens.append(token)
-        return "length" if self.output_index >= sampling.max_tokens else None
+        return "length" if len(self.tokens) == self._complete else None

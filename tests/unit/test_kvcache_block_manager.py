@@ -1,4 +1,6 @@
-"""Blocks are handed out all or nothing, and always add up."""
+"""Blocks are handed out all or nothing, shared by name, forgotten least recently used first, and always add up."""
+
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
@@ -6,45 +8,101 @@ from hypothesis import strategies as st
 
 from deltazip_ray.errors import ConfigError, EngineError
 from deltazip_ray.kvcache.block_manager import BlockManager
+from deltazip_ray.kvcache.block_names import BlockNames
+
+
+def start(blocks: BlockManager, tokens: int, *names: bytes, spare: int = 0) -> list[int]:
+    found = blocks.start(tokens, names, spare)
+    assert found is not None
+    return found[0]
+
+
+def named(blocks: BlockManager, *names: bytes) -> list[int]:
+    """A freed table of one-token blocks with names."""
+    table = start(blocks, len(names))
+    for block, name in zip(table, names, strict=True):
+        blocks.name(block, name)
+    blocks.free(table)
+    return table
 
 
 def test_a_table_grows_block_by_block_and_keeps_what_it_has() -> None:
     blocks = BlockManager(num_blocks=4, block_size=16)
-    assert blocks.grow("a", 16)
-    first = list(blocks.table("a"))
+    table = start(blocks, 16)
+    first = list(table)
     assert len(first) == 1
-    assert blocks.grow("a", 17)
-    assert list(blocks.table("a"))[:1] == first
-    assert len(blocks.table("a")) == 2
-    assert blocks.grow("a", 3), "never shrinks"
-    assert len(blocks.table("a")) == 2
+    assert blocks.grow(table, 17)
+    assert (table[:1], len(table)) == (first, 2)
+    assert blocks.grow(table, 3), "never shrinks"
+    assert len(table) == 2
 
 
 def test_too_few_blocks_change_nothing() -> None:
     blocks = BlockManager(num_blocks=4, block_size=1)
-    assert blocks.grow("a", 3)
-    assert not blocks.grow("b", 2)
-    assert not blocks.grow("a", 5)
-    assert (blocks.free_blocks, len(blocks.table("a"))) == (1, 3)
-    with pytest.raises(KeyError):
-        blocks.table("b")
-    blocks.check()
+    table = start(blocks, 3)
+    assert blocks.start(2, (), 0) is None
+    assert blocks.start(1, (), 1) is None, "one has to stay free"
+    assert not blocks.grow(table, 5)
+    assert (blocks.free_blocks, len(table)) == (1, 3)
+    blocks.check([table])
 
 
 def test_a_freed_table_stays_readable_for_the_step_that_uses_it() -> None:
     blocks = BlockManager(num_blocks=2, block_size=1)
-    blocks.grow("a", 2)
-    table = blocks.table("a")
+    table = start(blocks, 2)
     before = list(table)
-    blocks.free("a")
-    blocks.grow("b", 2)
-    assert list(table) == before
+    blocks.free(table)
+    start(blocks, 2)
+    assert table == before
 
 
-def test_freeing_somebody_without_blocks_is_fine() -> None:
-    blocks = BlockManager(num_blocks=2, block_size=1)
-    blocks.free("nobody")
-    assert blocks.free_blocks == 2
+def test_named_blocks_are_shared_while_held_and_after() -> None:
+    blocks = BlockManager(num_blocks=6, block_size=1)
+    table = start(blocks, 2)
+    blocks.name(table[0], b"x")
+    blocks.name(table[1], b"xy")
+    assert blocks.start(3, (b"x", b"xy", b"xyz"), 0) == ([*table, 2], 2)
+    assert blocks.free_blocks == 3
+    blocks.free(table)
+    assert blocks.free_blocks == 3, "the other one holds them"
+    blocks.check([[*table, 2]])
+    blocks.free([*table, 2])
+    assert (blocks.free_blocks, blocks.kept_blocks) == (6, 2)
+    assert blocks.start(2, (b"y", b"xy"), 0) == ([2, 3], 0), "a prefix or nothing"
+
+
+def test_shared_blocks_that_nobody_holds_count_as_taken() -> None:
+    blocks = BlockManager(num_blocks=3, block_size=1)
+    table = named(blocks, b"x", b"xy")
+    assert blocks.start(3, (b"x", b"xy"), spare=1) is None
+    assert blocks.start(2, (b"x", b"xy"), spare=1) == (table, 2)
+
+
+def test_blocks_without_a_name_go_first_then_the_least_recently_used_from_the_end() -> None:
+    blocks = BlockManager(num_blocks=5, block_size=1)
+    old, new = named(blocks, b"a", b"ab"), named(blocks, b"c", b"cd")
+    blocks.free(start(blocks, 2, b"a", b"ab"))
+    assert start(blocks, 5) == [4, new[1], new[0], old[1], old[0]]
+    assert blocks.kept_blocks == 0
+
+
+def test_a_name_stays_with_its_block_and_a_block_with_its_name() -> None:
+    blocks = BlockManager(num_blocks=4, block_size=1)
+    table = start(blocks, 2)
+    blocks.name(table[0], b"x")
+    blocks.name(table[0], b"y")
+    blocks.name(table[1], b"x")
+    assert blocks.start(1, (b"x",), 0) == ([table[0]], 1)
+    assert blocks.start(1, (b"y",), 0) == ([2], 0)
+
+
+def test_forgotten_names_are_shared_no_more() -> None:
+    blocks = BlockManager(num_blocks=3, block_size=1)
+    table = named(blocks, b"x", b"xy")
+    held = start(blocks, 1, b"x")
+    blocks.forget(table)
+    assert (blocks.kept_blocks, blocks.free_blocks) == (0, 2)
+    assert blocks.start(1, (b"x",), 0) != (held, 1)
 
 
 @pytest.mark.parametrize(("num_blocks", "block_size"), [(0, 1), (1, 0)])
@@ -53,30 +111,78 @@ def test_nonsense_sizes_are_refused(num_blocks: int, block_size: int) -> None:
         BlockManager(num_blocks, block_size)
 
 
-def test_check_sees_a_block_that_is_held_twice() -> None:
-    blocks = BlockManager(num_blocks=2, block_size=1)
-    blocks.grow("a", 1)
-    blocks.grow("b", 1)
-    blocks.table("b")[0] = blocks.table("a")[0]  # type: ignore[index]  # the damage that check must see
-    with pytest.raises(EngineError, match="add up"):
-        blocks.check()
+def test_check_sees_blocks_that_are_lost_or_held_twice() -> None:
+    blocks = BlockManager(num_blocks=3, block_size=1)
+    table = start(blocks, 2)
+    for wrong in ([], [table, table], [[table[0], table[0]]], [[0, 1, 2]]):
+        with pytest.raises(EngineError, match="add up"):
+            blocks.check(wrong)
+    blocks.check([table])
+
+
+@pytest.mark.parametrize("other", [("v1", [1, 2, 3, 4]), (None, [1, 2, 3, 4]), ("v0", [1, 2, 4, 3])])
+def test_names_tell_versions_and_tokens_apart(other: tuple[str | None, list[int]]) -> None:
+    names = BlockNames("v0", [1, 2, 3, 4], 2)
+    assert names.first(2) == [*BlockNames("v0", [1, 2, 9, 9], 2).first(1), *names.first(2)[1:]]
+    assert BlockNames(*other, 2).first(2)[1] != names.first(2)[1]
+    assert BlockNames("v0", [3, 4], 2).first(1)[0] != names.first(2)[1], "the tokens before count"
+
+
+def test_names_grow_with_the_tokens() -> None:
+    tokens = [1, 2]
+    names = BlockNames(None, tokens, 2)
+    first = names.first(1)
+    tokens += [3, 4]
+    assert names.first(2) == BlockNames(None, [1, 2, 3, 4], 2).first(2)
+    assert names.first(1) == first
+
+
+@dataclass
+class Model:
+    """Sequences of tokens below 3, one token a block, and what each block of the cache holds."""
+
+    blocks: BlockManager = field(default_factory=lambda: BlockManager(12, 1))
+    content: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    tables: list[tuple[list[int], tuple[int, ...]]] = field(default_factory=list)
+
+    def start(self, tokens: tuple[int, ...]) -> None:
+        names = BlockNames(None, tokens, 1).first(len(tokens))
+        found = self.blocks.start(len(tokens), names, 1)
+        if found is None:
+            return
+        table, shared = found
+        for i in range(shared):
+            assert self.content[table[i]] == tokens[: i + 1]
+        for i in range(shared, len(tokens)):
+            self.content[table[i]] = tokens[: i + 1]
+            self.blocks.name(table[i], names[i])
+        self.tables.append((table, tokens))
+
+    def finish(self, index: int, *, forget: bool) -> None:
+        if self.tables:
+            table, _ = self.tables.pop(index % len(self.tables))
+            if forget:
+                self.blocks.forget(table)
+            self.blocks.free(table)
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 40)), max_size=60), st.integers(1, 5))
-def test_blocks_add_up_after_any_sequence_of_operations(operations: list[tuple[str, int]], block_size: int) -> None:
-    """Zero tokens stand for freeing; sizes are compared with a model that only counts."""
-    blocks = BlockManager(num_blocks=12, block_size=block_size)
-    held: dict[str, int] = {}
-    for owner, tokens in operations:
-        if tokens == 0:
-            blocks.free(owner)
-            held.pop(owner, None)
+@given(
+    st.lists(
+        st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
+        | st.tuples(st.integers(0, 12), st.sampled_from([False, False, True])),
+        max_size=80,
+    )
+)
+def test_what_is_found_by_name_has_the_content_whatever_happened_before(
+    plan: list[tuple[int, ...] | tuple[int, bool]],
+) -> None:
+    model = Model()
+    for step in plan:
+        if isinstance(step[-1], bool):
+            model.finish(step[0], forget=step[-1])
         else:
-            wanted = max(-(-tokens // block_size), held.get(owner, 0))
-            fits = wanted + sum(n for name, n in held.items() if name != owner) <= 12
-            assert blocks.grow(owner, tokens) == fits
-            if fits:
-                held[owner] = wanted
-        blocks.check()
-        assert blocks.free_blocks == 12 - sum(held.values())
+            model.start(step)
+        model.blocks.check([table for table, _ in model.tables])
+        for table, tokens in model.tables:
+            assert [model.content[block] for block in table] == [tokens[: i + 1] for i in range(len(tokens))]

@@ -1,12 +1,14 @@
 """What a step consists of: chunks, segments, sampling, budget."""
 
+import math
+
 import pytest
 
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.errors import EngineError, InvalidRequest, PromptTooLong
-from deltazip_ray.scheduler.batch import Batch
+from deltazip_ray.scheduler.batch import DRAWN, Batch, Drawn
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, TokenChunk
-from deltazip_ray.scheduler.scheduler import Scheduler
+from deltazip_ray.scheduler.scheduler import End, Scheduler
 
 
 def request(name: str, prompt: int, max_tokens: int = 4, **sampling: object) -> GenerateRequest:
@@ -18,11 +20,15 @@ def scheduler(**settings: int) -> Scheduler:
     return Scheduler(EngineConfig(**{"kv_blocks": 64, "block_size": 4, "max_batch_tokens": 16} | settings))
 
 
-def step(sched: Scheduler, token: int = 7) -> tuple[Batch, dict[str, TokenChunk]]:
+def news(sched: Scheduler) -> dict[str, End]:
+    return dict(sched.take_news())
+
+
+def step(sched: Scheduler, token: int = 7) -> tuple[Batch, dict[str, End]]:
     batch = sched.schedule()
-    news = sched.update(batch, [token] * len(batch.sampling_chunks))
+    sched.update(batch, [Drawn(token)] * len(batch.sampling_chunks))
     sched.check()
-    return batch, news
+    return batch, news(sched)
 
 
 def shape(batch: Batch) -> list[tuple[str, int, int, bool]]:
@@ -41,23 +47,23 @@ def test_a_prompt_longer_than_the_budget_runs_in_chunks_and_samples_at_its_end()
     ]
     assert batches[1].chunks[0].tokens == tuple(range(116, 132))
     assert batches[3].chunks[0].tokens == (7,), "the sampled token is run next"
+    assert [c.output_index for b in batches for c in b.sampling_chunks] == [0, 1]
     assert len(batches[0].chunks[0].block_table) >= 9
 
 
-def test_chunks_are_sorted_by_slot_and_segments_are_consecutive() -> None:
+def test_chunks_are_sorted_by_slot() -> None:
     sched = scheduler()
     for name, slot in [("a", 2), ("b", -1), ("c", 2), ("d", 0), ("e", -1)]:
         sched.add(request(name, 2), slot)
     batch, _ = step(sched)
     assert [c.request_id for c in batch.chunks] == ["b", "e", "d", "a", "c"]
-    assert batch.segments() == ([0, 4, 6, 10], [-1, 0, 2])
     assert batch.num_tokens == 10
 
 
-def test_an_empty_batch_is_false_and_has_no_segments() -> None:
-    batch = scheduler().schedule()
-    assert not batch
-    assert batch.segments() == ([0], [])
+def test_an_empty_batch_is_false_and_is_not_waited_for() -> None:
+    sched = scheduler()
+    assert not sched.schedule()
+    assert not sched.has_work
 
 
 def test_decodes_come_first_and_prefills_take_the_rest() -> None:
@@ -67,7 +73,7 @@ def test_decodes_come_first_and_prefills_take_the_rest() -> None:
     step(sched)
     sched.add(request("long", 40), 0)
     batch, _ = step(sched)
-    assert shape(batch) == [("a", 2, 1, True), ("b", 2, 1, True), ("long", 0, 14, False)]
+    assert sorted(shape(batch)) == [("a", 2, 1, True), ("b", 2, 1, True), ("long", 0, 14, False)]
 
 
 def test_the_oldest_prefill_advances_in_every_step_even_when_decodes_could_fill_the_budget() -> None:
@@ -103,13 +109,13 @@ def test_output_index_counts_tokens_of_an_earlier_replica() -> None:
     """With 3 of 5 tokens made elsewhere, two are left, and their draws have positions 3 and 4."""
     sched = scheduler()
     sched.add(GenerateRequest("a", None, (1, 2, 3, 4, 5), SamplingParams(max_tokens=5), output_offset=3), 0)
-    indices, last = [], TokenChunk(())
+    indices = []
+    told: dict[str, End] = {}
     while sched.has_work:
-        batch = sched.schedule()
+        batch, told = step(sched)
         indices += [c.output_index for c in batch.sampling_chunks]
-        last = sched.update(batch, [7])["a"]
     assert indices == [3, 4]
-    assert last.finish_reason == "length"
+    assert told == {"a": TokenChunk((7,), "length")}
 
 
 @pytest.mark.parametrize(
@@ -121,6 +127,9 @@ def test_output_index_counts_tokens_of_an_earlier_replica() -> None:
         (GenerateRequest("a", None, (1, 2, 3), SamplingParams(max_tokens=2), output_offset=2), InvalidRequest),
         (GenerateRequest("a", None, (1, 2), SamplingParams(), output_offset=-1), InvalidRequest),
         (request("a", 60, max_tokens=41), PromptTooLong),
+        (GenerateRequest("a", None, (1, 2), priority=17), InvalidRequest),
+        (GenerateRequest("a", None, (1, 2), weight=0.0), InvalidRequest),
+        (GenerateRequest("a", None, (1, 2), weight=math.nan), InvalidRequest),
     ],
 )
 def test_what_can_never_run_is_refused_up_front(bad: GenerateRequest, error: type[Exception]) -> None:
@@ -135,10 +144,8 @@ def test_a_request_that_just_fits_the_cache_runs_and_one_more_token_is_refused()
     with pytest.raises(PromptTooLong, match="kv_blocks"):
         sched.add(request("big", 10, max_tokens=4), 0)
     sched.add(request("fits", 10, max_tokens=3), 0)
-    tokens = 0
-    while sched.has_work:
-        tokens += len(step(sched)[1].get("fits", TokenChunk(())).tokens)
-    assert tokens == 3
+    told = [step(sched)[1] for _ in range(3)]
+    assert told == [{"fits": TokenChunk((7,))}] * 2 + [{"fits": TokenChunk((7,), "length")}]
 
 
 def test_an_id_is_live_only_once() -> None:
@@ -146,40 +153,52 @@ def test_an_id_is_live_only_once() -> None:
     sched.add(request("a", 2), 0)
     with pytest.raises(InvalidRequest, match="already"):
         sched.add(request("a", 2), 0)
-    assert sched.abort("a")
+    sched.abort("a")
+    assert news(sched) == {"a": None}
     sched.add(request("a", 2), 0)
 
 
-def test_update_wants_one_token_for_each_sampling_chunk() -> None:
+def test_update_wants_the_batches_in_order_and_one_token_for_each_sampling_chunk() -> None:
     sched = scheduler()
     sched.add(request("a", 2), 0)
-    batch = sched.schedule()
-    with pytest.raises(EngineError):
-        sched.update(batch, [])
-    assert sched.update(batch, [1]) == {"a": TokenChunk((1,))}
+    first, second = sched.schedule(), sched.schedule()
+    with pytest.raises(EngineError, match="update first"):
+        sched.schedule()
+    with pytest.raises(EngineError, match="0 tokens for 1"):
+        sched.update(first, [])
+    with pytest.raises(EngineError, match="order"):
+        sched.update(second, [Drawn(1)])
+    sched.update(first, [Drawn(1)])
+    with pytest.raises(EngineError, match="order"):
+        sched.fail(first, EngineError("again"))
+    assert news(sched) == {"a": TokenChunk((1,))}
 
 
 def test_abort_in_every_state_gives_everything_back() -> None:
     sched = scheduler(max_running=2)
     for name, prompt in [("a", 10), ("b", 20), ("c", 20)]:
         sched.add(request(name, prompt), 0)
-    assert sched.abort("c"), "waiting"
+    sched.abort("c")
+    assert news(sched) == {"c": None}, "it was waiting"
     batch = sched.schedule()
-    assert sched.abort("a"), "in a step"
-    sched.add(request("a", 3), 1)
-    assert [chunk.request_id for chunk in batch.sampling_chunks] == ["a"]
-    assert sched.update(batch, [1]) == {}, "the old one's token is dropped"
+    sched.abort("a")
+    sched.abort("a")
     sched.check()
-    assert sched.abort("b"), "in the middle of its prompt"
-    assert sched.abort("a")
-    assert not sched.abort("a"), "gone"
+    assert news(sched) == {}, "a batch on its way has it"
+    with pytest.raises(InvalidRequest, match="already"):
+        sched.add(request("a", 3), 1)
+    sched.update(batch, [Drawn(1)])
+    assert news(sched) == {"a": None}, "its token is dropped"
+    sched.abort("b")
+    assert news(sched) == {"b": None}, "it was in the middle of its prompt"
+    sched.abort("a")
     sched.check()
-    assert (sched.blocks.free_blocks, sched.has_work) == (64, False)
+    assert (news(sched), sched.blocks.free_blocks, sched.has_work) == ({}, 64, False)
 
 
 def test_preemption_takes_the_youngest_and_keeps_its_output() -> None:
     """Two requests of one block each, three blocks: when both grow, the younger one goes and recomputes later."""
-    sched = scheduler(kv_blocks=3, block_size=4, max_batch_tokens=16)
+    sched = scheduler(kv_blocks=3, block_size=4, kv_prefix_cache=False)
     sched.add(request("old", 3, max_tokens=6), 0)
     sched.add(request("young", 3, max_tokens=6), 0)
     output: dict[str, list[int]] = {"old": [], "young": []}
@@ -188,14 +207,26 @@ def test_preemption_takes_the_youngest_and_keeps_its_output() -> None:
         batch = sched.schedule()
         for chunk in batch.chunks:
             recomputed += chunk.request_id == "young" and chunk.start == 0 and len(chunk.tokens) > 3
-        drawn = list(range(token, token + len(batch.sampling_chunks)))
+        drawn = [Drawn(token + i) for i in range(len(batch.sampling_chunks))]
         token += len(drawn)
-        for name, chunk_out in sched.update(batch, drawn).items():
+        sched.update(batch, drawn)
+        for name, chunk_out in sched.take_news():
+            assert isinstance(chunk_out, TokenChunk)
             output[name] += chunk_out.tokens
         sched.check()
     assert (sched.preemptions, recomputed) == (1, 1)
     assert [len(tokens) for tokens in output.values()] == [6, 6]
     assert len(set(output["old"] + output["young"])) == 12, "no token comes twice"
+
+
+def test_the_lowest_priority_is_preempted_before_the_youngest() -> None:
+    sched = scheduler(kv_blocks=3, block_size=4)
+    for name, priority in [("low", 0), ("high", 1)]:
+        sched.add(GenerateRequest(name, None, (1, 2, 3), SamplingParams(max_tokens=6), priority=priority), 0)
+    ends = []
+    while sched.has_work:
+        ends += [name for name, end in step(sched)[1].items() if end != TokenChunk((7,))]
+    assert (sched.preemptions, ends) == (1, ["high", "low"])
 
 
 def test_admission_leaves_running_requests_a_block_to_grow_into() -> None:
@@ -207,3 +238,74 @@ def test_admission_leaves_running_requests_a_block_to_grow_into() -> None:
     seen = [name for _ in range(5) for name, *_ in shape(step(sched)[0])]
     assert seen == ["old"] * 3 + ["new"] * 2
     assert sched.preemptions == 0
+
+
+def test_one_step_ahead_a_decode_carries_the_token_that_is_being_drawn() -> None:
+    sched = scheduler()
+    sched.add(request("b", 5, max_tokens=3), 1)
+    sched.add(request("a", 2, max_tokens=3), 0)
+    first, second = sched.schedule(), sched.schedule()
+    assert [(c.request_id, c.tokens, c.start, c.output_index, c.drawn_row) for c in second.chunks] == [
+        ("a", (DRAWN,), 2, 1, 0),
+        ("b", (DRAWN,), 5, 1, 1),
+    ]
+    sched.update(first, [Drawn(7), Drawn(8)])
+    third = sched.schedule()
+    sched.update(second, [Drawn(9), Drawn(10)])
+    assert not sched.schedule(), "the last tokens of both are being drawn"
+    sched.update(third, [Drawn(11), Drawn(12)])
+    assert dict(sched.take_news()[-2:]) == {"a": TokenChunk((11,), "length"), "b": TokenChunk((12,), "length")}
+    assert not sched.has_work
+
+
+def test_a_stop_token_is_found_one_step_late_and_the_end_is_told_when_no_step_has_the_request() -> None:
+    sched = scheduler()
+    sched.add(request("a", 4, stop_token_ids=frozenset({9})), 0)
+    first, second = sched.schedule(), sched.schedule()
+    sched.update(first, [Drawn(9)])
+    assert (news(sched), sched.num_running, sched.blocks.free_blocks) == ({}, 0, 64)
+    assert not sched.schedule()
+    sched.update(second, [Drawn(5)])
+    assert (news(sched), sched.has_work) == ({"a": TokenChunk((), "stop")}, False)
+
+
+class Grammar(SamplingParams):
+    sequential = True  # type: ignore[assignment]  # as a request with a grammar is
+
+
+def test_a_sequential_request_waits_for_its_token_and_keeps_its_share_of_the_step() -> None:
+    sched = scheduler(max_batch_tokens=2)
+    sched.add(GenerateRequest("a", None, (1,), Grammar(max_tokens=5)), 0)
+    first = sched.schedule()
+    sched.add(request("b", 2), 0)
+    second = sched.schedule()
+    assert shape(second) == [("b", 0, 1, False)], "one of the two tokens is kept for the one that waits"
+    sched.update(first, [Drawn(7)])
+    assert sorted((c.request_id, c.tokens) for c in sched.schedule().chunks) == [("a", (7,)), ("b", (101,))]
+
+
+def test_logits_that_are_not_finite_fail_their_request_alone() -> None:
+    sched = scheduler()
+    sched.add(request("a", 2), 0)
+    sched.add(request("b", 2), 1)
+    batch = sched.schedule()
+    sched.update(batch, [None, Drawn(5)])
+    told = news(sched)
+    assert isinstance(told.pop("a"), EngineError)
+    assert told == {"b": TokenChunk((5,))}
+    sched.check()
+
+
+def test_a_failed_step_fails_its_requests_also_in_the_step_launched_behind_it() -> None:
+    sched = scheduler()
+    sched.add(request("a", 4), 0)
+    first = sched.schedule()
+    sched.add(request("b", 4), 0)
+    second = sched.schedule()
+    sched.fail(first, EngineError("broken"))
+    assert news(sched) == {}
+    sched.update(second, [Drawn(1), Drawn(2)])
+    told = news(sched)
+    assert isinstance(told.pop("a"), EngineError)
+    assert told == {"b": TokenChunk((2,))}
+    sched.check()

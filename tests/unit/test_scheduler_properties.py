@@ -1,9 +1,13 @@
-"""Whatever arrives and whatever is aborted: everybody finishes, in order, with the right tokens, and blocks add up.
+"""Whatever arrives, fails and is aborted: everybody else finishes, with the right tokens, and blocks add up.
 
 The "model" writes each token it runs into the KV block that the batch names, and draws the next token from what it
-reads back through the block table, so that a wrong table, a lost block or a skipped token changes the output.
+reads back through the block table, so that a wrong table, a lost block, a block of another version or a skipped token
+changes the output. It runs batches when they are launched, so that with one step ahead it knows what they carry only
+as ``DRAWN``.
 """
 
+import random
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,73 +15,202 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltazip_ray.config import EngineConfig
-from deltazip_ray.errors import PromptTooLong
-from deltazip_ray.scheduler.batch import Batch, Chunk
-from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
-from deltazip_ray.scheduler.scheduler import Scheduler
+from deltazip_ray.errors import EngineError, PromptTooLong
+from deltazip_ray.scheduler.batch import DRAWN, Batch, Chunk, Drawn
+from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, TokenChunk
+from deltazip_ray.scheduler.scheduler import End, Scheduler
 
 VOCABULARY = 50
 STOP = 0
+VERSIONS = (None, "v0", "v1", "v2")
 
 
-def next_token(context: Sequence[int]) -> int:
-    """A token that depends on every token before it and on their order."""
-    value = 17
+class Sequential(SamplingParams):
+    sequential = True  # type: ignore[assignment]  # as a request with a grammar is
+
+
+def next_token(version: str | None, context: Sequence[int]) -> int:
+    """A token that depends on the version, on every token before it and on their order."""
+    value = 17 + VERSIONS.index(version)
     for token in context:
         value = (value * 31 + token + 7) % 1_000_003
     return value % VOCABULARY
 
 
-def oracle(request: GenerateRequest) -> list[int]:
-    """The output of a request alone."""
+def oracle(request: GenerateRequest) -> tuple[list[int], str]:
+    """The output of a request alone, and why it ends."""
     context = list(request.prompt)
     output: list[int] = []
     while len(output) < request.sampling.max_tokens:
-        token = next_token(context)
+        token = next_token(request.version, context)
         if token == STOP:
-            break
+            return output, "stop"
         context.append(token)
         output.append(token)
-    return output
+    return output, "length"
 
 
 class PagedModel:
-    """Keeps the tokens themselves as the KV cache."""
+    """Keeps the tokens themselves as the KV cache, beside the version that computed them."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self.block_size = config.block_size
-        self.cache: list[int | None] = [None] * (config.kv_blocks * config.block_size)
+        self.size = config.block_size
+        self.cache: list[tuple[str | None, int] | None] = [None] * (config.kv_blocks * config.block_size)
+        self.drawn: list[int] = []
 
-    def run(self, batch: Batch) -> list[int]:
+    def launch(self, batch: Batch) -> list[int]:
+        self.check_writes(batch)
         for chunk in batch.chunks:
-            for offset, token in enumerate(chunk.tokens):
-                self.cache[self._place(chunk, chunk.start + offset)] = token
-        return [self._draw(chunk) for chunk in batch.sampling_chunks]
+            tokens = chunk.tokens
+            if tokens == (DRAWN,):
+                assert chunk.drawn_row is not None
+                tokens = (self.drawn[chunk.drawn_row],)
+            for offset, token in enumerate(tokens):
+                self.cache[self._place(chunk, chunk.start + offset)] = (chunk.sequence.request.version, token)
+        self.drawn = [self._draw(chunk) for chunk in batch.sampling_chunks]
+        return self.drawn
+
+    def check_writes(self, batch: Batch) -> None:
+        """Nobody writes to a block that somebody else reads."""
+        holders = [block for chunk in batch.chunks for block in chunk.block_table]
+        for chunk in batch.chunks:
+            for block in chunk.block_table[chunk.start // self.size :]:
+                assert holders.count(block) == 1
 
     def _place(self, chunk: Chunk, position: int) -> int:
-        return chunk.block_table[position // self.block_size] * self.block_size + position % self.block_size
+        return chunk.block_table[position // self.size] * self.size + position % self.size
 
     def _draw(self, chunk: Chunk) -> int:
-        context = [self.cache[self._place(chunk, p)] for p in range(chunk.start + len(chunk.tokens))]
-        assert None not in context
-        return next_token([token for token in context if token is not None])
+        version = chunk.sequence.request.version
+        context = []
+        for position in range(chunk.start + len(chunk.tokens)):
+            held = self.cache[self._place(chunk, position)]
+            assert held is not None
+            assert held[0] == version
+            context.append(held[1])
+        return next_token(version, context)
+
+
+class Driver:
+    """A scheduler with its model, as the step loop uses them, checked after each step."""
+
+    def __init__(self, config: EngineConfig, *, ahead: bool) -> None:
+        self.config = config
+        self.sched = Scheduler(config)
+        self.model = PagedModel(config)
+        self.ahead = ahead
+        self.live: dict[str, GenerateRequest] = {}
+        self.output: dict[str, list[int]] = {}
+        self.aborted: set[str] = set()
+        self.failed: set[str] = set()
+        self.launched: deque[tuple[Batch, list[int] | None]] = deque()
+
+    def add(self, request: GenerateRequest) -> bool:
+        try:
+            self.sched.add(request, VERSIONS.index(request.version) - 1)
+        except PromptTooLong:
+            total = len(request.prompt) + request.sampling.max_tokens
+            assert total > self.config.max_model_len or total - 1 > self.config.kv_blocks * self.config.block_size
+            return False
+        self.live[request.request_id] = request
+        self.output[request.request_id] = []
+        return True
+
+    def abort(self, name: str) -> None:
+        if name in self.live:
+            self.aborted.add(name)
+            self.sched.abort(name)
+            self.hear_all()
+
+    def step(self, *, fails: bool = False) -> None:
+        batch = self.sched.schedule()
+        assert bool(batch) or self.launched or not self.sched.has_work, "a step always does something"
+        if batch:
+            self.check_batch(batch)
+            self.launched.append((batch, None if fails else self.model.launch(batch)))
+        keep = 1 if self.ahead and batch and not fails else 0
+        while len(self.launched) > keep:
+            self.finish(*self.launched.popleft())
+        self.sched.check()
+
+    def finish(self, batch: Batch, drawn: list[int] | None) -> None:
+        if drawn is None:
+            self.failed |= {chunk.request_id for chunk in batch.chunks}
+            self.sched.fail(batch, EngineError("a step failed"))
+        else:
+            self.sched.update(batch, [Drawn(token) for token in drawn])
+        self.hear_all()
+
+    def hear_all(self) -> None:
+        for name, news in self.sched.take_news():
+            self.hear(name, news)
+
+    def hear(self, name: str, news: End) -> None:
+        assert all(name != c.request_id for b, _ in self.launched for c in b.chunks) or not ended(news)
+        request = self.live[name]
+        if isinstance(news, TokenChunk):
+            assert name not in self.aborted or ended(news)
+            self.output[name] += news.tokens
+            if news.finish_reason is not None:
+                assert (self.output[name], news.finish_reason) == oracle(request)
+        else:
+            assert name in (self.aborted if news is None else self.failed)
+        if ended(news):
+            del self.live[name]
+
+    def check_batch(self, batch: Batch) -> None:
+        config = self.config
+        assert batch.num_tokens <= config.max_batch_tokens
+        assert len(batch.chunks) <= config.max_running
+        slots = [chunk.slot for chunk in batch.chunks]
+        assert slots == sorted(slots)
+        unfinished = [chunk for chunk in batch.chunks if not chunk.samples]
+        assert len(unfinished) <= 1
+        for chunk in batch.chunks:
+            assert chunk.tokens
+            assert len(chunk.block_table) * config.block_size >= chunk.start + len(chunk.tokens)
+        if not self.launched:
+            assert len(batch.chunks) == self.sched.num_running, "all that run advance in every step"
+
+    def check_end(self) -> None:
+        assert not self.live
+        assert not self.sched.has_work
+        assert self.sched.blocks.free_blocks == self.config.kv_blocks
+
+
+def ended(news: End) -> bool:
+    return not isinstance(news, TokenChunk) or news.finish_reason is not None
 
 
 @dataclass(frozen=True)
 class Arrival:
     step: int
+    version: str | None
+    common: int
+    """Tokens of a prefix that all prompts share."""
     prompt: tuple[int, ...]
     max_tokens: int
-    slot: int
+    priority: int
+    sequential: bool
     abort_after: int | None
+
+    def request(self, name: str) -> GenerateRequest:
+        params = Sequential if self.sequential else SamplingParams
+        sampling = params(max_tokens=self.max_tokens, stop_token_ids=frozenset({STOP}))
+        return GenerateRequest(
+            name, self.version, (5,) * self.common + self.prompt, sampling, priority=self.priority, weight=1.5
+        )
 
 
 arrivals = st.builds(
     Arrival,
     step=st.integers(0, 25),
-    prompt=st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=30).map(tuple),
+    version=st.sampled_from(VERSIONS),
+    common=st.integers(0, 20),
+    prompt=st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=15).map(tuple),
     max_tokens=st.integers(1, 20),
-    slot=st.integers(-1, 3),
+    priority=st.integers(-2, 2),
+    sequential=st.booleans(),
     abort_after=st.none() | st.integers(0, 12),
 )
 configs = st.builds(
@@ -87,79 +220,68 @@ configs = st.builds(
     kv_blocks=st.integers(1, 24),
     block_size=st.integers(1, 5),
     max_model_len=st.just(50),
+    kv_prefix_cache=st.booleans(),
+    fair_lead_tokens=st.integers(1, 200),
+    priority_step_tokens=st.integers(0, 50),
 )
 
 
-def check_batch(batch: Batch, config: EngineConfig) -> None:
-    assert batch.num_tokens <= config.max_batch_tokens
-    assert len(batch.chunks) <= config.max_running
-    starts, slots = batch.segments()
-    assert slots == sorted(set(slots))
-    assert (starts[0], starts[-1]) == (0, batch.num_tokens)
-    places = [block for chunk in batch.chunks for block in chunk.block_table]
-    assert len(places) == len(set(places)), "no two sequences share a block"
-    for chunk in batch.chunks:
-        assert chunk.tokens
-        assert len(chunk.block_table) * config.block_size >= chunk.start + len(chunk.tokens)
-        assert chunk.samples == (chunk.start + len(chunk.tokens) == len(chunk.sequence))
-
-
-@settings(max_examples=200, deadline=None)
-@given(config=configs, plan=st.lists(arrivals, max_size=14))
-def test_everybody_finishes_with_the_output_of_a_request_alone(config: EngineConfig, plan: list[Arrival]) -> None:
-    sched, model = Scheduler(config), PagedModel(config)
-    todo = sorted(enumerate(plan), key=lambda item: item[1].step)
-    live: dict[str, GenerateRequest] = {}
-    order: list[str] = []
-    started: list[str] = []
-    output: dict[str, list[int]] = {}
+@settings(max_examples=300, deadline=None)
+@given(
+    config=configs,
+    plan=st.lists(arrivals, max_size=14),
+    ahead=st.booleans(),
+    failures=st.sets(st.integers(0, 40), max_size=2),
+)
+def test_everybody_finishes_with_the_output_of_a_request_alone(
+    config: EngineConfig, plan: list[Arrival], ahead: bool, failures: set[int]
+) -> None:
+    driver = Driver(config, ahead=ahead)
+    todo = deque(sorted(enumerate(plan), key=lambda item: item[1].step))
     aborts: dict[str, int] = {}
     now, work = 0, 0
-    while todo or sched.has_work:
+    while todo or driver.sched.has_work:
         while todo and todo[0][1].step <= now:
-            index, arrival = todo.pop(0)
-            request = GenerateRequest(
-                str(index),
-                None,
-                arrival.prompt,
-                SamplingParams(max_tokens=arrival.max_tokens, stop_token_ids=frozenset({STOP})),
-            )
-            try:
-                sched.add(request, arrival.slot)
-            except PromptTooLong:
-                total = len(request.prompt) + arrival.max_tokens
-                assert total > 50 or total - 1 > config.kv_blocks * config.block_size
-                continue
-            live[request.request_id] = request
-            output[request.request_id] = []
-            order.append(request.request_id)
-            work += len(request.prompt) + arrival.max_tokens
-            if arrival.abort_after is not None:
-                aborts[request.request_id] = now + arrival.abort_after
-        for name in [name for name, when in aborts.items() if when == now and name in live]:
-            assert sched.abort(name)
-            del live[name]
-            order.remove(name)
-        batch = sched.schedule()
-        check_batch(batch, config)
-        assert bool(batch) == sched.has_work, "a step always does something"
-        if batch:
-            assert len(batch.chunks) == sched.num_running, "all that run advance in every step"
-            oldest = next(name for name in order if name in live)
-            assert oldest in {chunk.request_id for chunk in batch.chunks}, "and the oldest runs"
-            running = [c.request_id for c in batch.chunks]
-            first_seen = [name for name in order if name in running and name not in started]
-            started += first_seen
-            assert [n for n in order if n in started] == order[: sum(n in started for n in order)], "first come first"
-        for name, news in sched.update(batch, model.run(batch)).items():
-            output[name] += news.tokens
-            if news.finish_reason is not None:
-                expected = oracle(live[name])
-                assert output[name] == expected
-                assert news.finish_reason == ("length" if len(expected) == live[name].sampling.max_tokens else "stop")
-                del live[name]
-        sched.check()
+            index, arrival = todo.popleft()
+            request = arrival.request(str(index))
+            if driver.add(request):
+                work += len(request.prompt) + arrival.max_tokens
+                if arrival.abort_after is not None:
+                    aborts[request.request_id] = now + arrival.abort_after
+        for name in [name for name, when in aborts.items() if when == now]:
+            driver.abort(name)
+        driver.step(fails=now in failures)
         now += 1
-        assert now <= 26 + work * (len(plan) + 1), "no livelock: each step advances the oldest by a token"
-    assert not live
-    assert sched.blocks.free_blocks == config.kv_blocks
+        assert now <= 26 + 2 * work * (len(plan) + 1), "no livelock: somebody advances by a token in every other step"
+    driver.check_end()
+
+
+def test_a_thousand_requests_of_random_lengths_with_random_cancellations_leak_nothing() -> None:
+    dice = random.Random(11)
+    config = EngineConfig(max_batch_tokens=96, max_running=24, kv_blocks=60, block_size=8, max_model_len=256)
+    driver = Driver(config, ahead=True)
+    for i in range(1000):
+        arrival = Arrival(
+            step=0,
+            version=dice.choice(VERSIONS),
+            common=dice.choice((0, 0, 20, 60)),
+            prompt=tuple(dice.randint(1, VOCABULARY - 1) for _ in range(dice.randint(1, 80))),
+            max_tokens=dice.randint(1, 90),
+            priority=dice.choice((0, 0, 0, 1, -1)),
+            sequential=dice.random() < 0.1,
+            abort_after=None,
+        )
+        assert driver.add(arrival.request(str(i)))
+        for _ in range(dice.randint(0, 4)):
+            driver.step(fails=dice.random() < 0.002)
+        if dice.random() < 0.3 and driver.live:
+            driver.abort(dice.choice(list(driver.live)))
+    while driver.sched.has_work:
+        driver.step()
+    driver.check_end()
+    finished = 1000 - len(driver.aborted | driver.failed)
+    assert finished > 500
+    assert len(driver.aborted) > 150
+    assert driver.failed
+    assert driver.sched.preemptions > 20
+    assert driver.sched.prefix_hits > 1000
