@@ -3,14 +3,18 @@
 import asyncio
 import contextlib
 import functools
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.device_slots import DeviceSlots
-from deltazip_ray.errors import DeltaZipError
+from deltazip_ray.errors import DeltaZipError, EngineError
 from deltazip_ray.observability.engine_metrics import EngineMetrics
 from deltazip_ray.residency.slot_table import AskSlot, Pin, SlotTable
-from deltazip_ray.residency.tiers import DeltaSource, Tier
+from deltazip_ray.residency.tiers import DeltaSource, HostDelta, PrefetchTier, Tier
+
+logger = logging.getLogger(__name__)
 
 _COPY_THREADS = 2
 
@@ -18,8 +22,9 @@ _COPY_THREADS = 2
 class Versions:
     """Versions on the device: pinned while a request uses them, loaded from ``source`` when it asks for them."""
 
-    def __init__(self, source: DeltaSource, slots: DeviceSlots, count: int, metrics: EngineMetrics) -> None:
-        self.table = SlotTable(count)
+    def __init__(self, source: DeltaSource, slots: DeviceSlots, config: EngineConfig, metrics: EngineMetrics) -> None:
+        self.table = SlotTable(config.slots, cost=self._seconds_away, half_life=config.eviction_half_life)
+        self._copy_s: dict[str, float] = {}
         self._source = source
         self._slots = slots
         self._metrics = metrics
@@ -31,6 +36,28 @@ class Versions:
         Raises LoadTimeout, EngineStopped, ArtifactError, StoreError.
         """
         return await self.table.pin(version, functools.partial(self._load, version), timeout_s)
+
+    async def prefetch(self, version: str, tier: PrefetchTier, timeout_s: float) -> bool:
+        """Bring a version nearer, behind all that is wanted now; returns whether it is there."""
+        try:
+            there = version in self.table.resident or await self._source.prefetch(version)
+            if there and tier == "device":
+                there = self.table.has_room
+                if there:
+                    self.table.unpin(await self.pin(version, timeout_s))
+        except DeltaZipError as error:
+            logger.info("version %s was not prefetched: %s", version[:12], error.message)
+            there = False
+        self._metrics.prefetches.labels("done" if there else "dropped").inc()
+        return there
+
+    async def unload(self, version: str, *, disk: bool) -> None:
+        """Free what a version takes here and on the host, as soon as nothing uses it.
+
+        Raises ArtifactError, StoreError.
+        """
+        self.table.discard(version)
+        await self._source.discard(version, disk=disk)
 
     def vocab_size(self, pin: Pin) -> int:
         """Tokens that a pinned version knows."""
@@ -51,14 +78,26 @@ class Versions:
                 self._metrics.fetch_seconds.labels(delta.tier).observe(time.perf_counter() - began)
                 slot = await ask_slot()
                 began = time.perf_counter()
-                await _settled(asyncio.wrap_future(self._copiers.submit(self._slots.load, slot, delta)))
+                await self._copy(slot, delta)
+                copied = time.perf_counter() - began
             finally:
                 await self._source.release(version)
         except DeltaZipError as error:
             self._metrics.load_failures.labels(type(error).__name__).inc()
             raise
-        self._metrics.load_seconds.labels(delta.tier).observe(time.perf_counter() - began)
+        self._metrics.load_seconds.labels(delta.tier).observe(copied)
+        resident = self.table.resident
+        self._copy_s = {one: seconds for one, seconds in self._copy_s.items() if one in resident} | {version: copied}
         return delta.tier
+
+    async def _copy(self, slot: int, delta: HostDelta) -> None:
+        try:
+            await _settled(asyncio.wrap_future(self._copiers.submit(self._slots.load, slot, delta)))
+        except RuntimeError as error:
+            raise EngineError(f"a delta could not be copied to the device ({error}): send the request again") from error
+
+    def _seconds_away(self, version: str) -> float:
+        return self._copy_s.get(version, 0.0) + self._source.seconds_away(version)
 
 
 async def _settled(copy: asyncio.Future[None]) -> None:

@@ -31,6 +31,10 @@ class EngineStats:
     """Versions that left a slot to another one, since the start."""
     preemptions: int = 0
     """Requests that gave up their KV blocks and were computed again, since the start."""
+    prefix_lookups: int = 0
+    """Tokens of admitted requests, since the start."""
+    prefix_hits: int = 0
+    """Of those, tokens whose keys and values were in the KV cache already."""
 
 
 class EngineMetrics:
@@ -71,6 +75,9 @@ class EngineMetrics:
             buckets=_WAIT,
             registry=registry,
         )
+        self.prefetches = Counter(
+            f"{prefix}prefetches", "Prefetch hints by what became of them", ["outcome"], registry=registry
+        )
         self.load_failures = Counter(f"{prefix}load_failures", "Deltas that did not load", ["error"], registry=registry)
         register_at_scrape(registry, lambda: _of_the_moment(prefix, stats()))
 
@@ -89,3 +96,5 @@ def _of_the_moment(prefix: str, stats: EngineStats) -> Iterable[Metric]:
         yield GaugeMetricFamily(prefix + name, help_text, value)
     yield CounterMetricFamily(prefix + "evictions", "Versions that left for another one", stats.evictions)
     yield CounterMetricFamily(prefix + "preemptions", "Requests that lost their KV blocks", stats.preemptions)
+    yield CounterMetricFamily(prefix + "prefix_lookup_tokens", "Tokens of admitted requests", stats.prefix_lookups)
+    yield CounterMetricFamily(prefix + "prefix_hit_tokens", "Of those, found in the KV cache", stats.prefix_hits)

@@ -1,24 +1,58 @@
 """One blob from the disk or the store into a given place in memory, verified. Runs in a thread."""
 
+import threading
 import time
 
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.digests import verify_blob
 from deltazip_ray.artifact.manifest import BlobEntry
+from deltazip_ray.config import MIB
 from deltazip_ray.errors import BlobCorrupt
 from deltazip_ray.observability.host_metrics import HostMetrics
 from deltazip_ray.residency.disk_tier import DiskTier
-from deltazip_ray.residency.quarantine import blob_key
+from deltazip_ray.residency.pace import Pace
+from deltazip_ray.residency.quarantine import BlobKey, blob_key
 from deltazip_ray.residency.tiers import Tier
+
+_KEPT = 0.95
+"""Of what is known of a speed, with each further blob."""
+
+
+class _Speed:
+    """Seconds for a byte, over what was moved of late."""
+
+    def __init__(self, seconds_per_byte: float) -> None:
+        """What is believed before anything was moved: as if by one large blob."""
+        self._bytes = float(64 * MIB)
+        self._seconds = seconds_per_byte * self._bytes
+
+    @property
+    def seconds_per_byte(self) -> float:
+        return self._seconds / self._bytes
+
+    def moved(self, size: int, seconds: float) -> None:
+        self._bytes = _KEPT * self._bytes + size
+        self._seconds = _KEPT * self._seconds + seconds
 
 
 class BlobFetcher:
     """Brings blobs from where they are nearest."""
 
-    def __init__(self, catalog: Catalog, disk: DiskTier | None, metrics: HostMetrics) -> None:
+    def __init__(
+        self, catalog: Catalog, disk: DiskTier | None, metrics: HostMetrics, bytes_per_s: float | None = None
+    ) -> None:
+        """``bytes_per_s`` bounds what comes from the store, all threads together."""
         self._catalog = catalog
         self._disk = disk
         self._metrics = metrics
+        self._pace = Pace(bytes_per_s)
+        self._speeds: dict[Tier, _Speed] = {"disk": _Speed(1e-9), "remote": _Speed(1e-8)}
+        self._lock = threading.Lock()
+
+    def seconds_per_byte(self, key: BlobKey) -> float:
+        """See :class:`Fetch`: by where the blob is now, and how fast that was of late."""
+        tier: Tier = "disk" if self._disk is not None and self._disk.has(key) else "remote"
+        return self._speeds[tier].seconds_per_byte
 
     def __call__(self, entry: BlobEntry, buffer: memoryview) -> Tier:
         """Fill ``buffer``, of ``entry.size`` bytes, with the blob and check its sha256; returns where it was.
@@ -38,10 +72,14 @@ class BlobFetcher:
                 self._read(entry, buffer)
             if self._disk is not None:
                 self._disk.offer(blob_key(entry), buffer)
-        self._metrics.fetch_seconds.labels(tier).observe(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        with self._lock:
+            self._speeds[tier].moved(entry.size, seconds)
+        self._metrics.fetch_seconds.labels(tier).observe(seconds)
         self._metrics.fetched_bytes.labels(tier).inc(entry.size)
         return tier
 
     def _read(self, entry: BlobEntry, buffer: memoryview) -> None:
+        self._pace.take(entry.size)
         self._catalog.store.read_into(self._catalog.blob_key(entry.digest), buffer)
         verify_blob(buffer, entry)

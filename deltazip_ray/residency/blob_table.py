@@ -2,20 +2,31 @@
 
 import asyncio
 import functools
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 from deltazip_ray.artifact.manifest import BlobEntry
 from deltazip_ray.errors import BlobCorrupt, StoreError
 from deltazip_ray.observability.host_metrics import HostStats
 from deltazip_ray.residency.arena import ArenaAllocator, aligned
 from deltazip_ray.residency.fetch_pool import FetchPool, Job
+from deltazip_ray.residency.popularity import Popularity
 from deltazip_ray.residency.quarantine import BlobKey, Quarantine, blob_key
 from deltazip_ray.residency.tiers import Tier
 
-Fetch = Callable[[BlobEntry, memoryview], Tier]
-"""Fills a blob's place with verified bytes and tells where they were, or raises. Runs in a thread."""
+
+class Fetch(Protocol):
+    """Brings blobs to the arena."""
+
+    def __call__(self, entry: BlobEntry, buffer: memoryview) -> Tier:
+        """Fill a blob's place with verified bytes and tell where they were, or raise. Runs in a thread."""
+        ...
+
+    def seconds_per_byte(self, key: BlobKey) -> float:
+        """What it would take now, by experience. Cheap."""
+        ...
 
 
 @dataclass(eq=False)
@@ -29,6 +40,8 @@ class Blob:
     job: Job[Tier] | None = None
     """The fetch; None when it is over."""
     holds: int = 0
+    leaving: bool = False
+    """Whether it goes when nobody holds it any more."""
 
     @property
     def evictable(self) -> bool:
@@ -39,7 +52,15 @@ class Blob:
 class BlobTable:
     """Blobs in an arena. It belongs to one event loop; only ``fetch`` runs in threads."""
 
-    def __init__(self, memory: memoryview, fetch: Fetch, pool: FetchPool[Tier], quarantine: Quarantine) -> None:
+    def __init__(
+        self,
+        memory: memoryview,
+        fetch: Fetch,
+        pool: FetchPool[Tier],
+        quarantine: Quarantine,
+        popularity: Popularity[BlobKey],
+    ) -> None:
+        self._popularity = popularity
         self._memory = memory
         self._fetch = fetch
         self._pool = pool
@@ -68,11 +89,11 @@ class BlobTable:
         """A blob's bytes."""
         return self._memory[blob.offset : blob.offset + blob.key[1]]
 
-    def try_hold(self, version: str, entries: Sequence[BlobEntry]) -> list[Blob] | None:
+    def try_hold(self, version: str, entries: Sequence[BlobEntry], *, ahead: bool = False) -> list[Blob] | None:
         """Hold a blob for each entry, fetches of those that are missing under way; None when there is no room.
 
         All or nothing: without room for all nobody is held and nothing is fetched. ``version`` is on whose behalf.
-        Raises BlobCorrupt when one of those that are missing is in quarantine.
+        ``ahead``: nobody waits for it yet. Raises BlobCorrupt when one of those that are missing is in quarantine.
         """
         self.refuse_quarantined(entries)
         wanted = {blob_key(entry): entry for entry in entries}
@@ -83,10 +104,13 @@ class BlobTable:
         if offsets is None:
             return None
         for key, offset in offsets.items():
-            self._start(version, wanted[key], offset)
+            self._start(version, wanted[key], offset, ahead)
         blobs = [self._blobs[blob_key(entry)] for entry in entries]
         for blob in blobs:
             blob.holds += 1
+            blob.leaving = False
+            if blob.job is not None and not ahead:
+                self._pool.hasten(blob.job)
         return blobs
 
     def refuse_quarantined(self, entries: Iterable[BlobEntry]) -> None:
@@ -95,15 +119,31 @@ class BlobTable:
 
     def let_go(self, blobs: Iterable[Blob]) -> None:
         """Undo one ``try_hold``. A fetch that nobody wants any more is dropped unless it has begun."""
+        blobs = list(blobs)
+        self._popularity.used(blob.key for blob in blobs)
         for blob in blobs:
             blob.holds -= 1
             if blob.holds or self._blobs.get(blob.key) is not blob:
                 continue
-            if blob.job is not None and self._pool.cancel(blob.job):
+            if blob.leaving if blob.job is None else self._pool.cancel(blob.job):
                 self._remove(blob)
             else:
                 self._blobs[blob.key] = self._blobs.pop(blob.key)
         self.room_changed.set()
+
+    def discard(self, keys: Iterable[BlobKey]) -> None:
+        """Free the room of blobs, of each as soon as nobody holds it."""
+        for key in keys:
+            blob = self._blobs.get(key)
+            if blob is not None:
+                blob.leaving = True
+                if blob.evictable:
+                    self._remove(blob)
+
+    def seconds_away(self, entries: Iterable[BlobEntry]) -> float:
+        """What fetching those that are not here yet would take, one after the other."""
+        keys = {blob_key(entry) for entry in entries if not self.ready((entry,))}
+        return sum(key[1] * self._fetch.seconds_per_byte(key) for key in keys)
 
     def cancel_fetches(self, error: Exception) -> None:
         """Fail the fetches that have not begun."""
@@ -141,11 +181,10 @@ class BlobTable:
         """
         missing = [key for key in wanted if key not in self._blobs]
         others = [blob for blob in self._blobs.values() if blob.evictable and blob.key not in wanted]
-        own = [blob for blob in self._blobs.values() if blob.evictable and blob.key in wanted]
         room = self._arena.free_bytes + sum(aligned(blob.key[1]) for blob in others)
         if sum(aligned(size) for _, size in missing) > room:
             return None
-        victims = iter(others + own)
+        victims = self._victims(others, wanted)
         offsets: dict[BlobKey, int] = {}
         for key in missing:  # grows while it is walked
             while (offset := self._arena.allocate(key[1])) is None:
@@ -161,17 +200,27 @@ class BlobTable:
             offsets[key] = offset
         return offsets
 
-    def _start(self, version: str, entry: BlobEntry, offset: int) -> None:
+    def _victims(self, others: list[Blob], wanted: Set[BlobKey]) -> Iterator[Blob]:
+        """``others``, those worth least first, and then the wanted ones. Nothing is compared before it must be."""
+        yield from sorted(others, key=lambda blob: self._worth(blob.key))
+        yield from [blob for blob in self._blobs.values() if blob.evictable and blob.key in wanted]
+
+    def _worth(self, key: BlobKey) -> float:
+        return self._popularity.worth(key, self._fetch.seconds_per_byte(key))
+
+    def _start(self, version: str, entry: BlobEntry, offset: int, ahead: bool) -> None:
         blob = Blob(blob_key(entry), offset, asyncio.get_running_loop().create_future())
         self._blobs[blob.key] = blob
         fetch = functools.partial(self._fetch, entry, self.view(blob))
-        blob.job = self._pool.submit(version, fetch, functools.partial(self._fetched, blob))
+        blob.job = self._pool.submit(version, fetch, functools.partial(self._fetched, blob), ahead=ahead)
 
     def _fetched(self, blob: Blob, result: Future[Tier]) -> None:
         blob.job = None
         error = result.exception()
         if error is None:
             blob.ready.set_result(result.result())
+            if blob.leaving and blob.evictable:
+                self._remove(blob)
             self.room_changed.set()
         else:
             if isinstance(error, BlobCorrupt):

@@ -41,6 +41,10 @@ class DiskFolder:
         """Files."""
         return len(self._files)
 
+    def __contains__(self, key: object) -> bool:
+        """Whether the books have such a file."""
+        return key in self._files
+
     def find(self, digest: str) -> BlobKey | None:
         """What a file of this digest is kept as. Linear in the files."""
         with self._lock:
@@ -103,6 +107,7 @@ class DiskFolder:
     def remove(self, key: BlobKey) -> None:
         """Remove a file; it is no error if there is none."""
         with self._lock:
+            self._use()
             if key in self._files:
                 self._forget(key)
                 self._path(key).unlink(missing_ok=True)

@@ -11,7 +11,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from prometheus_client import CollectorRegistry
@@ -56,6 +56,15 @@ class DiskTier:
         folder = DiskFolder(settings.disk_dir, settings.disk_bytes)
         metrics = DiskMetrics(registry, lambda: DiskStats(folder.bytes, len(folder), folder.evictions))
         return cls(folder, metrics, clock)
+
+    def has(self, key: BlobKey) -> bool:
+        """Whether a blob was kept here when somebody last looked. Cheap."""
+        return key in self._folder
+
+    def discard(self, keys: Iterable[BlobKey]) -> None:
+        """Remove blobs; it is no error if there are none. Blocking."""
+        for key in keys:
+            self._remove(key)
 
     def find(self, digest: str) -> bytes | None:
         """A small blob of unknown size, verified; None when it cannot be had from here. Blocking."""

@@ -6,8 +6,10 @@
 * **Nothing unverified is seen.** A blob is published when its sha256 has been checked, never before.
 * **The disk first.** With ``node_store.disk_dir``, what came from the store, manifests too, is kept on disk, beside the
   requests' way, and read from there when it has left memory or the process was restarted; see :mod:`disk_tier`.
-* **Held blobs never move and never leave.** The others stay until their room is needed; those let go of least recently
-  leave first.
+* **Held blobs never move and never leave.** The others stay until their room is needed; those that are worth least, for
+  what bringing them back would cost, leave first, see :mod:`popularity`.
+* **Who waits comes first.** What is prefetched gets threads that nobody else wants, and gives its room up when a
+  version that somebody waits for needs it.
 * **What is broken is not tried over and over.** A version that fails again and again gets its last failure at once
   until a later try succeeds, see :mod:`breakers`; a blob that came damaged twice is not fetched for a while, see
   :mod:`quarantine`. Neither concerns a version whose blobs are all here, nor any other one.
@@ -21,6 +23,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,8 +42,16 @@ from deltazip_ray.residency.breakers import Breakers
 from deltazip_ray.residency.disk_tier import DiskTier
 from deltazip_ray.residency.fetch_pool import FetchPool
 from deltazip_ray.residency.manifests import Manifests
-from deltazip_ray.residency.quarantine import Quarantine, blob_key
+from deltazip_ray.residency.popularity import Popularity
+from deltazip_ray.residency.quarantine import BlobKey, Quarantine, blob_key
 from deltazip_ray.residency.tiers import HostDelta, HostMemory, Tier
+
+_PREFETCHES = 4
+"""Versions prefetched at once."""
+_UNKNOWN_S = 1.0
+"""What is believed of a version of which nothing is known."""
+
+logger = logging.getLogger(__name__)
 
 _SLOWNESS: Sequence[Tier] = ("host", "disk", "remote")
 
@@ -81,10 +92,12 @@ class HostCache:
         self._quarantine = Quarantine(settings.quarantine_s, clock)
         self._disk = DiskTier.from_settings(settings, registry, clock)
         self._manifests = Manifests(catalog, self._disk)
-        fetch = BlobFetcher(catalog, self._disk, self._metrics)
-        self._blobs = BlobTable(memory, fetch, self._pool, self._quarantine)
+        fetch = BlobFetcher(catalog, self._disk, self._metrics, settings.fetch_bytes_per_s)
+        popularity = Popularity[BlobKey](settings.eviction_half_life)
+        self._blobs = BlobTable(memory, fetch, self._pool, self._quarantine, popularity)
         self._room_timeout_s = settings.room_timeout_s
         self._held: dict[str, _Held] = {}
+        self._prefetches: dict[str, asyncio.Task[bool]] = {}
         self._turn = asyncio.Lock()  # serves its waiters in order of arrival
         self._closed = False
 
@@ -121,6 +134,34 @@ class HostCache:
             del self._held[version]
         self._blobs.let_go(held.blobs)
 
+    async def prefetch(self, version: str) -> bool:
+        """See DeltaSource. A few versions at a time: hints beyond that are dropped."""
+        if version not in self._prefetches:
+            if self._closed or len(self._prefetches) >= _PREFETCHES:
+                return False
+            task = self._prefetches[version] = asyncio.create_task(self._prefetch(version))
+            task.add_done_callback(lambda _: self._prefetches.pop(version))
+        task = self._prefetches[version]
+        await asyncio.wait({task})
+        return not task.cancelled() and task.result()
+
+    async def discard(self, version: str, *, disk: bool = False) -> None:
+        """See DeltaSource. Blobs of other versions that are here stay, also on disk."""
+        manifest = await self._manifests.get(version)
+        if version in self._prefetches:
+            self._prefetches[version].cancel()
+        others = {blob_key(e) for name in self.versions - {version} for e in self._manifests.known[name].blobs}
+        keys = {blob_key(entry) for entry in manifest.blobs} - others
+        self._blobs.discard(keys)
+        self._manifests.forget(version)
+        if disk and self._disk is not None:
+            await asyncio.to_thread(self._disk.discard, [*keys, (version, len(manifest.canonical()))])
+
+    def seconds_away(self, version: str) -> float:
+        """See DeltaSource."""
+        manifest = self._manifests.known.get(version)
+        return _UNKNOWN_S if manifest is None else self._blobs.seconds_away(manifest.blobs)
+
     def offsets(self, version: str) -> dict[str, tuple[int, int]]:
         """Block to (offset, size) in the arena, in bytes. Raises StoreError when the version is not held."""
         held = self._get_held(version)
@@ -146,8 +187,10 @@ class HostCache:
     async def close(self) -> None:
         """Fail those who wait with StoreUnavailable, and wait for reads and writes under way. Views stay valid."""
         self._closed = True
+        self._cancel_prefetches()
         self._blobs.room_changed.set()
         self._blobs.cancel_fetches(_closed())
+        await asyncio.gather(*self._prefetches.values(), return_exceptions=True)
         await asyncio.to_thread(self._pool.shutdown)
         await self._manifests.close()
         if self._disk is not None:
@@ -167,12 +210,35 @@ class HostCache:
             self._blobs.refuse_quarantined(manifest.blobs)
         return self._breakers.guard(version)
 
+    async def _prefetch(self, version: str) -> bool:
+        """Have a version's blobs brought, as far as there is room now."""
+        try:
+            with self._guard(version):
+                manifest = await self._manifests.get(version)
+                blobs = self._blobs.try_hold(version, manifest.blobs, ahead=True)
+                if blobs is None:
+                    return False
+                await self._arrival(blobs)
+        except DeltaZipError as error:
+            logger.info("version %s was not prefetched: %s", version[:12], error.message)
+            return False
+        self._blobs.let_go(blobs)
+        return True
+
+    def _cancel_prefetches(self) -> None:
+        for task in self._prefetches.values():
+            task.cancel()
+
     async def _hold(self, version: str, manifest: Manifest) -> tuple[list[Blob], Tier]:
         """Hold all blobs of a version once they are verified; returns where the slowest was when they were asked for.
 
         Raises as :meth:`acquire`, and holds nothing then.
         """
         blobs = await self._place(version, manifest)
+        return blobs, await self._arrival(blobs)
+
+    async def _arrival(self, blobs: Sequence[Blob]) -> Tier:
+        """Wait for the bytes of held blobs; returns where the slowest one was. Lets go of them when one fails."""
         missing = [blob.ready for blob in blobs if not blob.ready.done()]
         try:
             if missing:
@@ -183,7 +249,7 @@ class HostCache:
         except BaseException:
             self._blobs.let_go(blobs)
             raise
-        return blobs, max((ready.result() for ready in missing), key=_SLOWNESS.index, default="host")
+        return max((ready.result() for ready in missing), key=_SLOWNESS.index, default="host")
 
     async def _place(self, version: str, manifest: Manifest) -> list[Blob]:
         """Hold all blobs of a version, those that are missing on their way; waits for room. Raises StoreFull."""
@@ -202,6 +268,7 @@ class HostCache:
                     if blobs is not None:
                         return blobs
                     self._blobs.room_changed.clear()
+                    self._cancel_prefetches()
                     await self._blobs.room_changed.wait()
         except TimeoutError:
             now = self.stats()

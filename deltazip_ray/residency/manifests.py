@@ -42,6 +42,10 @@ class Manifests:
             read.add_done_callback(functools.partial(self._done, version))
         return await asyncio.shield(read)
 
+    def forget(self, version: str) -> None:
+        """Read a version's manifest again when it is wanted again."""
+        self._known.pop(version, None)
+
     async def close(self) -> None:
         """Wait for the reads under way."""
         await asyncio.gather(*self._reads.values(), return_exceptions=True)

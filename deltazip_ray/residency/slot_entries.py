@@ -58,3 +58,18 @@ class Occupant:
     pins: int = 0
     closed: bool = False
     """Whether it takes no new pins, so that it drains."""
+    leaving: bool = False
+    """Whether its slot becomes free when the last pin is given back."""
+
+
+def fail(waiters: Waiters, error: BaseException) -> None:
+    """Tell all waiters, who are none any more."""
+    for waiter in waiters:
+        waiter.set_exception(error)
+    waiters.clear()
+
+
+def cancel(load: asyncio.Future[Tier] | None) -> None:
+    """Tell a load to stop, if there is one."""
+    if load is not None:
+        load.cancel()

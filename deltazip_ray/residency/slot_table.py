@@ -1,7 +1,8 @@
 """The device tier's policy: which version is in which slot, who may stay, and who is next.
 
 A slot is free, loading, or resident. A resident version is pinned by the requests that use it and never leaves while
-it is; unpinned ones stay until somebody needs the room, the least recently used going first.
+it is; unpinned ones stay until somebody needs the room. Then that one goes which is worth least: popularity times the
+seconds that bringing it back would take, see :mod:`popularity`.
 
 * **A slot is taken last.** A load asks for its slot when everything is there that may be slow or fail. Until then it
   costs no resident version its place, and when nobody waits for it any more it is cancelled.
@@ -20,9 +21,11 @@ import asyncio
 import functools
 import itertools
 import logging
+from collections.abc import Callable, Iterator
 
 from deltazip_ray.errors import ConfigError, EngineError, EngineStopped, LoadTimeout
-from deltazip_ray.residency.slot_entries import AskSlot, Coming, Load, Occupant, Pin, Waiters
+from deltazip_ray.residency.popularity import HALF_LIFE, Popularity
+from deltazip_ray.residency.slot_entries import AskSlot, Coming, Load, Occupant, Pin, cancel, fail
 from deltazip_ray.residency.tiers import Tier
 
 __all__ = ["AskSlot", "Load", "Pin", "SlotTable"]
@@ -33,13 +36,22 @@ logger = logging.getLogger(__name__)
 class SlotTable:
     """Versions in slots. It belongs to one event loop and never touches the memory itself."""
 
-    def __init__(self, slots: int, max_overtakes: int = 32) -> None:
-        """``max_overtakes``: requests that may pass a version that waits for a slot. Raises ConfigError."""
+    def __init__(
+        self,
+        slots: int,
+        max_overtakes: int = 32,
+        cost: Callable[[str], float] = lambda _: 1.0,
+        half_life: float = HALF_LIFE,
+    ) -> None:
+        """``max_overtakes``: requests that may pass a version that waits for a slot. ``cost``: seconds to bring a
+        version back. ``half_life``: of uses, in uses. Raises ConfigError."""
         if slots < 1 or max_overtakes < 0:
             raise ConfigError(f"{slots} slots and {max_overtakes} overtakes: at least 1 and at least 0 are needed")
         self.slots = slots
         self.evictions = 0
         """Versions that had to leave since the start."""
+        self._cost = cost
+        self._popularity = Popularity[str](half_life)
         self._max_overtakes = max_overtakes
         self._overtakes = 0
         self._free = list(range(slots - 1, -1, -1))
@@ -61,6 +73,11 @@ class SlotTable:
         """Versions that are on their way, without those that wait for a slot."""
         copied = {o.version for o in self._occupants.values() if o.load is not None}
         return frozenset(copied | (self._coming.keys() - self._queue.keys()))
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a load would get a slot at once."""
+        return not self._queue and (bool(self._free) or any(self._unpinned()))
 
     @property
     def waiting(self) -> tuple[str, ...]:
@@ -103,19 +120,33 @@ class SlotTable:
         occupant = self._occupants[pin.version]
         occupant.pins -= 1
         self._occupants[pin.version] = self._occupants.pop(pin.version)
+        self._popularity.used((pin.version,))
+        if occupant.leaving and not occupant.pins:
+            self._free_slot(occupant)
         self._dispatch()
+
+    def discard(self, version: str) -> None:
+        """Free the slot of a version as soon as nobody uses it; one that is wanted and not there yet is left alone."""
+        occupant = self._occupants.get(version)
+        if occupant is None or occupant.load is not None:
+            return
+        if occupant.pins:
+            occupant.leaving = True
+        else:
+            self._free_slot(occupant)
+            self._dispatch()
 
     async def close(self) -> None:
         """Fail those who wait with EngineStopped, cancel the loads and wait for their end. Pins stay valid."""
         self._stopped = True
         stopped = EngineStopped("the engine has stopped: send the request to another replica")
         for coming in list(self._coming.values()):
-            _fail(coming.waiters, stopped)
+            fail(coming.waiters, stopped)
             self._drop(coming)
         loading = [o for o in self._occupants.values() if o.load is not None]
         for occupant in loading:
-            _fail(occupant.waiters, stopped)
-            _cancel(occupant.load)
+            fail(occupant.waiters, stopped)
+            cancel(occupant.load)
         self._balance_closed()
         ending: list[Occupant | Coming] = [*loading, *self._cancelled, *self._dropped]
         loads = [one.load for one in ending if one.load is not None]
@@ -191,7 +222,7 @@ class SlotTable:
         del self._coming[coming.version]
         self._queue.pop(coming.version, None)
         self._dropped.add(coming)
-        _cancel(coming.load)
+        cancel(coming.load)
 
     def _stage(self, version: str) -> str:
         if version in self._queue:
@@ -227,12 +258,22 @@ class SlotTable:
     def _take_slot(self) -> int | None:
         if self._free:
             return self._free.pop()
-        victim = next((o for o in self._occupants.values() if o.load is None and not o.pins), None)
+        victim = min(
+            self._unpinned(), key=lambda o: self._popularity.worth(o.version, self._cost(o.version)), default=None
+        )
         if victim is None:
             return None
         del self._occupants[victim.version]
         self.evictions += 1
         return victim.slot
+
+    def _unpinned(self) -> Iterator[Occupant]:
+        """Residents that may leave."""
+        return (o for o in self._occupants.values() if o.load is None and not o.pins)
+
+    def _free_slot(self, occupant: Occupant) -> None:
+        del self._occupants[occupant.version]
+        self._free.append(occupant.slot)
 
     def _start(self, coming: Coming, slot: int) -> None:
         """Give a load its slot."""
@@ -254,7 +295,7 @@ class SlotTable:
         else:
             del self._coming[coming.version]
             self._queue.pop(coming.version, None)
-            _fail(coming.waiters, error or EngineError("a load ended without a slot; report this"))
+            fail(coming.waiters, error or EngineError("a load ended without a slot; report this"))
         self._dispatch()
 
     def _filled(self, occupant: Occupant, load: asyncio.Future[Tier], error: BaseException | None) -> None:
@@ -271,7 +312,7 @@ class SlotTable:
             self._free.append(occupant.slot)
             if not occupant.waiters:
                 logger.warning("version %s did not load, but nobody waits for it: %r", occupant.version[:12], error)
-            _fail(occupant.waiters, error)
+            fail(occupant.waiters, error)
 
     def _cancel_abandoned(self) -> None:
         """Stop loads that nobody waits for, one for each version that waits for a slot."""
@@ -279,7 +320,7 @@ class SlotTable:
         for occupant in abandoned[: max(0, len(self._queue) - len(self._cancelled))]:
             del self._occupants[occupant.version]
             self._cancelled.add(occupant)
-            _cancel(occupant.load)
+            cancel(occupant.load)
 
     def _balance_closed(self) -> None:
         """Have one closed slot for each overdue version, as far as there are resident ones."""
@@ -305,14 +346,3 @@ class SlotTable:
             coming.waiters.clear()
             self._drop(coming)
             self._overtakes += 1
-
-
-def _fail(waiters: Waiters, error: BaseException) -> None:
-    for waiter in waiters:
-        waiter.set_exception(error)
-    waiters.clear()
-
-
-def _cancel(load: asyncio.Future[Tier] | None) -> None:
-    if load is not None:
-        load.cancel()

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 from deltazip_ray.artifact.manifest import Manifest
 
 Tier = Literal["device", "host", "disk", "remote"]
+PrefetchTier = Literal["device", "host"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,4 +45,22 @@ class DeltaSource(Protocol):
 
     async def release(self, version: str) -> None:
         """Let go of one :meth:`acquire`; the bytes may stay cached."""
+        ...
+
+    async def prefetch(self, version: str) -> bool:
+        """Bring a version to the host because somebody will want it soon, behind all that is wanted now.
+
+        Returns whether it is there; False also when the hint was dropped, for any reason.
+        """
+        ...
+
+    async def discard(self, version: str, *, disk: bool = False) -> None:
+        """Free what a version takes and no other one needs: at once, or when the last one has released it.
+
+        ``disk``: on the host's disk too.
+        """
+        ...
+
+    def seconds_away(self, version: str) -> float:
+        """What an :meth:`acquire` would take now, by experience; 0.0 when the version is on the host. Cheap."""
         ...

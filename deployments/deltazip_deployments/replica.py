@@ -14,7 +14,7 @@ from deltazip_deployments.router.backend import ReplicaDescription
 from deltazip_ray.config import AppConfig
 from deltazip_ray.engine.async_engine import AsyncEngine, EngineStats
 from deltazip_ray.errors import StoreUnavailable
-from deltazip_ray.residency.tiers import DeltaSource, HostMemory
+from deltazip_ray.residency.tiers import DeltaSource, HostMemory, PrefetchTier
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,10 @@ class Engine(Protocol):
 
     async def adopt(self, memory: HostMemory) -> None: ...
 
+    async def prefetch(self, version: str, tier: PrefetchTier = "device") -> bool: ...
+
+    def retire(self, version: str) -> None: ...
+
     def stats(self) -> EngineStats: ...
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]: ...
@@ -51,6 +55,8 @@ class HostSource(DeltaSource, Protocol):
     async def connect(self) -> HostMemory: ...
 
     async def heartbeat(self, metrics: str) -> frozenset[str]: ...
+
+    async def retired(self) -> frozenset[str]: ...
 
     async def leave(self) -> None: ...
 
@@ -101,6 +107,10 @@ class Replica:
                 if chunk.finish_reason is None:
                     await asyncio.sleep(_GROUP_S)
 
+    async def prefetch(self, version: str) -> bool:
+        """Have a version on the device before it is asked for, if nothing else has to wait for that."""
+        return await self._engine.prefetch(version)
+
     def record_routing_stats(self) -> dict[str, Any]:
         """Serve's hook: what placement goes by."""
         stats = self._engine.stats()
@@ -125,6 +135,8 @@ class Replica:
         while True:
             try:
                 self._on_host = await self._source.heartbeat(generate_latest(self._registry).decode())
+                for version in await self._source.retired():
+                    self._engine.retire(version)
             except StoreUnavailable as error:
                 logger.warning("no heartbeat: %s", error.message)
             await asyncio.sleep(period)

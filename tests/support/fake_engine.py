@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from deltazip_ray.config import AppConfig
+from deltazip_ray.config import CPU_KV_BLOCKS, AppConfig
 from deltazip_ray.engine.async_engine import EngineStats
 from deltazip_ray.errors import EngineStopped, InvalidRequest, Overloaded, PromptTooLong
-from deltazip_ray.residency.tiers import DeltaSource, HostMemory, Tier
+from deltazip_ray.residency.tiers import DeltaSource, HostMemory, PrefetchTier, Tier
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
 
 FIRST_LETTER = 3  # in the vocabulary of tests.support.tiny: after <unk>, <bos>, <eos>
@@ -76,6 +76,13 @@ class FakeEngine:
     async def check(self) -> None:
         self._check_open()
 
+    async def prefetch(self, version: str, tier: PrefetchTier = "device") -> bool:
+        await self._make_resident(version)
+        return True
+
+    def retire(self, version: str) -> None:
+        self._resident.pop(version, None)
+
     async def adopt(self, memory: HostMemory) -> None:
         self._check_open()
 
@@ -85,8 +92,8 @@ class FakeEngine:
             loading=frozenset(self._loads),
             running=self._running,
             waiting=0,
-            kv_blocks_free=self._config.kv_blocks - self._running,
-            kv_blocks=self._config.kv_blocks,
+            kv_blocks_free=CPU_KV_BLOCKS - self._running,
+            kv_blocks=CPU_KV_BLOCKS,
             slots=self._config.slots,
         )
 

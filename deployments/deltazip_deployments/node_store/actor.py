@@ -6,7 +6,7 @@ Nobody owns it: it lives while replicas show life, and ends by itself when none 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
@@ -15,11 +15,15 @@ from prometheus_client import CollectorRegistry, generate_latest
 from deltazip_deployments.node_store.arena import Arena, ArenaRef
 from deltazip_deployments.node_store.leases import Leases
 from deltazip_deployments.node_store.protocol import NodeReport, StoredDelta
-from deltazip_ray.artifact.catalog import Catalog
+from deltazip_deployments.node_store.succession import Succession
+from deltazip_ray.artifact.catalog import Catalog, Variant
 from deltazip_ray.artifact.store import open_store
 from deltazip_ray.config import NodeStoreConfig, StoreConfig
+from deltazip_ray.errors import DeltaZipError
 from deltazip_ray.residency.host_cache import HostCache
 
+_NAMES_PERIOD_S = 5.0
+"""Between two looks at the variants' aliases."""
 _LINGER_LEASES = 4
 """How many lease timeouts without a replica are the end: a restarting one finds the deltas still here."""
 
@@ -37,7 +41,12 @@ class NodeStore:
         lease_timeout_s: float,
         registry: CollectorRegistry,
         clock: Callable[[], float] = time.monotonic,
+        retire_after_s: float = 30.0,
     ) -> None:
+        """``retire_after_s``: from the loss of a version's last alias until it is dropped."""
+        self._succession = Succession(retire_after_s)
+        self._retired: dict[str, set[str]] = {}
+        self._prefetches: set[asyncio.Task[bool]] = set()
         self._node = node
         self._cache = cache
         self._arena = arena
@@ -66,6 +75,18 @@ class NodeStore:
             await self._cache.release(version)
         return kept
 
+    async def prefetch(self, version: str) -> bool:
+        """Bring a version to the host if there is room and nobody waits for others; see DeltaSource."""
+        return await self._cache.prefetch(version)
+
+    async def discard(self, version: str, disk: bool) -> None:
+        """Drop a version once no replica holds it; see DeltaSource."""
+        await self._cache.discard(version, disk=disk)
+
+    async def retired(self, replica: str) -> frozenset[str]:
+        """Versions that this replica should drop: no alias stands for them any more. Told once."""
+        return frozenset(self._retired.pop(replica, ()))
+
     async def heartbeat(self, replica: str, metrics: str) -> frozenset[str]:
         """The replica lives; returns the versions in memory."""
         self._leases.touch(replica, self._clock())
@@ -75,12 +96,30 @@ class NodeStore:
     async def leave(self, replica: str) -> None:
         """The replica ends: drop its holds and its metrics."""
         self._metrics.pop(replica, None)
+        self._retired.pop(replica, None)
         for version in self._leases.drop(replica):
             await self._cache.release(version)
 
     async def report(self) -> NodeReport:
         """Everything a scrape wants to know of this host."""
         return NodeReport(self._node, generate_latest(self._registry).decode(), dict(self._metrics))
+
+    async def follow(self, variants: Iterable[Variant]) -> None:
+        """Replace what is replaced: where an alias moved on from a version that is here, the new one comes beside it.
+
+        The old one goes when it has had no alias for a while.
+        """
+        change = self._succession.update(variants, self._clock())
+        for old, new in change.heirs:
+            if old in self._cache.versions:
+                task = asyncio.create_task(self._cache.prefetch(new))
+                self._prefetches.add(task)
+                task.add_done_callback(self._prefetches.discard)
+        for replica in self._leases.replicas:
+            self._retired.setdefault(replica, set()).update(change.retired)
+        for version in change.retired & self._cache.versions:
+            logger.info("version %s has no alias any more: it is dropped", version[:12])
+            await self._cache.discard(version)
 
     async def drop_silent(self) -> float:
         """Drop what silent replicas hold; returns for how many seconds there has been no replica."""
@@ -100,8 +139,18 @@ class _SelfEnding(NodeStore):
         registry = CollectorRegistry()
         catalog = Catalog(open_store(store), base_digest)
         cache = HostCache(catalog, arena.buffer, settings, registry)
-        super().__init__(node, cache, arena, settings.lease_timeout_s, registry)
-        self._watch_task = asyncio.get_running_loop().create_task(self._watch(settings.lease_timeout_s))
+        super().__init__(node, cache, arena, settings.lease_timeout_s, registry, retire_after_s=settings.retire_after_s)
+        loop = asyncio.get_running_loop()
+        self._watch_task = loop.create_task(self._watch(settings.lease_timeout_s))
+        self._names_task = loop.create_task(self._follow_names(catalog))
+
+    async def _follow_names(self, catalog: Catalog) -> None:
+        while True:
+            try:
+                await self.follow(await asyncio.to_thread(catalog.variants))
+            except DeltaZipError as error:
+                logger.info("the variants cannot be read now: %s", error.message)
+            await asyncio.sleep(_NAMES_PERIOD_S)
 
     async def _watch(self, lease_timeout_s: float) -> None:
         alone_s = 0.0

@@ -1,6 +1,7 @@
 """A replica's way to its node store: a DeltaSource whose bytes are the store's own, mapped read-only."""
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from deltazip_ray.residency.tiers import HostDelta, HostMemory
 
 _ATTEMPTS = 5
 _PAUSE_S = 0.2
+_UNKNOWN_S = 1.0
+"""What is believed to be the time of a fetch before there was one."""
+_FETCHES = 8
+"""How many the time of a fetch is averaged over, roughly."""
 
 _Answer = TypeVar("_Answer")
 
@@ -41,6 +46,8 @@ class NodeStoreClient:
         self._link: _Link | None = None
         self._connecting = asyncio.Lock()
         self._held: defaultdict[str, list[_Link]] = defaultdict(list)
+        self._on_host: frozenset[str] = frozenset()
+        self._fetch_s = _UNKNOWN_S
 
     async def acquire(self, version: str) -> HostDelta:
         """See DeltaSource; also raises StoreUnavailable when no node store can be reached."""
@@ -67,6 +74,26 @@ class NodeStoreClient:
         if not kept:
             raise StoreUnavailable(f"the node store took version {version[:12]} for abandoned: load it again")
 
+    async def prefetch(self, version: str) -> bool:
+        """See DeltaSource."""
+        try:
+            return await self._call(lambda link: link.actor.prefetch.remote(version))
+        except StoreUnavailable:
+            return False
+
+    async def discard(self, version: str, *, disk: bool = False) -> None:
+        """See DeltaSource; raises what the store raises, and StoreUnavailable."""
+        await self._call(lambda link: link.actor.discard.remote(version, disk))
+
+    def seconds_away(self, version: str) -> float:
+        """See DeltaSource: as of the last heartbeat."""
+        return 0.0 if version in self._on_host else self._fetch_s
+
+    async def retired(self) -> frozenset[str]:
+        """Versions that this replica should drop, each told once."""
+        versions: frozenset[str] = await self._call(lambda link: link.actor.retired.remote(self._replica))
+        return versions
+
     async def connect(self) -> HostMemory:
         """Find or start the node store; returns its memory. Raises StoreUnavailable."""
         await self._call(lambda link: link.actor.heartbeat.remote(self._replica, ""))
@@ -74,8 +101,8 @@ class NodeStoreClient:
 
     async def heartbeat(self, metrics: str) -> frozenset[str]:
         """Show life and leave the replica's metrics; returns the versions in the host's memory."""
-        versions: frozenset[str] = await self._call(lambda link: link.actor.heartbeat.remote(self._replica, metrics))
-        return versions
+        self._on_host = await self._call(lambda link: link.actor.heartbeat.remote(self._replica, metrics))
+        return self._on_host
 
     async def leave(self) -> None:
         """Tell the store that this replica is gone."""
@@ -93,7 +120,10 @@ class NodeStoreClient:
             answer: Awaitable[StoredDelta] = link.actor.acquire.remote(self._replica, version)
             return answer
 
+        began = time.monotonic()
         stored = await self._call(ask)
+        if stored.tier != "host":
+            self._fetch_s += (time.monotonic() - began - self._fetch_s) / _FETCHES
         arena = held_by[0].arena
         self._held[version].append(held_by[0])
         views = {block: arena.view[offset : offset + size] for block, (offset, size) in stored.blobs.items()}
