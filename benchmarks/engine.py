@@ -141,6 +141,7 @@ async def measure(options: argparse.Namespace, put: Any) -> None:
         slots=max(1, *counts),
         slot_bytes=size,
         max_added_tokens=0,
+        kv_prefix_cache=False,
         memory_fraction=options.memory_fraction,
     )
     began = time.perf_counter()

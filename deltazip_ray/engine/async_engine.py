@@ -159,6 +159,8 @@ class AsyncEngine:
             slots=table.slots,
             evictions=table.evictions,
             preemptions=scheduler.preemptions,
+            prefix_lookups=scheduler.prefix_lookups,
+            prefix_hits=scheduler.prefix_hits,
         )
 
     async def check(self) -> None:

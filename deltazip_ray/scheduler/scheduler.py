@@ -75,9 +75,9 @@ class Scheduler:
         self.preemptions = 0
         """Preemptions since the start."""
         self.prefix_lookups = 0
-        """Tokens that were looked for in the prefix cache, since the start."""
+        """Tokens of admitted requests, since the start."""
         self.prefix_hits = 0
-        """Tokens of those that were there."""
+        """Of those, tokens that were in the KV cache already."""
 
     @property
     def num_running(self) -> int:
