@@ -75,6 +75,9 @@ class EngineMetrics:
             buckets=_WAIT,
             registry=registry,
         )
+        self.prefetches = Counter(
+            f"{prefix}prefetches", "Prefetch hints by what became of them", ["outcome"], registry=registry
+        )
         self.load_failures = Counter(f"{prefix}load_failures", "Deltas that did not load", ["error"], registry=registry)
         register_at_scrape(registry, lambda: _of_the_moment(prefix, stats()))
 
