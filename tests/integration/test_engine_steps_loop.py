@@ -1,0 +1,163 @@
+"""The thread that steps, with a device that is told what to do: what overlaps, what fails, and how it ends."""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from deltazip_ray.config import EngineConfig
+from deltazip_ray.engine.step_loop import StepLoop
+from deltazip_ray.errors import DeltaZipError, EngineError
+from deltazip_ray.observability.engine_metrics import EngineMetrics, EngineStats
+from deltazip_ray.scheduler.batch import Batch, Drawn
+from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, TokenChunk
+from deltazip_ray.scheduler.scheduler import End, News, Scheduler
+
+TOKEN = 7
+
+
+@dataclass
+class Device:
+    """Draws the same token always, and keeps a diary."""
+
+    diary: list[str] = field(default_factory=list)
+    bad_launches: set[int] = field(default_factory=set)
+    bad_waits: set[int] = field(default_factory=set)
+    lost_from: int | None = None
+    """Step at whose wait the device is lost."""
+    launches: int = 0
+    waits: int = 0
+
+    def launch(self, batch: Batch) -> "Step":
+        step = self.launches
+        self.launches += 1
+        self.diary.append(f"launch {step}")
+        if step in self.bad_launches:
+            raise ValueError(f"launch {step} is bad")
+        return Step(self, step, len(batch.sampling_chunks))
+
+    def synchronize(self) -> None:
+        if self.lost_from is not None and self.waits > self.lost_from:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@dataclass
+class Step:
+    device: Device
+    number: int
+    draws: int
+
+    def wait(self) -> Sequence[Drawn | None]:
+        self.device.diary.append(f"wait {self.number}")
+        self.device.waits += 1
+        lost = self.device.lost_from
+        if self.number in self.device.bad_waits or (lost is not None and self.number >= lost):
+            raise RuntimeError(f"step {self.number} is bad")
+        return [Drawn(TOKEN)] * self.draws
+
+
+class Running:
+    """A loop and what it said."""
+
+    def __init__(self, device: Device, *, ahead: bool) -> None:
+        self.heard: queue.Queue[tuple[str, End]] = queue.Queue()
+        self.ended = threading.Event()
+        metrics = EngineMetrics(CollectorRegistry(), lambda: EngineStats(frozenset(), frozenset(), 0, 0, 0, 0, 1))
+        config = EngineConfig(kv_blocks=64, block_size=4, max_batch_tokens=16)
+        self.loop = StepLoop(
+            Scheduler(config), device, metrics, self._publish, self.ended.set, ahead=ahead, threads=None
+        )
+
+    def _publish(self, news: News) -> None:
+        for item in news:
+            self.heard.put(item)
+
+    def add(self, name: str, max_tokens: int, stop: int = -1) -> None:
+        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=frozenset({stop}))
+        self.loop.add(GenerateRequest(name, None, (1, 2, 3), params), -1)
+
+    def ends(self, count: int) -> dict[str, End]:
+        """The next ``count`` ends."""
+        found: dict[str, End] = {}
+        while len(found) < count:
+            name, item = self.heard.get(timeout=10)
+            if not isinstance(item, TokenChunk) or item.finish_reason is not None:
+                found[name] = item
+        return found
+
+    def check(self) -> DeltaZipError | None:
+        verdict: queue.Queue[DeltaZipError | None] = queue.Queue()
+        self.loop.check(verdict.put)
+        return verdict.get(timeout=10)
+
+
+@contextmanager
+def running(device: Device, *, ahead: bool) -> Iterator[Running]:
+    run = Running(device, ahead=ahead)
+    run.add("first", 3)
+    run.loop.start()
+    try:
+        yield run
+    finally:
+        run.loop.stop()
+        assert run.ended.is_set()
+
+
+def test_ahead_the_next_step_is_launched_before_the_one_before_is_waited_for() -> None:
+    device = Device()
+    with running(device, ahead=True) as run:
+        assert run.ends(1) == {"first": TokenChunk((TOKEN,), "length")}
+        assert device.diary == ["launch 0", "launch 1", "wait 0", "launch 2", "wait 1", "wait 2"]
+        assert run.check() is None
+
+
+def test_else_one_step_after_the_other() -> None:
+    device = Device()
+    with running(device, ahead=False) as run:
+        run.ends(1)
+        assert device.diary == ["launch 0", "wait 0", "launch 1", "wait 1", "launch 2", "wait 2"]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("kind", ["bad_launches", "bad_waits"])
+def test_a_step_that_fails_fails_its_requests_and_the_loop_goes_on(ahead: bool, kind: str) -> None:
+    device = Device(**{kind: {1}})  # type: ignore[arg-type]
+    with running(device, ahead=ahead) as run:
+        end = run.ends(1)["first"]
+        assert isinstance(end, EngineError)
+        assert "1 is bad" in end.message
+        run.add("second", 3)
+        assert run.ends(1) == {"second": TokenChunk((TOKEN,), "length")}
+        assert run.check() is None
+        assert not run.ended.is_set()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_lost_device_ends_the_loop(ahead: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with running(Device(lost_from=1), ahead=ahead) as run:
+        assert run.ended.wait(10)
+    assert "the device is lost" in caplog.text
+
+
+def test_stopping_waits_for_the_step_on_its_way() -> None:
+    device = Device()
+    run = Running(device, ahead=True)
+    run.add("long", 10_000 // 64)
+    run.loop.start()
+    run.heard.get(timeout=10)
+    run.loop.stop()
+    assert sorted(device.diary) == sorted(f"{what} {i}" for what in ("launch", "wait") for i in range(device.launches))
+
+
+def test_a_stop_token_ends_one_step_late_and_once() -> None:
+    device = Device()
+    with running(device, ahead=True) as run:
+        run.ends(1)
+        run.add("stopped", 5, stop=TOKEN)
+        assert run.ends(1) == {"stopped": TokenChunk((), "stop")}
+        assert run.heard.empty()
+        assert device.launches == 5, "two for the one that stopped, of which one is wasted"
