@@ -22,8 +22,9 @@ _FAMILIES = {
     "Gemma2ForCausalLM": "gemma2",
     "GPTNeoXForCausalLM": "gpt_neox",
 }
-# Rope types whose frequencies do not depend on how long a sequence has become: keys are cached rotated.
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+# Rope types whose frequencies do not depend on how long a sequence has become: keys are cached rotated. Those of
+# "dynamic" change behind max_position_embeddings, which no sequence reaches.
+_STATIC_ROPE = ("default", "linear", "dynamic", "llama3", "yarn")
 _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "gelu": "gelu",
@@ -134,7 +135,7 @@ def read_decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
         attention_softcap=config.attn_logit_softcapping if gemma else None,
         windows=_windows(config, family),
         activation=_activation(config.hidden_activation if gemma else config.hidden_act, gated=not neox),
-        max_positions=config.max_position_embeddings,
+        max_positions=_max_positions(config),
         inv_freq=inv_freq,
         rope_scale=rope_scale,
     )
@@ -156,6 +157,14 @@ def _windows(config: PreTrainedConfig, family: str) -> tuple[int | None, ...]:
     if unknown or len(kinds) != config.num_hidden_layers:
         raise ConfigError(f"layer_types must name sliding_attention or full_attention for each layer, not {kinds}")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _max_positions(config: PreTrainedConfig) -> int:
+    """Tokens of the longest sequence; configs that extend it by yarn may name the length before."""
+    rope, most = config.rope_parameters, int(config.max_position_embeddings)
+    if rope["rope_type"] == "yarn" and rope.get("factor") and rope.get("original_max_position_embeddings"):
+        return max(most, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    return most
 
 
 def _rope(config: PreTrainedConfig, head_dim: int, *, partial: bool) -> tuple[torch.Tensor, float]:

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    Gemma2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.core import EngineCore, build_core
@@ -30,11 +38,26 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 32.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0] * 16,
+    "long_factor": [2.0] * 16,
+}
 PROMPTS = [random_prompt(i, 20 + 21 * i) for i in range(6)]
 """The longest are several windows long."""
 VARIATIONS: dict[str, PreTrainedConfig] = {
     "llama3-rope": LlamaConfig(**GROUPED, rope_parameters=LLAMA3_ROPE),
     "linear-rope": LlamaConfig(**GROUPED, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+    "dynamic-rope": LlamaConfig(**GROUPED, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+    "mistral-no-window": MistralConfig(**GROUPED, sliding_window=None),
+    "qwen3-yarn": Qwen3Config(**GROUPED, head_dim=32, attention_bias=True, rope_parameters=YARN),
+    "gemma2-llama3-rope": Gemma2Config(
+        **GROUPED, head_dim=48, attention_bias=True, tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE
+    ),
     "all-biases": LlamaConfig(**GROUPED, attention_bias=True, mlp_bias=True),
     "one-kv-head-wide": LlamaConfig(
         **GROUPED | {"num_key_value_heads": 1}, head_dim=48, tie_word_embeddings=True, hidden_act="gelu_pytorch_tanh"
@@ -174,7 +197,9 @@ def test_every_family_in_bfloat16(architecture: str, tmp_path: Path) -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not served"),
         ({"hidden_size": "wide"}, "is not that of a LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not served"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"rope_parameters": LONGROPE}, "rope type 'longrope' is not served"),
+        ({"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True}, "from left to right only"),
+        ({"architectures": ["Qwen3ForCausalLM"], "layer_types": ["chunked_attention"] * 2}, "layer_types must name"),
     ],
 )
 def test_what_the_decoder_cannot_compute_is_refused(change: dict[str, object], message: str) -> None:
@@ -182,6 +207,12 @@ def test_what_the_decoder_cannot_compute_is_refused(change: dict[str, object], m
     assert read_decoder_config(raw).hidden_size == 128
     with pytest.raises(ConfigError, match=message):
         read_decoder_config(raw | change)
+
+
+def test_yarn_extends_the_context() -> None:
+    raw = VARIATIONS["qwen3-yarn"].to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
+    assert raw["max_position_embeddings"] == 512
+    assert read_decoder_config(raw).max_positions == 32 * 32
 
 
 def test_a_config_of_another_checkpoint_is_refused(zoo: Zoo, tmp_path: Path) -> None:
