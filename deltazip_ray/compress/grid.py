@@ -137,3 +137,18 @@ def code_group(work: Tensor, codes: Tensor, kept: Tensor | None, factor: Tensor,
         errors[:, j] = (column - value) / factor[j, j]
         work[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
     return scales, errors
+
+
+def recode_group(codes: Tensor, scales: Tensor, slopes: Tensor, metric: Tensor, codec: Codec) -> None:
+    """Give each column of one group in turn the code that loses least while all other codes stay (coordinate descent).
+
+    ``codes`` u8 ``[N, columns]``, perhaps a slice, is written. ``slopes`` ``[N, columns]`` is what the rows lose times
+    ``metric`` (half the descent of the squared error by each column); ``metric`` ``[columns, columns]`` is the group's
+    square of the damped Hessian. Dense codecs only.
+    """
+    slopes = slopes.clone()
+    for j in range(codes.shape[1]):
+        before = (codes[:, j].float() - codec.zero) * scales
+        code = to_codes(before + slopes[:, j] / metric[j, j], scales, codec)
+        slopes.addr_((code - codec.zero) * scales - before, metric[j], alpha=-1)
+        codes[:, j] = code

@@ -1,7 +1,9 @@
-"""Codes for one delta matrix that keep its outputs: GPTQ with group scales, SparseGPT for 2:4.
+"""Codes for one delta matrix that keep its outputs: GPTQ with group scales, SparseGPT for 2:4, then descent.
 
 Columns are coded in order; the error of each is spread over the columns that are still open so that the output on the
-calibration inputs changes least (arXiv 2210.17323, 2301.00774). Rows are independent of each other.
+calibration inputs changes least (arXiv 2210.17323, 2301.00774). What that settles once, with scales chosen before later
+columns were known, is then improved: group by group the best scale for the codes, then code by code the best one while
+the others stay (coordinate descent, as QuantEase, arXiv 2309.01885). Rows are independent of each other.
 """
 
 from typing import Protocol
@@ -15,6 +17,8 @@ from deltazip_ray.compress.grid import Coded
 from deltazip_ray.compress.hessian import inverse_factor
 from deltazip_ray.compress.precision import float32_products
 
+SWEEPS = 4
+"""Rounds of coordinate descent over all groups; a sixth still takes away some percent of the divergence."""
 ROWS = 16384
 """Rows coded at a time; bounds the memory that a head of many tokens takes."""
 
@@ -29,6 +33,9 @@ class Grid(Protocol):
         self, work: Tensor, codes: Tensor, kept: Tensor | None, factor: Tensor, codec: Codec
     ) -> tuple[Tensor, Tensor]:
         """Code one group with compensation."""
+
+    def recode_group(self, codes: Tensor, scales: Tensor, slopes: Tensor, metric: Tensor, codec: Codec) -> None:
+        """One round of coordinate descent over the codes of one group."""
 
 
 def grid_for(device: torch.device, codec: Codec) -> Grid:
@@ -66,7 +73,9 @@ class Solver:
         compensated, errors = compensate(delta, self._factor, codec, grid)
         lost = delta - nearest.dequantized(codec)
         better = errors < ((lost @ self._metric) * lost).sum(1)
-        return _by_row(better[:, None], compensated, nearest)
+        coded = _by_row(better[:, None], compensated, nearest)
+        # The 2:4 codecs are kept as published, to compare with.
+        return coded if codec.sparse else descend(delta, coded, self._metric, codec, grid)
 
 
 def compensate(delta: Tensor, factor: Tensor, codec: Codec, grid: Grid = torch_grid) -> tuple[Coded, Tensor]:
@@ -89,6 +98,38 @@ def compensate(delta: Tensor, factor: Tensor, codec: Codec, grid: Grid = torch_g
         squared += errors.square().sum(1)
         work[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
     return Coded(codes, torch.stack(scales, 1), kept), squared
+
+
+def descend(delta: Tensor, coded: Coded, metric: Tensor, codec: Codec, grid: Grid = torch_grid) -> Coded:
+    """Better scales and codes for ``delta`` ``[N, K]``, found from ``coded``: no step makes a row's error larger.
+
+    ``metric`` ``[K, K]`` is the damped Hessian, in whose norm the error counts.
+    """
+    codes, scales = coded.codes.clone(), coded.scales.clone()
+    for _ in range(SWEEPS):
+        slopes = (delta - Coded(codes, scales, None).dequantized(codec)) @ metric
+        for index, start in enumerate(range(0, delta.shape[1], GROUP)):
+            group = slice(start, min(start + GROUP, delta.shape[1]))
+            levels = codes[:, group].float() - codec.zero
+            before = levels * scales[:, index, None]
+            here = metric[group, group]
+            change = _better_scale(levels, scales[:, index], slopes[:, group], here)
+            scales[:, index] += change
+            grid.recode_group(
+                codes[:, group], scales[:, index], slopes[:, group] - change[:, None] * (levels @ here), here, codec
+            )
+            after = (codes[:, group].float() - codec.zero) * scales[:, index, None]
+            slopes.addmm_(after - before, metric[group], alpha=-1)
+    return Coded(codes, scales, None)
+
+
+def _better_scale(levels: Tensor, scales: Tensor, slopes: Tensor, metric: Tensor) -> Tensor:
+    """What to add to the scales ``[N]`` of one group, for fixed ``levels``: 0 where rounding to bf16 spoils it."""
+    curvature = ((levels @ metric) * levels).sum(1)
+    slope = (levels * slopes).sum(1)
+    best = scales + slope / curvature.clamp_min(torch.finfo(torch.float32).tiny)
+    change = best.clamp_min(0.0).bfloat16().float() - scales
+    return torch.where(change * (change * curvature - 2 * slope) < 0, change, 0.0)
 
 
 def _by_row(first: Tensor, left: Coded, right: Coded) -> Coded:

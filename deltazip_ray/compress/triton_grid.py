@@ -49,6 +49,26 @@ def code_group(work: Tensor, codes: Tensor, kept: Tensor | None, factor: Tensor,
     return scales, errors
 
 
+def recode_group(codes: Tensor, scales: Tensor, slopes: Tensor, metric: Tensor, codec: Codec) -> None:
+    """As ``grid.recode_group``."""
+    rows, columns = codes.shape
+    options = _options(codec)
+    del options["CLIPS"], options["REFITS"]
+    device.recode_group[(triton.cdiv(rows, ROWS),)](
+        codes,
+        codes.stride(0),
+        scales,
+        scales.stride(0),
+        slopes,
+        slopes.stride(0),
+        metric,
+        metric.stride(0),
+        rows,
+        columns,
+        **options,
+    )
+
+
 def _options(codec: Codec) -> dict[str, Any]:
     """Raises ValueError for a codec that the kernels do not know."""
     if codec.sparse:

@@ -66,6 +66,27 @@ def test_a_group_equals_the_torch_body(codec: Codec, shape: tuple[int, int], dev
 
 
 @EVERY_DENSE
+@pytest.mark.parametrize("shape", [(18, 128), (7, 70)], ids=str)
+def test_a_round_of_descent_equals_the_torch_body(codec: Codec, shape: tuple[int, int], device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randint(2**codec.bits, shape, dtype=torch.uint8, generator=generator).to(device)
+    scales = 0.01 + 0.01 * torch.rand(shape[0], 3, generator=generator).to(device)[:, 1]
+    # Not a square of its own, but one inside a larger matrix.
+    metric = damped(200, device).float()[20 : 20 + shape[1], 20 : 20 + shape[1]]
+    slopes = random_delta(*shape, device) @ metric
+    found = []
+    for module in (triton_grid, grid):
+        codes = torch.full((shape[0], shape[1] + 9), 77, dtype=torch.uint8, device=device)
+        codes[:, 4:-5] = start
+        module.recode_group(codes[:, 4:-5], scales, slopes, metric, codec)
+        assert bool((codes[:, :4] == 77).all())
+        assert bool((codes[:, -5:] == 77).all())
+        found.append(codes[:, 4:-5])
+    assert int((found[0] == found[1]).all(1).sum()) >= 0.8 * shape[0]
+    assert not found[1].equal(start)
+
+
+@EVERY_DENSE
 def test_the_solver_over_the_kernels_loses_no_more_than_over_torch(codec: Codec, device: torch.device) -> None:
     delta, metric = random_delta(20, 150, device), damped(150, device)
     lost = []

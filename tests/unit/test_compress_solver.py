@@ -133,10 +133,11 @@ def test_few_tokens_leave_a_rank_deficient_hessian(codec: Codec) -> None:
 
 
 @EVERY_CODEC
-def test_no_tokens_at_all_is_rounding_to_nearest(codec: Codec) -> None:
+def test_without_tokens_no_row_is_worse_than_rounded_to_nearest(codec: Codec) -> None:
     delta, damped = random_delta(16, 128), Hessian(128, torch.device("cpu")).damped(DAMPING)
     solved = Solver(damped).solve(delta, codec).dequantized(codec)
-    assert torch.equal(solved, round_to_nearest(delta, torch.ones(128), codec).dequantized(codec))
+    nearest = round_to_nearest(delta, torch.ones(128), codec).dequantized(codec)
+    assert bool(((delta - solved).norm(dim=1) <= (delta - nearest).norm(dim=1) * (1 + 1e-6)).all())
 
 
 @pytest.mark.parametrize("codec", [CODECS["int4"], CODECS["int2"]], ids=["int4", "int2"])

@@ -123,3 +123,37 @@ def code_group(
     tl.store(codes + row[:, None] * codes_stride + column[None, :], found.to(tl.uint8), mask=inside)
     tl.store(errors + row[:, None] * C + column[None, :], error, mask=inside)
     tl.store(scales + row, scale, mask=row < N)
+
+
+@triton.jit
+def recode_group(
+    codes,
+    codes_stride,
+    scales,
+    scales_stride,
+    slopes,
+    slopes_stride,
+    metric,
+    metric_stride,
+    N,
+    C,
+    ZERO: tl.constexpr,
+    TOP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """``grid.recode_group``: the C columns of one group in turn, one program for some rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, 128)
+    inside = (row < N)[:, None] & (column < C)[None, :]
+    found = tl.load(codes + row[:, None] * codes_stride + column[None, :], mask=inside, other=0).to(tl.float32)
+    slope = tl.load(slopes + row[:, None] * slopes_stride + column[None, :], mask=inside, other=0.0)
+    scale = tl.load(scales + row * scales_stride, mask=row < N, other=0.0)
+    for j in range(C):
+        here = (column == j)[None, :]
+        before = (tl.sum(tl.where(here, found, 0.0), 1) - ZERO) * scale
+        gain = tl.sum(tl.where(here, slope, 0.0), 1) / tl.load(metric + j * (metric_stride + 1))
+        code = _codes(before + gain, scale, ZERO, TOP)
+        found = tl.where(here, code[:, None], found)
+        spread = tl.load(metric + j * metric_stride + column, mask=column < C, other=0.0)
+        slope -= ((code - ZERO) * scale - before)[:, None] * spread[None, :]
+    tl.store(codes + row[:, None] * codes_stride + column[None, :], found.to(tl.uint8), mask=inside)
