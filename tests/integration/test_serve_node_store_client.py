@@ -114,6 +114,23 @@ async def test_a_store_that_died_is_replaced_and_its_memory_stays(
     assert await host.lives[1].store.drop_silent() == 0.0
 
 
+async def test_of_two_lives_the_living_ones_hold_is_kept_to_the_end(
+    client: NodeStoreClient, host: Host, versions: list[str]
+) -> None:
+    await client.acquire(versions[0])
+    host.lives[0].alive = False
+    await client.acquire(versions[0])
+
+    async def held() -> bool:
+        return 'state="held"} 0.0' not in (await host.lives[1].store.report()).store
+
+    assert await held()
+    await client.release(versions[0])
+    assert await held(), "either of the two may be the one that still reads"
+    await client.release(versions[0])
+    assert not await held()
+
+
 async def test_many_callers_make_one_new_connection(client: NodeStoreClient, host: Host, versions: list[str]) -> None:
     host.lives[0].alive = False
     deltas = await asyncio.gather(*(client.acquire(version) for version in versions * 3))

@@ -64,7 +64,7 @@ class NodeStoreClient:
 
         Then the bytes may have been overwritten since, and what was read from them must not be used.
         """
-        link = self._held[version].pop()
+        link = self._oldest_hold(version)
         if link is not self._link:
             return
         try:
@@ -129,8 +129,12 @@ class NodeStoreClient:
         views = {block: arena.view[offset : offset + size] for block, (offset, size) in stored.blobs.items()}
         return HostDelta(stored.manifest, views, stored.tier, arena)
 
+    def _oldest_hold(self, version: str) -> _Link:
+        """Take back the oldest: whoever holds bytes of a store that died needs no hold, for nobody writes them."""
+        return self._held[version].pop(0)
+
     def _give_back(self, version: str) -> None:
-        link = self._held[version].pop()
+        link = self._oldest_hold(version)
         link.actor.release.remote(self._replica, version)
 
     async def _call(self, ask: Callable[[_Link], Awaitable[_Answer]]) -> _Answer:
