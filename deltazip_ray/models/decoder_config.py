@@ -142,10 +142,10 @@ def read_decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _activation(name: str, *, gated: bool) -> Activation:
-    served = {known: kind for known, kind in _ACTIVATIONS.items() if (kind in ("silu", "gelu_tanh")) or not gated}
+    served = [known for known, kind in _ACTIVATIONS.items() if not (gated and kind == "gelu")]
     if name not in served:
         raise ConfigError(f"hidden_act {name!r} is not served in this architecture: only {', '.join(served)}")
-    return served[name]
+    return _ACTIVATIONS[name]
 
 
 def _windows(config: PreTrainedConfig, family: str) -> tuple[int | None, ...]:

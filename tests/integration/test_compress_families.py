@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig
 
@@ -117,6 +117,22 @@ def test_a_target_counts_norms_and_biases(tmp_path: Path, architecture: str) -> 
     manifest = compress_checkpoint(base, finetuned, (tmp_path / "artifact").as_uri(), options)
     numbers = sum(tensor.numel() for tensor in load_file(finetuned / "model.safetensors").values())
     assert 6 <= 2 * numbers / manifest.bytes_artifact < 6.6
+
+
+def test_buffers_that_old_releases_saved_are_no_weights(tmp_path: Path) -> None:
+    config = CONFIGS["GPTNeoXForCausalLM"]
+    base, finetuned = save_model(tmp_path / "base", config), save_model(tmp_path / "finetuned", config, moved=0.01)
+    prefix = "gpt_neox.layers.0.attention"
+    buffers = {
+        f"{prefix}.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+        f"{prefix}.masked_bias": torch.tensor(-1e9),
+        f"{prefix}.rotary_emb.inv_freq": torch.ones(4),
+    }
+    save_file(load_file(base / "model.safetensors") | buffers, base / "model.safetensors", {"format": "pt"})
+    compress_checkpoint(base, finetuned, (tmp_path / "artifact").as_uri(), CompressOptions.model_validate(SMALL))
+    merge(base, tmp_path / "artifact", tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert merged.keys() == load_file(finetuned / "model.safetensors").keys()
 
 
 def test_calibration_stays_inside_a_sliding_window(tmp_path: Path) -> None:

@@ -17,11 +17,14 @@ from deltazip_ray.compress.pipeline import compress_checkpoint
 from deltazip_ray.config import EngineConfig, NodeStoreConfig
 from deltazip_ray.engine.core import build_core
 from deltazip_ray.residency.host_cache import HostCache
+from tests.integration.test_engine_cuda import SETTINGS as ON_A_GPU
+from tests.integration.test_engine_cuda import all_of
 from tests.integration.test_engine_logits import last_logits, load
 from tests.support.engines import GREEDY, SETTINGS, random_prompt, running
 from tests.support.families import CONFIGS, save_model
 from tests.support.oracle import Oracle
-from tests.support.versions import build_version
+from tests.support.versions import MemorySource, build_version
+from tests.support.zoo import Zoo
 
 STORED = {
     "MistralForCausalLM": torch.float32,
@@ -78,3 +81,21 @@ def test_the_kernels_compute_every_family(architecture: str, tmp_path: Path) -> 
     torch.testing.assert_close(logits[:2], exact[:2], atol=1e-4, rtol=1e-4)
     # The version's deltas see activations that are rounded to 8 bits.
     assert (logits[2:] - exact[2:]).square().mean().sqrt() < 0.03 * exact.std()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", CONFIGS)
+async def test_every_family_on_a_gpu(architecture: str, tmp_path: Path) -> None:
+    config = copy.deepcopy(CONFIGS[architecture])
+    # Heads of 64, which FlashInfer has kernels for.
+    config.hidden_size, config.tie_word_embeddings = 256, False
+    if hasattr(config, "head_dim"):
+        config.head_dim = 64
+    base = save_model(tmp_path / "base", config)
+    built = build_version(base, save_model(tmp_path / "tuned", config, moved=0.02))
+    oracles: dict[str | None, Oracle] = {None: Oracle(base)}
+    oracles[built.version] = Oracle(built.write_merged(tmp_path / "merged"))
+    zoo = Zoo(base, FileStore(tmp_path / "store"), (built,), oracles)
+    async with running(base, MemorySource(built), **ON_A_GPU) as run:
+        # As in test_engine_cuda; prompts and answers are several windows long.
+        assert await all_of(run, zoo, 12, 24) < 0.15
