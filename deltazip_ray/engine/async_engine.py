@@ -94,7 +94,8 @@ class AsyncEngine:
             ahead=self._config.device == "cuda" if self._config.async_steps is None else self._config.async_steps,
             threads=self._config.threads,
         )
-        versions = Versions(self._source, core.slots, self._config, self._metrics)
+        slots, half_life = self._config.slots, self._config.eviction_half_life
+        versions = Versions(self._source, core.slots, slots, self._metrics, half_life)
         self._parts = self._to_stop = _Running(core, versions, steps)
         steps.start()
 

@@ -7,10 +7,10 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.device_slots import DeviceSlots
 from deltazip_ray.errors import DeltaZipError, EngineError
 from deltazip_ray.observability.engine_metrics import EngineMetrics
+from deltazip_ray.residency.popularity import HALF_LIFE
 from deltazip_ray.residency.slot_table import AskSlot, Pin, SlotTable
 from deltazip_ray.residency.tiers import DeltaSource, HostDelta, PrefetchTier, Tier
 
@@ -22,8 +22,16 @@ _COPY_THREADS = 2
 class Versions:
     """Versions on the device: pinned while a request uses them, loaded from ``source`` when it asks for them."""
 
-    def __init__(self, source: DeltaSource, slots: DeviceSlots, config: EngineConfig, metrics: EngineMetrics) -> None:
-        self.table = SlotTable(config.slots, cost=self._seconds_away, half_life=config.eviction_half_life)
+    def __init__(
+        self,
+        source: DeltaSource,
+        slots: DeviceSlots,
+        count: int,
+        metrics: EngineMetrics,
+        half_life: float = HALF_LIFE,
+    ) -> None:
+        """``count`` slots; ``half_life`` of a request, in requests, for what stays in them."""
+        self.table = SlotTable(count, cost=self._seconds_away, half_life=half_life)
         self._copy_s: dict[str, float] = {}
         self._source = source
         self._slots = slots
