@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from deltazip_kernels.device.quantize import gated, norm, quantize
+from deltazip_kernels.launch import overlap
 from deltazip_kernels.layout import GROUP
 
 MAX_COLUMNS = 256 * GROUP
@@ -123,4 +124,5 @@ def _empty(x: Tensor, columns: int) -> tuple[QuantizedRows, dict[str, Any]]:
     scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
     step = triton.next_power_of_2(groups)
     warps = next(warps for warps, most in ((4, 8), (8, 32), (16, 128), (32, 256)) if step <= most)
-    return QuantizedRows(values, scales, columns), {"GROUPS": groups, "STEP": step, "num_warps": warps}
+    options = {"GROUPS": groups, "STEP": step, "num_warps": warps}
+    return QuantizedRows(values, scales, columns), options | overlap(x.device)

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from deltazip_kernels.device.rope import rope
+from deltazip_kernels.launch import overlap
 
 _ELEMENTS = 512  # of each half of a head that one program holds
 
@@ -85,5 +86,6 @@ def rope_and_cache(
             WIDTH=width,
             TAIL=triton.next_power_of_2(max(1, dim - 2 * half)),
             num_warps=2,
+            **overlap(qkv.device),
         )
     return q

@@ -11,6 +11,7 @@ from torch import Tensor
 from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta, Segments
 from deltazip_kernels.device.dense import expand, raw, shrink
 from deltazip_kernels.device.grouped import grouped
+from deltazip_kernels.launch import overlap
 from deltazip_kernels.layout import CODECS, GROUP
 from deltazip_kernels.plan import FEW, MANY, SOME, Work, plan
 from deltazip_kernels.quantize import QuantizedRows, quantize_rows
@@ -23,11 +24,14 @@ _EXPAND_ROWS = 256
 
 @dataclass(frozen=True)
 class Tile:
-    """How a launch is cut: ``rows`` of the weight for each program, warps, and the depth of the pipeline along K."""
+    """How a launch is cut: ``rows`` of the weight for each program, warps, and the depth of the pipeline along K.
+
+    ``ahead`` bytes of codes are brought to the L2 before the launch ahead has ended."""
 
     rows: int
     warps: int
     stages: int
+    ahead: int = 0
 
 
 TILES = {FEW: Tile(64, 2, 4), SOME: Tile(128, 4, 4), MANY: Tile(64, 4, 3)}
@@ -61,8 +65,11 @@ def grouped_matmul(
         BN=tile.rows,
         BM=work.batch,
         STAGES=tile.stages,
+        TURN=work.turn,
+        AHEAD=tile.ahead,
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=tile.warps,
+        **overlap(y.device),
     )
 
 
@@ -114,7 +121,8 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
         BK=128,
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=4,
-        num_stages=3,
+        num_stages=4,
+        **overlap(y.device),
     )
     expand[(sum(tiles), work.items.shape[0])](
         y,
@@ -133,6 +141,7 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
         BM=batch,
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=4,
+        **overlap(y.device),
     )
 
 
@@ -145,9 +154,10 @@ def delta_matmul_triton(y: Tensor, x: Tensor, deltas: Sequence[PackedDelta | Non
     x = x.contiguous()
     table = table_of(deltas, (y.shape[1], x.shape[1]), x.device, x.dtype)
     packed = [name for name in table.codecs if name in CODECS]
-    rounded = quantize_rows(x) if packed else None
-    for work in plan(segments, x.shape[0]):
-        if rounded is not None:
+    works = plan(segments, x.shape[0])
+    rounded = quantize_rows(x)  # also stands between the plan and launches that read it early
+    for work in works:
+        if packed:
             grouped_matmul(y, rounded, table, work, packed)
         if RAW in table.codecs:
             raw_matmul(y, x, table, work)
@@ -158,9 +168,9 @@ def delta_matmul_triton(y: Tensor, x: Tensor, deltas: Sequence[PackedDelta | Non
 
 def _tile(table: DeltaTable, work: Work, codecs: Sequence[str]) -> Tile:
     """One warp a program costs the fewest instructions, which bound the thinnest codecs once programs fill the GPU."""
-    tile = TILES[work.batch]
-    programs = sum(_cut(table, tile.rows)[1]) * len(work.items)
-    return _THIN if work.batch == FEW and programs >= _PLENTY and _THIN_CODECS.issuperset(codecs) else tile
+    batch = FEW if work.batch == SOME and work.sparse else work.batch
+    programs = sum(_cut(table, TILES[batch].rows)[1]) * len(work.items)
+    return _THIN if batch == FEW and programs >= _PLENTY and _THIN_CODECS.issuperset(codecs) else TILES[batch]
 
 
 def _check(y: Tensor, table: DeltaTable) -> None:

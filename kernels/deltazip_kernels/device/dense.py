@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from deltazip_kernels.device.locate import add_outputs, load_entry, load_item, load_outputs, part_of, pointer
+from deltazip_kernels.device.locate import (
+    add_outputs,
+    let_next_start,
+    load_entry,
+    load_item,
+    load_outputs,
+    part_of,
+    pointer,
+    wait,
+)
 
 # The ids of ``table.CODEC_IDS``.
 RAW = tl.constexpr(7)
@@ -97,12 +106,15 @@ def shrink(
     BM: tl.constexpr,
     BK: tl.constexpr,
     PLAIN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """``inner`` [parts, chunks of K, T, R] float32 gets ``x @ down.T`` of each chunk, zero beyond a delta's rank."""
     slot, first, end = load_item(items)
     part = tl.program_id(0) % PARTS
     chunk = tl.program_id(0) // PARTS
     codec, down, _, rank = load_entry(table, slot, part, PARTS)
+    wait(OVERLAP)
+    let_next_start(OVERLAP)
     if slot < 0 or codec != LOW_RANK:
         return
     r = tl.arange(0, R)
@@ -133,15 +145,18 @@ def expand(
     BN: tl.constexpr,
     BM: tl.constexpr,
     PLAIN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Adds ``(sum of inner's chunks) @ up.T``; the sum is rounded to ``DTYPE`` first, as a linear's output is.
 
-    ALIGNED promises that every rank is a multiple of 8.
+    ALIGNED promises that every rank is a multiple of 8. The launch ahead is :func:`shrink`, which has seen all others
+    end: whatever it does not write is read before it has ended.
     """
     slot, first, end = load_item(items)
     part, block, column, width = part_of(tl.program_id(0), ROWS, TILES)
     codec, _, up, rank = load_entry(table, slot, part, len(ROWS))
     if slot < 0 or codec != LOW_RANK:
+        wait(OVERLAP)
         return
     n = block * BN + tl.arange(0, BN)
     m = first + tl.arange(0, BM)
@@ -152,6 +167,7 @@ def expand(
         rank = rank >> 3 << 3  # as it is, but now the compiler knows that 16 bytes can be read at once
     w_mask = (n < width)[:, None] & (r < rank)[None, :]
     w = tl.load(pointer(up, DTYPE) + n.to(tl.int64)[:, None] * rank + r[None, :], mask=w_mask, other=0.0)
+    wait(OVERLAP)
     at = inner + (part * CHUNKS * T + m.to(tl.int64)[None, :]) * R + r[:, None]
     t = tl.zeros((R, BM), dtype=tl.float32)
     for _ in tl.static_range(0, CHUNKS):  # unrolled: the loads go out together

@@ -7,7 +7,16 @@ Weights are the left operand, so that few rows of x fill a tensor-core tile.
 import triton
 import triton.language as tl
 
-from deltazip_kernels.device.locate import add_outputs, load_entry, load_item, load_outputs, part_of, pointer
+from deltazip_kernels.device.locate import (
+    add_outputs,
+    let_next_start,
+    load_entry,
+    load_item,
+    load_outputs,
+    part_of,
+    pointer,
+    wait,
+)
 from deltazip_kernels.device.unpack import (
     unpack_int1,
     unpack_int2,
@@ -30,6 +39,12 @@ SPARSE2 = tl.constexpr(6)
 def unit(codec):
     """How many units of an unpacked int8 make one step of the codec: ``layout.Codec.unit``."""
     return {1: 16, 2: 32, 3: 64, 4: 128, 5: 16, 6: 64}[codec]
+
+
+@triton.constexpr_function
+def tile_bytes(codec, groups):
+    """Bytes of the codes of 64 rows of a matrix with ``groups`` groups of columns."""
+    return {1: groups * 4096, 4: (groups + 1) // 2 * 2048, 6: (groups + 1) // 2 * 2048}.get(codec, groups * 2048)
 
 
 @triton.jit
@@ -55,7 +70,7 @@ def _weights(codes, extra, CODEC: tl.constexpr, ODD: tl.constexpr, BN: tl.conste
 
 
 @triton.jit
-def _row_scales(pairs, BN: tl.constexpr):
+def row_scales(pairs, BN: tl.constexpr):
     """Words [BN / 2] of two bf16, rows r and r + 8 of 16, to float32 [BN]."""
     low = (pairs << 16).to(tl.float32, bitcast=True)
     high = (pairs & -65536).to(tl.float32, bitcast=True)
@@ -65,7 +80,7 @@ def _row_scales(pairs, BN: tl.constexpr):
 @triton.jit
 def _add_group(acc, w, x, pairs, BN: tl.constexpr):
     part = tl.dot(w, x, out_dtype=tl.int32)
-    return acc + part.to(tl.float32) * _row_scales(pairs, BN)[:, None]
+    return acc + part.to(tl.float32) * row_scales(pairs, BN)[:, None]
 
 
 @triton.jit
@@ -121,31 +136,38 @@ def _product(
 
 
 @triton.jit
-def grouped(
+def _prefetch(codes, BYTES: tl.constexpr):
+    """Ask for the bytes from ``codes`` on to be brought to the L2."""
+    line = codes + tl.arange(0, BYTES // 128) * 128
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // dummy $0", "=r,l", [line.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _add_rows(
     y,
     y_stride,
     values,
     x_scales,
-    items,
-    table,
-    ROWS: tl.constexpr,
-    TILES: tl.constexpr,
+    first,
+    end,
+    column,
+    width,
+    block,
+    codec,
+    codes,
+    scales,
+    extra,
     GROUPS: tl.constexpr,
     CODECS: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
     PLAIN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Adds the products of quantized rows with packed deltas; CODECS are the ids that may occur."""
-    slot, first, end = load_item(items)
-    part, block, column, width = part_of(tl.program_id(0), ROWS, TILES)
-    codec, codes, scales, extra = load_entry(table, slot, part, len(ROWS))
-    served = False
-    for i in tl.static_range(0, len(CODECS)):
-        served = served | (codec == CODECS[i])
-    if slot < 0 or not served:
-        return
+    """Block ``block`` of a linear's outputs for up to BM rows."""
     n = block * BN + tl.arange(0, BN)
     words = block * (BN // 2) + tl.arange(0, BN // 2)
     last_tile = (width - 1) >> 6  # blocks reach beyond the last tile where BN is more than one
@@ -165,6 +187,63 @@ def grouped(
                 pointer(codes, tl.uint8), pointer(extra, tl.uint8), pointer(scales, tl.int32), x, live,
                 n, tile, words & 31, scale_tile, CODECS[i], GROUPS, BN, BM, STAGES, PLAIN,
             )  # fmt: skip
+    let_next_start(OVERLAP)
     if not EARLY:
         before = load_outputs(y, y_stride, m, column + n, live, n < width)
     add_outputs(y, y_stride, m, column + n, live, n < width, before, acc * x_scale[None, :])
+
+
+@triton.jit
+def grouped(
+    y,
+    y_stride,
+    values,
+    x_scales,
+    items,
+    table,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CODECS: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    TURN: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PLAIN: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Adds the products of quantized rows with packed deltas; CODECS are the ids that may occur.
+
+    Items and table, unlike what is computed with them, are read before the launch ahead has ended.
+    """
+    slot, first, end = load_item(items)
+    part, block, column, width = part_of(tl.program_id(0), ROWS, TILES)
+    codec, codes, scales, extra = load_entry(table, slot, part, len(ROWS))
+    served = False
+    for i in tl.static_range(0, len(CODECS)):
+        served = served | (codec == CODECS[i])
+    served = served & (slot >= 0)
+    if AHEAD > 0 and OVERLAP:
+        if served:
+            start = (block * BN) >> 6
+            for i in tl.static_range(0, len(CODECS)):
+                if codec == CODECS[i]:
+                    _prefetch(pointer(codes, tl.uint8) + start * tile_bytes(CODECS[i], GROUPS), AHEAD)
+    if TURN != 2:
+        wait(OVERLAP)
+    if TURN == 1:
+        let_next_start(OVERLAP)
+    if served:
+        if BM == 16 and end - first <= 8:
+            _add_rows(
+                y, y_stride, values, x_scales, first, end, column, width, block, codec, codes, scales, extra,
+                GROUPS, CODECS, BN, 8, STAGES, PLAIN, OVERLAP,
+            )  # fmt: skip
+        else:
+            _add_rows(
+                y, y_stride, values, x_scales, first, end, column, width, block, codec, codes, scales, extra,
+                GROUPS, CODECS, BN, BM, STAGES, PLAIN, OVERLAP,
+            )  # fmt: skip
+    if TURN == 2:
+        wait(OVERLAP)

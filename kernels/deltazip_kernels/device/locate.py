@@ -2,12 +2,31 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
 def pointer(address, DTYPE: tl.constexpr):
     """An address from the table as a pointer whose alignment the compiler may count on."""
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def wait(OVERLAP: tl.constexpr):
+    """Until all launches ahead have ended and what they wrote can be read.
+
+    With OVERLAP a kernel may start before that. Each of its programs waits, even one with nothing to do: then a launch
+    that waits for this one has waited for all ahead of it.
+    """
+    if OVERLAP:
+        gdc_wait()
+
+
+@triton.jit
+def let_next_start(OVERLAP: tl.constexpr):
+    """The next launch, if it overlaps, may start when all programs have come here. Comes after :func:`wait`."""
+    if OVERLAP:
+        gdc_launch_dependents()
 
 
 @triton.jit

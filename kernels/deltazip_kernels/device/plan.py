@@ -36,12 +36,13 @@ def write_items(
     WIDTH: tl.constexpr,
     SHORT: tl.constexpr,
     LONG: tl.constexpr,
+    CUT: tl.constexpr,
 ):
-    """Segments of up to SHORT rows to ``items[:short_limit]``, longer ones to the ``long_limit`` items after them."""
+    """Segments of up to CUT rows to ``items[:short_limit]``, longer ones to the ``long_limit`` items after them."""
     s = tl.arange(0, WIDTH)
     slot = tl.load(slots + s, mask=s < S, other=-1)
     first = tl.load(starts + s, mask=s < S, other=0)
     end = tl.load(starts + s + 1, mask=s < S, other=0)
     length = tl.where(slot >= 0, end - first, 0)
-    _write(items, short_limit, slot, first, end, (length > 0) & (length <= SHORT), SHORT)
-    _write(items + short_limit * 4, long_limit, slot, first, end, length > SHORT, LONG)
+    _write(items, short_limit, slot, first, end, (length > 0) & (length <= CUT), SHORT)
+    _write(items + short_limit * 4, long_limit, slot, first, end, length > CUT, LONG)

@@ -6,6 +6,8 @@ A program holds one row in registers: GROUPS groups of 128 columns, padded to ST
 import triton
 import triton.language as tl
 
+from deltazip_kernels.device.locate import wait
+
 SMALLEST = tl.constexpr(1e-30)
 """A row whose largest magnitude is below this counts as zero: its inverse scale would overflow."""
 
@@ -31,19 +33,34 @@ def _store_rounded(values, scales, v, GROUPS: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def quantize(x, x_stride, values, scales, K, GROUPS: tl.constexpr, STEP: tl.constexpr):
+def quantize(
+    x, x_stride, values, scales, K, GROUPS: tl.constexpr, STEP: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
     """``x`` as it is."""
+    wait(OVERLAP)
     column = _columns(STEP)
     v = tl.load(x + tl.program_id(0).to(tl.int64) * x_stride + column, mask=column < K, other=0.0)
     _store_rounded(values, scales, v.to(tl.float32), GROUPS, STEP)
 
 
 @triton.jit
-def gated(x, x_stride, out, values, scales, K, GELU: tl.constexpr, GROUPS: tl.constexpr, STEP: tl.constexpr):
+def gated(
+    x,
+    x_stride,
+    out,
+    values,
+    scales,
+    K,
+    GELU: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STEP: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """``out = act(x[:, :K]) * x[:, K:]``, each factor rounded to the type of ``x``, and ``out`` quantized.
 
     ``act`` is silu, or with GELU the tanh approximation of gelu: both are ``x * sigmoid(...)``.
     """
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = _columns(STEP)
     inside = column < K
@@ -84,12 +101,14 @@ def norm(
     OFFSET: tl.constexpr,
     GROUPS: tl.constexpr,
     STEP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """``out`` is the norm of each row, quantized too; with RESIDUAL of ``residual += x`` instead of ``x``.
 
     The RMS norm times ``weights[which[row]]``, or with OFFSET times one more; with CENTER the layer norm, which has
     biases. Llama's RMS norm alone rounds before it multiplies.
     """
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = _columns(STEP)
     inside = column < K

@@ -7,6 +7,8 @@ columns of which HALF exist, and the columns behind them, which stay (REST of th
 import triton
 import triton.language as tl
 
+from deltazip_kernels.device.locate import wait
+
 
 @triton.jit
 def _rounded_norm(v, mean, weights, KIND: tl.constexpr):
@@ -58,8 +60,10 @@ def rope(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
     TAIL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Norms and rotates the H + G first heads of a row, writes q to ``q``, k and v to row ``where`` of the caches."""
+    wait(OVERLAP)
     REST: tl.constexpr = D - 2 * HALF
     KIND: tl.constexpr = qkv.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
