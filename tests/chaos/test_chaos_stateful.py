@@ -1,4 +1,4 @@
-"""Loads, evictions, pins, replacements, cancellations, damage and repair in any order, against one host.
+"""Loads, hints, evictions, pins, replacements, cancellations, damage, repair: in any order, against one host.
 
 Hypothesis looks for an order that breaks an invariant: no slot and no room of the arena leaks, no byte is used that
 was not verified, everybody who waits is answered. ``DELTAZIP_CHAOS_EXAMPLES`` sets how many orders are tried.
@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,14 @@ class Host(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.01, 1.0, 100.0]))
     def time_passes(self, seconds: float) -> None:
         self.host.later_s += seconds
+
+    @rule(version=versions, device=st.booleans())
+    def hint(self, version: str, device: bool) -> None:
+        self.loop.run(partial(self.host.hint, version, device=device))
+
+    @rule(version=versions, disk=st.booleans())
+    def unload(self, version: str, disk: bool) -> None:
+        self.loop.run(partial(self.host.unload, version, disk=disk))
 
     @rule()
     def restart(self) -> None:

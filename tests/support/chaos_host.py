@@ -1,12 +1,13 @@
 """Host tier, slots and a store that goes wrong, together, for tests that play with them in any order."""
 
 import asyncio
+import contextlib
 import functools
 import random
 import shutil
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -115,6 +116,7 @@ class ChaosHost:
         metrics = EngineMetrics(CollectorRegistry(), lambda: cast("EngineStats", None))
         self.versions = Versions(self.source, cast("Any", self.slots), SLOTS, metrics)
         self.clients: list[Client] = []
+        self._hints: set[asyncio.Task[None]] = set()
         self.forgotten: list[str] = []
         """What went wrong and nobody was told."""
 
@@ -166,6 +168,14 @@ class ChaosHost:
         self.clients.append(client)
         return client
 
+    def hint(self, version: str, *, device: bool) -> None:
+        """Somebody will want a version soon."""
+        self._hint(self.versions.prefetch(version, "device" if device else "host", LOAD_TIMEOUT_S))
+
+    def unload(self, version: str, *, disk: bool) -> None:
+        """Nobody will want a version any more."""
+        self._hint(self.versions.unload(version, disk=disk))
+
     async def restart_cache(self) -> None:
         """The node's store dies and comes back empty; the disk stays."""
         self.store.gate.set()
@@ -195,6 +205,7 @@ class ChaosHost:
         for end in await asyncio.wait_for(done, 30):
             if isinstance(end, BaseException) and not isinstance(end, asyncio.CancelledError):
                 raise end
+        await asyncio.wait_for(asyncio.gather(*self._hints), 30)
         await self._let_reads_end()
         self.check()
         self.later_s += 10_000.0
@@ -222,6 +233,14 @@ class ChaosHost:
         client = self.ask(version, 20.0)
         client.may_go.set()
         return await client.task
+
+    def _hint(self, work: Coroutine[Any, Any, object]) -> None:
+        async def run() -> None:
+            with contextlib.suppress(DeltaZipError):
+                await work
+
+        task = asyncio.create_task(run())
+        self._hints.add(task)
 
     async def _serve(self, client: Client, timeout_s: float) -> str:
         try:
