@@ -114,7 +114,7 @@ class StepLoop:
         try:
             while not self._lost and self._obey():
                 self._advance()
-            if self._step is not None:
+            if self._step is not None and not self._lost:
                 self._finish(self._step)
         finally:
             self._ended()
@@ -155,15 +155,16 @@ class StepLoop:
             return _Step(batch, error, began)
 
     def _finish(self, step: _Step) -> None:
-        """Wait for a step; one that failed fails its requests, and ends the loop if the device is lost."""
+        """Wait for a step; one that failed fails its requests, or all with the loop if the device is lost."""
         try:
             if isinstance(step.launched, Exception):
                 raise step.launched
             drawn = step.launched.wait()
         except _STEP_FAILURES as error:
             logger.exception("a step of %d requests failed", len(step.batch.chunks))
-            self._scheduler.fail(step.batch, EngineError(f"the step failed ({error!r}): send the request again"))
             self._lost = not self._device_works()
+            if not self._lost:
+                self._scheduler.fail(step.batch, EngineError(f"the step failed ({error!r}): send the request again"))
             return
         self._scheduler.update(step.batch, drawn)
         self._record(step)

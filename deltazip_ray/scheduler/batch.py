@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from deltazip_ray.scheduler.request import FinishReason, SamplingParams, TokenChunk, TokenLogprobs
 from deltazip_ray.scheduler.sequence import SequenceState
@@ -14,8 +15,7 @@ It is on the device only: its value becomes known to the host while this batch r
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(NamedTuple):
     """A token that was drawn, and what its request wanted to know of it."""
 
     token: int
@@ -28,8 +28,7 @@ class Drawn:
         return TokenChunk((self.token,), reason, logprobs=() if self.logprobs is None else (self.logprobs,))
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Consecutive tokens of one sequence that run in a step.
 
     Token ``i`` of the chunk has position ``start + i``; it attends to positions ``0 .. start + i``, of which those

@@ -327,16 +327,11 @@ class Scheduler:
 def _chunk(sequence: SequenceState, count: int) -> Chunk:
     """The next ``count`` tokens of a running request, which count as scheduled from now on."""
     start = sequence.scheduled
-    chunk = Chunk(
-        sequence=sequence,
-        tokens=(DRAWN,) if sequence.drawing else tuple(sequence.tokens[start : start + count]),
-        start=start,
-        block_table=sequence.table,
-        samples=count == sequence.pending,
-        output_index=sequence.output_index,
-        drawn_row=sequence.row if sequence.drawing else None,
-    )
+    tokens = (DRAWN,) if sequence.drawing else tuple(sequence.tokens[start : start + count])
+    row = sequence.row if sequence.drawing else None
+    samples = count == sequence.pending
+    chunk = Chunk(sequence, tokens, start, sequence.table, samples, sequence.output_index, row)
     sequence.scheduled += count
     sequence.in_flight += 1
-    sequence.drawing += chunk.samples
+    sequence.drawing += samples
     return chunk

@@ -17,6 +17,7 @@ class SequenceState:
     __slots__ = (
         "_before",
         "_complete",
+        "_runs_ahead",
         "draw_state",
         "drawing",
         "in_flight",
@@ -62,6 +63,7 @@ class SequenceState:
         """Tokens that its version was charged for, or that it got for nothing."""
         self._before = request.output_offset - len(request.prompt)
         self._complete = request.sampling.max_tokens - self._before
+        self._runs_ahead = not request.sampling.sequential
 
     def __len__(self) -> int:
         """Tokens so far: known ones, and those that are being drawn."""
@@ -83,9 +85,7 @@ class SequenceState:
 
         While a token is being drawn, not if it is the last one, or if the next draw depends on its value.
         """
-        if not self.drawing:
-            return True
-        return len(self.tokens) + self.drawing < self._complete and not self.request.sampling.sequential
+        return not self.drawing or (self._runs_ahead and len(self.tokens) + self.drawing < self._complete)
 
     def append(self, token: int) -> FinishReason | None:
         """Take the token that was drawn; a stop token is not kept. Returns the reason when the sequence is finished."""

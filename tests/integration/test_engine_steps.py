@@ -34,7 +34,8 @@ def requests(zoo: Zoo, count: int) -> list[GenerateRequest]:
 
 
 async def answer(run: RunningEngine, request: GenerateRequest) -> tuple[list[int], str | None]:
-    tokens, reason = [], None
+    tokens: list[int] = []
+    reason = None
     async for chunk in run.engine.generate(request):
         tokens += chunk.tokens
         reason = chunk.finish_reason

@@ -95,6 +95,11 @@ class Running:
         return verdict.get(timeout=10)
 
 
+def iter_heard(run: Running) -> Iterator[tuple[str, End]]:
+    while not run.heard.empty():
+        yield run.heard.get()
+
+
 @contextmanager
 def running(device: Device, *, ahead: bool) -> Iterator[Running]:
     run = Running(device, ahead=ahead)
@@ -140,6 +145,7 @@ def test_a_step_that_fails_fails_its_requests_and_the_loop_goes_on(ahead: bool, 
 def test_a_lost_device_ends_the_loop(ahead: bool, caplog: pytest.LogCaptureFixture) -> None:
     with running(Device(lost_from=1), ahead=ahead) as run:
         assert run.ended.wait(10)
+        assert [item for _, item in iter_heard(run)] == [TokenChunk((TOKEN,))], "who stops the engine tells the rest"
     assert "the device is lost" in caplog.text
 
 
