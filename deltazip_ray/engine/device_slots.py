@@ -7,7 +7,7 @@ import torch
 
 from deltazip_kernels import LAYOUT_VERSION, LOW_RANK, RAW
 from deltazip_ray.artifact.blob import coded_layout, read_blob
-from deltazip_ray.artifact.manifest import BlobEntry, Manifest, TensorEntry
+from deltazip_ray.artifact.manifest import Manifest, TensorEntry
 from deltazip_ray.engine.slot_layout import aligned, fill, room
 from deltazip_ray.engine.uploads import Upload, Uploads
 from deltazip_ray.errors import BaseMismatch, DeltaTooLarge, ManifestInvalid
@@ -15,8 +15,8 @@ from deltazip_ray.layers.targets import VALUES, AddedTarget, DeltaTarget, Matrix
 from deltazip_ray.models.weights import Placement
 from deltazip_ray.residency.tiers import HostDelta
 
-_Weight = tuple[DeltaTarget, str, Mapping[str, torch.Tensor]]
-"""Where a weight goes, its codec, and its tensors."""
+_Weight = tuple[str, Mapping[str, torch.Tensor]]
+"""A weight's codec and its tensors."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,16 @@ class DeviceSlots:
         if delta.memory is not None:
             self.uploads.lock_pages(delta.memory)
         with self.uploads.beside_steps() as upload:
-            # Whoever was here before is gone, also when this fails half-way.
-            self.clear(slot)
-            start = 0
-            weights: list[_Weight] = []
-            for blob in delta.manifest.blobs:
-                placed, start = self._place(slot, start, blob, delta.blobs[blob.block], upload)
-                weights += placed
-            for target, codec, parts in weights:
-                target.install(slot, codec, parts)
+            try:
+                weights = self._place(slot, delta, upload)
+            except BaseException:
+                self.clear(slot)
+                raise
+            for name, target in self.targets.items():
+                if name in weights:
+                    target.install(slot, *weights[name])
+                else:
+                    target.clear(slot)
         self._vocab[slot] = self.base.vocab_size + delta.manifest.added_tokens
 
     def clear(self, slot: int) -> None:
@@ -112,23 +113,24 @@ class DeviceSlots:
         for target in self.targets.values():
             target.clear(slot)
 
-    def _place(
-        self, slot: int, start: int, blob: BlobEntry, data: memoryview, upload: Upload
-    ) -> tuple[list[_Weight], int]:
-        """The weights of a blob, copied to ``slot`` from byte ``start`` on where that is their place, and where the
-        next blob may begin."""
-        tensors = read_blob(data, blob)
-        parts = {name: _parts(name, entry, tensors) for name, entry in blob.tensors.items()}
-        in_slot = {
-            (name, part): tensor.to(self.dtype) if blob.tensors[name].codec in (RAW, LOW_RANK) else tensor
-            for name, found in parts.items()
-            for part, tensor in found.items()
-            if self.targets[name].in_slot
-        }
-        copies, start = fill(self.memory[slot], start, in_slot, upload)
-        for (name, part), copy in copies.items():
-            parts[name][part] = copy
-        return [(self.targets[name], entry.codec, parts[name]) for name, entry in blob.tensors.items()], start
+    def _place(self, slot: int, delta: HostDelta, upload: Upload) -> dict[str, _Weight]:
+        """All weights of a version, copied to ``slot`` where that is their place."""
+        start = 0
+        weights: dict[str, _Weight] = {}
+        for blob in delta.manifest.blobs:
+            tensors = read_blob(delta.blobs[blob.block], blob)
+            parts = {name: _parts(name, entry, tensors) for name, entry in blob.tensors.items()}
+            in_slot = {
+                (name, part): tensor.to(self.dtype) if blob.tensors[name].codec in (RAW, LOW_RANK) else tensor
+                for name, found in parts.items()
+                for part, tensor in found.items()
+                if self.targets[name].in_slot
+            }
+            copies, start = fill(self.memory[slot], start, in_slot, upload)
+            for (name, part), copy in copies.items():
+                parts[name][part] = copy
+            weights |= {name: (entry.codec, parts[name]) for name, entry in blob.tensors.items()}
+        return weights
 
     def _check_entry(self, name: str, entry: TensorEntry, added: int) -> None:
         target = self.targets.get(name)
