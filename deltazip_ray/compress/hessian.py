@@ -52,15 +52,16 @@ class Hessian:
         return ((rows @ self.matrix) * rows).sum()
 
 
-def inverse_factor(damped: Tensor) -> Tensor:
-    """Upper triangular ``U`` with ``Uᵀ U = damped⁻¹``, float32.
+def inverse_factor(damped: Tensor, order: Tensor) -> Tensor:
+    """Upper triangular ``U`` with ``Uᵀ U = H⁻¹``, float32, where H is ``damped`` with rows and columns in ``order``.
 
     Its row ``i`` is that of the inverse Hessian of the columns from ``i`` on, divided by the root of its first
     element: all that the elimination of the columns in order needs (GPTQ, arXiv 2210.17323, step 3).
     A matrix that rounding has left indefinite gets more on its diagonal until it is not.
     """
     # With M Mᵀ = H for an upper triangular M (the Cholesky factor of H in reverse order), U = M⁻¹.
-    lower = _cholesky(damped.flip(0, 1))
+    reverse = order.flip(0)
+    lower = _cholesky(damped[reverse[:, None], reverse])
     inverse = torch.empty(lower.shape, device=lower.device)
     for columns in torch.split(torch.arange(len(lower), device=lower.device), COLUMNS):
         unit = lower.new_zeros(len(lower), len(columns))

@@ -6,6 +6,7 @@ columns were known, is then improved: group by group the best scale for the code
 the others stay (coordinate descent, as QuantEase, arXiv 2309.01885). Rows are independent of each other.
 """
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -53,38 +54,63 @@ def round_to_nearest(delta: Tensor, weights: Tensor, codec: Codec) -> Coded:
 
 
 class Solver:
-    """Codes matrices whose inputs have one Hessian, float64 ``[K, K]``, ``damped``: it is factorized once.
+    """Codes matrices whose inputs have one Hessian, ``damped``, ``[K, K]``: it is factorized once for dense codecs.
 
     Compensation is greedy and may lose to plain rounding on single rows; those rows are rounded, so that no row's
     error in the norm of the damped Hessian is larger than by :func:`round_to_nearest`.
     """
 
     def __init__(self, damped: Tensor, grid: Grid | None = None) -> None:
-        self._factor, self._metric, self._grid = inverse_factor(damped), damped.float(), grid
+        self._metric, self._grid = damped.float(), grid
 
     @float32_products("highest")
     def solve(self, delta: Tensor, codec: Codec) -> Coded:
         """Code ``delta`` float32 ``[N, K]``."""
+        order, factor = self._as_stored if codec.sparse else self._by_energy
         grid = self._grid or grid_for(delta.device, codec)
-        return Coded.join([self._rows(rows, codec, grid) for rows in torch.split(delta, ROWS)])
+        pieces = []
+        for rows in torch.split(delta, ROWS):
+            nearest = grid.round_to_nearest(rows, self._metric.diagonal(), codec)
+            compensated, errors = compensate(rows[:, order], factor, codec, grid)
+            lost = rows - nearest.dequantized(codec)
+            better = errors < ((lost @ self._metric) * lost).sum(1)
+            coded = _by_row(better[:, None], _reordered(compensated, order), nearest)
+            # The 2:4 codecs are kept as published, to compare with.
+            pieces.append(coded if codec.sparse else descend(rows, coded, self._metric, codec, grid))
+        return Coded.join(pieces)
 
-    def _rows(self, delta: Tensor, codec: Codec, grid: Grid) -> Coded:
-        nearest = grid.round_to_nearest(delta, self._metric.diagonal(), codec)
-        compensated, errors = compensate(delta, self._factor, codec, grid)
-        lost = delta - nearest.dequantized(codec)
-        better = errors < ((lost @ self._metric) * lost).sum(1)
-        coded = _by_row(better[:, None], compensated, nearest)
-        # The 2:4 codecs are kept as published, to compare with.
-        return coded if codec.sparse else descend(delta, coded, self._metric, codec, grid)
+    @cached_property
+    def _by_energy(self) -> tuple[Tensor, Tensor]:
+        order = coding_order(self._metric.diagonal())
+        return order, inverse_factor(self._metric.double(), order)
+
+    @cached_property
+    def _as_stored(self) -> tuple[Tensor, Tensor]:
+        order = torch.arange(len(self._metric), device=self._metric.device)
+        return order, inverse_factor(self._metric.double(), order)
+
+
+def coding_order(energy: Tensor) -> Tensor:
+    """The columns ``[K]`` in the order in which they are coded: those with most ``energy`` ``[K]`` first.
+
+    What is coded early finds most columns still open to make up for it (GPTQ's "act order"). Groups stay together and
+    have their scales as before, so that what is stored does not change: groups are sorted, and columns inside a group.
+    A last group that is not full stays last.
+    """
+    group = torch.arange(len(energy), device=energy.device) // GROUP
+    sums = energy.new_zeros(len(energy)).index_add_(0, group, energy)
+    sums[len(energy) // GROUP :] = -1
+    order = energy.argsort(descending=True, stable=True)
+    order = order[group[order].argsort(stable=True)]
+    return order[sums[group[order]].argsort(descending=True, stable=True)]
 
 
 def compensate(delta: Tensor, factor: Tensor, codec: Codec, grid: Grid = torch_grid) -> tuple[Coded, Tensor]:
-    """Code the columns of ``delta`` ``[N, K]`` in order; ``factor`` is :func:`inverse_factor` of the Hessian.
+    """Code the columns of ``delta`` ``[N, K]``, which is overwritten, from left to right.
 
-    Also returns each row's squared error ``[N]`` in the norm of that Hessian: with e the errors that are spread, the
-    row is off by e · U, and (e U) H (e U)ᵀ = e eᵀ since Uᵀ U = H⁻¹.
+    ``factor`` is :func:`inverse_factor` of their Hessian. Also returns each row's squared error ``[N]`` in the norm of
+    that Hessian: with e the errors that are spread, the row is off by e · U, and e U H (e U)ᵀ = e eᵀ since Uᵀ U = H⁻¹.
     """
-    work = delta.clone()
     codes = torch.zeros_like(delta, dtype=torch.uint8)
     kept = torch.ones_like(delta, dtype=torch.bool) if codec.sparse else None
     scales, squared = [], torch.zeros(delta.shape[0], device=delta.device)
@@ -92,11 +118,11 @@ def compensate(delta: Tensor, factor: Tensor, codec: Codec, grid: Grid = torch_g
         end = min(start + GROUP, delta.shape[1])
         part = None if kept is None else kept[:, start:end]
         group_scales, errors = grid.code_group(
-            work[:, start:end], codes[:, start:end], part, factor[start:end, start:end], codec
+            delta[:, start:end], codes[:, start:end], part, factor[start:end, start:end], codec
         )
         scales.append(group_scales)
         squared += errors.square().sum(1)
-        work[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+        delta[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
     return Coded(codes, torch.stack(scales, 1), kept), squared
 
 
@@ -106,8 +132,8 @@ def descend(delta: Tensor, coded: Coded, metric: Tensor, codec: Codec, grid: Gri
     ``metric`` ``[K, K]`` is the damped Hessian, in whose norm the error counts.
     """
     codes, scales = coded.codes.clone(), coded.scales.clone()
+    slopes = (delta - coded.dequantized(codec)) @ metric
     for _ in range(SWEEPS):
-        slopes = (delta - Coded(codes, scales, None).dequantized(codec)) @ metric
         for index, start in enumerate(range(0, delta.shape[1], GROUP)):
             group = slice(start, min(start + GROUP, delta.shape[1]))
             levels = codes[:, group].float() - codec.zero
@@ -130,6 +156,13 @@ def _better_scale(levels: Tensor, scales: Tensor, slopes: Tensor, metric: Tensor
     best = scales + slope / curvature.clamp_min(torch.finfo(torch.float32).tiny)
     change = best.clamp_min(0.0).bfloat16().float() - scales
     return torch.where(change * (change * curvature - 2 * slope) < 0, change, 0.0)
+
+
+def _reordered(coded: Coded, order: Tensor) -> Coded:
+    """Columns and groups that are in ``order`` back in their own places."""
+    columns, groups = order.argsort(), (order[::GROUP] // GROUP).argsort()
+    kept = None if coded.kept is None else coded.kept[:, columns]
+    return Coded(coded.codes[:, columns], coded.scales[:, groups], kept)
 
 
 def _by_row(first: Tensor, left: Coded, right: Coded) -> Coded:
