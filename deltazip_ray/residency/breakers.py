@@ -3,7 +3,8 @@
 After ``failures`` in a row a version's breaker is open: callers get the last reason without a try. When the back-off
 is over, the next caller is the probe: it tries, and the others still get the reason. A probe that succeeds closes the
 breaker; one that fails makes the back-off longer, twice as long each time up to a bound, less some jitter so that
-hosts do not come back to the store in step. A probe that leaves half-way lets the next caller probe.
+hosts do not come back to the store in step; it is no shorter than the store asked for, within the bound. A probe that
+leaves half-way lets the next caller probe.
 """
 
 import random
@@ -102,7 +103,8 @@ class Breakers:
         beyond = trouble.failures - self._config.failures
         if beyond >= 0:
             longest = min(self._config.backoff_s * 2.0 ** min(beyond, 30), self._config.backoff_max_s)
-            trouble.retry_at = now + longest * (1 - self._chance() / 2)
+            asked = (error.retry_after_s or 0.0) if isinstance(error, StoreError) else 0.0
+            trouble.retry_at = now + max(longest * (1 - self._chance() / 2), min(asked, self._config.backoff_max_s))
 
 
 def _again(trouble: _Trouble, wait_s: float) -> ArtifactError | StoreError:

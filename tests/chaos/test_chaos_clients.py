@@ -3,11 +3,12 @@
 import asyncio
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from deltazip_ray.config import BreakerConfig
-from tests.support.chaos_app import ChaosApp, Models, chaos_app
+from tests.support.chaos_app import NAMES, ChaosApp, Models, chaos_app
 from tests.support.fault_proxy import (
     ALWAYS,
     Fault,
@@ -21,6 +22,7 @@ from tests.support.fault_proxy import (
     truncated,
 )
 from tests.support.s3 import ACCESS_KEY
+from tests.support.serve_app import wait_until
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Case:
     retry_after: str | None = "2"
 
 
+ONE_VERSION = 100_000
+"""Bytes in which one version has room, and no second one."""
 SERVED = {"status": 200, "code": None, "retry_after": None}
 CASES = {
     "slow": Case(slow(0.2), **SERVED),
@@ -130,3 +134,55 @@ async def test_all_of_the_store_away_leaves_what_is_here(models: Models, bucket:
         assert [(await app.ask(name)).status_code for name in ("warm", "base", "cold")] == [200, 200, 503]
         proxy.heal()
         assert await until_served(app, "cold")
+
+
+async def test_an_arena_full_of_what_is_held_says_so_and_recovers(
+    models: Models, bucket: str, proxy: FaultProxy
+) -> None:
+    async with chaos_app(models, bucket, proxy, arena_bytes=ONE_VERSION, room_timeout_s=0.3) as app:
+        await app.cache.acquire(models.versions["warm"].version)
+        answer = await app.ask("cold")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+        assert "of the host arena" in answer.json()["error"]["message"]
+        assert "raise node_store.arena_bytes" in answer.json()["error"]["message"]
+        assert app.metric("host_failures_total", error="StoreFull") == 1
+        assert (await app.ask("warm")).status_code == 200
+        await app.cache.release(models.versions["warm"].version)
+        assert (await app.ask("cold")).status_code == 200
+
+
+async def test_slots_full_of_what_is_used_say_so_and_recover(models: Models, bucket: str, proxy: FaultProxy) -> None:
+    async with chaos_app(models, bucket, proxy, engine={"slots": 1, "load_timeout_s": 0.5}) as app:
+        assert app.engine._parts is not None
+        versions = app.engine._parts.versions
+        pin = await versions.pin(models.versions["warm"].version, 5)
+        answer = await app.ask("cold")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert "all slots are in use" in answer.json()["error"]["message"]
+        assert (await app.ask("warm")).status_code == 200
+        versions.table.unpin(pin)
+        assert (await app.ask("cold")).status_code == 200
+
+
+async def test_a_disk_that_cannot_be_used_costs_no_request(
+    models: Models, bucket: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    async with chaos_app(models, bucket, proxy, disk_dir=tmp_path / "file") as app:
+        assert [(await app.ask(name)).status_code for name in NAMES] == [200, 200, 200]
+        assert app.metric("disk_failures_total", operation="read") > 0
+
+
+async def test_a_disk_that_was_damaged_is_healed_from_the_store(
+    models: Models, bucket: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    def damage() -> None:
+        wait_until(lambda: len(list(tmp_path.glob("*-*"))) == 1 + len(models.versions["warm"].blobs))
+        (file,) = tmp_path.glob(f"{models.blob('warm')}-*")
+        file.write_bytes(bytes(file.stat().st_size))
+
+    for damaged in (0, 1):
+        async with chaos_app(models, bucket, proxy, disk_dir=tmp_path) as app:
+            assert (await app.ask("warm")).status_code == 200
+            assert app.metric("disk_damaged_total") == damaged
+            await asyncio.to_thread(damage)

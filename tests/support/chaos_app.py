@@ -82,7 +82,13 @@ class ChaosApp:
 
 @asynccontextmanager
 async def chaos_app(
-    models: Models, bucket: str, proxy: FaultProxy, *, engine: dict[str, Any] | None = None, **node_store: Any
+    models: Models,
+    bucket: str,
+    proxy: FaultProxy,
+    *,
+    engine: dict[str, Any] | None = None,
+    arena_bytes: int = 8 << 20,
+    **node_store: Any,
 ) -> AsyncIterator[ChaosApp]:
     """Start it; the names of variants are known at the end, so that only versions are read from then on."""
     settings = {"fetch_threads": 4, "breaker": BreakerConfig(backoff_s=0.2), "quarantine_s": 0.3} | node_store
@@ -98,7 +104,7 @@ async def chaos_app(
     registry = CollectorRegistry()
     store = open_store(config.store)
     digest = next(iter(models.versions.values())).manifest.base.digest
-    cache = HostCache(Catalog(store, digest), bytearray(8 << 20), config.node_store, registry)
+    cache = HostCache(Catalog(store, digest), bytearray(arena_bytes), config.node_store, registry)
     running = AsyncEngine(config.engine, models.base, cache, registry)
     files = {path.name: path.read_bytes() for path in models.base.iterdir()}
     service = RouterService(config, LocalBackend(running), lambda digest: Catalog(store, digest), files)

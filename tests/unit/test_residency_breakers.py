@@ -64,6 +64,17 @@ def test_it_takes_some_failures_in_a_row() -> None:
     assert (bench.tries, bench.breakers.refusals) == (tries, 1)
 
 
+@pytest.mark.parametrize(("asked_s", "back_off_s"), [(5.0, 5.0), (0.1, 1.0), (100.0, 8.0)])
+def test_a_store_that_asks_for_a_pause_gets_it_within_the_bound(asked_s: float, back_off_s: float) -> None:
+    bench = Bench(failures=1, backoff_s=1.0, longest_s=8.0)
+    busy = StoreUnavailable("slow down")
+    busy.retry_after_s = asked_s
+    bench.attempt(busy)
+    refusal = bench.attempt()
+    assert isinstance(refusal, StoreUnavailable)
+    assert refusal.retry_after_s == pytest.approx(back_off_s, abs=0.01)
+
+
 def test_others_are_not_affected() -> None:
     bench = Bench(failures=1)
     bench.fail(1)
