@@ -37,8 +37,8 @@ class Popularity(Generic[_Key]):
         self._uses += 1
         now = self._uses / self._half_life
         for key in keys:
-            before = self._scores.get(key)
-            self._scores[key] = now if before is None else before + math.log2(1 + 2.0 ** (now - before))
+            before = self._scores.get(key, -math.inf)
+            self._scores[key] = max(now, before) + math.log2(1 + 2.0 ** -abs(now - before))
         if len(self._scores) > _REMEMBERED:
             kept = sorted(self._scores, key=self._scores.__getitem__)[_REMEMBERED // 2 :]
             self._scores = {key: self._scores[key] for key in kept}

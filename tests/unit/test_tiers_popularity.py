@@ -53,6 +53,16 @@ def test_old_popularity_fades() -> None:
     assert popularity.worth("b", 1.0) - popularity.worth("a", 1.0) == pytest.approx(10, abs=0.1), "half-lives"
 
 
+def test_what_was_used_long_ago_can_be_used_again() -> None:
+    popularity = Popularity[str](half_life=1)
+    popularity.used(("a",))
+    for _ in range(5000):
+        popularity.used(("b",))
+    popularity.used(("a",))
+    popularity.used(("a",))
+    assert order(popularity, "ab") == "ba"
+
+
 def test_what_is_far_away_stays_rather_than_what_is_near() -> None:
     popularity = Popularity[str]()
     for key in "aabb":
