@@ -1,0 +1,81 @@
+"""``deltazip eval`` asks a running server."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from deltazip_deployments.router.api import build_api
+from deltazip_deployments.router.metrics import RouterMetrics
+from deltazip_deployments.router.service import RouterService
+from deltazip_ray.artifact.catalog import Catalog
+from deltazip_ray.artifact.store import open_store
+from deltazip_ray.config import AppConfig, EngineConfig, StoreConfig
+from tests.support.catalogs import save_base_files
+from tests.support.command import scores
+from tests.support.fake_engine import Script
+from tests.support.router_app import CatalogSource, LocalBackend
+from tests.support.tasks import GENERATED, write_task
+
+QUESTIONS = [f"what is {first} + {second}?" for first in range(4) for second in range(3)]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A router over a scripted engine, on a socket: its URL."""
+    script, base = Script(), save_base_files(tmp_path / "base")
+    (tmp_path / "store").mkdir()
+    config = AppConfig(
+        base=str(base),
+        base_name="tiny",
+        store=StoreConfig(url=(tmp_path / "store").as_uri()),
+        engine=EngineConfig(max_model_len=256),
+    )
+    catalog = Catalog(open_store(config.store), script.base_digest)
+    backend = LocalBackend(script(config, CatalogSource(catalog), CollectorRegistry()))
+    files = {path.name: path.read_bytes() for path in base.iterdir()}
+    service = RouterService(config, backend, lambda digest: Catalog(open_store(config.store), digest), files)
+
+    async def scrape() -> list[Any]:
+        return []
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    running = uvicorn.Server(uvicorn.Config(build_api(service, RouterMetrics(), scrape), log_level="warning"))
+    thread = threading.Thread(target=lambda: asyncio.run(running.serve([listener])))
+    thread.start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    for _ in range(200):
+        if httpx.get(f"{url}/models").is_success:
+            break
+        time.sleep(0.02)
+    yield url
+    running.should_exit = True
+    thread.join(10)
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["completions", "chat"])
+def test_a_server_is_scored(server: str, tmp_path: Path, chat: bool) -> None:
+    def answer(question: str) -> str:
+        body: dict[str, Any] = {"model": "tiny", "max_tokens": 4, "temperature": 0}
+        if chat:
+            body |= {"messages": [{"role": "user", "content": question}]}
+            choice = httpx.post(f"{server}/chat/completions", json=body).json()["choices"][0]
+            return str(choice["message"]["content"])
+        return str(httpx.post(f"{server}/completions", json=body | {"prompt": question}).json()["choices"][0]["text"])
+
+    rows = [
+        {"question": question, "answer": answer(question) if i % 4 else "no"} for i, question in enumerate(QUESTIONS)
+    ]
+    write_task(tmp_path / "tasks", "says", GENERATED, rows)
+    asked = ("--model", "tiny", "--tasks", "says", "--include", tmp_path / "tasks", *(["--chat"] if chat else []))
+    told = scores(server, *asked)
+    assert told["version"] is None
+    assert [(score["name"], score["value"]) for score in told["scores"]] == [("says:exact_match", 0.75)]
