@@ -15,7 +15,7 @@ from deltazip_kernels.layout import CODECS, LAYOUT_VERSION
 from deltazip_ray.artifact.artifact import ArtifactWriter, open_artifact
 from deltazip_ray.artifact.blob import read_blob
 from deltazip_ray.artifact.checkpoint import base_digest
-from deltazip_ray.artifact.manifest import BaseRef, Manifest, blob_key
+from deltazip_ray.artifact.manifest import BaseRef, CodecName, Manifest, blob_key
 from deltazip_ray.artifact.store import open_store
 from deltazip_ray.compress.allocation import allocate
 from deltazip_ray.compress.calibration import load_calibration
@@ -48,7 +48,7 @@ class Made:
     """The same through zstd, each blob by itself."""
     seconds: float
     """Of the compression."""
-    codecs: Mapping[str, int] = field(default_factory=dict)
+    codecs: Mapping[CodecName, int] = field(default_factory=dict)
     """How many tensors have each codec."""
 
 

@@ -22,11 +22,19 @@ from benchmarks.quality.prepare import Prepared
 from benchmarks.quality.scales import SCALES, Scale
 from benchmarks.quality.training import RANK, Scales, block_matrices, fit
 from deltazip_deployments.demo.corpus import IGNORED
+from deltazip_kernels.layout import CODECS
 from deltazip_ray.artifact.checkpoint import Checkpoint
+from deltazip_ray.compress import grid as torch_grid
+from deltazip_ray.compress.options import Coding
+from deltazip_ray.compress.solver import Solver
 
 WAIT = 1.0
 """Seconds between two looks for an adapter that is still being trained."""
-SPARSE = {"2:4 int4": "sparse24_int4", "2:4 int2": "sparse24_int2"}
+THREADS = 2
+LADDER: tuple[Coding, ...] = ("int1", "int2", "int3", "int4")
+SAMPLE = 64
+"""Rows that the torch bodies solve too."""
+SPARSE: dict[str, Coding] = {"2:4 int4": "sparse24_int4", "2:4 int2": "sparse24_int2"}
 """The paper's two codecs."""
 
 
@@ -48,6 +56,7 @@ class Job:
 
 def measure(job: Job) -> None:
     """Append a line to ``job.out`` for each form of the fine-tune that there is time for."""
+    torch.set_num_threads(THREADS)
     job.scratch.mkdir()
     bench = Bench(job)
     slowest = 0.0
@@ -59,6 +68,23 @@ def measure(job: Job) -> None:
         with job.out.open("a") as out:
             out.write(json.dumps(row) + "\n")
         slowest = max(slowest, time.time() - began)
+
+
+def warm_up(scale: Scale, device: str) -> None:
+    """Compile the solver's kernels, before many processes at once would; see that they solve as the torch bodies do."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in ((scale.vocab, scale.hidden), (scale.hidden, scale.intermediate)):
+        inputs = torch.randn(2 * columns, columns, generator=generator).to(device)
+        delta = torch.randn(rows, columns, generator=generator).to(device)
+        metric = (inputs.T @ inputs).double() / len(inputs) + 0.01 * torch.eye(columns, device=device)
+        for codec in LADDER:
+            lost = [
+                delta[:SAMPLE] - Solver(metric, grid).solve(rows, CODECS[codec]).dequantized(CODECS[codec])[:SAMPLE]
+                for grid, rows in ((None, delta), (torch_grid, delta[:SAMPLE]))
+            ]
+            ours, reference = (float(((each @ metric.float()) * each).sum()) for each in lost)
+            if abs(ours - reference) > 0.02 * reference:
+                raise ValueError(f"{codec} loses {ours} by the kernels and {reference} by the torch bodies")
 
 
 class Bench:

@@ -30,7 +30,8 @@ class Prepared:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        return PreTrainedTokenizerFast.from_pretrained(self.tokenizer_folder)
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(self.tokenizer_folder)
+        return tokenizer
 
     def text(self, *, held_out: bool) -> torch.Tensor:
         """A stream of tokens, i32."""

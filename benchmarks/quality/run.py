@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.quality.measure import Job, measure
+from benchmarks.quality.measure import Job, measure, warm_up
 from benchmarks.quality.models import BASE, Trainer, trained
 from benchmarks.quality.prepare import SEED, Prepared, prepare
 from benchmarks.quality.scales import SCALES, Scale
@@ -49,12 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cache = CheckpointCache(given.cache, f"{given.scale}-{_sources()}")
     context = get_context("spawn")
     preparing = context.Process(target=_prepare, args=(cache, scale, given.processes))
-    preparing.start()
+    warming = context.Process(target=warm_up, args=(scale, given.device))
+    for process in (preparing, warming):
+        process.start()
     model = new_model(scale, given.device, SEED)
     if given.compile:
         pretrain, finetune = scale.pretrain, scale.finetune
         compile_layers(model, [(pretrain.batch, pretrain.length + 1), (finetune.batch, finetune.length)])
-    _join([preparing])
+    _join([preparing, warming])
     _log(began, "text is prepared and layers are compiled")
     trainer = Trainer(model, Prepared(cache.path("data")), scale, cache)
     _write(given.out, {"machine": machine(given.device), "parameters": model.num_parameters(), "scale": asdict(scale)})

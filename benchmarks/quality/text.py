@@ -92,7 +92,8 @@ def to_stream(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> n
 def _files(limit: int) -> list[Path]:
     """Files that may be used, shuffled by their names; somewhat more than ``limit`` bytes."""
     paths = sysconfig.get_paths()
-    roots = {Path(root) for root in (paths["stdlib"], paths["purelib"], DOCS, *site.getsitepackages())}
+    packages: list[str] = site.getsitepackages()
+    roots = {DOCS, *map(Path, (paths["stdlib"], paths["purelib"], *packages))}
     found = {
         Path(folder, name)
         for root in roots

@@ -180,7 +180,6 @@ def new_model(scale: Scale, device: str, seed: int) -> LlamaForCausalLM:
         eos_token_id=SPECIAL.index(EOS),
         pad_token_id=SPECIAL.index(PAD),
         architectures=["LlamaForCausalLM"],
-        attn_implementation="sdpa",
         dtype=torch.float32,
     )
     torch.manual_seed(seed)

@@ -26,8 +26,9 @@ from deltazip_ray.compress.runner import Flow, Runner
 from deltazip_ray.compress.skeleton import load_tensor, load_tensors
 from deltazip_ray.compress.solver import Solver, round_to_nearest
 
-SEQUENCES = 64
-"""Calibrated sequences that are looked at; bounds the memory for the states of all blocks."""
+TOKENS = 16384
+"""Tokens, padding included, of the calibrated sequences that are looked at; bounds the memory for the states of all
+blocks. Trial codes must not fit a few short chats: each needs several tokens for every column."""
 FORWARD = 0.2
 """Share of the time that the pass forth takes, for progress."""
 
@@ -39,7 +40,8 @@ class Surveyor:
         self._pair = pair
         self._runner = runner
         self._options = options
-        self._tokens = calibration.tokens[: min(calibration.fitted, SEQUENCES)].to(runner.mask.device)
+        count = min(calibration.fitted, -(-TOKENS // calibration.tokens.shape[1]))
+        self._tokens = calibration.tokens[:count].to(runner.mask.device)
         self._mask = runner.mask[: len(self._tokens)]
         self._generator = torch.Generator(runner.mask.device).manual_seed(options.seed)
         self._survey = Survey(fixed=BLOB_HEADER * (pair.skeleton.blocks + 1))

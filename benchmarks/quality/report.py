@@ -1,0 +1,147 @@
+"""The table and the plot of docs/quality.md from the results.
+
+    python -m benchmarks.quality.report benchmarks/results/quality.jsonl --plot docs/quality.svg
+
+Numbers are means over the tasks: scores and ratios arithmetic, divergences geometric.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, geometric_mean
+from typing import Any
+
+LEAST = 1e-9
+"""Nats: a divergence that rounding has left at or below zero counts as this."""
+WHOLE, BASE = "fine-tune", "base"
+FAMILIES = (
+    ("ours, targets", "tab:blue", "o", lambda name: name.startswith("ours") and "for all" not in name),
+    ("ours, one codec for all", "tab:cyan", "s", lambda name: name.startswith("ours")),
+    ("rounded deltas", "tab:gray", "v", lambda name: name.startswith("rounded")),
+    ("2:4 deltas (DeltaZip)", "tab:red", "D", lambda name: name.startswith("2:4")),
+    ("BitDelta", "tab:purple", "P", lambda name: name == "BitDelta"),
+    ("fine-tune itself, GPTQ", "tab:orange", "^", lambda name: name.startswith("GPTQ")),
+    ("fine-tune itself, SparseGPT", "tab:brown", "<", lambda name: name.startswith("SparseGPT")),
+    ("LoRA, another fine-tune", "tab:green", "*", lambda name: name == "LoRA"),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One way of keeping a fine-tune, over all tasks."""
+
+    name: str
+    tasks: int
+    bytes_gpu: float
+    ratio_gpu: float | None
+    ratio_stored: float | None
+    score: float
+    lost: float
+    """Of the fine-tune's mean score over the same tasks, as a share of it."""
+    worst: float
+    """The largest share that a task loses."""
+    kl_task: float
+    kl_text: float
+    seconds: float
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> list[Line]:
+    """One line for each way, the largest first; the fine-tune and the base lead."""
+    by_name: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_name[row["variant"]].append(row)
+    whole = {row["task"]: row["exact_match"] for row in by_name[WHOLE]}
+    lines = [_line(name, group, whole) for name, group in by_name.items()]
+    return sorted(lines, key=lambda line: (line.name != WHOLE, line.name != BASE, -line.bytes_gpu))
+
+
+def _line(name: str, rows: Sequence[dict[str, Any]], whole: dict[str, float]) -> Line:
+    def ratio(key: str) -> float | None:
+        return fmean(row[key] for row in rows) if all(row[key] for row in rows) else None
+
+    def divergence(where: str) -> float:
+        return geometric_mean([max(row[where]["kl"], LEAST) for row in rows])
+
+    right = fmean(whole[row["task"]] for row in rows)
+    score = fmean(row["exact_match"] for row in rows)
+    return Line(
+        name=name,
+        tasks=len(rows),
+        bytes_gpu=fmean(row["bytes_gpu"] for row in rows),
+        ratio_gpu=ratio("ratio_gpu"),
+        ratio_stored=ratio("ratio_stored"),
+        score=score,
+        lost=1 - score / max(right, LEAST),
+        worst=max(1 - row["exact_match"] / max(whole[row["task"]], LEAST) for row in rows),
+        kl_task=divergence("on_task"),
+        kl_text=divergence("on_text"),
+        seconds=fmean(row["compress_s"] for row in rows),
+    )
+
+
+def table(lines: Sequence[Line]) -> str:
+    """In Markdown."""
+    heads = ["", "MB in GPU memory", "× smaller", "× stored", "score", "lost", "worst task", "KL, task", "KL, text"]
+    rows = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
+    for line in lines:
+        numbers = [f"{line.bytes_gpu / 1e6:.1f}", *map(_times, (line.ratio_gpu, line.ratio_stored))]
+        numbers += [f"{line.score:.1%}", f"{line.lost:.1%}", f"{line.worst:.1%}"]
+        numbers += ["0" if line.name == WHOLE else f"{kl:.1e}" for kl in (line.kl_task, line.kl_text)]
+        rows.append("| " + " | ".join([line.name, *numbers]) + " |")
+    return "\n".join(rows)
+
+
+def plot(lines: Sequence[Line], path: Path) -> None:
+    """Score and divergence against bytes."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    figure, (scores, divergences) = pyplot.subplots(1, 2, figsize=(13, 5.5))
+    left = [line for line in lines if line.name not in (WHOLE, BASE)]
+    for label, color, marker, belongs in FAMILIES:
+        chosen = [line for line in left if belongs(line.name)]
+        left = [line for line in left if line not in chosen]
+        sizes = [line.bytes_gpu / 1e6 for line in chosen]
+        style = {"color": color, "marker": marker, "label": label, "linestyle": ":" if len(chosen) > 1 else ""}
+        scores.plot(sizes, [100 * line.score for line in chosen], **style)
+        divergences.plot(sizes, [line.kl_task for line in chosen], **style)
+        for line in chosen:
+            short = line.name.removeprefix("ours, ").removeprefix("rounded ").removesuffix(" for all")
+            divergences.annotate(
+                short, (line.bytes_gpu / 1e6, line.kl_task), (4, 3), textcoords="offset points", size=7
+            )
+    whole = next(line for line in lines if line.name == WHOLE)
+    scores.axhline(100 * whole.score, color="black", linewidth=0.8, label=f"fine-tune, {whole.bytes_gpu / 1e6:.0f} MB")
+    for axes, title in ((scores, "exact match, %"), (divergences, "KL to the fine-tune on answers, nats a token")):
+        axes.set(xscale="log", xlabel="MB in GPU memory, embeddings included", title=title)
+        axes.grid(visible=True, which="both", alpha=0.2)
+    divergences.set_yscale("log")
+    scores.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Print the table; draw the plot when it is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--plot", type=Path)
+    given = parser.parse_args()
+    rows = [json.loads(line) for line in given.results.read_text().splitlines()]
+    lines = summarize([row for row in rows if "variant" in row])
+    print(table(lines))
+    if given.plot is not None:
+        plot(lines, given.plot)
+
+
+def _times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f}"
+
+
+if __name__ == "__main__":
+    main()
