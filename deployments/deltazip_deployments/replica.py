@@ -90,6 +90,8 @@ class Replica:
             await self._engine.adopt(await self._source.connect())
             self._beats = asyncio.create_task(self._beat())
             self._started = True
+        if self._beats is not None and self._beats.done():
+            self._beats.result()  # without signs of life the node store drops what this replica holds
         await self._engine.check()
 
     async def describe(self) -> ReplicaDescription:
