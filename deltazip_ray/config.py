@@ -129,6 +129,10 @@ class RouterConfig(Settings):
     max_ongoing_requests: int = Field(1024, ge=1)
     request_timeout_s: float = Field(300.0, gt=0)
     resume_attempts: int = Field(2, ge=0, description="times a request moves on when its replica dies")
+    ebnf: bool = Field(
+        False,
+        description="offer structured_outputs.grammar; an ambiguous grammar can hold up all steps: for trusted clients",
+    )
 
 
 class AppConfig(Settings):

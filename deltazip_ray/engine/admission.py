@@ -16,7 +16,6 @@ def check_sampling(params: SamplingParams) -> None:
     """Raise InvalidRequest for parameters that are not finite or out of range, or that contradict each other."""
     structured = params.structure is not None
     rules = {
-        "structured output is not offered: leave out response_format and structured_outputs": not structured,
         "max_tokens must be at least 1": params.max_tokens >= 1,
         "min_tokens must be a number from 0 to max_tokens": 0 <= params.min_tokens <= params.max_tokens,
         "temperature must be a number from 0": math.isfinite(params.temperature) and params.temperature >= 0,

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +18,17 @@ from deltazip_ray.engine.core import EngineCore, build_core
 from deltazip_ray.engine.step_loop import StepLoop
 from deltazip_ray.engine.token_stream import TokenStream
 from deltazip_ray.engine.versions import Versions
-from deltazip_ray.errors import DeltaZipError, EngineStopped, Overloaded
+from deltazip_ray.errors import DeltaZipError, EngineStopped, InvalidRequest, Overloaded
 from deltazip_ray.observability.engine_metrics import EngineMetrics, EngineStats
 from deltazip_ray.residency.slot_table import Pin
 from deltazip_ray.residency.tiers import DeltaSource, HostMemory, PrefetchTier
-from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
+from deltazip_ray.scheduler.request import GenerateRequest, Matcher, Structure, TokenChunk
 from deltazip_ray.scheduler.scheduler import News
 
 __all__ = ["AsyncEngine", "EngineStats"]
+
+MakeMatcher = Callable[[str | None, Structure], Awaitable[Matcher]]
+"""What keeps an output of a version in a structure. Raises DeltaZipError."""
 
 _STOPPED = "the engine has stopped: send the request to another replica"
 
@@ -58,9 +61,14 @@ class AsyncEngine:
         source: DeltaSource,
         registry: CollectorRegistry,
         *,
+        make_matcher: MakeMatcher | None = None,
         build: Callable[[EngineConfig, Path], EngineCore] = build_core,
     ) -> None:
-        """``base``: folder of the base checkpoint, which ``build`` reads at :meth:`start`."""
+        """``base``: folder of the base checkpoint, which ``build`` reads at :meth:`start`.
+
+        Without ``make_matcher`` requests for structured output are refused.
+        """
+        self._make_matcher = make_matcher
         self._build = build
         self._config = config
         self._base = base
@@ -201,11 +209,12 @@ class AsyncEngine:
             self._metrics.requests.labels(outcome).inc()
 
     async def _run(self, request: GenerateRequest, parts: _Running, arrived: float) -> AsyncGenerator[TokenChunk, None]:
+        matcher = await self._matcher(request)
         pin = await self._pin(request, parts)
         key = f"{request.request_id}#{next(self._ids)}"  # A client may send an id again while the first one ends.
         stream = TokenStream()
         self._active[key] = _Active(stream, pin)
-        parts.steps.add(dataclasses.replace(request, request_id=key), -1 if pin is None else pin.slot)
+        parts.steps.add(dataclasses.replace(request, request_id=key, matcher=matcher), -1 if pin is None else pin.slot)
         self._metrics.prompt_tokens.inc(len(request.prompt))
         tier = "device" if pin is None else pin.tier
         try:
@@ -221,6 +230,15 @@ class AsyncEngine:
         finally:
             if key in self._active:
                 parts.steps.abort(key)
+
+    async def _matcher(self, request: GenerateRequest) -> Matcher | None:
+        """What keeps the output in its structure; before the pin, as it may take a while."""
+        structure = request.sampling.structure
+        if structure is None:
+            return None
+        if self._make_matcher is None:
+            raise InvalidRequest("this engine has no vocabularies, so that it offers no structured output")
+        return await self._make_matcher(request.version, structure)
 
     async def _pin(self, request: GenerateRequest, parts: _Running) -> Pin | None:
         """The slot of the request's version, with its vocabulary checked; None for the base."""

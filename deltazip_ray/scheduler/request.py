@@ -1,8 +1,10 @@
 """What the engine is asked for and what it answers; plain data that crosses processes."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from deltazip_ray.residency.tiers import Tier
 
@@ -86,8 +88,8 @@ class Matcher(Protocol):
     def accept(self, token: int) -> None:
         """Go on behind ``token``, which was allowed."""
 
-    def allowed(self) -> Sequence[int]:
-        """Which tokens may come next: bit ``i % 32`` of the 32-bit number ``i // 32`` is 1 for token ``i``."""
+    def allowed(self) -> NDArray[np.int32]:
+        """Which tokens may come next: bit ``i % 32`` of word ``i // 32`` is 1 for token ``i``; none fails the request."""
 
 
 @dataclass(frozen=True, slots=True)

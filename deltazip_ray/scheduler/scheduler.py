@@ -184,7 +184,7 @@ class Scheduler:
             if sequence.over:
                 continue
             if chunk.samples and one is None:
-                self._end(sequence, EngineError("the logits are not finite: the version is broken"))
+                self._end(sequence, _undrawable(sequence))
                 continue
             if chunk.block_table is sequence.table:
                 self._name_blocks(sequence, chunk.start + len(chunk.tokens))
@@ -335,3 +335,10 @@ def _chunk(sequence: SequenceState, count: int) -> Chunk:
     sequence.in_flight += 1
     sequence.drawing += samples
     return chunk
+
+
+def _undrawable(sequence: SequenceState) -> DeltaZipError:
+    """Why no token could be drawn."""
+    if sequence.request.matcher is not None:
+        return InvalidRequest("no token of this model continues the structure: ask for one that it can write")
+    return EngineError("the logits are not finite: the version is broken")

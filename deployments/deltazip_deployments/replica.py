@@ -11,8 +11,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from deltazip_deployments.request_router import routing_stats
 from deltazip_deployments.router.backend import ReplicaDescription
+from deltazip_deployments.text.vocabulary import Vocabularies
 from deltazip_ray.config import AppConfig
 from deltazip_ray.engine.async_engine import AsyncEngine, EngineStats
+from deltazip_ray.engine.structures import Structures
 from deltazip_ray.errors import StoreUnavailable
 from deltazip_ray.residency.tiers import DeltaSource, HostMemory, PrefetchTier
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
@@ -68,7 +70,10 @@ SourceFactory = Callable[[AppConfig, Callable[[], str]], HostSource]
 
 def make_engine(config: AppConfig, source: DeltaSource, registry: CollectorRegistry) -> Engine:
     """The real engine."""
-    return AsyncEngine(config.engine, Path(config.base), source, registry)
+    vocabularies = Vocabularies(config, lambda: engine.base_digest)
+    make_matcher = Structures(vocabularies.load).matcher
+    engine = AsyncEngine(config.engine, Path(config.base), source, registry, make_matcher=make_matcher)
+    return engine
 
 
 class Replica:

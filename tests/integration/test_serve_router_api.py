@@ -210,6 +210,21 @@ async def test_bad_requests_say_what_is_wrong(app: RouterApp, body: bytes, param
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+async def test_a_body_without_end_is_not_read_to_its_end(app: RouterApp) -> None:
+    sent = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while sent < 1000:
+            sent += 1
+            yield b" " * (1 << 20)
+
+    response = await app.client.post("/v1/completions", content=body())
+    assert response.status_code == 400
+    assert "16777216 bytes" in response.json()["error"]["message"]
+    assert sent < 20
+
+
 async def test_prompts_beyond_the_context_are_refused(app: RouterApp) -> None:
     for asked in ({"prompt": "a" * 257}, {"prompt": "a" * 250, "max_tokens": 7}):
         response = await app.client.post("/v1/completions", json={"model": "tiny", **asked})

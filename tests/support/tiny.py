@@ -16,9 +16,9 @@ CHAT = (
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
     """One token a character, plus ``<bos>``, ``<eos>`` and ``<unk>``."""
-    vocab = {token: i for i, token in enumerate(["<unk>", "<bos>", "<eos>", *ALPHABET])}
+    vocab = {token: i for i, token in enumerate(["<unk>", "<bos>", "<eos>", *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -27,9 +27,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_base(path: Path, *, seed: int = 0, tied: bool = False, hidden: int = 128, layers: int = 2) -> Path:
+def make_base(
+    path: Path, *, seed: int = 0, tied: bool = False, hidden: int = 128, layers: int = 2, alphabet: str = ALPHABET
+) -> Path:
     """Write a random base checkpoint and its tokenizer to ``path``; returns it."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(alphabet)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

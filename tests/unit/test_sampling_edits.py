@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from transformers.generation import (
     LogitsProcessorList,
     MinLengthLogitsProcessor,
@@ -112,8 +113,8 @@ class _Allows:
     def accept(self, token: int) -> None:
         self.seen.append(token)
 
-    def allowed(self) -> Sequence[int]:
-        return self._words.tolist()
+    def allowed(self) -> NDArray[np.int32]:
+        return self._words
 
 
 @pytest.mark.parametrize("vocab", [VOCAB - 40, VOCAB, VOCAB + 64])

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -55,6 +55,16 @@ class InvalidField(InvalidRequest):
 
 
 _Request = TypeVar("_Request", CompletionRequest, ChatRequest)
+
+
+async def read_body(chunks: AsyncIterable[bytes]) -> bytes:
+    """The whole body; raises InvalidRequest, without reading on, as soon as it is too long."""
+    body = bytearray()
+    async for chunk in chunks:
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise InvalidRequest(f"the body has more than {MAX_BODY_BYTES} bytes: send a shorter one")
+    return bytes(body)
 
 
 def parse_request(kind: type[_Request], body: bytes) -> _Request:

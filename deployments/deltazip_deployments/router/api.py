@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from deltazip_deployments.http_errors import answer_for, error_response, plain_error_response
 from deltazip_deployments.openai.answers import CHAT, COMPLETION, Answer, Form
-from deltazip_deployments.openai.body import parse_request
+from deltazip_deployments.openai.body import parse_request, read_body
 from deltazip_deployments.openai.models import model_list
 from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
 from deltazip_deployments.router.choices import Choices
@@ -102,7 +102,7 @@ async def _answer(
     endpoint = request.url.path
     choices: Choices | None = None
     try:
-        asked = parse(await request.body())
+        asked = parse(await read_body(request.stream()))
         choices = await service.begin(asked)
         metrics.begun(arrived, choices)
         answer = Answer(form, choices, include_usage=asked.include_usage)

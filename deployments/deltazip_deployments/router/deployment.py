@@ -14,11 +14,10 @@ from deltazip_deployments.router.backend import HandleBackend
 from deltazip_deployments.router.metrics import RouterMetrics
 from deltazip_deployments.router.scrape import Labels
 from deltazip_deployments.router.service import RouterService
+from deltazip_deployments.text.version_files import base_files
 from deltazip_ray.artifact.catalog import Catalog
-from deltazip_ray.artifact.checkpoint import FILES
 from deltazip_ray.artifact.store import open_store
 from deltazip_ray.config import AppConfig
-from deltazip_ray.errors import ConfigError
 
 
 class Router:
@@ -28,7 +27,7 @@ class Router:
         self._app = serve.get_replica_context().app_name
         store = open_store(config.store)
         self._service = RouterService(
-            config, HandleBackend(replicas), lambda digest: Catalog(store, digest), _tokenizer_files(Path(config.base))
+            config, HandleBackend(replicas), lambda digest: Catalog(store, digest), base_files(Path(config.base))
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -41,9 +40,3 @@ class Router:
             texts.append(({"node": report.node}, report.store))
             texts += [({"node": report.node, "replica": name}, text) for name, text in report.replicas.items()]
         return texts
-
-
-def _tokenizer_files(base: Path) -> dict[str, bytes]:
-    if not (base / "tokenizer.json").is_file():
-        raise ConfigError(f"{base} has no tokenizer.json: the router needs the base's folder on its host too")
-    return {name: (base / name).read_bytes() for name in FILES if (base / name).is_file()}

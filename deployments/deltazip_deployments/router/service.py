@@ -15,6 +15,7 @@ from deltazip_deployments.router.health import Health
 from deltazip_deployments.router.resume import generate_resuming
 from deltazip_deployments.text.output import OutputText
 from deltazip_deployments.text.text_cache import TextCache
+from deltazip_deployments.text.version_files import version_files
 from deltazip_deployments.text.version_text import VersionText, load_version_text
 from deltazip_ray.artifact.catalog import Catalog, Variant
 from deltazip_ray.artifact.names import parse_ref
@@ -87,6 +88,8 @@ class RouterService:
 
     async def begin(self, request: CompletionRequest | ChatRequest) -> Choices:
         """Start to answer, and wait for the first tokens. The caller closes what it gets. Raises DeltaZipError."""
+        if request.structure is not None and request.structure.kind == "grammar" and not self.config.router.ebnf:
+            raise InvalidRequest("structured_outputs.grammar is not offered here (setting router.ebnf): use a regex")
         version = await self.resolve(request.model)
         text = await self._texts.get(version)
         prompt = await _prompt(request, text, self._described().max_model_len)
@@ -160,11 +163,7 @@ class RouterService:
             return load_version_text(self._base_files)
         if self._catalog is None:
             raise StoreUnavailable("the list of variants could not be read yet: try again in a moment")
-        manifest = self._catalog.manifest(version)
-        files = {name: self._catalog.file(entry.digest) for name, entry in manifest.files.items()}
-        if "tokenizer.json" not in files:
-            files = {**self._base_files, **files}
-        return load_version_text(files)
+        return load_version_text(version_files(self._catalog, version, self._base_files))
 
 
 def _log_end(task: asyncio.Task[None]) -> None:

@@ -28,7 +28,7 @@ class VersionText:
     """What text means to one version."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, generation: Mapping[str, Any]) -> None:
-        self._chat = tokenizer
+        self.tokenizer = tokenizer
         self._tokenizer = tokenizer.backend_tokenizer
         # Left on, they would cut prompts silently; and setting them at each call is what makes the
         # transformers wrapper unsafe in threads, so that encoding goes to the tokenizer below it.
@@ -50,11 +50,11 @@ class VersionText:
 
     def encode_chat(self, messages: list[dict[str, str]], room: int) -> list[int]:
         """Token ids of a conversation in the version's own chat template; also raises InvalidRequest."""
-        if self._chat.chat_template is None:
+        if self.tokenizer.chat_template is None:
             raise InvalidRequest("this model has no chat template: use /v1/completions")
         self._check_length(sum(len(message["content"]) for message in messages), room)
         with blamed_on_files(InvalidRequest, "the model's chat template refuses these messages"):
-            text = str(self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         return self._encode(text, room, special=False)
 
     def _encode(self, text: str, room: int, *, special: bool) -> list[int]:

@@ -1,0 +1,96 @@
+"""From a structure to a matcher, with xgrammar. What would be slow to follow is refused before it reaches a step."""
+
+import json
+import random
+import time
+
+import numpy as np
+import xgrammar
+from numpy.typing import NDArray
+
+from deltazip_ray.engine.json_schemas import check_schema
+from deltazip_ray.engine.regexes import check_regex
+from deltazip_ray.errors import InvalidRequest
+from deltazip_ray.scheduler.request import Structure
+
+MAX_STRUCTURE_CHARS = 64 << 10
+_MOST_SPACE = 32  # white space in a row: a model that likes it must come to an end
+_TRIAL_TOKENS = 32
+_TRIAL_S = 1.0
+
+
+class GrammarMatcher:
+    """A Matcher. Made in any thread, then used by the step thread alone."""
+
+    def __init__(self, compiled: xgrammar.CompiledGrammar) -> None:
+        self._matcher = xgrammar.GrammarMatcher(compiled)
+        self._mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
+        self._words: NDArray[np.int32] = self._mask[0].numpy()
+
+    def accept(self, token: int) -> None:
+        """See Matcher."""
+        self._matcher.accept_token(token)
+
+    def allowed(self) -> NDArray[np.int32]:
+        """See Matcher."""
+        self._matcher.fill_next_token_bitmask(self._mask)
+        return self._words
+
+
+def compile_structure(structure: Structure, vocabulary: xgrammar.TokenizerInfo) -> xgrammar.CompiledGrammar:
+    """Takes milliseconds to seconds. Raises InvalidRequest that says what is wrong with the structure."""
+    if len(structure.text) > MAX_STRUCTURE_CHARS:
+        raise InvalidRequest(
+            f"the structure has {len(structure.text)} characters; at most {MAX_STRUCTURE_CHARS} are compiled"
+        )
+    compiler = xgrammar.GrammarCompiler(vocabulary, cache_enabled=False)
+    try:
+        compiled = compiler.compile_grammar(_parse(structure))
+        _try(compiled)
+    except RuntimeError as error:  # all that xgrammar raises
+        raise InvalidRequest(f"the structure cannot be compiled: {_reason(error)}") from error
+    return compiled
+
+
+def _parse(structure: Structure) -> xgrammar.Grammar:
+    match structure.kind:
+        case "json":
+            return xgrammar.Grammar.from_json_schema('{"type": "object"}', max_whitespace_cnt=_MOST_SPACE)
+        case "json_schema":
+            check_schema(structure.text)
+            return xgrammar.Grammar.from_json_schema(structure.text, max_whitespace_cnt=_MOST_SPACE)
+        case "regex":
+            check_regex(structure.text)
+            return xgrammar.Grammar.from_regex(structure.text)
+        case "grammar":
+            return xgrammar.Grammar.from_ebnf(structure.text)
+        case "choice":
+            return xgrammar.Grammar.from_ebnf("root ::= " + " | ".join(map(_literal, json.loads(structure.text))))
+
+
+def _literal(text: str) -> str:
+    """A string of EBNF."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _try(compiled: xgrammar.CompiledGrammar) -> None:
+    """Follow one random output, since slow masks would hold up the steps of everybody."""
+    matcher = GrammarMatcher(compiled)
+    chance = random.Random(0)  # noqa: S311
+    began = time.perf_counter()
+    ends = set(compiled.tokenizer_info.stop_token_ids)
+    for made in range(_TRIAL_TOKENS):
+        allowed = np.flatnonzero(np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little"))
+        if not made and not len(allowed):
+            raise InvalidRequest("no text of this model matches the structure")
+        going_on = [token for token in chance.sample(allowed.tolist(), min(8, len(allowed))) if token not in ends]
+        if not going_on:
+            return
+        matcher.accept(going_on[0])
+        if time.perf_counter() - began > _TRIAL_S:
+            raise InvalidRequest("the structure is too slow to follow: make it less ambiguous, with fewer options")
+
+
+def _reason(error: RuntimeError) -> str:
+    """The message without the place in xgrammar's sources."""
+    return str(error).strip().splitlines()[-1].split(": ", 1)[-1][:300]

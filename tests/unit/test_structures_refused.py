@@ -1,0 +1,150 @@
+"""Structures that cannot be enforced, or would be slow to follow, are refused with a reason."""
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+import xgrammar
+
+from deltazip_ray.engine.grammars import MAX_STRUCTURE_CHARS, compile_structure
+from deltazip_ray.engine.json_schemas import check_schema
+from deltazip_ray.engine.regexes import check_regex
+from deltazip_ray.engine.structures import Structures
+from deltazip_ray.errors import InvalidRequest, RequestTimeout
+from deltazip_ray.scheduler.request import Structure
+
+BYTES = xgrammar.TokenizerInfo([bytes([i]) for i in range(256)] + [b""], stop_token_ids=[256])
+SELF = {"anyOf": [{"$ref": "#/$defs/s"}, {"type": "null"}]}
+DEEP: dict[str, Any] = {"type": "null"}
+for _ in range(40):
+    DEEP = {"type": "array", "items": DEEP}
+
+
+def matches(structure: Structure, text: str) -> bool:
+    """Whether ``text`` is a complete output."""
+    matcher = xgrammar.GrammarMatcher(compile_structure(structure, BYTES))
+    return bool(matcher.accept_string(text) and matcher.is_completed())
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "object", "properties": {"a": {"not": {"type": "null"}}}}, "properties.a: 'not'"),
+        ({"if": {}, "then": {}}, "'if'"),
+        ({"allOf": [{"type": "integer"}, {"maximum": 3}]}, "allOf"),
+        ({"minimum": 5, "anyOf": [{"type": "integer"}]}, "'minimum'.*beside 'anyOf'"),
+        ({"$ref": "#/$defs/a", "minimum": 5, "$defs": {"a": {}}}, "beside '\\$ref'"),
+        ({"$ref": "https://example.com/schema"}, "leads nowhere"),
+        ({"$ref": "#/$defs/b", "$defs": {"a": {}}}, "leads nowhere"),
+        ({"type": "object", "required": ["b"]}, "'b'"),
+        ({"type": "string", "pattern": "a*", "minLength": 2}, "pattern"),
+        ({"type": "string", "pattern": "((.?){0,1000}){0,1000}"}, "1000000"),
+        ({"$ref": "#/$defs/s", "$defs": {"s": SELF}}, "refers to itself"),
+        ({"$ref": "#"}, "refers to itself"),
+        (DEEP, "32 deep"),
+        ({"type": "array", "items": 5}, "items must be an object"),
+        ({"properties": []}, "'properties'"),
+    ],
+)
+def test_schemas_that_would_not_be_enforced(schema: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        check_schema(json.dumps(schema))
+
+
+@pytest.mark.parametrize("text", ["", "{", "5", "[" * 100_000, "NaN"])
+def test_what_is_no_schema(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="schema"):
+        check_schema(text)
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "object", "properties": {"not": {"type": "null"}}, "required": ["not"]}, {"not": None}, {}),
+        ({"type": "integer", "multipleOf": 5}, 10, 11),
+        (
+            {"type": "object", "properties": {"of": {"$ref": "#"}, "n": {"type": "integer"}}},
+            {"of": {"of": {"n": 1}}},
+            {"of": 1},
+        ),
+        ({"type": "array", "items": {"enum": ["a", None, 3]}, "minItems": 1, "maxItems": 2}, ["a", None], []),
+        ({"oneOf": [{"const": "x"}, {"type": "integer", "minimum": -3, "maximum": 12}], "title": "T"}, 12, 13),
+        ({"type": "string", "pattern": "^[a-z]{2,3}$"}, "abc", "abcd"),
+        ({"type": "object", "patternProperties": {"^x[0-9]$": {"type": "boolean"}}}, {"x1": True}, {"x1": 1}),
+    ],
+)
+def test_schemas_that_are_enforced(schema: Any, good: Any, bad: Any) -> None:
+    structure = Structure("json_schema", json.dumps(schema))
+    validator = jsonschema.Draft202012Validator(schema)
+    assert validator.is_valid(good)
+    assert not validator.is_valid(bad)
+    assert matches(structure, json.dumps(good))
+    assert matches(structure, json.dumps(good, indent=2))
+    assert not matches(structure, json.dumps(bad))
+
+
+@pytest.mark.parametrize(
+    ("structure", "good", "bad"),
+    [
+        (Structure("json"), '{"a": [1, {"b": null}]}', "[1]"),
+        (Structure("regex", r"\d{3}-\d{4}"), "555-1234", "555-123"),
+        (Structure("choice", json.dumps(['say "hi"', "a\\b", "two\nlines", "é€"])), 'say "hi"', "say"),
+        (Structure("choice", json.dumps(["a\\b", "two\nlines"])), "two\nlines", "two"),
+        (Structure("choice", json.dumps(["é€😀"])), "é€😀", "é€"),
+        (Structure("grammar", 'root ::= "a" root "b" | "c"'), "aacbb", "aacb"),
+    ],
+)
+def test_every_kind_of_structure(structure: Structure, good: str, bad: str) -> None:
+    assert matches(structure, good)
+    assert not matches(structure, bad)
+
+
+@pytest.mark.parametrize(
+    ("structure", "message"),
+    [
+        (Structure("regex", "(a"), "compiled: .*parenthesis"),
+        (Structure("regex", "(?=x)"), "Lookahead"),
+        (Structure("regex", "((a{0,100}b){0,100}){0,100}"), "1000000"),
+        (Structure("grammar", "root ::= "), "EBNF"),
+        (Structure("grammar", "root ::= root"), "no text"),
+        (Structure("json_schema", "false"), "any value"),
+        (Structure("regex", "a" * (MAX_STRUCTURE_CHARS + 1)), "65536"),
+    ],
+)
+def test_structures_that_cannot_be_compiled_say_why(structure: Structure, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        compile_structure(structure, BYTES)
+
+
+def test_counts_that_are_not_nested_do_not_multiply() -> None:
+    check_regex(r"a{1,9000}(b{1,90}c){1,90}[{9999}{9999}]\{9999}(d*){5000}")
+    with pytest.raises(InvalidRequest, match="12000"):
+        check_regex("x(a(b|c{120})|d){5,100}")
+
+
+async def test_a_vocabulary_is_loaded_and_a_structure_compiled_once() -> None:
+    loads: list[str | None] = []
+
+    def load(version: str | None) -> xgrammar.TokenizerInfo:
+        loads.append(version)
+        if version == "broken":
+            raise InvalidRequest("no end token")
+        return BYTES
+
+    structures = Structures(load)
+    first, second = [await structures.matcher("v", Structure("regex", "a+b")) for _ in range(2)]
+    first.accept(ord("a"))
+    assert first.allowed().tolist() != second.allowed().tolist()
+    assert loads == ["v"]
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="end token"):
+            await structures.matcher("broken", Structure("json"))
+    assert loads == ["v", "broken", "broken"]
+
+
+async def test_a_slow_compilation_fails_its_request() -> None:
+    structures = Structures(lambda _: BYTES, timeout_s=0.0)
+    with pytest.raises(RequestTimeout, match="simpler"):
+        await structures.matcher(None, Structure("json"))
