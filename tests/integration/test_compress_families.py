@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import MistralConfig
 
 from deltazip_ray.artifact.checkpoint import Checkpoint
 from deltazip_ray.compress.calibration import load_calibration
@@ -20,6 +20,7 @@ from deltazip_ray.compress.runner import Runner
 from deltazip_ray.compress.skeleton import Skeleton, load_tensors
 from deltazip_ray.errors import CheckpointMismatch
 from tests.support.families import CONFIGS, GROUPED, save_model
+from tests.support.oracle import load_model
 
 SMALL = {"samples": 8, "sequence_length": 24}
 RAW = {
@@ -56,7 +57,7 @@ def test_compress_and_merge(tmp_path: Path, architecture: str) -> None:
         if entry.codec == "raw":
             assert torch.equal(weights[name], target[name]), name
         else:
-            assert (weights[name] - target[name]).norm() < 0.2 * (start[name] - target[name]).norm(), name
+            assert (weights[name] - target[name]).norm() < 0.25 * (start[name] - target[name]).norm(), name
     for ending in RAW[architecture]:
         assert entries[f"{FAMILIES[architecture].layers}.1.{ending}"].codec == "raw"
     tokens = torch.arange(3, 40)[None]
@@ -83,7 +84,7 @@ def test_the_quality_record_is_the_divergence_of_whole_models(tmp_path: Path, ar
 
 @torch.no_grad()
 def logits(path: Path, tokens: Tensor) -> Tensor:
-    found: Tensor = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(tokens).logits
+    found: Tensor = load_model(path)(tokens).logits
     return found
 
 
@@ -102,7 +103,7 @@ def test_block_by_block_is_what_transformers_computes(tmp_path: Path, architectu
             block = skeleton.part(prefix, {name[len(prefix) + 1 :]: weight for name, weight in weights.items()})
             hidden = runner.run(block, hidden)
         norm = skeleton.final_norm(load_tensors(checkpoint, skeleton.norms))
-        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+        model = load_model(checkpoint.path)
         expected = model.base_model(calibration.tokens, attention_mask=calibration.mask.long()).last_hidden_state
         whole: Any = skeleton.whole(load_tensors(checkpoint, skeleton.shapes()), torch.device("cpu"))
         torch.testing.assert_close(whole(calibration.tokens).logits, model(calibration.tokens).logits)

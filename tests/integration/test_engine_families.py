@@ -36,16 +36,15 @@ STORED = {
 
 @pytest.mark.parametrize("architecture", STORED)
 async def test_compressed_and_served(architecture: str, tmp_path: Path) -> None:
-    config = copy.deepcopy(CONFIGS[architecture])
-    config.dtype = STORED[architecture]
+    config, dtype = copy.deepcopy(CONFIGS[architecture]), STORED[architecture]
     # A random tied model says its last token again, whatever its version.
     config.tie_word_embeddings = False
-    base = save_model(tmp_path / "base", config, shards="200KB")
+    base = save_model(tmp_path / "base", config, dtype=dtype, shards="200KB")
     assert len(list(base.glob("model-*.safetensors"))) > 2
     store = FileStore(tmp_path / "store")
     oracles: dict[str | None, Oracle] = {None: Oracle(base)}
     for name, moved, added in (("grown", 0.05, 2), ("same", -0.05, 0)):
-        tuned = save_model(tmp_path / name, config, moved, added=added, shards="200KB")
+        tuned = save_model(tmp_path / name, config, moved, added=added, dtype=dtype, shards="200KB")
         options = CompressOptions(samples=8, sequence_length=24)
         manifest = compress_checkpoint(base, tuned, (tmp_path / f"{name}-artifact").as_uri(), options)
         catalog = Catalog(store, manifest.base.digest)

@@ -50,11 +50,17 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 
 def save_model(
-    path: Path, config: PreTrainedConfig, moved: float = 0.0, *, added: int = 0, shards: str = "1GB"
+    path: Path,
+    config: PreTrainedConfig,
+    moved: float = 0.0,
+    *,
+    added: int = 0,
+    dtype: torch.dtype = torch.float32,
+    shards: str = "1GB",
 ) -> Path:
     """A random model of one seed, all its weights ``moved`` by noise; biases and norms are no longer trivial.
 
-    ``added`` tokens, ``shards`` of at most that size; the dtype is that of ``config``, or float32.
+    With ``added`` tokens, in ``shards`` of at most that size.
     """
     torch.manual_seed(0)
     auto: Any = AutoModelForCausalLM
@@ -68,6 +74,6 @@ def save_model(
             if parameter.dim() == 1:
                 parameter += 0.2 * torch.randn(parameter.shape, generator=noise)
             parameter += moved * torch.randn(parameter.shape, generator=tuning)
-    model.to(config.dtype or torch.float32).save_pretrained(path, max_shard_size=shards)
+    model.to(dtype).save_pretrained(path, max_shard_size=shards)
     make_tokenizer().save_pretrained(path)
     return path
