@@ -64,14 +64,14 @@ Require = Annotated[
     str | None, typer.Option(metavar="BOUNDS", help="Write no artifact unless, say, kl<0.05 or kl<0.05,block<2%.")
 ]
 Calibration = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="A text file, or chats as JSON lines ({'messages': […]}). "
+        metavar="FILE|hf:NAME[:CONFIG]",
+        help="A text file, chats as JSON lines ({'messages': […]}), or a Hugging Face dataset of either. "
         "Without one, the fine-tune itself writes the sequences: no data needed, somewhat less accurate.",
-        exists=True,
-        dir_okay=False,
     ),
 ]
+HUB = "hf:"
 
 
 def compress(
@@ -106,7 +106,7 @@ def compress(
     options = _options(
         {name: value for name, value in goals.items() if value is not None},
         require=require,
-        calibration=calibration,
+        **_source(calibration),
         samples=samples,
         sequence_length=sequence_length,
         seed=seed,
@@ -119,6 +119,15 @@ def compress(
         print_json(summary(manifest))
     else:
         show(manifest)
+
+
+def _source(calibration: str | None) -> dict[str, Any]:
+    """The option that names the calibration data."""
+    if calibration is not None and calibration.startswith(HUB):
+        return {"dataset": calibration.removeprefix(HUB)}
+    if calibration is not None and not Path(calibration).is_file():
+        raise ConfigError(f"--calibration {calibration} is no file: datasets are written as hf:NAME or hf:NAME:CONFIG")
+    return {"calibration": calibration}
 
 
 def _options(goals: dict[str, Any], **others: Any) -> "CompressOptions":

@@ -1,35 +1,27 @@
 """Token sequences to calibrate on, and some held out to measure on.
 
 A file is text, or (``.jsonl``) one chat a line: ``{"messages": [{"role": …, "content": …}, …]}``, rendered with the
-fine-tune's own chat template. Without a file the sequences are sampled from the fine-tune itself.
+fine-tune's own chat template; a dataset has such chats, or texts, as rows. Without either the sequences are sampled
+from the fine-tune itself.
 """
 
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
-from pydantic import BaseModel, Field
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from deltazip_ray.artifact.checkpoint import Checkpoint
 from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.compress.sampling import sample_sequences
+from deltazip_ray.compress.sequences import from_dataset, from_file
 from deltazip_ray.compress.skeleton import Skeleton
 from deltazip_ray.errors import CompressionError
 
 SHORTEST = 2
 """Tokens: a sequence of one token tells nothing about attention."""
-
-
-class _Chat(BaseModel):
-    """One line of a file of chats; other keys are ignored."""
-
-    messages: list[dict[str, Any]] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -59,19 +51,21 @@ def load_calibration(
     window = getattr(skeleton.config, "sliding_window", None) or options.sequence_length
     length = min(options.sequence_length, int(skeleton.config.max_position_embeddings), window)
     vocab = skeleton.shapes()[skeleton.embedding][0]
-    if options.calibration is None:
+    if options.dataset is not None:
+        sequences = list(from_dataset(options.dataset, load_tokenizer(finetuned), length, options))
+        data = f"{len(sequences)} sequences of {options.dataset}"
+    elif options.calibration is not None:
+        sequences = list(from_file(options.calibration, load_tokenizer(finetuned), length, options))
+        data = f"{len(sequences)} sequences of {options.calibration.name}"
+    else:
         tokenizer = load_tokenizer(finetuned) if "tokenizer.json" in finetuned.files else None
         sequences = sample_sequences(finetuned, skeleton, tokenizer, options, length, progress)
         data = f"{len(sequences)} sequences sampled from the fine-tune, seed {options.seed}"
-    else:
-        read = _chats if options.calibration.suffix == ".jsonl" else _text
-        sequences = list(read(options.calibration, load_tokenizer(finetuned), length, options))
-        data = f"{len(sequences)} sequences of {options.calibration.name}"
     sequences = [sequence for sequence in sequences if len(sequence) >= SHORTEST]
     if len(sequences) < 2:
         raise CompressionError(
-            f"{options.calibration or finetuned.path} gives {len(sequences)} calibration sequences, and it takes one "
-            "to calibrate and one to measure on: give a longer file"
+            f"{options.dataset or options.calibration or finetuned.path} gives {len(sequences)} calibration "
+            "sequences, and it takes one to calibrate and one to measure on: give a longer file"
         )
     largest = max(max(sequence) for sequence in sequences)
     if largest >= vocab:
@@ -91,42 +85,6 @@ def load_tokenizer(finetuned: Checkpoint) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CompressionError(f"cannot load the tokenizer of {finetuned.path}: {error}") from error
-
-
-def _text(path: Path, tokenizer: Any, length: int, options: CompressOptions) -> Iterator[list[int]]:
-    """Evenly spaced pieces of a text; each begins as the tokenizer begins a text."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CompressionError(f"cannot read the calibration text {path}: {error}") from error
-    start = tokenizer("")["input_ids"][:1]
-    start = start if start == [tokenizer.bos_token_id] else []
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    piece = min(length - len(start), len(tokens) // 2)
-    count = min(options.samples, len(tokens) // piece) if piece else 0
-    for i in range(count):
-        at = i * (len(tokens) - piece) // max(1, count - 1)
-        yield start + tokens[at : at + piece]
-
-
-def _chats(path: Path, tokenizer: Any, length: int, options: CompressOptions) -> Iterator[list[int]]:
-    """Chats in an order that depends on the seed, cut to ``length`` tokens."""
-    try:
-        lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CompressionError(f"cannot read the calibration chats {path}: {error}") from error
-    if tokenizer.chat_template is None:
-        raise CompressionError(f"{path} holds chats, but the fine-tune has no chat template: give a text file instead")
-    random.Random(options.seed).shuffle(lines)  # noqa: S311 - a choice of samples, no secret
-    for number, line in lines[: options.samples]:
-        try:
-            text = tokenizer.apply_chat_template(_Chat.model_validate_json(line).messages, tokenize=False)
-        except (ValueError, TypeError, TemplateError) as error:
-            raise CompressionError(
-                f"{path}, line {number} is no chat that the fine-tune's template takes ({error!r}): "
-                'write {"messages": [{"role": "user", "content": "…"}, …]}'
-            ) from error
-        yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:length]
 
 
 def _padded(sequences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,9 @@ class CompressOptions(Settings):
     calibration: Path | None = Field(
         None, description="a text file, or chats as .jsonl; without, sequences are sampled from the fine-tune"
     )
+    dataset: str | None = Field(
+        None, min_length=1, description="in place of a file: a Hugging Face dataset, NAME or NAME:CONFIG"
+    )
     samples: int = Field(128, ge=2, description="calibration sequences, the held-out ones included")
     sequence_length: int = Field(256, ge=8, description="tokens of a calibration sequence at most")
     held_out: float = Field(0.125, gt=0, lt=1, description="share of the sequences that only measure quality")
@@ -66,6 +69,12 @@ class CompressOptions(Settings):
         fixed = [name for name in ("codec", "outer_codec") if name in self.model_fields_set]
         if len(goals) > 1 or (goals and fixed):
             raise ValueError(f"{' and '.join(fixed + goals)} contradict each other: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.dataset is not None and self.calibration is not None:
+            raise ValueError("dataset and calibration contradict each other: give one of them")
         return self
 
     @property

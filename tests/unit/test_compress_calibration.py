@@ -1,10 +1,12 @@
 """Calibration sequences: read from files, rendered from chats, or sampled from the fine-tune."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from deltazip_ray.compress.calibration import Calibration, load_calibration, load_tokenizer
 from deltazip_ray.compress.options import CompressOptions
@@ -60,10 +62,10 @@ def test_a_text_that_is_too_short(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read(pair: Pair, tmp_path: Path) -> None:
-    with pytest.raises(CompressionError, match="cannot read the calibration text"):
+    with pytest.raises(CompressionError, match="cannot read the calibration file"):
         load(pair, calibration=tmp_path / "absent.txt")
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(CompressionError, match="cannot read the calibration chats"):
+    with pytest.raises(CompressionError, match="cannot read the calibration file"):
         load(pair, calibration=tmp_path / "bytes.jsonl")
 
 
@@ -131,3 +133,40 @@ def test_tokens_beyond_the_embedding(pair: Pair, tmp_path: Path) -> None:
     broken = open_pair(base, finetuned)
     with pytest.raises(CompressionError, match="gives token 86, but its embedding has 86 rows"):
         load(broken, calibration=file)
+
+
+def dataset(folder: Path, rows: list[dict[str, object]]) -> str:
+    """A folder that the datasets package takes for a dataset."""
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_a_dataset_of_texts(pair: Pair, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"id": i, "text": letter * 40} for i, letter in enumerate("abcdefgh")]
+    name = dataset(tmp_path / "texts", rows)
+    found = load(pair, dataset=name, samples=4, sequence_length=20)
+    assert found.data == f"4 sequences of {name}"
+    assert all(len(text) == 20 for text in texts(found, pair))
+    assert texts(found, pair) == texts(load(pair, dataset=name, samples=4, sequence_length=20), pair)
+    assert texts(found, pair) != texts(load(pair, dataset=name, samples=4, sequence_length=20, seed=5), pair)
+
+
+def test_a_dataset_of_chats(pair: Pair, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"messages": [{"role": "user", "content": letter}]} for letter in "abcdefgh"]
+    found = load(pair, dataset=dataset(tmp_path / "chats", rows), samples=3)
+    assert len(texts(found, pair)) == 3
+    assert set(texts(found, pair)) < {f"[user]{letter}" for letter in "abcdefgh"}
+
+
+def test_datasets_that_cannot_be_used(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = dataset(tmp_path / "numbers", [{"number": 1}, {"number": 2}])
+    with pytest.raises(CompressionError, match=r"has columns number, and calibration takes messages or text"):
+        load(pair, dataset=name)
+    with pytest.raises(CompressionError, match=r"cannot read the dataset .*: give a text file|Without a network give"):
+        load(pair, dataset=str(tmp_path / "nowhere"))
+    with pytest.raises(ValidationError, match="contradict each other"):
+        load(pair, dataset=name, calibration=tmp_path / "text")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CompressionError, match=r"pip install 'deltazip-ray\[data\]'"):
+        load(pair, dataset=name)
