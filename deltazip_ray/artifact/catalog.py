@@ -6,7 +6,7 @@
 
 from collections.abc import Callable, Collection
 
-from deltazip_ray.artifact.digests import read_verified, verify_blob
+from deltazip_ray.artifact.digests import read_verified, sha256_hex, verify_blob
 from deltazip_ray.artifact.manifest import (
     MAX_FILE,
     MAX_MANIFEST,
@@ -90,7 +90,7 @@ class Catalog:
 
         Raises InvalidName, ObjectNotFound, ManifestInvalid, BaseMismatch.
         """
-        raw = self.store.get(self._version_key(check_digest(version)), MAX_MANIFEST)
+        raw = self._get_named(self._version_key(check_digest(version)), version, MAX_MANIFEST)
         manifest = parse_manifest(raw, version)
         self._check_base(manifest)
         return manifest
@@ -113,13 +113,18 @@ class Catalog:
 
     def file(self, digest: str) -> bytes:
         """A file that travels with a version, by its digest; raises ObjectNotFound, BlobCorrupt."""
-        data = self.store.get(self.blob_key(digest), MAX_FILE)
+        data = self._get_named(self.blob_key(digest), digest, MAX_FILE)
         verify_blob(data, FileEntry(digest=digest, size=len(data)))
         return data
 
     def blob_key(self, digest: str) -> str:
         """Where in the store a blob or file is; raises InvalidName."""
         return f"{self.base_digest}/{blob_key(digest)}"
+
+    def _get_named(self, key: str, digest: str, limit: int) -> bytes:
+        """An object that should have this digest; read once more if it has not, for that may be the network's doing."""
+        data = self.store.get(key, limit)
+        return data if sha256_hex(data) == digest else self.store.get(key, limit)
 
     def _version_key(self, version: str) -> str:
         return f"{self.base_digest}/versions/{version}.json"

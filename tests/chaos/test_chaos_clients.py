@@ -90,6 +90,26 @@ async def test_a_sick_version_hurts_only_itself(
             assert "Signature" not in text
 
 
+@pytest.mark.parametrize("what", ["manifest", "tokenizer"])
+async def test_a_version_whose_small_files_go_wrong(what: str, models: Models, bucket: str, proxy: FaultProxy) -> None:
+    """They are read by the router, and the manifest by the node store too."""
+    sick = models.versions["sick"]
+    match = f"/versions/{sick.version}" if what == "manifest" else sick.manifest.files["tokenizer.json"].digest
+    async with chaos_app(models, bucket, proxy) as app:
+        proxy.inject(refused(503, "SlowDown"), match)
+        answer = await app.ask("sick")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+        proxy.heal()
+        proxy.inject(flipped(), match)
+        answer = await app.ask("sick")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "variant_unusable")
+        assert "another digest" in answer.json()["error"]["message"]
+        assert (await app.ask("base")).status_code == 200
+        proxy.heal()
+        proxy.inject(flipped(), match, times=1)
+        assert (await app.ask("sick")).status_code == 200
+
+
 async def until_served(app: ChaosApp, model: str) -> bool:
     """Whether it is, once quarantine and breaker let a try through."""
     for _ in range(40):

@@ -9,7 +9,7 @@ import pytest
 from deltazip_ray.artifact.s3_store import PART
 from deltazip_ray.artifact.store import ObjectStore, open_store
 from deltazip_ray.config import StoreConfig
-from deltazip_ray.errors import DeltaZipError, StoreUnavailable
+from deltazip_ray.errors import DeltaZipError, StoreFull, StoreUnavailable
 from tests.support.fault_proxy import Fault, FaultProxy, flipped, refused, reset, slow, stalled, truncated
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server
 
@@ -109,6 +109,24 @@ def test_one_read_takes_no_more_attempts_than_it_may(proxy: FaultProxy, bucket: 
         store.get("small")
     assert proxy.count("small") == 3
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("size", [10, 20 << 20], ids=["small", "in parts"])
+def test_what_cannot_be_written_says_why_and_can_be_written_later(proxy: FaultProxy, bucket: str, size: int) -> None:
+    store = store_at(proxy, bucket, timeout_s=5)
+    for fault, error, message in (
+        (refused(503, "SlowDown"), StoreUnavailable, "try again later"),
+        (refused(403, "AccessDenied"), StoreUnavailable, "check credentials"),
+        (refused(403, "QuotaExceeded"), StoreFull, "raise the quota"),
+    ):
+        proxy.inject(fault, method="PUT")
+        with pytest.raises(error, match=message):
+            store.put("written", bytes(size))
+        assert not store.exists("written")
+        proxy.heal()
+    proxy.inject(refused(503, "SlowDown"), method="PUT", times=1)
+    store.put("written", bytes(size))
+    assert store.size("written") == size
 
 
 def test_wrong_bytes_pass_the_store_for_it_knows_no_digest(proxy: FaultProxy, bucket: str) -> None:

@@ -408,7 +408,7 @@ async def test_missing_and_malformed_versions_say_so(bench: Bench) -> None:
     with pytest.raises(InvalidName):
         await bench.cache.acquire("../x")
     version = bench.version("a")
-    bench.store.faults = [Fault("truncated", "/versions/", 1)]
+    bench.store.faults = [Fault("truncated", "/versions/", 2)]  # damaged bytes are read once more
     with pytest.raises(ManifestInvalid):
         await bench.cache.acquire(version)
     manifest = make_manifest({"layers.0": page("a")})
