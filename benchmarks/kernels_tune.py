@@ -1,6 +1,6 @@
 """Which tile is fastest for each size of work item: ``python benchmarks/kernels_tune.py OUT.json`` on a GPU.
 
-The winners stand in ``deltazip_kernels.triton_backend.TILES``.
+The winners stand in ``deltazip_kernels.triton_backend``.
 """
 
 import json
@@ -21,7 +21,7 @@ from deltazip_kernels.triton_backend import Tile, grouped_matmul
 
 CODECS = ["int4", "int2", "sparse24_int4", "int1"]
 BATCHES = {8: [(8, 4), (32, 1)], 16: [(8, 16), (32, 16)], 64: [(1, 128), (1, 512)]}
-"""By rows of a work item: segments and rows of each."""
+"""By rows that an item may have: segments and rows of each."""
 TILES = [Tile(*sizes) for sizes in product((64, 128, 256), (1, 2, 4, 8), (3, 4, 5)) if 16 <= sizes[0] // sizes[1] <= 64]
 
 

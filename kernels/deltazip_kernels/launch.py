@@ -7,11 +7,12 @@ import triton
 
 
 @cache
-def overlap(device: torch.device) -> dict[str, bool]:
+def overlap(device: torch.device, *, starts_early: bool = True) -> dict[str, bool]:
     """Programmatic dependent launch, where the GPU has it: a kernel is set up while the one ahead of it ends.
 
-    A kernel that is launched so says itself where it needs what others wrote (``device.locate.wait``).
+    The kernel itself says where it needs what others wrote (``device.locate.wait``). Large launches behind a GEMM of
+    cuBLAS must not start early: their programs would pile up on whatever multiprocessors the GEMM has left.
     """
     if triton.knobs.runtime.interpret or torch.cuda.get_device_capability(device) < (9, 0):
         return {"OVERLAP": False}
-    return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": True, "launch_pdl": starts_early}

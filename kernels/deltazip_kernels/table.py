@@ -38,10 +38,6 @@ class DeltaTable:
         present = {delta.codec for slot in self._held for delta in slot if delta is not None}
         return tuple(name for name in CODEC_IDS if name in present)
 
-    def codecs_of(self, slot: int) -> tuple[str | None, ...]:
-        """The codec of each part of a slot."""
-        return tuple(None if delta is None else delta.codec for delta in self._held[slot])
-
     def set(self, slot: int, deltas: Sequence[PackedDelta | None]) -> None:
         """Put one delta (or None) for each shape into ``slot``; ValueError when a kernel could not read it."""
         if len(deltas) != len(self.shapes):

@@ -13,32 +13,31 @@ from deltazip_kernels.device.dense import expand, raw, shrink
 from deltazip_kernels.device.grouped import grouped
 from deltazip_kernels.launch import overlap
 from deltazip_kernels.layout import CODECS, GROUP
-from deltazip_kernels.plan import FEW, MANY, SOME, Work, plan
+from deltazip_kernels.plan import MANY, Work, plan
 from deltazip_kernels.quantize import QuantizedRows, quantize_rows
 from deltazip_kernels.table import CODEC_IDS, DeltaTable, table_of
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _INNER_CHUNK = 512  # columns of K that one program of a low-rank product adds up
-_EXPAND_ROWS = 256
+_EXPAND_ROWS, _EXPAND_WARPS = 256, 4
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a launch is cut: ``rows`` of the weight for each program, warps, and the depth of the pipeline along K.
-
-    ``ahead`` bytes of codes are brought to the L2 before the launch ahead has ended."""
+    """How a launch is cut: ``rows`` of the weight for each program, warps, and the depth of the pipeline along K."""
 
     rows: int
     warps: int
     stages: int
-    ahead: int = 0
 
 
-TILES = {FEW: Tile(64, 2, 4), SOME: Tile(128, 4, 4), MANY: Tile(64, 4, 3)}
-"""The best or nearly the best tile for every codec and linear of an 8B model on an H200, by rows of a work item."""
+SPARSE, DENSE, LONG = Tile(64, 2, 4), Tile(128, 4, 4), Tile(64, 4, 3)
+"""The best or nearly the best tiles on an H200 for every codec and linear of an 8B model: for items of few rows, of
+up to ``SOME`` and of up to ``MANY``."""
 _THIN = Tile(64, 1, 3)
 _THIN_CODECS = frozenset({"int1", "sparse24_int2"})
 _PLENTY = 2048  # programs
+_NARROW = 8  # rows
 
 
 def grouped_matmul(
@@ -65,11 +64,11 @@ def grouped_matmul(
         BN=tile.rows,
         BM=work.batch,
         STAGES=tile.stages,
+        NARROW=_NARROW if work.batch < MANY else 0,
         TURN=work.turn,
-        AHEAD=tile.ahead,
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=tile.warps,
-        **overlap(y.device),
+        **overlap(y.device, starts_early=work.turn == 2),
     )
 
 
@@ -89,7 +88,7 @@ def raw_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work) -> None:
         TILES=tiles,
         DTYPE=DTYPES[table.dtype],
         BN=64,
-        BM=max(16, work.batch),
+        BM=work.batch,
         BK=64,
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=4,
@@ -103,7 +102,7 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
     rows, tiles = _cut(table, _EXPAND_ROWS)
     chunks = triton.cdiv(x.shape[1], _INNER_CHUNK)
     width = max(16, triton.next_power_of_2(rank))
-    batch = max(16, work.batch)
+    batch = work.batch
     inner = torch.empty((len(rows), chunks, x.shape[0], width), dtype=torch.float32, device=x.device)
     shrink[(len(rows) * chunks, work.items.shape[0])](
         inner,
@@ -140,7 +139,7 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
         BN=_EXPAND_ROWS,
         BM=batch,
         PLAIN=triton.knobs.runtime.interpret,
-        num_warps=4,
+        num_warps=_EXPAND_WARPS,
         **overlap(y.device),
     )
 
@@ -168,9 +167,12 @@ def delta_matmul_triton(y: Tensor, x: Tensor, deltas: Sequence[PackedDelta | Non
 
 def _tile(table: DeltaTable, work: Work, codecs: Sequence[str]) -> Tile:
     """One warp a program costs the fewest instructions, which bound the thinnest codecs once programs fill the GPU."""
-    batch = FEW if work.batch == SOME and work.sparse else work.batch
-    programs = sum(_cut(table, TILES[batch].rows)[1]) * len(work.items)
-    return _THIN if batch == FEW and programs >= _PLENTY and _THIN_CODECS.issuperset(codecs) else TILES[batch]
+    if work.batch == MANY:
+        return LONG
+    programs = sum(_cut(table, SPARSE.rows)[1]) * len(work.items)
+    if work.sparse and programs >= _PLENTY and _THIN_CODECS.issuperset(codecs):
+        return _THIN
+    return SPARSE if work.sparse else DENSE
 
 
 def _check(y: Tensor, table: DeltaTable) -> None:

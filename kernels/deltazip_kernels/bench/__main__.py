@@ -10,25 +10,28 @@ from pathlib import Path
 import torch
 import triton
 
-from deltazip_kernels.bench.cases import Result, long_segments, mixtures, overheads, products
+from deltazip_kernels.bench.cases import long_segments, mixtures, overheads, products
 from deltazip_kernels.bench.data import OTHERS
+from deltazip_kernels.bench.layer import layers
+from deltazip_kernels.bench.result import Result
 from deltazip_kernels.bench.timing import copy_bandwidth
 from deltazip_kernels.delta import LOW_RANK, RAW
 from deltazip_kernels.layout import CODECS, LAYOUT_VERSION
 
-BATCHES = [(8, 1), (8, 4), (8, 16), (32, 1), (32, 4), (32, 16)]
+BATCHES = {8: [1, 4, 16], 32: [1, 4, 16]}
 
 
 def cases(quick: bool) -> Iterator[Result]:
     """All measurements, or a few of each kind."""
-    yield from products(["int2"] if quick else list(CODECS), BATCHES[1:2] if quick else BATCHES)
-    yield from products(["sparse24_int4", "int4", "int2"], [(8, 1), (1, 512)], OTHERS)
+    yield from products(["int2"] if quick else list(CODECS), {8: [4]} if quick else BATCHES)
+    yield from products(["sparse24_int4", "int4", "int2"], {8: [1], 1: [512]}, OTHERS)
     yield from mixtures("int2", ["o"] if quick else ["o", "gate_up"])
     yield from overheads()
+    yield from layers("int2", [(8, 4), (32, 1)])
     if quick:
         return
-    yield from products([RAW], [(8, 1), (8, 16)])
-    yield from products([LOW_RANK], [(32, 1)])
+    yield from products([RAW], {8: [1, 16]})
+    yield from products([LOW_RANK], {32: [1]})
     yield from long_segments(["int4", "int2"], [64, 128, 256, 384, 512, 1024, 2048, 4096])
 
 
@@ -36,7 +39,7 @@ def line(result: Result, bandwidth: float) -> str:
     """One row of the table: what, time, and the ratio to the memory's limit or to the base GEMM."""
     what = f"{result.kind:17} {result.codec:13} {result.linear:8} {result.segments:24} {result.rows:5} rows"
     if result.reference is not None:
-        return f"{what} {result.seconds * 1e6:8.1f} us  {result.seconds / result.reference:5.2f} x base GEMM"
+        return f"{what} {result.seconds * 1e6:8.1f} us  {result.seconds / result.reference:5.2f} x without deltas"
     share = result.record(bandwidth)["share_of_copy_bandwidth"]
     return f"{what} {result.seconds * 1e6:8.1f} us  {result.bytes / 1e6:7.1f} MB  {share:5.2f} of copy bandwidth"
 

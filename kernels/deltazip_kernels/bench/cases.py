@@ -1,10 +1,9 @@
 """What is measured, and the least time that the machine's memory allows for it."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from deltazip_kernels.bench.data import (
     random_delta,
     segments_of,
 )
+from deltazip_kernels.bench.result import Result
 from deltazip_kernels.bench.timing import graph_times
 from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta
 from deltazip_kernels.layout import CODECS
@@ -33,51 +33,36 @@ POOL = 768 << 20
 RANK = 16
 
 
-@dataclass(frozen=True)
-class Result:
-    """One measurement. ``bytes`` are those of the deltas that the launch reads; samples are seconds a launch."""
-
-    kind: str
-    codec: str
-    linear: str
-    segments: str
-    rows: int
-    bytes: int
-    samples: list[float]
-    reference: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        return median(self.samples)
-
-    def record(self, bandwidth: float) -> dict[str, Any]:
-        share = self.bytes / self.seconds / bandwidth
-        return asdict(self) | {"seconds": self.seconds, "share_of_copy_bandwidth": share}
-
-
 def products(
-    codecs: Sequence[str], batches: Sequence[tuple[int, int]], linears: Iterable[str] = SHAPES
+    codecs: Sequence[str], batches: Mapping[int, Sequence[int]], linears: Iterable[str] = SHAPES
 ) -> Iterator[Result]:
-    """``(segments, rows of each)`` distinct deltas of one codec, for every linear."""
-    for codec in codecs:
-        for name in linears:
-            for count, rows in batches:
-                yield _product("product", codec, name, f"{count}x{rows}", [codec] * count, [rows] * count)
+    """For every linear, as many distinct deltas of one codec as a key of ``batches``, with so many rows of each."""
+    for codec, name, count in product(codecs, linears, batches):
+        tables, size = make_tables((SHAPES | OTHERS)[name], [codec] * count, POOL)
+        for rows in batches[count]:
+            times = _product(tables, [rows] * count)
+            yield Result("product", codec, name, f"{count}x{rows}", count * rows, size, times)
+        del tables  # before the next ones are made
 
 
 def mixtures(codec: str, linears: Sequence[str]) -> Iterator[Result]:
-    """64 rows over 32 slots as popularity spreads them, and all codecs of four bits and less in one batch."""
+    """70 rows over 32 slots as popularity spreads them, a giant among single rows, all packed codecs in one batch."""
     zipf = [max(1, round(24 / (i + 1) ** 1.5)) for i in range(32)]
-    for name in linears:
-        yield _product("mixture", codec, name, "zipf", [codec] * 32, zipf)
-        yield _product("mixture", codec, name, "one giant", [codec] * 8, [1, 1, 1, 256, 1, 1, 1, 1])
-        every = [codec for codec in CODECS for _ in range(2)]
-        yield _product("mixture", "all", name, "2 of each codec, 4 rows", every, [4] * len(every))
+    every = [codec for codec in CODECS for _ in range(2)]
+    cases = [
+        ("zipf", codec, [codec] * 32, zipf),
+        ("one giant", codec, [codec] * 8, [1, 1, 1, 256, 1, 1, 1, 1]),
+        ("2 of each codec, 4 rows", "all", every, [4] * len(every)),
+    ]
+    for name, (label, title, codecs, lengths) in product(linears, cases):
+        tables, size = make_tables(SHAPES[name], codecs, POOL)
+        yield Result("mixture", title, name, label, sum(lengths), size, _product(tables, lengths))
+        del tables
 
 
-def _product(kind: str, codec: str, name: str, label: str, codecs: Sequence[str], lengths: Sequence[int]) -> Result:
-    shapes = (SHAPES | OTHERS)[name]
-    tables, size = make_tables(shapes, codecs, POOL)
+def _product(tables: Sequence[DeltaTable], lengths: Sequence[int]) -> list[float]:
+    """Seconds a product of ``lengths[i]`` rows of slot ``i``."""
+    shapes = tables[0].shapes
     x, y = random_batch(sum(lengths), shapes[0][1], sum(n for n, _ in shapes))
     works = plan(segments_of(lengths), len(x), max(lengths))
     rounded = quantize_rows(x)
@@ -92,8 +77,7 @@ def _product(kind: str, codec: str, name: str, label: str, codecs: Sequence[str]
             if LOW_RANK in table.codecs:
                 low_rank_matmul(y, x, table, work, RANK, aligned=True)
 
-    times = graph_times([partial(launch, table) for table in tables])
-    return Result(kind, codec, name, label, len(x), size, times)
+    return graph_times([partial(launch, table) for table in tables])
 
 
 def overheads() -> Iterator[Result]:

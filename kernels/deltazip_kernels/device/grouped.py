@@ -41,12 +41,6 @@ def unit(codec):
     return {1: 16, 2: 32, 3: 64, 4: 128, 5: 16, 6: 64}[codec]
 
 
-@triton.constexpr_function
-def tile_bytes(codec, groups):
-    """Bytes of the codes of 64 rows of a matrix with ``groups`` groups of columns."""
-    return {1: groups * 4096, 4: (groups + 1) // 2 * 2048, 6: (groups + 1) // 2 * 2048}.get(codec, groups * 2048)
-
-
 @triton.jit
 def _weights(codes, extra, CODEC: tl.constexpr, ODD: tl.constexpr, BN: tl.constexpr, PLAIN: tl.constexpr):
     """One group's weights int8 [BN, 128] in position order."""
@@ -136,15 +130,6 @@ def _product(
 
 
 @triton.jit
-def _prefetch(codes, BYTES: tl.constexpr):
-    """Ask for the bytes from ``codes`` on to be brought to the L2."""
-    line = codes + tl.arange(0, BYTES // 128) * 128
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; // dummy $0", "=r,l", [line.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def _add_rows(
     y,
     y_stride,
@@ -208,14 +193,15 @@ def grouped(
     BN: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
+    NARROW: tl.constexpr,
     TURN: tl.constexpr,
-    AHEAD: tl.constexpr,
     PLAIN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Adds the products of quantized rows with packed deltas; CODECS are the ids that may occur.
 
-    Items and table, unlike what is computed with them, are read before the launch ahead has ended.
+    Items of up to NARROW rows take a way of their own. The first launch of a plan (TURN 1) lets the second (TURN 2)
+    start with it, which reads what the first may read and adds to other rows, and so waits only at its end.
     """
     slot, first, end = load_item(items)
     part, block, column, width = part_of(tl.program_id(0), ROWS, TILES)
@@ -224,21 +210,15 @@ def grouped(
     for i in tl.static_range(0, len(CODECS)):
         served = served | (codec == CODECS[i])
     served = served & (slot >= 0)
-    if AHEAD > 0 and OVERLAP:
-        if served:
-            start = (block * BN) >> 6
-            for i in tl.static_range(0, len(CODECS)):
-                if codec == CODECS[i]:
-                    _prefetch(pointer(codes, tl.uint8) + start * tile_bytes(CODECS[i], GROUPS), AHEAD)
     if TURN != 2:
         wait(OVERLAP)
     if TURN == 1:
         let_next_start(OVERLAP)
     if served:
-        if BM == 16 and end - first <= 8:
+        if NARROW > 0 and end - first <= NARROW:
             _add_rows(
                 y, y_stride, values, x_scales, first, end, column, width, block, codec, codes, scales, extra,
-                GROUPS, CODECS, BN, 8, STAGES, PLAIN, OVERLAP,
+                GROUPS, CODECS, BN, NARROW, STAGES, PLAIN, OVERLAP,
             )  # fmt: skip
         else:
             _add_rows(

@@ -15,32 +15,22 @@ from deltazip_kernels.device.unpack import (
 
 
 @triton.jit
-def _half(lanes, odd, PLAIN: tl.constexpr):
-    """Bytes of two groups, the half of the one that ``odd`` says moved down."""
-    if PLAIN:
-        return ((lanes.to(tl.int32) >> (4 * odd)) & 255).to(tl.uint8)
-    shift = tl.full(lanes.shape, 4, tl.int32) * odd
-    return tl.inline_asm_elementwise("shr.b32 $0, $1, $2;", "=r,r,r,r,r,r", [lanes, shift], tl.uint8, True, 4)
-
-
-@triton.jit
-def columns(c, e, CODEC: tl.constexpr, odd, PLAIN: tl.constexpr):
-    """Levels int8 [n, 4 lanes] in the order of columns, from some lanes of one group at ``c`` and ``e`` [n, lanes]."""
+def columns(c, e, CODEC: tl.constexpr, ODD: tl.constexpr, PLAIN: tl.constexpr):
+    """One group's levels int8 [n, 128] in the order of columns, from lanes at ``c`` and ``e`` [n, 32]."""
     if CODEC == INT4:
         p0, p2 = unpack_int4(tl.load(c), PLAIN)
         p1, p3 = unpack_int4(tl.load(c + 32), PLAIN)
     elif CODEC == INT3:
-        p0, p1, p2, p3 = unpack_int3(tl.load(c), _half(tl.load(e), odd, PLAIN), False, PLAIN)
+        p0, p1, p2, p3 = unpack_int3(tl.load(c), tl.load(e), ODD, PLAIN)
     elif CODEC == INT2:
         p0, p1, p2, p3 = unpack_int2(tl.load(c), PLAIN)
     elif CODEC == INT1:
-        p0, p1, p2, p3 = unpack_int1(_half(tl.load(c), odd, PLAIN), False, PLAIN)
+        p0, p1, p2, p3 = unpack_int1(tl.load(c), ODD, PLAIN)
     elif CODEC == SPARSE4:
-        p0, p1, p2, p3 = unpack_sparse4(tl.load(c), _half(tl.load(e), odd, PLAIN), False, PLAIN)
+        p0, p1, p2, p3 = unpack_sparse4(tl.load(c), tl.load(e), ODD, PLAIN)
     else:
-        index = _half(tl.load(e), odd, PLAIN)
-        p0, p1, p2, p3 = unpack_sparse2(_half(tl.load(c), odd, PLAIN), index, False, PLAIN)
-    return tl.reshape(tl.join(tl.join(p0, p2), tl.join(p1, p3)), (c.shape[0], 4 * c.shape[1]))
+        p0, p1, p2, p3 = unpack_sparse2(tl.load(c), tl.load(e), ODD, PLAIN)
+    return tl.reshape(tl.join(tl.join(p0, p2), tl.join(p1, p3)), (c.shape[0], 128))
 
 
 @triton.jit
