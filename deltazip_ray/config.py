@@ -129,6 +129,9 @@ class RouterConfig(Settings):
     max_ongoing_requests: int = Field(1024, ge=1)
     request_timeout_s: float = Field(300.0, gt=0)
     resume_attempts: int = Field(2, ge=0, description="times a request moves on when its replica dies")
+    api_keys_file: Path | None = Field(
+        None, description="JSON of who may use what (docs/api.md), read again when it changes; absent: everybody, all"
+    )
     ebnf: bool = Field(
         False,
         description="offer structured_outputs.grammar; an ambiguous grammar can hold up all steps: for trusted clients",

@@ -6,6 +6,8 @@ DeltaZipError
 │   ├── InvalidRequest
 │   ├── InvalidName         a variant, alias or version that is not well formed
 │   ├── UnknownVariant
+│   ├── InvalidKey          no API key, or one that is not known
+│   ├── NotAllowed          the API key is not for this variant
 │   └── PromptTooLong
 ├── Overloaded              come back later
 ├── ArtifactError           a version cannot be used, whoever asks
@@ -58,6 +60,14 @@ class InvalidName(RequestError):
 
 class UnknownVariant(RequestError):
     """No such variant, alias or version."""
+
+
+class InvalidKey(RequestError):
+    """The request has no API key, or one that is not known."""
+
+
+class NotAllowed(RequestError):
+    """The request's API key is not for this variant."""
 
 
 class PromptTooLong(RequestError):

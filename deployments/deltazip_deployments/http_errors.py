@@ -13,7 +13,9 @@ from deltazip_ray.errors import (
     DeltaZipError,
     EngineError,
     EngineStopped,
+    InvalidKey,
     LoadTimeout,
+    NotAllowed,
     ObjectNotFound,
     Overloaded,
     PromptTooLong,
@@ -39,6 +41,8 @@ _ANSWERS: dict[type[DeltaZipError], ErrorAnswer] = {
     ConfigError: ErrorAnswer(500, "server_error", "misconfigured"),
     RequestError: ErrorAnswer(400, "invalid_request_error", "invalid_request"),
     UnknownVariant: ErrorAnswer(404, "invalid_request_error", "model_not_found"),
+    InvalidKey: ErrorAnswer(401, "invalid_request_error", "invalid_api_key"),
+    NotAllowed: ErrorAnswer(403, "invalid_request_error", "model_not_allowed"),
     PromptTooLong: ErrorAnswer(400, "invalid_request_error", "context_length_exceeded"),
     Overloaded: ErrorAnswer(429, "rate_limit_error", "overloaded", retry_after_s=1),
     ArtifactError: ErrorAnswer(500, "server_error", "variant_unusable"),
@@ -61,7 +65,7 @@ def error_body(error: DeltaZipError) -> dict[str, Any]:
     """OpenAI's error object."""
     answer = answer_for(error)
     param = getattr(error, "param", None)
-    if isinstance(error, UnknownVariant):
+    if isinstance(error, UnknownVariant | NotAllowed):
         param = "model"
     return {"error": {"message": error.message, "type": answer.type, "param": param, "code": answer.code}}
 
@@ -70,6 +74,8 @@ def error_response(error: DeltaZipError) -> JSONResponse:
     """The whole HTTP answer, ``Retry-After`` included where a retry may succeed."""
     answer = answer_for(error)
     headers = {} if answer.retry_after_s is None else {"retry-after": str(_retry_after_s(error, answer.retry_after_s))}
+    if isinstance(error, InvalidKey):
+        headers["www-authenticate"] = "Bearer"
     return JSONResponse(error_body(error), status_code=answer.status, headers=headers)
 
 

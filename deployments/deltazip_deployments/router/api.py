@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 
 from fastapi import FastAPI, Request, Response
@@ -17,6 +18,7 @@ from deltazip_deployments.openai.body import parse_request, read_body
 from deltazip_deployments.openai.models import model_list
 from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
 from deltazip_deployments.router.choices import Choices
+from deltazip_deployments.router.keys import ApiKeys, Grant
 from deltazip_deployments.router.metrics import RouterMetrics
 from deltazip_deployments.router.scrape import Labels, merge
 from deltazip_deployments.router.service import RouterService
@@ -25,6 +27,18 @@ from deltazip_ray.errors import DeltaZipError, UnknownVariant
 _CLIENT_LEFT = 499
 
 Scrape = Callable[[], Awaitable[Iterable[tuple[Labels, str]]]]
+
+
+@dataclass(frozen=True)
+class _Endpoint:
+    """How requests of one path are read and answered."""
+
+    parse: Callable[[bytes], CompletionRequest | ChatRequest]
+    form: Form
+
+
+_COMPLETIONS = _Endpoint(partial(parse_request, CompletionRequest), COMPLETION)
+_CHATS = _Endpoint(partial(parse_request, ChatRequest), CHAT)
 
 
 class _Stream(StreamingResponse):
@@ -44,7 +58,8 @@ class _Stream(StreamingResponse):
 
 
 def build_api(service: RouterService, metrics: RouterMetrics, scrape: Scrape) -> FastAPI:
-    """The application. ``scrape`` collects what replicas and node stores have to tell."""
+    """The application. ``scrape`` collects what replicas and node stores have to tell. Raises ConfigError."""
+    keys = ApiKeys(service.config.router.api_keys_file)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -59,18 +74,21 @@ def build_api(service: RouterService, metrics: RouterMetrics, scrape: Scrape) ->
 
     @api.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(service, metrics, request, partial(parse_request, CompletionRequest), COMPLETION)
+        return await _answer(service, metrics, keys, request, _COMPLETIONS)
 
     @api.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await _answer(service, metrics, request, partial(parse_request, ChatRequest), CHAT)
+        return await _answer(service, metrics, keys, request, _CHATS)
 
     @api.get("/v1/models")
-    async def models() -> Response:
-        return JSONResponse({"object": "list", "data": model_list(service.config.base_name, await service.variants())})
+    async def models(request: Request) -> Response:
+        grant = _grant(keys, request)
+        entries = model_list(service.config.base_name, await service.variants())
+        return JSONResponse({"object": "list", "data": [entry for entry in entries if grant.allows(entry["id"])]})
 
     @api.get("/v1/models/{model:path}")
-    async def one_model(model: str) -> Response:
+    async def one_model(request: Request, model: str) -> Response:
+        _grant(keys, request).check(model)
         version = await service.resolve(model)
         for entry in model_list(service.config.base_name, await service.variants()):
             if entry["id"] == model or (version is not None and entry["version"] == version):
@@ -94,40 +112,46 @@ def build_api(service: RouterService, metrics: RouterMetrics, scrape: Scrape) ->
 async def _answer(
     service: RouterService,
     metrics: RouterMetrics,
+    keys: ApiKeys,
     request: Request,
-    parse: Callable[[bytes], CompletionRequest | ChatRequest],
-    form: Form,
+    endpoint: _Endpoint,
 ) -> Response:
     arrived = metrics.arrived()
-    endpoint = request.url.path
+    path = request.url.path
     choices: Choices | None = None
     try:
-        asked = parse(await read_body(request.stream()))
+        grant = _grant(keys, request)
+        asked = endpoint.parse(await read_body(request.stream()))
+        grant.check(asked.model)
         choices = await service.begin(asked)
         metrics.begun(arrived, choices)
-        answer = Answer(form, choices, include_usage=asked.include_usage)
+        answer = Answer(endpoint.form, choices, include_usage=asked.include_usage)
         headers = {"x-deltazip-version": choices.asked.version or "base", "x-deltazip-tier": choices.tier}
         if asked.stream:
-            return _Stream(answer.events(), headers, _closing(metrics, endpoint, choices))
+            return _Stream(answer.events(), headers, _closing(metrics, path, choices))
         async with choices:
             whole = await answer.whole()
     except DeltaZipError as error:
-        metrics.ended(endpoint, answer_for(error).status, choices)
+        metrics.ended(path, answer_for(error).status, choices)
         raise
     except BaseException as error:
-        metrics.ended(endpoint, _CLIENT_LEFT if isinstance(error, asyncio.CancelledError) else 500, choices)
+        metrics.ended(path, _CLIENT_LEFT if isinstance(error, asyncio.CancelledError) else 500, choices)
         raise
-    metrics.ended(endpoint, 200, choices)
+    metrics.ended(path, 200, choices)
     return JSONResponse(whole, headers=headers)
 
 
-def _closing(metrics: RouterMetrics, endpoint: str, choices: Choices) -> Callable[[], Awaitable[None]]:
+def _grant(keys: ApiKeys, request: Request) -> Grant:
+    return keys.grant(request.headers.get("authorization"))
+
+
+def _closing(metrics: RouterMetrics, path: str, choices: Choices) -> Callable[[], Awaitable[None]]:
     async def close() -> None:
         if choices.error is not None:
             status = answer_for(choices.error).status
         else:
             status = 200 if choices.finished else _CLIENT_LEFT
-        metrics.ended(endpoint, status, choices)
+        metrics.ended(path, status, choices)
         await choices.aclose()
 
     return close
