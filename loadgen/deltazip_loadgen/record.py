@@ -1,5 +1,6 @@
 """What is kept of every request. All times are seconds after the start of the replay."""
 
+import json
 from typing import Literal
 
 from pydantic import Field
@@ -52,6 +53,21 @@ class Record(Frozen):
     def ok(self) -> bool:
         """Whether the answer is complete."""
         return self.outcome == "ok"
+
+    @property
+    def reason(self) -> str | None:
+        """In short why the request failed; None when it did not, or was cut off."""
+        if self.outcome in ("ok", "aborted"):
+            return None
+        return f"http_error {self.status}" if self.outcome == "http_error" else self.outcome
+
+    @property
+    def told(self) -> str:
+        """What the answer says of the failure: the message of an OpenAI error body, or all of it."""
+        try:
+            return str(json.loads(self.error or "")["error"]["message"])
+        except (ValueError, TypeError, LookupError):
+            return self.error or ""
 
     @property
     def warmth(self) -> Warmth | None:

@@ -43,6 +43,7 @@ class Group(Frozen):
     ok: int = Field(description="with a complete answer")
     aborted: int = Field(description="cut off because the replay was stopped; neither good nor failed")
     errors: dict[str, int] = Field(description="failed requests by reason; a status as `http_error 429`")
+    told: dict[str, str] = Field(default_factory=dict, description="by reason, what the first of them was told")
     prompt_tokens: int = Field(description="of complete answers, as counted by the server")
     output_tokens: int = Field(description="of complete answers, as counted by the server")
     requests_per_s: float = Field(description="complete answers per second of the whole replay")
@@ -152,6 +153,7 @@ def _group(records: Sequence[Record], slo: Slo, window_s: float) -> Group:
         ok=len(complete),
         aborted=aborted,
         errors=_errors(records),
+        told=_told(records),
         prompt_tokens=sum(record.prompt_tokens or 0 for record in complete),
         output_tokens=output_tokens,
         requests_per_s=_per_s(len(complete), window_s),
@@ -171,12 +173,15 @@ def _group(records: Sequence[Record], slo: Slo, window_s: float) -> Group:
 
 def _errors(records: Iterable[Record]) -> dict[str, int]:
     """Failed requests by reason, the most frequent first."""
-    reasons = Counter(
-        f"http_error {record.status}" if record.outcome == "http_error" else record.outcome
-        for record in records
-        if record.outcome not in ("ok", "aborted")
-    )
-    return dict(reasons.most_common())
+    return dict(Counter(record.reason for record in records if record.reason is not None).most_common())
+
+
+def _told(records: Iterable[Record]) -> dict[str, str]:
+    told: dict[str, str] = {}
+    for record in records:
+        if record.reason is not None:
+            told.setdefault(record.reason, record.told)
+    return told
 
 
 def _fairness(variants: dict[str, Breakdown]) -> Fairness:

@@ -13,6 +13,7 @@ from deltazip_loadgen.report import Group, Report
 from deltazip_loadgen.stats import Distribution
 
 WIDE = 120
+_TOLD = 300
 
 
 class Column(NamedTuple):
@@ -107,7 +108,9 @@ def _notes(report: Report) -> list[Text]:
                 f"slowest variant's TTFT p90 is {fairness.worst_to_median_ttft_p90:.1f} times the median variant's"
             )
         )
-    lines += [Text(f"{count} failed: {reason}", style="red") for reason, count in total.errors.items()]
+    for reason, count in total.errors.items():
+        told = total.told.get(reason)
+        lines.append(Text(f"{count} failed: {reason}" + (f", the first: {told[:_TOLD]}" if told else ""), style="red"))
     if total.aborted:
         lines.append(Text(f"{total.aborted} cut off when the replay was stopped", style="yellow"))
     lines += [Text(f"warning: {warning}", style="yellow") for warning in report.warnings]

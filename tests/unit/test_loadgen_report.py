@@ -108,7 +108,15 @@ def test_a_replay_in_numbers() -> None:
         record(
             index=1, intended_s=12.0, sent_s=12.5, arrivals_s=(15.0, 17.0), end_s=17.0, output_tokens=3, tier="host"
         ),
-        failed("http_error", index=2, status=429, intended_s=13.0, sent_s=13.0, end_s=13.5),
+        failed(
+            "http_error",
+            index=2,
+            status=429,
+            intended_s=13.0,
+            sent_s=13.0,
+            end_s=13.5,
+            error='{"error": {"message": "full", "code": "overloaded"}}',
+        ),
         failed("http_error", index=3, status=429, intended_s=14.0, sent_s=14.0, end_s=14.5),
         failed("timeout", index=4, status=200, intended_s=14.0, sent_s=14.0, end_s=30.0),
         failed("aborted", index=5, intended_s=20.0, sent_s=20.0, end_s=30.0),
@@ -119,6 +127,7 @@ def test_a_replay_in_numbers() -> None:
     assert report.offered_per_s == 0.5
     assert (total.requests, total.ok, total.aborted) == (6, 2, 1)
     assert total.errors == {"http_error 429": 2, "timeout": 1}
+    assert total.told["http_error 429"] == "full"
     assert list(total.errors) == ["http_error 429", "timeout"], "the most frequent first"
     assert (total.prompt_tokens, total.output_tokens) == (10, 13)
     assert (total.requests_per_s, total.output_tokens_per_s) == (0.1, 0.65)
