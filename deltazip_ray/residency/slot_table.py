@@ -13,7 +13,8 @@ seconds that bringing it back would take, see :mod:`popularity`.
 * **First come, first served.** Loads that find no slot queue up.
 * **Bounded overtaking.** Requests for resident versions pass those that wait, which keeps the device busy; but when
   ``max_overtakes`` have passed a waiting version, the resident version with the fewest pins is closed: new requests
-  for it queue up like everybody's, so that it drains and its slot becomes free. Each overdue version closes one slot.
+  for it queue up like everybody's, so that it drains and its slot becomes free. Each overdue version closes one slot,
+  but half of them stay open, so that popular versions go on while many rare ones take turns (docs/scheduling.md).
 * **A failed load** frees its slot and fails those who waited for it, nobody else.
 """
 
@@ -323,7 +324,7 @@ class SlotTable:
             cancel(occupant.load)
 
     def _balance_closed(self) -> None:
-        """Have one closed slot for each overdue version, as far as there are resident ones."""
+        """Have one closed slot for each overdue version, as far as there are resident ones and half of them allow."""
         closed = sorted((o for o in self._occupants.values() if o.closed), key=lambda o: o.pins)
         for occupant in closed[self._overdue() :]:
             self._reopen(occupant)
@@ -333,8 +334,9 @@ class SlotTable:
             occupant.closed = True
 
     def _overdue(self) -> int:
-        """How many versions wait overdue; as they are numbered in order, they are the first of the queue."""
-        return sum(1 for _ in itertools.takewhile(lambda c: c.due <= self._overtakes, self._queue.values()))
+        """Versions that slots are closed for: those overdue, which are the first of the queue, up to half the slots."""
+        overdue = itertools.takewhile(lambda c: c.due <= self._overtakes, self._queue.values())
+        return min(sum(1 for _ in overdue), max(1, self.slots // 2))
 
     def _reopen(self, occupant: Occupant) -> None:
         """Take pins again, at once those of the waiters that came meanwhile."""

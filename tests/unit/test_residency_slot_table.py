@@ -401,17 +401,17 @@ async def test_a_hot_version_passes_a_waiting_one_only_so_often() -> None:
     bench.table.check()
 
 
-async def test_every_overdue_version_closes_a_slot() -> None:
-    bench = Bench(slots=2, max_overtakes=0)
-    a, b = await bench.pin("a"), await bench.pin("b")
-    cold = [await bench.start(name) for name in ("c", "d")]
-    late = [await bench.start(name) for name in ("a", "b")]
-    assert not any(task.done() for task in late)
-    bench.table.unpin(b)
-    bench.table.unpin(a)
+async def test_every_overdue_version_closes_a_slot_but_half_of_them_stay_open() -> None:
+    bench = Bench(slots=4, max_overtakes=0)
+    pins = [await bench.pin(name) for name in "abcd"]
+    cold = [await bench.start(name) for name in "efg"]
+    late = [await bench.start(name) for name in "abcd"]
+    assert [task.done() for task in late] == [False, False, True, True]
+    for pin in pins[:2]:
+        bench.table.unpin(pin)
     for task in cold:
         bench.table.unpin(await task)
-    assert [(await task).tier for task in late] == ["host", "host"]
+    assert [(await task).tier for task in late] == ["host", "host", "device", "device"]
 
 
 async def test_a_closed_version_opens_again_when_the_waiting_one_leaves() -> None:
