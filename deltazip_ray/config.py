@@ -132,6 +132,7 @@ class RouterConfig(Settings):
     api_keys_file: Path | None = Field(
         None, description="JSON of who may use what (docs/api.md), read again when it changes; absent: everybody, all"
     )
+    priorities: bool = Field(False, description="let clients give their requests a priority: for trusted clients")
     ebnf: bool = Field(
         False,
         description="offer structured_outputs.grammar; an ambiguous grammar can hold up all steps: for trusted clients",

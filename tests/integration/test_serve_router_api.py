@@ -151,6 +151,18 @@ async def test_sampling_reaches_the_engine(app: RouterApp) -> None:
     assert app.backend.requests[-1].sampling.stop_token_ids == frozenset()
 
 
+async def test_priorities_are_for_those_who_offer_them(app: RouterApp, config: AppConfig) -> None:
+    asked = {"model": "tiny", "prompt": "a", "max_tokens": 2, "priority": -3}
+    refused = await app.client.post("/v1/completions", json=asked)
+    assert refused.status_code == 400
+    assert "router.priorities" in refused.json()["error"]["message"]
+    trusting = config.model_copy(update={"router": RouterConfig(priorities=True)})
+    async with router_app(trusting, Script(), Path(config.base)) as other:
+        assert (await other.client.post("/v1/completions", json=asked)).status_code == 200
+        # The lower, the earlier, as in vLLM; the scheduler counts the other way.
+        assert other.backend.requests[-1].priority == 3
+
+
 async def test_models_lists_base_variants_and_aliases(app: RouterApp, versions: dict[str, str]) -> None:
     listed = (await app.client.get("/v1/models")).json()
     assert listed["object"] == "list"

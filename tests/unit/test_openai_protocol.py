@@ -81,6 +81,7 @@ def test_fields_that_ask_for_nothing_are_accepted(field: str, value: Any) -> Non
         ({"top_k": -2}, "top_k"),
         ({"min_p": 1.5}, "min_p"),
         ({"n": 0}, "n"),
+        ({"priority": 17}, "priority"),
         ({"n": 33}, "n"),
         ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"frequency_penalty": -3}, "frequency_penalty"),

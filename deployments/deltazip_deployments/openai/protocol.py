@@ -75,6 +75,7 @@ class _Sampled(_Strict):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    priority: int | None = Field(None, ge=-16, le=16)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -88,8 +88,7 @@ class RouterService:
 
     async def begin(self, request: CompletionRequest | ChatRequest) -> Choices:
         """Start to answer, and wait for the first tokens. The caller closes what it gets. Raises DeltaZipError."""
-        if request.structure is not None and request.structure.kind == "grammar" and not self.config.router.ebnf:
-            raise InvalidRequest("structured_outputs.grammar is not offered here (setting router.ebnf): use a regex")
+        self._check_offered(request)
         version = await self.resolve(request.model)
         text = await self._texts.get(version)
         prompt = await _prompt(request, text, self._described().max_model_len)
@@ -98,7 +97,9 @@ class RouterService:
             end_token_ids=text.end_token_ids,
             defaults=text.defaults,
         )
-        wanted = GenerateRequest(uuid.uuid4().hex, version, tuple(prompt), sampling)
+        # vLLM's priorities come first when they are low, the scheduler's when they are high.
+        priority = -(request.priority or 0)
+        wanted = GenerateRequest(uuid.uuid4().hex, version, tuple(prompt), sampling, priority=priority)
         asked = Asked(
             model=request.model,
             version=version,
@@ -116,6 +117,13 @@ class RouterService:
             await choices.aclose()
             raise
         return choices
+
+    def _check_offered(self, request: CompletionRequest | ChatRequest) -> None:
+        """Refuse what the settings leave out."""
+        if request.structure is not None and request.structure.kind == "grammar" and not self.config.router.ebnf:
+            raise InvalidRequest("structured_outputs.grammar is not offered here (setting router.ebnf): use a regex")
+        if request.priority and not self.config.router.priorities:
+            raise InvalidRequest("priority is not offered here (setting router.priorities): leave it out")
 
     def _generation(
         self, wanted: GenerateRequest, request: CompletionRequest | ChatRequest, text: VersionText
