@@ -76,7 +76,7 @@ def belady(trace: Trace, places: int) -> float:
 class NoStore:
     """Fetches that cost nothing."""
 
-    def __call__(self, entry: BlobEntry, buffer: memoryview) -> Tier:
+    def __call__(self, entry: BlobEntry, buffer: memoryview, asked: float) -> Tier:
         """Nothing to bring."""
         return "remote"
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from deltazip_ray.artifact.blob import read_blob, write_blob
-from deltazip_ray.artifact.digests import read_verified, sha256_hex
+from deltazip_ray.artifact.digests import sha256_hex
+from deltazip_ray.artifact.lossless import encode, read_verified
 from deltazip_ray.artifact.manifest import (
     MAX_MANIFEST,
     BaseRef,
@@ -44,9 +45,10 @@ class ArtifactWriter:
         Raises BlobCorrupt when the tensors are not those that ``entries`` call for, and StoreError.
         """
         data = write_blob(tensors)
-        entry = BlobEntry(block=block, digest=sha256_hex(data), size=len(data), tensors=dict(entries))
+        stored, form = encode(data)
+        entry = BlobEntry(block=block, digest=sha256_hex(data), size=len(data), tensors=dict(entries), stored_as=form)
         read_blob(data, entry)
-        self._put(entry, data)
+        self._put(entry, stored)
         self._blobs[block] = entry
         return entry
 
@@ -84,7 +86,7 @@ class ArtifactWriter:
         return manifest
 
     def _put(self, entry: BlobEntry | FileEntry, data: bytes) -> None:
-        self._store.put(blob_key(entry.digest), data)
+        self._store.put(blob_key(entry.object_digest), data)
 
 
 def open_artifact(location: str | Path | StoreConfig) -> tuple[Manifest, ObjectStore]:
@@ -108,11 +110,11 @@ def verify_artifact(manifest: Manifest, store: ObjectStore, progress: Callable[[
     Raises BlobCorrupt for the first that is not as the manifest says, ObjectNotFound and StoreUnavailable.
     """
     for entry in manifest.stored:
-        data = read_verified(store, blob_key(entry.digest), entry)
+        data = read_verified(store, blob_key(entry.object_digest), entry)
         if isinstance(entry, BlobEntry):
             read_blob(data, entry)
         if progress is not None:
-            progress(entry.size)
+            progress(entry.object_size)
 
 
 def _config(location: str | Path | StoreConfig) -> StoreConfig:

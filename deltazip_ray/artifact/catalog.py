@@ -6,7 +6,8 @@
 
 from collections.abc import Callable, Collection
 
-from deltazip_ray.artifact.digests import read_verified, sha256_hex, verify_blob
+from deltazip_ray.artifact.digests import sha256_hex, verify_blob
+from deltazip_ray.artifact.lossless import read_object
 from deltazip_ray.artifact.manifest import (
     MAX_FILE,
     MAX_MANIFEST,
@@ -65,7 +66,7 @@ class Catalog:
         for entry in manifest.stored:
             self._copy(source, entry, repair)
             if progress is not None:
-                progress(entry.size)
+                progress(entry.object_size)
         version = manifest.version()
         self.store.put(self._version_key(version), manifest.canonical())
         return self._variants.publish(name, version, aliases)
@@ -137,10 +138,10 @@ class Catalog:
             )
 
     def _copy(self, source: ObjectStore, entry: BlobEntry | FileEntry, repair: bool) -> None:
-        key = self.blob_key(entry.digest)
-        if not repair and self._has(key, entry.size):
+        key = self.blob_key(entry.object_digest)
+        if not repair and self._has(key, entry.object_size):
             return
-        self.store.put(key, read_verified(source, blob_key(entry.digest), entry))
+        self.store.put(key, read_object(source, blob_key(entry.object_digest), entry))
 
     def _has(self, key: str, size: int) -> bool:
         try:

@@ -2,8 +2,7 @@
 
 import hashlib
 
-from deltazip_ray.artifact.manifest import BlobEntry, FileEntry
-from deltazip_ray.artifact.object_store import ObjectStore
+from deltazip_ray.artifact.manifest import BlobEntry, FileEntry, StoredForm
 from deltazip_ray.errors import BlobCorrupt
 
 
@@ -12,7 +11,7 @@ def sha256_hex(data: bytes | bytearray | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def verify_blob(data: bytes | bytearray | memoryview, entry: BlobEntry | FileEntry) -> None:
+def verify_blob(data: bytes | bytearray | memoryview, entry: BlobEntry | FileEntry | StoredForm) -> None:
     """Raise BlobCorrupt unless ``data`` has the size and the sha256 that ``entry`` names."""
     size = memoryview(data).nbytes
     if size != entry.size:
@@ -23,13 +22,3 @@ def verify_blob(data: bytes | bytearray | memoryview, entry: BlobEntry | FileEnt
         raise BlobCorrupt(
             f"blob {entry.digest[:12]} has another digest than its name: publish the version again with --repair"
         )
-
-
-def read_verified(store: ObjectStore, key: str, entry: BlobEntry | FileEntry) -> bytes:
-    """A blob or file that is what ``entry`` says; raises BlobCorrupt, ObjectNotFound, StoreUnavailable."""
-    # The store knows how large it is: a manifest may say anything, and that much memory would be taken.
-    if store.size(key) != entry.size:
-        raise BlobCorrupt(f"{store.url}/{key} does not have the {entry.size} bytes of its manifest: make it again")
-    data = store.get(key, entry.size)
-    verify_blob(data, entry)
-    return data

@@ -51,6 +51,14 @@ class TensorEntry(_Part):
         return self
 
 
+class StoredForm(_Part):
+    """How a blob lies in a store, when that is not as it lies in memory."""
+
+    encoding: Literal["zstd"]
+    digest: Digest = Field(description="of the stored bytes: the object's name")
+    size: Size = Field(gt=0)
+
+
 class BlobEntry(_Part):
     """One content-addressed safetensors file: a decoder block, or ``outer`` (embeddings, final norm, head)."""
 
@@ -58,6 +66,23 @@ class BlobEntry(_Part):
     digest: Digest
     size: Size = Field(gt=0)
     tensors: dict[WeightName, TensorEntry] = Field(min_length=1)
+    stored_as: StoredForm | None = Field(None, description="digest and size are those of the bytes in memory")
+
+    @property
+    def object_digest(self) -> str:
+        """What the object in a store is named by."""
+        return self.digest if self.stored_as is None else self.stored_as.digest
+
+    @property
+    def object_size(self) -> int:
+        """Bytes of the object in a store."""
+        return self.size if self.stored_as is None else self.stored_as.size
+
+    @model_validator(mode="after")
+    def _stored_form_is_smaller(self) -> Self:
+        if self.object_size > self.size:
+            raise ValueError(f"block {self.block} is larger when it is compressed")
+        return self
 
     @model_validator(mode="after")
     def _weights_belong_here(self) -> Self:
@@ -77,6 +102,16 @@ class FileEntry(_Part):
 
     digest: Digest
     size: int = Field(ge=0, le=MAX_FILE)
+
+    @property
+    def object_digest(self) -> str:
+        """What the object in a store is named by."""
+        return self.digest
+
+    @property
+    def object_size(self) -> int:
+        """Bytes of the object in a store."""
+        return self.size
 
 
 class BaseRef(_Part):
@@ -119,7 +154,7 @@ class Manifest(_Part):
 
     @property
     def bytes_artifact(self) -> int:
-        """Bytes of all blobs: what is stored, and what a slot holds."""
+        """Bytes of all blobs in memory: what a slot holds."""
         return sum(blob.size for blob in self.blobs)
 
     @property
@@ -129,8 +164,8 @@ class Manifest(_Part):
 
     @property
     def bytes_stored(self) -> int:
-        """Bytes of all blobs and files: what publishing writes at most."""
-        return sum(entry.size for entry in self.stored)
+        """Bytes of all blobs and files in a store, compressed where that pays: what publishing writes at most."""
+        return sum(entry.object_size for entry in self.stored)
 
     @property
     def added_from(self) -> int:

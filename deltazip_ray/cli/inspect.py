@@ -52,6 +52,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     return {
         "version": manifest.version(),
         "bytes_artifact": manifest.bytes_artifact,
+        "bytes_stored": manifest.bytes_stored,
         "ratio": _ratio(manifest.bytes_finetuned, manifest.bytes_artifact),
         "bits": {blob.block: round(bits(blob), 3) for blob in manifest.blobs},
         **manifest.model_dump(mode="json"),
@@ -76,6 +77,7 @@ def show(manifest: Manifest) -> None:
         f"size     {size(manifest.bytes_finetuned)} fine-tuned → {size(manifest.bytes_artifact)} delta"
         + (f", {ratio} × smaller" if ratio else ", no weight differs from the base")
     )
+    out.print(f"stored   {size(manifest.bytes_stored)} with its files, compressed without loss where that pays")
     if manifest.added_tokens:
         out.print(f"tokens   {manifest.added_tokens} added to the base's vocabulary")
     if manifest.quality:

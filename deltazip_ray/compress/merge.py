@@ -13,7 +13,7 @@ from torch import Tensor
 from deltazip_ray.artifact.artifact import open_artifact
 from deltazip_ray.artifact.blob import read_blob
 from deltazip_ray.artifact.checkpoint import Checkpoint, base_digest
-from deltazip_ray.artifact.digests import read_verified
+from deltazip_ray.artifact.lossless import read_verified
 from deltazip_ray.artifact.manifest import Manifest, TensorEntry, blob_key
 from deltazip_ray.artifact.object_store import ObjectStore
 from deltazip_ray.compress.options import Progress, silent
@@ -61,7 +61,7 @@ def merge(
         partial = Path(folder) / out.name
         partial.mkdir()
         for name, entry in manifest.files.items():
-            (partial / name).write_bytes(read_verified(store, blob_key(entry.digest), entry))
+            (partial / name).write_bytes(read_verified(store, blob_key(entry.object_digest), entry))
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         _write_weights(partial, _weights(checkpoint, manifest, store, progress), dtype)
         partial.rename(out)
@@ -87,7 +87,10 @@ def _weights(
         tensors: dict[str, Tensor] = {}
         if block in blobs:
             entry = blobs[block]
-            entries, tensors = entry.tensors, read_blob(read_verified(store, blob_key(entry.digest), entry), entry)
+            entries, tensors = (
+                entry.tensors,
+                read_blob(read_verified(store, blob_key(entry.object_digest), entry), entry),
+            )
         for name in names:
             yield name, rebuild(name, checkpoint.tensor(name), entries, tensors)
 
@@ -131,7 +134,7 @@ def _config(manifest: Manifest, store: ObjectStore) -> dict[str, Any]:
     if entry is None:
         raise ManifestInvalid(f"the artifact has no {CONFIG} of the fine-tune: compress it again")
     try:
-        config: dict[str, Any] = json.loads(read_verified(store, blob_key(entry.digest), entry))
+        config: dict[str, Any] = json.loads(read_verified(store, blob_key(entry.object_digest), entry))
     except ValueError as error:
         raise ManifestInvalid(f"the artifact's {CONFIG} is not JSON: compress the fine-tune again") from error
     return config

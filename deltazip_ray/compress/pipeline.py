@@ -13,7 +13,7 @@ from deltazip_kernels.layout import LAYOUT_VERSION
 from deltazip_ray.artifact.artifact import MANIFEST, ArtifactWriter
 from deltazip_ray.artifact.blob import read_blob
 from deltazip_ray.artifact.checkpoint import Checkpoint, base_digest
-from deltazip_ray.artifact.digests import read_verified
+from deltazip_ray.artifact.lossless import read_verified
 from deltazip_ray.artifact.manifest import BaseRef, BlobEntry, Manifest, Quality, blob_key
 from deltazip_ray.artifact.object_store import ObjectStore
 from deltazip_ray.artifact.requirements import check_quality
@@ -137,7 +137,7 @@ class Blocks:
     def _replay(self, index: int, states: States, done: Finished) -> States:
         if done.blob is None:
             return self.compressor.replay(index, states, {}, {})
-        data = read_verified(self.store, blob_key(done.blob.digest), done.blob)
+        data = read_verified(self.store, blob_key(done.blob.object_digest), done.blob)
         states = self.compressor.replay(index, states, done.blob.tensors, read_blob(data, done.blob))
         self.writer.adopt_blob(done.blob)
         return states

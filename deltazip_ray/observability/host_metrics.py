@@ -53,6 +53,13 @@ class HostMetrics:
             buckets=_FETCH,
             registry=registry,
         )
+        self.stage_seconds = Histogram(
+            f"{prefix}stage_seconds",
+            "Of one blob: queue, then disk, or store, decompress (if it is stored so) and verify",
+            ["stage"],
+            buckets=_FETCH,
+            registry=registry,
+        )
         self.fetched_bytes = Counter(
             f"{prefix}fetched_bytes", "Brought and verified, by where it was", ["tier"], registry=registry
         )

@@ -2,9 +2,13 @@
 
 import threading
 import time
+from contextlib import AbstractContextManager
+
+import numpy as np
 
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.digests import verify_blob
+from deltazip_ray.artifact.lossless import decode_into
 from deltazip_ray.artifact.manifest import BlobEntry
 from deltazip_ray.config import MIB
 from deltazip_ray.errors import BlobCorrupt
@@ -54,7 +58,7 @@ class BlobFetcher:
         tier: Tier = "disk" if self._disk is not None and self._disk.has(key) else "remote"
         return self._speeds[tier].seconds_per_byte
 
-    def __call__(self, entry: BlobEntry, buffer: memoryview) -> Tier:
+    def __call__(self, entry: BlobEntry, buffer: memoryview, asked: float) -> Tier:
         """Fill ``buffer``, of ``entry.size`` bytes, with the blob and check its sha256; returns where it was.
 
         What came from the store is offered to the disk, which may read ``buffer`` later. Damaged bytes are fetched
@@ -62,8 +66,9 @@ class BlobFetcher:
         ObjectNotFound and StoreUnavailable at once: the store has made its own attempts.
         """
         began = time.perf_counter()
+        self._metrics.stage_seconds.labels("queue").observe(began - asked)
         tier: Tier = "disk"
-        if self._disk is None or not self._disk.read(blob_key(entry), buffer):
+        if not self._from_disk(entry, buffer):
             tier = "remote"
             try:
                 self._read(entry, buffer)
@@ -76,10 +81,30 @@ class BlobFetcher:
         with self._lock:
             self._speeds[tier].moved(entry.size, seconds)
         self._metrics.fetch_seconds.labels(tier).observe(seconds)
-        self._metrics.fetched_bytes.labels(tier).inc(entry.size)
+        self._metrics.fetched_bytes.labels(tier).inc(entry.size if tier == "disk" else entry.object_size)
         return tier
 
+    def _stage(self, name: str) -> AbstractContextManager[object]:
+        """Around one stage of a fetch, to be timed."""
+        return self._metrics.stage_seconds.labels(name).time()
+
+    def _from_disk(self, entry: BlobEntry, buffer: memoryview) -> bool:
+        if self._disk is None:
+            return False
+        with self._stage("disk"):
+            return self._disk.read(blob_key(entry), buffer)
+
     def _read(self, entry: BlobEntry, buffer: memoryview) -> None:
-        self._pace.take(entry.size)
-        self._catalog.store.read_into(self._catalog.blob_key(entry.digest), buffer)
-        verify_blob(buffer, entry)
+        self._pace.take(entry.object_size)
+        key = self._catalog.blob_key(entry.object_digest)
+        if entry.stored_as is None:
+            with self._stage("store"):
+                self._catalog.store.read_into(key, buffer)
+        else:
+            stored = np.empty(entry.object_size, np.uint8).data
+            with self._stage("store"):
+                self._catalog.store.read_into(key, stored)
+            with self._stage("decompress"):
+                decode_into(stored, buffer, entry)
+        with self._stage("verify"):
+            verify_blob(buffer, entry)

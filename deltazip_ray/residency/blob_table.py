@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import time
 from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,8 +21,11 @@ from deltazip_ray.residency.tiers import Tier
 class Fetch(Protocol):
     """Brings blobs to the arena."""
 
-    def __call__(self, entry: BlobEntry, buffer: memoryview) -> Tier:
-        """Fill a blob's place with verified bytes and tell where they were, or raise. Runs in a thread."""
+    def __call__(self, entry: BlobEntry, buffer: memoryview, asked: float) -> Tier:
+        """Fill a blob's place with verified bytes and tell where they were, or raise. Runs in a thread.
+
+        ``asked``: when it was asked for, by time.perf_counter.
+        """
         ...
 
     def seconds_per_byte(self, key: BlobKey) -> float:
@@ -211,7 +215,7 @@ class BlobTable:
     def _start(self, version: str, entry: BlobEntry, offset: int, ahead: bool) -> None:
         blob = Blob(blob_key(entry), offset, asyncio.get_running_loop().create_future())
         self._blobs[blob.key] = blob
-        fetch = functools.partial(self._fetch, entry, self.view(blob))
+        fetch = functools.partial(self._fetch, entry, self.view(blob), time.perf_counter())
         blob.job = self._pool.submit(version, fetch, functools.partial(self._fetched, blob), ahead=ahead)
 
     def _fetched(self, blob: Blob, result: Future[Tier]) -> None:

@@ -14,6 +14,7 @@ from deltazip_kernels.layout import CODECS, packed_layout, unpack
 from deltazip_ray.artifact.artifact import open_artifact, verify_artifact
 from deltazip_ray.artifact.blob import read_blob
 from deltazip_ray.artifact.checkpoint import Checkpoint, base_digest
+from deltazip_ray.artifact.lossless import read_verified
 from deltazip_ray.artifact.manifest import Manifest, blob_key
 from deltazip_ray.compress.merge import merge
 from deltazip_ray.compress.options import CompressOptions
@@ -56,7 +57,7 @@ def reconstructed(base: Path, artifact: Path) -> dict[str, Tensor]:
     weights = {name: tensor.float() for name, tensor in load_file(base / "model.safetensors").items()}
     grown: dict[str, Tensor] = {}
     for blob in manifest.blobs:
-        tensors = read_blob(store.get(blob_key(blob.digest)), blob)
+        tensors = read_blob(read_verified(store, blob_key(blob.object_digest), blob), blob)
         for name, entry in blob.tensors.items():
             if name.endswith(".added"):
                 grown[name.removesuffix(".added")] = tensors[name].float()
@@ -282,7 +283,7 @@ def test_merge_refuses_another_base_and_an_existing_folder(base: Path, finetuned
 
 def test_merge_verifies_blobs_and_leaves_nothing_half_done(base: Path, finetuned: Path, tmp_path: Path) -> None:
     manifest = compress(base, finetuned, tmp_path / "artifact")
-    path = tmp_path / "artifact" / blob_key(manifest.blobs[1].digest)
+    path = tmp_path / "artifact" / blob_key(manifest.blobs[1].object_digest)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

@@ -102,7 +102,7 @@ def test_a_damaged_or_missing_blob_is_made_again(
     base: Path, finetuned: Path, tmp_path: Path, coded: list[object]
 ) -> None:
     whole = compress(base, finetuned, tmp_path / "whole")
-    first, second = (blob_key(blob.digest) for blob in whole.blobs[:2])
+    first, second = (blob_key(blob.object_digest) for blob in whole.blobs[:2])
     break_off(base, finetuned, tmp_path / "broken", "head and quality")
     path = tmp_path / "broken" / first
     path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))

@@ -13,8 +13,8 @@ import torch
 
 from deltazip_ray.artifact.artifact import ArtifactWriter, open_artifact, verify_artifact
 from deltazip_ray.artifact.catalog import Catalog, bases
-from deltazip_ray.artifact.digests import read_verified
 from deltazip_ray.artifact.file_store import FileStore
+from deltazip_ray.artifact.lossless import read_verified
 from deltazip_ray.artifact.manifest import BaseRef, Manifest, TensorEntry, blob_key
 from deltazip_ray.artifact.names import parse_ref
 from deltazip_ray.artifact.store import ObjectStore, open_store
@@ -113,8 +113,8 @@ def test_publish_and_find(catalog: Catalog, publish: Callable[..., str], tmp_pat
     assert catalog.resolve(parse_ref(f"sorter@{version[:12]}")) == version
     assert catalog.file(manifest.files["tokenizer.json"].digest) == b'{"model": 1}'
     for blob in manifest.blobs:
-        buffer = bytearray(blob.size)
-        catalog.store.read_into(catalog.blob_key(blob.digest), memoryview(buffer))
+        buffer = bytearray(blob.object_size)
+        catalog.store.read_into(catalog.blob_key(blob.object_digest), memoryview(buffer))
     assert [variant.name for variant in catalog.variants()] == ["sorter"]
     assert bases(catalog.store) == [BASE]
     assert all(key.startswith(f"{BASE}/") for key in catalog.store.list())
@@ -151,11 +151,11 @@ def test_history_does_not_pile_up(catalog: Catalog, publish: Callable[..., str])
 
 def test_blobs_are_shared_and_mended(catalog: Catalog, publish: Callable[..., str]) -> None:
     one = catalog.manifest(publish(1.0))
-    shared = catalog.blob_key(one.blobs[0].digest)
+    shared = catalog.blob_key(one.blobs[0].object_digest)
     catalog.store.put(shared, b"cut short")
     two = catalog.manifest(publish(2.0, "other"))
     assert one.blobs[0] == two.blobs[0]
-    assert catalog.store.size(shared) == one.blobs[0].size
+    assert catalog.store.size(shared) == one.blobs[0].object_size
     assert len(catalog.store.list(f"{BASE}/blobs/")) == 4
 
 
@@ -163,7 +163,7 @@ def test_blobs_that_are_there_are_not_copied(catalog: Catalog, publish: Callable
     publish(1.0)
     manifest, source = open_artifact(tmp_path / "artifact-1.0")
     for entry in manifest.stored:
-        source.delete(blob_key(entry.digest))
+        source.delete(blob_key(entry.object_digest))
     catalog.publish(source, manifest, "copy")
     assert catalog.resolve(parse_ref("copy")) == manifest.version()
 
@@ -179,7 +179,7 @@ def test_progress_adds_up(catalog: Catalog, tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["flip", "truncate", "grow", "missing"])
 def test_damaged_artifacts_are_not_published(catalog: Catalog, tmp_path: Path, damage: str) -> None:
     manifest = make_artifact(tmp_path / "a")
-    file = tmp_path / "a" / blob_key(manifest.blobs[1].digest)
+    file = tmp_path / "a" / blob_key(manifest.blobs[1].object_digest)
     data = bytearray(file.read_bytes())
     data[-5] ^= 4
     changes = {"flip": bytes(data), "truncate": bytes(data[:-1]), "grow": file.read_bytes() + b"\0"}
@@ -378,8 +378,8 @@ def test_repair_replaces_a_damaged_blob(store: ObjectStore, tmp_path: Path) -> N
     source, catalog = FileStore(tmp_path / "artifact"), Catalog(store, BASE)
     catalog.publish(source, manifest, "one")
     blob = manifest.blobs[0]
-    key = catalog.blob_key(blob.digest)
-    store.put(key, bytes(blob.size))
+    key = catalog.blob_key(blob.object_digest)
+    store.put(key, bytes(blob.object_size))
     catalog.publish(source, manifest, "one")
     with pytest.raises(BlobCorrupt, match="--repair"):
         read_verified(store, key, blob)
