@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,6 +18,7 @@ import ray
 from deltazip_deployments.node_store.discovery import NAMESPACE, list_stores
 from deltazip_deployments.replica import make_engine
 from deltazip_ray.config import AppConfig, EngineConfig, NodeStoreConfig, StoreConfig
+from deltazip_ray.errors import ObjectNotFound
 from tests.support.chaos_app import NAMES, Models
 from tests.support.engines import SETTINGS
 from tests.support.fault_proxy import FaultProxy, slow
@@ -40,10 +42,14 @@ class Cluster:
         asked = {"model": model, "prompt": "abc", "max_tokens": 3, "temperature": 0}
         return httpx.post(f"{self.app.url}/v1/completions", json=asked, timeout=60)
 
+    def store(self) -> Any:
+        """The node store's actor."""
+        (name,) = list_stores("deltazip")
+        return ray.get_actor(name, namespace=NAMESPACE)
+
     def kill_store(self) -> int:
         """The process id that it had."""
-        (name,) = list_stores("deltazip")
-        pid = int(ray.get(ray.get_actor(name, namespace=NAMESPACE).arena.remote(), timeout=30).pid)
+        pid = int(ray.get(self.store().arena.remote(), timeout=30).pid)
         os.kill(pid, signal.SIGKILL)
         return pid
 
@@ -98,6 +104,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server, model
         )
         with serve_app(config, make_engine) as app:
             yield Cluster(app, proxy, models, folder / "disk")
+
+
+def test_loads_that_wait_keep_nobody_else_waiting(cluster: Cluster) -> None:
+    unknown = "0" * 64
+    cluster.proxy.inject(slow(LOAD_S), unknown)
+    waiting = [cluster.store().acquire.remote("crowd", unknown) for _ in range(1100)]
+    wait_until(lambda: cluster.proxy.count(unknown) > 0)
+    began = time.monotonic()
+    ray.get(cluster.store().heartbeat.remote("crowd", ""))
+    assert time.monotonic() - began < LOAD_S / 2
+    cluster.proxy.heal()
+    for call in waiting[::100]:
+        with pytest.raises(ObjectNotFound):
+            ray.get(call)
+    ray.get(cluster.store().leave.remote("crowd"))
 
 
 def test_a_node_store_that_is_killed_during_a_load_is_replaced_and_the_load_goes_on(cluster: Cluster) -> None:

@@ -139,7 +139,16 @@ class _SelfEnding(NodeStore):
         registry = CollectorRegistry()
         catalog = Catalog(open_store(store), base_digest)
         cache = HostCache(catalog, arena.buffer, settings, registry)
-        super().__init__(node, cache, arena, settings.lease_timeout_s, registry, retire_after_s=settings.retire_after_s)
+        self._awake_s = 0.0
+        super().__init__(
+            node,
+            cache,
+            arena,
+            settings.lease_timeout_s,
+            registry,
+            clock=lambda: self._awake_s,
+            retire_after_s=settings.retire_after_s,
+        )
         loop = asyncio.get_running_loop()
         self._watch_task = loop.create_task(self._watch(settings.lease_timeout_s))
         self._names_task = loop.create_task(self._follow_names(catalog))
@@ -153,9 +162,11 @@ class _SelfEnding(NodeStore):
             await asyncio.sleep(_NAMES_PERIOD_S)
 
     async def _watch(self, lease_timeout_s: float) -> None:
-        alone_s = 0.0
+        alone_s, period_s = 0.0, lease_timeout_s / 4
         while alone_s < _LINGER_LEASES * lease_timeout_s:
-            await asyncio.sleep(lease_timeout_s / 4)
+            await asyncio.sleep(period_s)
+            # However long that took: a process that was stopped must not take its replicas for silent.
+            self._awake_s += period_s
             alone_s = await self.drop_silent()
         logger.info("no replica needs this node store any more")
         ray.kill(ray.get_runtime_context().current_actor)

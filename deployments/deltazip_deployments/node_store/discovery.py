@@ -17,6 +17,8 @@ from deltazip_ray.config import AppConfig
 
 NAMESPACE = "deltazip"
 _REPORT_TIMEOUT_S = 2.0
+_CALLS = 1_000_000
+"""At once: loads that wait must never keep out the releases that they wait for, nor signs of life."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ def find_or_start(app: str, config: AppConfig, base_digest: str) -> Any:
         lifetime="detached",
         get_if_exists=True,
         num_cpus=0,
-        max_concurrency=1000,
+        max_concurrency=_CALLS,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
     )
     return options.remote(node, config.store, config.node_store, base_digest)
