@@ -13,11 +13,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import triton
+from prometheus_client import CollectorRegistry
 
 from benchmarks.engine_model import RandomVersions, decoder_shape, in_arena, random_delta, started
 from deltazip_ray.config import EngineConfig
@@ -64,44 +67,68 @@ async def step(engine: AsyncEngine, requests: int, versions: int, runs: int) -> 
     return {"requests": requests, "ms": statistics.median(samples[1:]), "samples": samples[1:]}
 
 
-async def saturated(engine: AsyncEngine, versions: int, runs: int) -> dict[str, Any]:
-    """Output tokens a second; and what the host did for each step meanwhile."""
+async def saturated(engine: AsyncEngine, registry: CollectorRegistry, versions: int, runs: int) -> dict[str, Any]:
+    """Output tokens a second; and the CPU time that threads took for each step meanwhile."""
+    await batch(engine, 512, 256, 4, versions, 99)
+    before, steps = thread_seconds(), step_count(registry)
     samples = [512 * 128 / await batch(engine, 512, 256, 128, versions, 100 + seed) for seed in range(runs)]
-    return {"tokens_per_s": statistics.median(samples), "samples": samples}
+    steps = step_count(registry) - steps
+    spent = sorted((after - before.get(thread, 0.0) for thread, after in thread_seconds().items()), reverse=True)
+    host = [1e3 * seconds / steps for seconds in spent[:3]]
+    return {"tokens_per_s": statistics.median(samples), "samples": samples, "host_ms_per_step": host, "steps": steps}
 
 
-async def profile(engine: AsyncEngine, requests: int, versions: int) -> dict[str, float]:
+def thread_seconds() -> dict[int, float]:
+    """CPU seconds of each thread so far."""
+    return {thread.id: thread.user_time + thread.system_time for thread in psutil.Process().threads()}
+
+
+def step_count(registry: CollectorRegistry) -> int:
+    """Steps so far."""
+    return int(registry.get_sample_value("deltazip_engine_step_seconds_count") or 0)
+
+
+async def profile(engine: AsyncEngine, requests: int, versions: int) -> dict[str, Any]:
     """Milliseconds of device time of a step, by kind of kernel, over a run of decodes."""
     running = asyncio.ensure_future(batch(engine, requests, 512, 400, versions, 7))
     await asyncio.sleep(1.2)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         await asyncio.sleep(0.4)
     await running
+    kernels = sorted(
+        (event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA),
+        key=lambda event: event.time_range.start,
+    )
+    return step_times(kernels)
+
+
+def step_times(kernels: Sequence[Any]) -> dict[str, Any]:
+    """Milliseconds of a step by kind of kernel, and one whole step as it ran."""
+    heads = [i for i, event in enumerate(kernels) if "MaxOps" in event.name]
+    steps = len(heads) - 1
+    if steps < 1:
+        return {"steps": 0}
+    inside = kernels[heads[0] + 1 : heads[-1] + 1]
     totals: dict[str, float] = {}
-    steps = 0
-    for event in trace.key_averages():
-        kind = kernel_kind(event.key)
-        totals[kind] = totals.get(kind, 0.0) + event.self_device_time_total
-        steps = max(steps, event.count if "argmax" in event.key.lower() or "reduce_kernel" in event.key else 0)
-    names = {event.key[:90]: [event.count, event.self_device_time_total] for event in trace.key_averages()}
-    sums = {kind: total / 1e3 / max(steps, 1) for kind, total in totals.items()}
-    return sums | {"steps": steps, "kernels": dict(sorted(names.items(), key=lambda item: -item[1][1])[:25])}  # type: ignore[dict-item]
+    for event in inside:
+        kind = kernel_kind(event.name)
+        totals[kind] = totals.get(kind, 0.0) + event.time_range.elapsed_us() / 1e3 / steps
+    span = (kernels[heads[-1]].time_range.end - kernels[heads[0]].time_range.end) / 1e3 / steps
+    one = kernels[heads[-2] + 1 : heads[-1] + 1]
+    began = one[0].time_range.start
+    trace = [(e.name[:60], e.time_range.start - began, e.time_range.elapsed_us()) for e in one]
+    return totals | {"gaps": span - sum(totals.values()), "whole step": span, "steps": steps, "trace": trace}
 
 
 def kernel_kind(name: str) -> str:
     """Which part of a step a kernel belongs to."""
     kinds = {
-        "delta": ("grouped", "raw", "shrink", "expand", "gather", "write_items"),
+        "delta": ("grouped", "raw", "shrink", "expand", "write_items"),
         "attention": ("Decode", "Prefill", "attention", "MergeState", "rope"),
-        "norms and activation": ("rms_norm", "silu_mul", "quantize"),
+        "norms and activation": ("norm", "gated", "quantize"),
         "base GEMM": ("nvjet", "gemm", "cutlass", "splitK", "cublas"),
     }
     return next((kind for kind, parts in kinds.items() if any(part in name for part in parts)), "rest")
-
-
-def host_ms(before: dict[int, float], after: dict[int, float], steps: int) -> float:
-    """CPU milliseconds a step of the busiest thread."""
-    return 1e3 * max(after.get(thread, 0.0) - spent for thread, spent in before.items()) / max(steps, 1)
 
 
 def limits(shape: DecoderConfig, bandwidth: float, codec_bits: float) -> dict[str, float]:
@@ -146,7 +173,7 @@ async def measure(options: argparse.Namespace, put: Any) -> None:
     )
     began = time.perf_counter()
     source = RandomVersions(in_arena(delta))
-    engine = await started(shape, config, source)
+    engine, registry = await started(shape, config, source)
     put("start_seconds", time.perf_counter() - began)
     began = time.perf_counter()
     await batch(engine, 4, 64, 4, 0, 1)
@@ -159,7 +186,7 @@ async def measure(options: argparse.Namespace, put: Any) -> None:
             if count <= requests:
                 put(f"{count}.step_{requests}", await step(engine, requests, count, options.runs))
         if count in (0, 8, 32):
-            put(f"{count}.saturated", await saturated(engine, count, options.saturated_runs))
+            put(f"{count}.saturated", await saturated(engine, registry, count, options.saturated_runs))
         if options.profile and count in (0, 8, 32):
             put(f"{count}.profile_32", await profile(engine, 32, count))
     await engine.check()
@@ -187,9 +214,7 @@ def main() -> None:
 
     def put(name: str, value: Any) -> None:
         results[name] = value
-        shown = (
-            {k: v for k, v in value.items() if k not in ("samples", "kernels")} if isinstance(value, dict) else value
-        )
+        shown = {k: v for k, v in value.items() if k not in ("samples", "trace")} if isinstance(value, dict) else value
         sys.stdout.write(f"{name}: {shown}\n")
         sys.stdout.flush()
         if options.json:

@@ -173,8 +173,11 @@ def build(shape: DecoderConfig, config: EngineConfig, _base: Path) -> EngineCore
     return assemble(config, shape, weights, DIGEST)
 
 
-async def started(shape: DecoderConfig, config: EngineConfig, source: RandomVersions) -> AsyncEngine:
-    """A running engine."""
-    engine = AsyncEngine(config, Path(), source, CollectorRegistry(), build=partial(build, shape))
+async def started(
+    shape: DecoderConfig, config: EngineConfig, source: RandomVersions
+) -> tuple[AsyncEngine, CollectorRegistry]:
+    """A running engine and its metrics."""
+    registry = CollectorRegistry()
+    engine = AsyncEngine(config, Path(), source, registry, build=partial(build, shape))
     await engine.start()
-    return engine
+    return engine, registry

