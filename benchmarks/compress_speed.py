@@ -29,7 +29,7 @@ from deltazip_ray.artifact.artifact import ArtifactWriter
 from deltazip_ray.artifact.checkpoint import Checkpoint
 from deltazip_ray.artifact.manifest import Manifest
 from deltazip_ray.artifact.store import open_store
-from deltazip_ray.compress import blocks, journal, pipeline, survey
+from deltazip_ray.compress import blocks, journal, pipeline, solver, survey
 from deltazip_ray.compress.hessian import Hessian
 from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.compress.outer import OuterCompressor
@@ -37,7 +37,6 @@ from deltazip_ray.compress.pairing import Pair
 from deltazip_ray.compress.parts import Parts
 from deltazip_ray.compress.runner import Runner
 from deltazip_ray.compress.skeleton import Skeleton
-from deltazip_ray.compress.solver import Solver
 from deltazip_ray.config import StoreConfig
 
 SHAPES = {
@@ -60,8 +59,8 @@ STAGES: tuple[tuple[Any, str, str], ...] = (
     (Runner, "backward", "gradients"),
     (Hessian, "add", "Hessians"),
     (Hessian, "squared_norm", "errors of matrices"),
-    (Solver, "__init__", "factorizations"),
-    (Solver, "solve", "solving"),
+    (solver, "inverse_factor", "factorizations"),
+    (solver.Solver, "solve", "solving"),
     (Parts, "add", "packing"),
     (ArtifactWriter, "add_blob", "writing blobs"),
 )

@@ -146,9 +146,13 @@ def recode_group(codes: Tensor, scales: Tensor, slopes: Tensor, metric: Tensor, 
     ``metric`` (half the descent of the squared error by each column); ``metric`` ``[columns, columns]`` is the group's
     square of the damped Hessian. Dense codecs only.
     """
-    slopes = slopes.clone()
-    for j in range(codes.shape[1]):
-        before = (codes[:, j].float() - codec.zero) * scales
-        code = to_codes(before + slopes[:, j] / metric[j, j], scales, codec)
-        slopes.addr_((code - codec.zero) * scales - before, metric[j], alpha=-1)
-        codes[:, j] = code
+    # One row for each column, and in units of the scale: few small operations on neighbours.
+    levels, slopes = codes.T.float().sub_(codec.zero), slopes.T.contiguous()
+    steps = torch.where(scales > 0, scales.clamp_min(torch.finfo(torch.float32).tiny).reciprocal(), 0.0)
+    half = codec.zero % 1
+    for level, slope, weights, own in zip(levels, slopes, metric, metric.diagonal().tolist(), strict=True):
+        best = torch.addcmul(level, slope, steps, value=1 / own).add_(half).round_().sub_(half)
+        best.clamp_(-codec.zero, 2**codec.bits - 1 - codec.zero)
+        slopes.addr_(weights, (best - level).mul_(scales), alpha=-1)
+        level.copy_(best)
+    codes.copy_(levels.add_(codec.zero).T)

@@ -21,6 +21,7 @@ from deltazip_ray.compress.hessian import Hessian
 from deltazip_ray.compress.options import Coding, CompressOptions
 from deltazip_ray.compress.pairing import Pair
 from deltazip_ray.compress.parts import ADDED
+from deltazip_ray.compress.quality import TOKENS as LOGITS
 from deltazip_ray.compress.quality import divergence, logits
 from deltazip_ray.compress.runner import Flow, Runner
 from deltazip_ray.compress.skeleton import load_tensor, load_tensors
@@ -120,16 +121,9 @@ class Surveyor:
         head = load_tensor(self._pair.finetuned, skeleton.head)
         placed = self._runner.place(head)
         self._head(module(hidden)[self._mask], placed)
-        return torch.cat(
-            [
-                self._slopes(module, part, mask, placed)
-                for part, mask in zip(
-                    torch.split(hidden, self._options.batch_sequences),
-                    torch.split(self._mask, self._options.batch_sequences),
-                    strict=True,
-                )
-            ]
-        )
+        few = max(1, LOGITS // hidden.shape[1])
+        parts = zip(torch.split(hidden, few), torch.split(self._mask, few), strict=True)
+        return torch.cat([self._slopes(module, part, mask, placed) for part, mask in parts])
 
     def _slopes(self, norm: torch.nn.Module, hidden: Tensor, mask: Tensor, head: Tensor) -> Tensor:
         """Gradient by ``hidden`` of the log-likelihood of tokens drawn from the model's own predictions."""
