@@ -94,6 +94,7 @@ def play(scenario: str, front: str, seed: int) -> dict[str, Any]:
             raise RuntimeError(f"{scenario}, {front}: request {one.request.request_id} was never answered")
         for group in ("all", "v0" if one.request.version == "v0" else "others"):
             waits[group].append(one.first - one.arrived)
+    totals = [one.ended - one.arrived for one in world.served.values() if one.ended is not None]
     ends = [one.ended for one in world.served.values() if one.ended is not None]
     return {
         "scenario": scenario,
@@ -104,6 +105,7 @@ def play(scenario: str, front: str, seed: int) -> dict[str, Any]:
         "loads": world.loads,
         "preempted": world.preempted,
         "steps": world.steps,
+        "latency_s": quantiles(totals),
         "ttft_s": {group: quantiles(values) for group, values in waits.items() if values},
     }
 
@@ -126,19 +128,30 @@ def host_table(report: dict[str, Any]) -> str:
 
 def table(report: dict[str, Any]) -> str:
     """The policies in Markdown: medians of the seeds."""
-    lines = ["| load | policy | tokens/s | TTFT p50 | p90 | max | p90 of all but v0 | loads | preempted |"]
-    lines.append("|---|---" + "|--:" * 7 + "|")
+    heads = [
+        "load",
+        "policy",
+        "tokens/s",
+        "first token p50",
+        "p90",
+        "max",
+        "p90 of all but v0",
+        "answer p50",
+        "p90",
+        "max",
+    ]
+    lines = ["| " + " | ".join([*heads, "loads", "preempted"]) + " |", "|---|---" + "|--:" * 10 + "|"]
     for scenario in SCENARIOS:
         for front in FRONTS:
             runs = [r for r in report["policies"] if (r["scenario"], r["policy"]) == (scenario, front)]
-
-            def middle(pick: Any, runs: list[Any] = runs) -> float:
-                return statistics.median(pick(r) for r in runs)
-
-            times = [middle(lambda r, q=q: r["ttft_s"]["all"][q]) for q in ("p50", "p90", "max")]
-            times.append(middle(lambda r: r["ttft_s"]["others"]["p90"]))
-            cells = [scenario, front, f"{middle(lambda r: r['tokens_per_s']):,.0f}", *(f"{t:.2f} s" for t in times)]
-            cells += [f"{middle(lambda r: r['loads']):.0f}", f"{middle(lambda r: r['preempted']):.0f}"]
+            firsts = [[r["ttft_s"]["all"][q] for r in runs] for q in ("p50", "p90", "max")]
+            firsts.append([r["ttft_s"]["others"]["p90"] for r in runs])
+            answers = [[r["latency_s"][q] for r in runs] for q in ("p50", "p90", "max")]
+            seconds = [f"{statistics.median(times):.2f} s" for times in (*firsts, *answers)]
+            rate, loads, preempted = (
+                statistics.median([r[key] for r in runs]) for key in ("tokens_per_s", "loads", "preempted")
+            )
+            cells = [scenario, front, f"{rate:,.0f}", *seconds, f"{loads:.0f}", f"{preempted:.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -186,8 +186,9 @@ class Scheduler:
             if chunk.samples and one is None:
                 self._end(sequence, _undrawable(sequence))
                 continue
-            if chunk.block_table is sequence.table:
-                self._name_blocks(sequence, chunk.start + len(chunk.tokens))
+            full = (chunk.start + len(chunk.tokens)) // self._block_size
+            if full > sequence.named and chunk.block_table is sequence.table:
+                self._name_blocks(sequence, full)
             if one is not None:
                 self._record(sequence, one)
 
@@ -282,10 +283,9 @@ class Scheduler:
             if sequence.over and not sequence.in_flight:
                 self._tell_end(sequence, self._ends.pop(sequence))
 
-    def _name_blocks(self, sequence: SequenceState, computed: int) -> None:
-        """Let others share the blocks that the first ``computed`` tokens fill."""
-        full = computed // self._block_size
-        if full > sequence.named and self._share_prefixes:
+    def _name_blocks(self, sequence: SequenceState, full: int) -> None:
+        """Let others share the first ``full`` blocks of a running request."""
+        if self._share_prefixes:
             names = sequence.names.first(full)
             for i in range(sequence.named, full):
                 self.blocks.name(sequence.table[i], names[i])
