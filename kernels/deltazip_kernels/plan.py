@@ -20,7 +20,8 @@ class Work:
     """Items of up to ``batch`` rows: ``items`` [limit, 4] int32 are slot (-1: idle), first row, end row, unused.
 
     ``turn`` is 0 for the only list of a plan, 1 and 2 for the first and the second: as no row is in both, the second's
-    launches run beside the first's and must follow them. ``sparse`` says that segments have few rows on average.
+    launch runs beside the first's, which it must follow with nothing between that makes what both read. ``sparse`` says
+    that segments have few rows on average.
     """
 
     items: Tensor

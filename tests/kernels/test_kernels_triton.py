@@ -129,8 +129,9 @@ def test_stacked_linears_and_odd_groups(codec: str, device: torch.device) -> Non
     segments = table([2, 5, 20], [0, 1, 2], device)
     x = torch.randn(27, 388, generator=torch.Generator().manual_seed(5)).to(device)
     y = torch.zeros(27, sum(n for n, _ in shapes), device=device)
-    for work in plan(segments, 27):
-        grouped_matmul(y, quantize_rows(x), deltas, work, [codec])
+    works, rows_of_x = plan(segments, 27), quantize_rows(x)
+    for work in works:
+        grouped_matmul(y, rows_of_x, deltas, work, [codec])
     for slot, rows in ((0, slice(2, 7)), (1, slice(7, 27))):
         dense = [c.dense().to(device) for c in coded[slot]]
         if slot == 1:
@@ -258,8 +259,9 @@ def test_a_captured_graph_serves_other_mixtures_and_slots(device: torch.device) 
 
     def step() -> None:
         y.zero_()
-        for work in plan(segments, rows):
-            grouped_matmul(y, quantize_rows(x), deltas, work, ["int4", "int2"])
+        works, rows_of_x = plan(segments, rows), quantize_rows(x)
+        for work in works:
+            grouped_matmul(y, rows_of_x, deltas, work, ["int4", "int2"])
 
     step()
     torch.cuda.synchronize()
