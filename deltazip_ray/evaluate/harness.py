@@ -48,7 +48,7 @@ def run_tasks(model: Model, suite: Suite) -> tuple[Score, ...]:
     Raises ConfigError when lm-eval is not installed, when it does not know a task, cannot read its data, or cannot
     score it on this kind of model.
     """
-    lm_eval, tasks = _module("lm_eval"), _module("lm_eval.tasks")
+    lm_eval, tasks, aiohttp = _module("lm_eval"), _module("lm_eval.tasks"), _module("aiohttp")
     try:
         found = lm_eval.simple_evaluate(
             model=model.kind,
@@ -63,7 +63,7 @@ def run_tasks(model: Model, suite: Suite) -> tuple[Score, ...]:
             apply_chat_template=suite.chat,
             task_manager=_manager(tasks, suite),
         )
-    except (OSError, ValueError, NotImplementedError, AssertionError) as error:
+    except (OSError, ValueError, NotImplementedError, AssertionError, aiohttp.ClientError) as error:
         # Data that is not there and servers that do not answer are OSErrors; the harness asserts what it cannot do.
         raise ConfigError(
             f"lm-eval could not score {', '.join(suite.tasks)}: {str(error) or type(error).__name__}. Without a "

@@ -20,7 +20,7 @@ from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.store import open_store
 from deltazip_ray.config import AppConfig, EngineConfig, StoreConfig
 from tests.support.catalogs import save_base_files
-from tests.support.command import scores
+from tests.support.command import deltazip, scores
 from tests.support.fake_engine import Script
 from tests.support.router_app import CatalogSource, LocalBackend
 from tests.support.tasks import GENERATED, write_task
@@ -79,3 +79,13 @@ def test_a_server_is_scored(server: str, tmp_path: Path, chat: bool) -> None:
     told = scores(server, *asked)
     assert told["version"] is None
     assert [(score["name"], score["value"]) for score in told["scores"]] == [("says:exact_match", 0.75)]
+
+
+def test_a_server_that_refuses_or_is_not_there(server: str, tmp_path: Path) -> None:
+    write_task(tmp_path / "tasks", "says", GENERATED, [{"question": "what?", "answer": "no"}])
+    asked = ("--tasks", "says", "--include", tmp_path / "tasks")
+    for url, name, hint in ((server, "nobody", "404"), ("http://127.0.0.1:9/v1", "tiny", "127.0.0.1")):
+        code, _, told = deltazip("eval", url, "--model", name, *asked)
+        assert code == 1
+        assert "lm-eval could not score says" in told
+        assert hint in told
