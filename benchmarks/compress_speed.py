@@ -191,6 +191,9 @@ def write_text(path: Path, vocab: int, tokens: int) -> Path:
 
 def measure(pair: Pair, options: CompressOptions, out: Path) -> tuple[Manifest, dict[str, float], float]:
     """The manifest, seconds by stage, and seconds in all."""
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     watch = Stopwatch(torch.device(options.device))
     undo = [watch.watch(*stage) for stage in STAGES]
     store = open_store(StoreConfig(url=out.as_uri()))
@@ -202,6 +205,9 @@ def measure(pair: Pair, options: CompressOptions, out: Path) -> tuple[Manifest, 
     finally:
         for each in undo:
             each()
+        # Also of a run that was stopped.
+        for name, seconds in sorted(watch.seconds.items(), key=lambda item: -item[1]):
+            print(f"{seconds:8.2f} s  {name}")
     return manifest, dict(watch.seconds), time.perf_counter() - start
 
 
@@ -282,8 +288,6 @@ def main() -> None:
         )
         found = report(pair, options, measure(pair, options, folder / "artifact"), args)
     args.json.write_text(json.dumps(found, indent=1) + "\n")
-    for stage, seconds in found["stages"].items():
-        print(f"{seconds:8.2f} s  {stage}")
     peak = found["memory"]["peak"] / 1e9
     print(f"{found['seconds']:8.2f} s  in all, {peak:.2f} GB at most on the GPU; {dict(found['codecs'])}")
 
