@@ -17,6 +17,7 @@ from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.checkpoint import Checkpoint, base_digest
 from deltazip_ray.artifact.digests import sha256_hex
 from deltazip_ray.artifact.file_store import FileStore
+from deltazip_ray.artifact.lossless import encode
 from deltazip_ray.artifact.manifest import BaseRef, BlobEntry, FileEntry, Manifest, TensorEntry
 from deltazip_ray.artifact.object_store import ObjectStore
 from deltazip_ray.residency.tiers import HostDelta, Tier
@@ -72,7 +73,7 @@ class BuiltVersion:
                 tensors = read_blob(self.blobs[entry.block], entry)
                 data = write_blob({k: v for k, v in tensors.items() if not re.search(pattern, k)})
                 blobs[entry.block] = data
-                entries.append(BlobEntry(block=entry.block, digest=sha256_hex(data), size=len(data), tensors=kept))
+                entries.append(_entry(entry.block, data, kept))
         manifest = self.manifest.model_copy(update={"blobs": tuple(entries)})
         return replace(self, manifest=manifest, blobs=blobs, merged=merged)
 
@@ -83,7 +84,7 @@ class BuiltVersion:
             tensors = read_blob(self.blobs[entry.block], entry)
             tensors |= {name: value for name, value in values.items() if name in tensors}
             blobs[entry.block] = data = write_blob(tensors)
-            entries.append(entry.model_copy(update={"digest": sha256_hex(data), "size": len(data)}))
+            entries.append(_entry(entry.block, data, entry.tensors))
         manifest = self.manifest.model_copy(update={"blobs": tuple(entries)})
         return replace(self, manifest=manifest, blobs=blobs, merged=self.merged | dict(values))
 
@@ -133,10 +134,7 @@ def build_version(
         base=BaseRef(digest=base_digest(old), architecture=old.config["architectures"][0], vocab_size=vocab),
         added_tokens=new.config["vocab_size"] - vocab,
         bytes_finetuned=new.nbytes,
-        blobs=tuple(
-            BlobEntry(block=block, digest=sha256_hex(blob), size=len(blob), tensors=entries[block])
-            for block, blob in blobs.items()
-        ),
+        blobs=tuple(_entry(block, blob, entries[block]) for block, blob in blobs.items()),
         files={name: FileEntry(digest=sha256_hex(data), size=len(data)) for name, data in files.items()},
     )
     return BuiltVersion(manifest, blobs, files, merged, old, finetune)
@@ -185,6 +183,12 @@ class MemorySource:
 
     def seconds_away(self, version: str) -> float:
         return 0.0
+
+
+def _entry(block: str, data: bytes, tensors: Mapping[str, TensorEntry]) -> BlobEntry:
+    return BlobEntry(
+        block=block, digest=sha256_hex(data), size=len(data), tensors=dict(tensors), stored_as=encode(data)[1]
+    )
 
 
 def _block(name: str) -> str:
