@@ -5,7 +5,7 @@ from where boto3 looks (environment, profiles, web identity).
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -131,6 +131,9 @@ class RouterConfig(Settings):
     resume_attempts: int = Field(2, ge=0, description="times a request moves on when its replica dies")
     api_keys_file: Path | None = Field(
         None, description="JSON of who may use what (docs/api.md), read again when it changes; absent: everybody, all"
+    )
+    weights: dict[str, Annotated[float, Field(ge=0.1, le=100)]] = Field(
+        {}, description="share of variants, by name, against that of others that wait; 1 when absent"
     )
     priorities: bool = Field(False, description="let clients give their requests a priority: for trusted clients")
     ebnf: bool = Field(

@@ -163,6 +163,14 @@ async def test_priorities_are_for_those_who_offer_them(app: RouterApp, config: A
         assert other.backend.requests[-1].priority == 3
 
 
+async def test_a_variants_weight_goes_with_its_requests(app: RouterApp, config: AppConfig) -> None:
+    weighing = config.model_copy(update={"router": RouterConfig(weights={"two": 2.5})})
+    async with router_app(weighing, Script(), Path(config.base)) as other:
+        for model, weight in (("two", 2.5), ("two@prod", 2.5), ("one", 1.0), ("tiny", 1.0)):
+            await other.client.post("/v1/completions", json={"model": model, "prompt": "a", "max_tokens": 2})
+            assert other.backend.requests[-1].weight == weight
+
+
 async def test_models_lists_base_variants_and_aliases(app: RouterApp, versions: dict[str, str]) -> None:
     listed = (await app.client.get("/v1/models")).json()
     assert listed["object"] == "list"

@@ -99,7 +99,8 @@ class RouterService:
         )
         # vLLM's priorities come first when they are low, the scheduler's when they are high.
         priority = -(request.priority or 0)
-        wanted = GenerateRequest(uuid.uuid4().hex, version, tuple(prompt), sampling, priority=priority)
+        weight = self.config.router.weights.get(request.model.partition("@")[0], 1.0)
+        wanted = GenerateRequest(uuid.uuid4().hex, version, tuple(prompt), sampling, priority=priority, weight=weight)
         asked = Asked(
             model=request.model,
             version=version,
