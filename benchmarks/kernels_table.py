@@ -46,10 +46,9 @@ def main() -> None:
     print("\n" + shares(of["mixture"]) + "\n")
     print(long_segments(of["beside"] + of["merged"], "int2"))
     for r in of["layer"]:
-        times = f"{r['reference'] * 1e6:.0f} us without, {r['seconds'] * 1e6:.0f} us with"
-        print(
-            f"\nlayer {r['codec']} {r['segments']}: {times}, {r['bytes'] / data['copy_bandwidth'] * 1e6:.0f} us of codes"
-        )
+        times = f"{r['reference'] * 1e6:.0f} us without deltas, {r['seconds'] * 1e6:.0f} us with them"
+        limit = r["bytes"] / data["copy_bandwidth"] * 1e6
+        print(f"\nlayer, {r['codec']} {r['segments']}: {times}, {limit:.0f} us to copy their bytes")
     for kind in ("plan", "quantize", "rms_norm_quantize", "silu_mul_quantize"):
         times = [f"{r['linear']} {r['rows']} rows {r['seconds'] * 1e6:.1f} us" for r in of.get(kind, [])]
         print(f"\n{kind}: " + ", ".join(times))
