@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -71,7 +72,9 @@ def links(size: int) -> dict[str, float]:
 
 def chunks(memory: HostMemory, uploads: Uploads) -> dict[str, float]:
     """Bytes a second of a whole arena by the size of a chunk."""
-    source = torch.frombuffer(memory.view, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it may not be written
+        source = torch.frombuffer(memory.view, dtype=torch.uint8)
     target = torch.empty(len(source), dtype=torch.uint8, device="cuda")
     found = {}
     for chunk in (1, 2, 4, 8, 16, 64):

@@ -7,7 +7,7 @@ import torch
 
 from deltazip_kernels import LAYOUT_VERSION, LOW_RANK, RAW
 from deltazip_ray.artifact.blob import coded_layout, read_blob
-from deltazip_ray.artifact.manifest import Manifest, TensorEntry
+from deltazip_ray.artifact.manifest import BlobEntry, Manifest, TensorEntry
 from deltazip_ray.engine.slot_layout import aligned, fill, room
 from deltazip_ray.engine.uploads import Upload, Uploads
 from deltazip_ray.errors import BaseMismatch, DeltaTooLarge, ManifestInvalid
@@ -15,8 +15,8 @@ from deltazip_ray.layers.targets import VALUES, AddedTarget, DeltaTarget, Matrix
 from deltazip_ray.models.weights import Placement
 from deltazip_ray.residency.tiers import HostDelta
 
-_Weight = tuple[str, Mapping[str, torch.Tensor]]
-"""A weight's codec and its tensors."""
+_Weight = tuple[DeltaTarget, str, Mapping[str, torch.Tensor]]
+"""Where a weight goes, its codec, and its tensors."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,10 @@ class DeviceSlots:
             self.uploads.lock_pages(delta.memory)
         with self.uploads.beside_steps() as upload:
             try:
-                weights = self._place(slot, delta, upload)
+                self._fill(slot, delta, upload)
             except BaseException:
                 self.clear(slot)
                 raise
-            for name, target in self.targets.items():
-                if name in weights:
-                    target.install(slot, *weights[name])
-                else:
-                    target.clear(slot)
         self._vocab[slot] = self.base.vocab_size + delta.manifest.added_tokens
 
     def clear(self, slot: int) -> None:
@@ -113,24 +108,42 @@ class DeviceSlots:
         for target in self.targets.values():
             target.clear(slot)
 
-    def _place(self, slot: int, delta: HostDelta, upload: Upload) -> dict[str, _Weight]:
-        """All weights of a version, copied to ``slot`` where that is their place."""
+    def _fill(self, slot: int, delta: HostDelta, upload: Upload) -> None:
+        """Copy a version's weights to where each belongs; those that it does not change are the base's."""
+        untouched = dict(self.targets)
+        late: list[_Weight] = []
         start = 0
-        weights: dict[str, _Weight] = {}
         for blob in delta.manifest.blobs:
-            tensors = read_blob(delta.blobs[blob.block], blob)
-            parts = {name: _parts(name, entry, tensors) for name, entry in blob.tensors.items()}
-            in_slot = {
-                (name, part): tensor.to(self.dtype) if blob.tensors[name].codec in (RAW, LOW_RANK) else tensor
-                for name, found in parts.items()
-                for part, tensor in found.items()
-                if self.targets[name].in_slot
-            }
-            copies, start = fill(self.memory[slot], start, in_slot, upload)
-            for (name, part), copy in copies.items():
-                parts[name][part] = copy
-            weights |= {name: (entry.codec, parts[name]) for name, entry in blob.tensors.items()}
-        return weights
+            weights, start = self._place(slot, start, blob, delta.blobs[blob.block], upload)
+            for weight in weights:
+                del untouched[weight[0].name]
+                if weight[0].in_slot and weight[1] == RAW:
+                    late.append(weight)  # its values are read when it is installed
+                else:
+                    _install(slot, weight)
+        for target in untouched.values():
+            target.clear(slot)
+        upload.join()
+        for weight in late:
+            _install(slot, weight)
+
+    def _place(
+        self, slot: int, start: int, blob: BlobEntry, data: memoryview, upload: Upload
+    ) -> tuple[list[_Weight], int]:
+        """The weights of a blob, on their way to ``slot`` from byte ``start`` on where that is their place, and where
+        the next blob may begin."""
+        tensors = read_blob(data, blob)
+        parts = {name: _parts(name, entry, tensors) for name, entry in blob.tensors.items()}
+        in_slot = {
+            (name, part): tensor.to(self.dtype) if blob.tensors[name].codec in (RAW, LOW_RANK) else tensor
+            for name, found in parts.items()
+            for part, tensor in found.items()
+            if self.targets[name].in_slot
+        }
+        copies, start = fill(self.memory[slot], start, in_slot, upload)
+        for (name, part), copy in copies.items():
+            parts[name][part] = copy
+        return [(self.targets[name], entry.codec, parts[name]) for name, entry in blob.tensors.items()], start
 
     def _check_entry(self, name: str, entry: TensorEntry, added: int) -> None:
         target = self.targets.get(name)
@@ -153,6 +166,11 @@ class DeviceSlots:
         ]
         if added and missing:
             raise ManifestInvalid(f"the version adds {added} tokens but has no rows {missing[0]}: compress it again")
+
+
+def _install(slot: int, weight: _Weight) -> None:
+    target, codec, tensors = weight
+    target.install(slot, codec, tensors)
 
 
 def _parts(name: str, entry: TensorEntry, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,10 +1,11 @@
 """Copies from the host to the device, beside the steps and never in their way.
 
-On CUDA a load works on a stream of its own, in chunks of which few are under way at once: a step's own small copies
-then wait for some hundred microseconds at most, and a load's thread sleeps instead of holding the interpreter. The
-load ends when the device has done all of it, which the thread waits for. So what is published after that is complete
-for every step launched later, on whatever stream, without an event between the streams. What was launched before
-does not use the slot, for the slot's pins are back. Elsewhere copies are plain ones.
+On CUDA a load works on streams of its own: one for its large copies, in chunks, and one for all else, so that tables
+are written while the next block is on its way. No more chunks are under way than keep the wire busy; the load's thread
+sleeps meanwhile instead of holding the interpreter. The load ends when the device has done all of it, which the thread
+waits for. So what is published after that is complete for every step launched later, on whatever stream, without an
+event between the streams. What was launched before does not use the slot, for the slot's pins are back. Elsewhere
+copies are plain ones.
 """
 
 from collections import deque
@@ -18,10 +19,11 @@ from deltazip_ray.engine.page_locks import PageLocks
 from deltazip_ray.residency.pace import Pace
 from deltazip_ray.residency.tiers import HostMemory
 
-CHUNK = 4 * MIB
-"""Bytes of one copy: 80 microseconds at 50 GB/s."""
-DEPTH = 4
-"""Copies of one load under way at once."""
+CHUNK = 8 * MIB
+"""Bytes of one copy: 150 microseconds at 55 GB/s, of which starting it takes three (docs/tiers.md)."""
+DEPTH = 8
+"""Copies of one load under way at once: a millisecond, in which the next block is read and the last one's tables are
+written."""
 
 
 class Upload:
@@ -35,7 +37,10 @@ class Upload:
         self._under_way: deque[torch.cuda.Event] = deque()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy ``source`` to ``target``, both ``[bytes]`` uint8; ``source`` must stay as it is until the load ends."""
+        """Copy ``source`` to ``target``, both ``[bytes]`` uint8; ``source`` must stay as it is until the load ends.
+
+        What is launched in the same block sees the bytes after :meth:`join` only.
+        """
         for start in range(0, len(source), self._chunk):
             part = slice(start, start + self._chunk)
             self._pace.take(len(source[part]))
@@ -44,8 +49,14 @@ class Upload:
                 continue
             if len(self._under_way) == DEPTH:
                 self._under_way.popleft().synchronize()
-            target[part].copy_(source[part], non_blocking=True)
+            with torch.cuda.stream(self._stream):
+                target[part].copy_(source[part], non_blocking=True)
             self._under_way.append(_mark(self._stream))
+
+    def join(self) -> None:
+        """Let what is launched from now on wait for the copies so far."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
 class Uploads:
@@ -70,12 +81,14 @@ class Uploads:
         if not self._cuda:
             yield Upload(self._pace, None, self._chunk)
             return
-        stream = torch.cuda.Stream(self._device)
-        with torch.cuda.stream(stream):
+        copies, rest = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
+        with torch.cuda.stream(rest):
+            upload = Upload(self._pace, copies, self._chunk)
             try:
-                yield Upload(self._pace, stream, self._chunk)
+                yield upload
             finally:
-                _mark(stream).synchronize()
+                upload.join()
+                _mark(rest).synchronize()
 
 
 def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -47,8 +47,8 @@ class Models:
         return bucket
 
     def blob(self, name: str) -> str:
-        """Digest of one of a version's blobs that no other version has."""
-        return self.versions[name].manifest.blobs[0].digest
+        """What one of a version's blobs, that no other version has, is called in the store."""
+        return self.versions[name].manifest.blobs[0].object_digest
 
 
 def make_models(folder: Path) -> Models:

@@ -17,6 +17,7 @@ from deltazip_deployments.router.metrics import RouterMetrics
 from deltazip_deployments.router.scrape import Labels
 from deltazip_deployments.router.service import RouterService
 from deltazip_ray.artifact.catalog import Catalog
+from deltazip_ray.artifact.lossless import read_verified
 from deltazip_ray.artifact.store import open_store
 from deltazip_ray.config import AppConfig
 from deltazip_ray.errors import DeltaZipError, EngineStopped
@@ -42,8 +43,8 @@ class CatalogSource:
 
     async def acquire(self, version: str) -> HostDelta:
         manifest = await asyncio.to_thread(self._catalog.manifest, version)
-        keys = {blob.block: self._catalog.blob_key(blob.digest) for blob in manifest.blobs}
-        blobs = {block: memoryview(self._catalog.store.get(key)) for block, key in keys.items()}
+        store, key = self._catalog.store, self._catalog.blob_key
+        blobs = {b.block: memoryview(read_verified(store, key(b.object_digest), b)) for b in manifest.blobs}
         self.held.append(version)
         return HostDelta(manifest, blobs, "remote")
 
