@@ -64,7 +64,6 @@ class World:
         self.loads = 0
         self.preempted = 0
         self.steps = 0
-        self.merges = 0
         self.served = {request.request_id: Served(request, when) for when, request in arrivals}
         self.output: Counter[str] = Counter()
         self._arrivals = arrivals

@@ -37,11 +37,6 @@ class BlockManager:
         """Blocks that nobody holds."""
         return len(self._blank) + len(self._kept)
 
-    @property
-    def kept_blocks(self) -> int:
-        """Blocks that nobody holds, with content that may be wanted again."""
-        return len(self._kept)
-
     def blocks_for(self, tokens: int) -> int:
         """Blocks that ``tokens`` positions take."""
         return -(-tokens // self.block_size)

@@ -51,18 +51,21 @@ def test_a_prompt_longer_than_the_budget_runs_in_chunks_and_samples_at_its_end()
     assert len(batches[0].chunks[0].block_table) >= 9
 
 
-def test_chunks_are_sorted_by_slot() -> None:
+def test_chunks_are_sorted_by_slot_and_segments_are_consecutive() -> None:
     sched = scheduler()
     for name, slot in [("a", 2), ("b", -1), ("c", 2), ("d", 0), ("e", -1)]:
         sched.add(request(name, 2), slot)
     batch, _ = step(sched)
     assert [c.request_id for c in batch.chunks] == ["b", "e", "d", "a", "c"]
+    assert batch.segments() == ([0, 4, 6, 10], [-1, 0, 2])
     assert batch.num_tokens == 10
 
 
 def test_an_empty_batch_is_false_and_is_not_waited_for() -> None:
     sched = scheduler()
-    assert not sched.schedule()
+    batch = sched.schedule()
+    assert not batch
+    assert batch.segments() == ([0], [])
     assert not sched.has_work
 
 
