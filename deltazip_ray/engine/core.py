@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -123,9 +123,11 @@ def _runner(
     if isinstance(attention, SdpaBackend) or not isinstance(ops, TritonOps) or not config.cuda_graphs:
         return ModelRunner(decoder, attention, ops, drawn, None)
     from deltazip_ray.engine.decode_graphs import DecodeGraphs  # needs flashinfer
+    from deltazip_ray.layers.attention.flashinfer import FlashInferBackend
 
+    paged = cast(FlashInferBackend, attention)
     pages = config.max_running * -(-config.max_model_len // config.block_size)
-    graphs = DecodeGraphs(decoder, attention, ops, drawn, config.slots, pages)
+    graphs = DecodeGraphs(decoder, paged, ops, drawn, config.slots, pages)
     return ModelRunner(decoder, attention, ops, drawn, graphs)
 
 
