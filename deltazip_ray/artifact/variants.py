@@ -8,6 +8,7 @@ servers that lack those, or only seem to have them, are why (docs/decisions/004)
 
 import logging
 import re
+import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,8 @@ class Variant(BaseModel):
     name: str
     aliases: dict[str, Digest]
     versions: list[Digest]
+    created: dict[Digest, int] = Field(default_factory=dict)
+    """When each version was first published: seconds since 1970 on the publisher's clock, 0 if nobody wrote it down."""
 
     def resolve(self, selector: str) -> str:
         """The version that an alias, a digest or its first digits stand for; raises UnknownVariant."""
@@ -65,6 +68,8 @@ class _Event(BaseModel):
     turn: int = Field(ge=1, lt=1 << 53)
     """One more than the highest that the writer had seen (Lamport's clock)."""
     id: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+    at: int = Field(0, ge=0)
+    """Seconds since 1970; told to people, and never compared."""
     version: Digest | None = None
     aliases: tuple[Annotated[str, AfterValidator(_alias)], ...] = ()
 
@@ -115,7 +120,7 @@ class VariantDocuments:
         known = self._documents(name)
         events = _union(known)
         turn = 1 + max((event.turn for event in events), default=0)
-        event = _Event(turn=turn, id=uuid.uuid4().hex, version=version, aliases=aliases)
+        event = _Event(turn=turn, id=uuid.uuid4().hex, at=int(time.time()), version=version, aliases=aliases)
         before, after = _fold(name, events), _fold(name, events | {event})
         if after != before:
             document = _Document(name=name, events=events | {event})
@@ -176,13 +181,13 @@ def _union(documents: Documents) -> frozenset[_Event]:
 
 def _fold(name: str, events: Iterable[_Event]) -> Variant | None:
     """What the events, in the order of their turns, come to; None when nothing is left of the variant."""
-    versions: dict[str, None] = {}
+    created: dict[str, int] = {}
     aliases: dict[str, str] = {}
     for event in sorted(events, key=lambda event: (event.turn, event.id)):
         if event.version is None:
-            versions.clear()
+            created.clear()
             aliases.clear()
         else:
-            versions[event.version] = None
+            created.setdefault(event.version, event.at)
             aliases |= dict.fromkeys(event.aliases, event.version)
-    return Variant(name=name, aliases=aliases, versions=list(versions)) if versions else None
+    return Variant(name=name, aliases=aliases, versions=list(created), created=created) if created else None

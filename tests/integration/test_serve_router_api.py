@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,8 @@ async def test_models_lists_base_variants_and_aliases(app: RouterApp, versions: 
         "two": versions["two"],
         "two@prod": versions["two"],
     }
+    now = time.time()
+    assert all(now - 600 < entry["created"] <= now for entry in listed["data"])
     one = (await app.client.get("/v1/models/two@prod")).json()
     assert (one["id"], one["version"], one["parent"]) == ("two@prod", versions["two"], "tiny")
     assert (await app.client.get("/v1/models/none")).status_code == 404

@@ -7,21 +7,29 @@ from deltazip_ray.artifact.catalog import Variant
 from deltazip_ray.artifact.names import LATEST
 
 
-def model_list(base_name: str, variants: Iterable[Variant]) -> list[dict[str, Any]]:
+def model_list(base_name: str, base_since: int, variants: Iterable[Variant]) -> list[dict[str, Any]]:
     """OpenAI model objects: the base, each variant, and ``name@alias`` for aliases other than the default one.
 
-    ``version`` is the digest that the name stands for now, ``parent`` the base that a variant belongs to.
+    ``version`` is the digest that the name stands for now, ``parent`` the base that a variant belongs to, ``created``
+    when that version was published, and ``base_since`` for the base (seconds since 1970).
     """
-    entries = [_entry(base_name, None, None)]
+    entries = [_entry(base_name, None, base_since, None)]
     for variant in variants:
-        entries.append(_entry(variant.name, variant.aliases.get(LATEST), base_name))
-        others = sorted(variant.aliases.items())
-        entries += [
-            _entry(f"{variant.name}@{alias}", version, base_name) for alias, version in others if alias != LATEST
-        ]
+        latest = variant.aliases.get(LATEST)
+        named = {variant.name: latest}
+        named |= {f"{variant.name}@{alias}": v for alias, v in sorted(variant.aliases.items()) if alias != LATEST}
+        for name, version in named.items():
+            created = variant.created.get(version or variant.versions[-1], 0)
+            entries.append(_entry(name, version, created, base_name))
     return entries
 
 
-def _entry(name: str, version: str | None, parent: str | None) -> dict[str, Any]:
-    # The catalog keeps no creation times; the API wants a number.
-    return {"id": name, "object": "model", "created": 0, "owned_by": "deltazip", "version": version, "parent": parent}
+def _entry(name: str, version: str | None, created: int, parent: str | None) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "deltazip",
+        "version": version,
+        "parent": parent,
+    }

@@ -15,7 +15,6 @@ from starlette.types import Receive, Scope, Send
 from deltazip_deployments.http_errors import answer_for, error_response, plain_error_response
 from deltazip_deployments.openai.answers import CHAT, COMPLETION, Answer, Form
 from deltazip_deployments.openai.body import parse_request, read_body
-from deltazip_deployments.openai.models import model_list
 from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
 from deltazip_deployments.router.choices import Choices
 from deltazip_deployments.router.keys import ApiKeys, Grant
@@ -83,14 +82,15 @@ def build_api(service: RouterService, metrics: RouterMetrics, scrape: Scrape) ->
     @api.get("/v1/models")
     async def models(request: Request) -> Response:
         grant = _grant(keys, request)
-        entries = model_list(service.config.base_name, await service.variants())
-        return JSONResponse({"object": "list", "data": [entry for entry in entries if grant.allows(entry["id"])]})
+        return JSONResponse(
+            {"object": "list", "data": [one for one in await service.models() if grant.allows(one["id"])]}
+        )
 
     @api.get("/v1/models/{model:path}")
     async def one_model(request: Request, model: str) -> Response:
         _grant(keys, request).check(model)
         version = await service.resolve(model)
-        for entry in model_list(service.config.base_name, await service.variants()):
+        for entry in await service.models():
             if entry["id"] == model or (version is not None and entry["version"] == version):
                 return JSONResponse({**entry, "id": model})
         raise UnknownVariant(f"there is no model {model!r}: GET /v1/models lists those that exist")

@@ -2,10 +2,13 @@
 
 import asyncio
 import logging
+import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Any
 
+from deltazip_deployments.openai.models import model_list
 from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
 from deltazip_deployments.router.backend import Backend, ReplicaDescription
 from deltazip_deployments.router.choices import Asked, Choices, nth
@@ -17,7 +20,7 @@ from deltazip_deployments.text.output import OutputText
 from deltazip_deployments.text.text_cache import TextCache
 from deltazip_deployments.text.version_files import version_files
 from deltazip_deployments.text.version_text import VersionText, load_version_text
-from deltazip_ray.artifact.catalog import Catalog, Variant
+from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.names import parse_ref
 from deltazip_ray.config import AppConfig
 from deltazip_ray.errors import DeltaZipError, EngineStopped, InvalidRequest, PromptTooLong, StoreUnavailable
@@ -44,6 +47,7 @@ class RouterService:
         self._backend = backend
         self._open_catalog = open_catalog
         self._base_files = base_files
+        self._since = int(time.time())
         self._texts = TextCache(self._load_text)
         self._replicas: ReplicaDescription | None = None
         self._catalog: Catalog | None = None
@@ -73,9 +77,9 @@ class RouterService:
         problem = self._directory.problem
         return Health("ok") if problem is None else Health("degraded", (problem,))
 
-    async def variants(self) -> Sequence[Variant]:
-        """The known variants; raises StoreUnavailable, EngineStopped."""
-        return await self._ready_directory().variants()
+    async def models(self) -> list[dict[str, Any]]:
+        """OpenAI's objects of all that ``model`` may name; raises StoreUnavailable, EngineStopped."""
+        return model_list(self.config.base_name, self._since, await self._ready_directory().variants())
 
     async def resolve(self, model: str) -> str | None:
         """The version that ``model`` stands for, None for the base.
