@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -21,6 +21,9 @@ from deltazip_ray.models.decoder import Decoder
 from deltazip_ray.models.decoder_config import DecoderConfig, read_decoder_config
 from deltazip_ray.models.weights import Placement, WeightReader, WeightSource
 from deltazip_ray.scheduler.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from deltazip_ray.layers.attention.flashinfer import FlashInferBackend
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +126,8 @@ def _runner(
     if isinstance(attention, SdpaBackend) or not isinstance(ops, TritonOps) or not config.cuda_graphs:
         return ModelRunner(decoder, attention, ops, drawn, None)
     from deltazip_ray.engine.decode_graphs import DecodeGraphs  # needs flashinfer
-    from deltazip_ray.layers.attention.flashinfer import FlashInferBackend
 
-    paged = cast(FlashInferBackend, attention)
+    paged = cast("FlashInferBackend", attention)
     pages = config.max_running * -(-config.max_model_len // config.block_size)
     graphs = DecodeGraphs(decoder, paged, ops, drawn, config.slots, pages)
     return ModelRunner(decoder, attention, ops, drawn, graphs)
