@@ -3,11 +3,16 @@
 import asyncio
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
+from deltazip_ray.config import EngineConfig
+from deltazip_ray.engine.async_engine import AsyncEngine
+from deltazip_ray.errors import EngineStopped
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
-from tests.support.engines import GREEDY, RunningEngine, random_prompt, running, serving
+from tests.support.engines import GREEDY, SETTINGS, RunningEngine, random_prompt, running, serving
 from tests.support.versions import MemorySource
 from tests.support.zoo import Zoo
 
@@ -111,3 +116,27 @@ async def test_one_step_ahead_random_requests_with_random_cancellations_leak_not
         assert run.metric("evictions_total") > 4
     assert left > 20
     assert not any(source.held.values())
+
+
+async def test_a_lost_device_stops_the_engine_and_its_health_check_says_so(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = AsyncEngine(EngineConfig(**SETTINGS), zoo.base, MemorySource(), CollectorRegistry())
+    await engine.start()
+    streams = [engine.generate(GenerateRequest("r", None, (5, 6), replace(GREEDY, max_tokens=200))) for _ in range(3)]
+    for stream in streams:
+        await anext(stream)
+
+    def lost(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    parts: Any = engine._parts
+    monkeypatch.setattr(parts.core.runner, "launch", lost)
+    monkeypatch.setattr(parts.core.runner, "synchronize", lost)
+    for stream in streams:
+        with pytest.raises(EngineStopped):  # another replica goes on with it
+            async for _ in stream:
+                pass
+    with pytest.raises(EngineStopped):
+        await engine.check()
+    await engine.stop()
