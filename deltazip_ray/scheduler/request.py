@@ -71,15 +71,14 @@ class SamplingParams:
         return self.structure is not None or self.penalized
 
     @property
+    def edits(self) -> bool:
+        """Whether logits are changed before a token is chosen."""
+        return bool(self.logit_bias) or self.min_tokens > 0 or self.sequential
+
+    @property
     def plain(self) -> bool:
         """Whether nothing is wanted but the best token."""
-        return (
-            self.greedy
-            and self.logprobs is None
-            and self.min_tokens == 0
-            and not self.logit_bias
-            and not self.sequential
-        )
+        return self.greedy and self.logprobs is None and not self.edits
 
 
 class Matcher(Protocol):

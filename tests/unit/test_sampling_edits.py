@@ -22,7 +22,7 @@ from deltazip_ray.engine.sampling import Draw, SamplingBatch, sample
 from deltazip_ray.engine.sampling.draw import DrawState
 from deltazip_ray.engine.sampling.edits import edits
 from deltazip_ray.scheduler.batch import Drawn
-from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
+from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, Structure
 
 VOCAB = 96
 HISTORY = [5, 9, 5, 5, 31, 9, 77]
@@ -121,12 +121,13 @@ class _Allows:
 def test_a_mask_leaves_what_is_allowed_in_its_own_rows(vocab: int) -> None:
     allowed = [0, 31, 32, 40, 55]
     matcher = _Allows(allowed, vocab)
-    request = GenerateRequest("r", None, (5, 9, 5, 31), SamplingParams(), output_offset=2, matcher=matcher)
+    params = SamplingParams(structure=Structure("json"))
+    request = GenerateRequest("r", None, (5, 9, 5, 31), params, output_offset=2, matcher=matcher)
     state = DrawState(request)
     state.advance([5, 9, 5, 31, 7])
     assert matcher.seen == [5, 31, 7]
     logits = random_logits(3, seed=5)
-    found = edited(logits, Draw(SamplingParams(), 0), Draw(request.sampling, 0, state), Draw(SamplingParams(), 0))
+    found = edited(logits, Draw(SamplingParams(), 0), Draw(params, 0, state), Draw(SamplingParams(), 0))
     assert torch.equal(found[[0, 2]], logits[[0, 2]])
     assert found[1].isfinite().nonzero()[:, 0].tolist() == allowed
     assert torch.equal(found[1, allowed], logits[1, allowed])
