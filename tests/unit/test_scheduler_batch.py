@@ -272,13 +272,9 @@ def test_a_stop_token_is_found_one_step_late_and_the_end_is_told_when_no_step_ha
     assert (news(sched), sched.has_work) == ({"a": TokenChunk((), "stop")}, False)
 
 
-class Grammar(SamplingParams):
-    sequential = True  # type: ignore[assignment]  # as a request with a grammar is
-
-
 def test_a_sequential_request_waits_for_its_token_and_keeps_its_share_of_the_step() -> None:
     sched = scheduler(max_batch_tokens=2)
-    sched.add(GenerateRequest("a", None, (1,), Grammar(max_tokens=5)), 0)
+    sched.add(request("a", 1, repetition_penalty=1.1), 0)
     first = sched.schedule()
     sched.add(request("b", 2), 0)
     second = sched.schedule()

@@ -25,10 +25,6 @@ STOP = 0
 VERSIONS = (None, "v0", "v1", "v2")
 
 
-class Sequential(SamplingParams):
-    sequential = True  # type: ignore[assignment]  # as a request with a grammar is
-
-
 def next_token(version: str | None, context: Sequence[int]) -> int:
     """A token that depends on the version, on every token before it and on their order."""
     value = 17 + VERSIONS.index(version)
@@ -55,7 +51,7 @@ class PagedModel:
 
     def __init__(self, config: EngineConfig) -> None:
         self.size = config.block_size
-        self.cache: list[tuple[str | None, int] | None] = [None] * (config.kv_blocks * config.block_size)
+        self.cache: list[tuple[str | None, int] | None] = [None] * ((config.kv_blocks or 0) * config.block_size)
         self.drawn: list[int] = []
 
     def launch(self, batch: Batch) -> list[int]:
@@ -110,7 +106,7 @@ class Driver:
             self.sched.add(request, VERSIONS.index(request.version) - 1)
         except PromptTooLong:
             total = len(request.prompt) + request.sampling.max_tokens
-            assert total > self.config.max_model_len or total - 1 > self.config.kv_blocks * self.config.block_size
+            assert total > self.config.max_model_len or total - 1 > len(self.model.cache)
             return False
         self.live[request.request_id] = request
         self.output[request.request_id] = []
@@ -195,8 +191,11 @@ class Arrival:
     abort_after: int | None
 
     def request(self, name: str) -> GenerateRequest:
-        params = Sequential if self.sequential else SamplingParams
-        sampling = params(max_tokens=self.max_tokens, stop_token_ids=frozenset({STOP}))
+        sampling = SamplingParams(
+            max_tokens=self.max_tokens,
+            stop_token_ids=frozenset({STOP}),
+            repetition_penalty=1.1 if self.sequential else 1.0,
+        )
         return GenerateRequest(
             name, self.version, (5,) * self.common + self.prompt, sampling, priority=self.priority, weight=1.5
         )
