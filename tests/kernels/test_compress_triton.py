@@ -86,7 +86,7 @@ def test_a_round_of_descent_equals_the_torch_body(codec: Codec, shape: tuple[int
     assert not found[1].equal(start)
 
 
-@EVERY_DENSE
+@pytest.mark.parametrize("codec", [CODECS["int4"], CODECS["int1"]], ids=["int4", "int1"])
 def test_the_solver_over_the_kernels_loses_no_more_than_over_torch(codec: Codec, device: torch.device) -> None:
     delta, metric = random_delta(20, 150, device), damped(150, device)
     lost = []
