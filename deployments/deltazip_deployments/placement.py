@@ -1,8 +1,9 @@
 """Where a request's first token will come soonest: a pure prediction in seconds, no Ray in sight."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 
@@ -56,6 +57,45 @@ def cost(view: ReplicaView, version: str | None, costs: Costs) -> float:
 
 
 _Key = TypeVar("_Key", bound=Hashable)
+
+
+class Heat:
+    """Requests under way by version: says when one has become so much hotter that a hint may be worth while."""
+
+    def __init__(self) -> None:
+        self._ongoing: Counter[str] = Counter()
+        self._hinted: dict[str, int] = {}
+
+    def began(self, version: str) -> bool:
+        """One more; True when that makes 4, 8, 16 and so on for the first time since the version was cold."""
+        self._ongoing[version] += 1
+        count = self._ongoing[version]
+        if count < _HOT or count < 2 * self._hinted.get(version, 0):
+            return False
+        self._hinted[version] = count
+        return True
+
+    def ended(self, version: str) -> None:
+        """One less."""
+        self._ongoing[version] -= 1
+        if not self._ongoing[version]:
+            del self._ongoing[version]
+            self._hinted.pop(version, None)
+
+
+_HOT = 4
+"""Requests of one version at once, from which on it may be wanted on another replica too."""
+
+
+def spill_target(views: Mapping[_Key, ReplicaView], version: str, costs: Costs) -> _Key | None:
+    """Where a version would go if its replica had twice as much to do, and is not yet: there it should be fetched now.
+
+    None: nowhere. ``views`` must not be empty.
+    """
+    home = choose(views, version, costs)
+    busier = replace(views[home], ongoing=2 * views[home].ongoing)
+    target = choose({**views, home: busier}, version, costs)
+    return None if target == home or version in views[target].device | views[target].loading else target
 
 
 def choose(views: Mapping[_Key, ReplicaView], version: str | None, costs: Costs) -> _Key:

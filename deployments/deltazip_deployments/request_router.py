@@ -12,8 +12,10 @@ from typing import Any
 
 from ray.serve.request_router import LocalityMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from deltazip_deployments.placement import Costs, ReplicaView, choose
+from deltazip_deployments.placement import Costs, ReplicaView, choose, spill_target
 
+PREFETCH = "prefetch"
+"""The replicas' method that has a version fetched: it goes where the version would spill to, not where it is."""
 _TRUST_OWN_ASSIGNMENT_S = 10.0
 _SUSPECT_S = 3.0
 
@@ -89,7 +91,11 @@ class DeltaAwareRouter(LocalityMixin, RequestRouter):
             return []
         version = pending_request.metadata.multiplexed_model_id or None if pending_request else None
         views = {replica.replica_id: self._view(replica) for replica in candidate_replicas}
-        best = choose(views, version, self._costs)
+        best = None
+        if version is not None and pending_request is not None and pending_request.metadata.call_method == PREFETCH:
+            best = spill_target(views, version, self._costs)
+        if best is None:
+            best = choose(views, version, self._costs)
         return [[replica for replica in candidate_replicas if replica.replica_id == best]]
 
     def _open_replicas(self) -> list[RunningReplica]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltazip_deployments.placement import Costs, ReplicaView, choose, cost
+from deltazip_deployments.placement import Costs, Heat, ReplicaView, choose, cost, spill_target
 
 COSTS = Costs()
 IDLE = ReplicaView(slots=4, capacity=8)
@@ -73,3 +73,32 @@ def test_one_more_request_never_makes_a_replica_cheaper(
     )
     assert 0 <= cost(view, "v", COSTS) < cost(replace(view, ongoing=ongoing + 1), "v", COSTS)
     assert cost(view, None, COSTS) <= cost(view, "v", COSTS)
+
+
+def test_a_version_is_prefetched_where_it_would_go_if_it_were_twice_as_hot() -> None:
+    warm = ReplicaView(device=frozenset("v"), slots=4, capacity=8)
+    cold = ReplicaView(slots=4, capacity=8)
+    near = ReplicaView(host=frozenset("v"), slots=4, capacity=8)
+
+    def target(ongoing: int, other: ReplicaView) -> str | None:
+        return spill_target({"home": replace(warm, ongoing=ongoing), "other": other}, "v", Costs())
+
+    assert target(1, cold) is None
+    assert target(5, cold) is None, "twice as many wait for a second, loading takes two"
+    assert target(6, cold) == "other"
+    assert target(3, near) == "other"
+    assert target(6, replace(cold, loading=frozenset("v"))) is None
+    assert target(6, replace(cold, device=frozenset("v"))) is None
+    assert spill_target({"only": replace(warm, ongoing=100)}, "v", Costs()) is None
+
+
+def test_a_version_is_hot_at_four_requests_and_each_time_they_double() -> None:
+    heat = Heat()
+    assert [n for n in range(1, 40) if heat.began("v")] == [4, 8, 16, 32]
+    assert not heat.began("w")
+    for _ in range(35):
+        heat.ended("v")
+    assert [n for n in range(5, 90) if heat.began("v")] == [64], "it has been told of before"
+    for _ in range(89):
+        heat.ended("v")
+    assert [n for n in range(1, 5) if heat.began("v")] == [4], "it was cold meanwhile"

@@ -1,5 +1,7 @@
 """What the router needs of the replicas, and how it gets it through a Serve handle."""
 
+import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,9 +10,16 @@ import grpc
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
+from deltazip_deployments.placement import Heat
 from deltazip_deployments.ray_errors import unwrapped
+from deltazip_deployments.request_router import PREFETCH
 from deltazip_ray.errors import EngineStopped
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
+
+_LOST = (RayActorError, RequestCancelledError, DeploymentUnavailableError, grpc.aio.AioRpcError)
+"""What a call ends with whose replica is gone."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,9 @@ class HandleBackend:
     """Replicas behind a deployment handle, reached by gRPC: a chunk costs a quarter of what an actor call does."""
 
     def __init__(self, handle: Any) -> None:
+        self._prefetch = handle.options(method_name=PREFETCH, _by_reference=False)
+        self._heat = Heat()
+        self._hints: set[asyncio.Task[None]] = set()
         self._describe = handle.options(method_name="describe", _by_reference=False)
         self._generate = handle.options(method_name="generate", stream=True, _by_reference=False)
 
@@ -53,6 +65,10 @@ class HandleBackend:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """See Backend. The version travels as the model id that placement goes by."""
+        if request.version is not None and self._heat.began(request.version):
+            hint = asyncio.create_task(self._hint(request.version))
+            self._hints.add(hint)
+            hint.add_done_callback(self._hints.discard)
         chunks = self._generate.options(multiplexed_model_id=request.version or "").remote(request)
         finished = False
         try:
@@ -61,12 +77,21 @@ class HandleBackend:
                 yield chunk
         except RayTaskError as error:
             raise unwrapped(error) from error
-        except (RayActorError, RequestCancelledError, DeploymentUnavailableError, grpc.aio.AioRpcError) as error:
+        except _LOST as error:
             raise EngineStopped(_GONE) from error
         finally:
             chunks.cancel()
+            if request.version is not None:
+                self._heat.ended(request.version)
         if not finished:
             raise EngineStopped(_GONE)
+
+    async def _hint(self, version: str) -> None:
+        """Have a version that becomes hot fetched where it will be wanted next, before its queue is that long."""
+        try:
+            await self._prefetch.options(multiplexed_model_id=version).remote(version)
+        except (*_LOST, RayTaskError) as error:
+            logger.info("a hint to prefetch version %s was lost: %r", version[:12], error)
 
 
 _GONE = "the replica that worked on this request is gone: send the request again"
