@@ -19,7 +19,7 @@ from deltazip_kernels.table import CODEC_IDS, DeltaTable, table_of
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _INNER_CHUNK = 512  # columns of K that one program of a low-rank product adds up
-_EXPAND_ROWS, _EXPAND_WARPS = 256, 4
+_EXPAND_ROWS, _EXPAND_WARPS = 512, 8
 
 
 @dataclass(frozen=True)
