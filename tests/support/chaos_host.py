@@ -15,6 +15,7 @@ from typing import Any, cast
 from prometheus_client import CollectorRegistry
 
 from deltazip_ray.artifact.catalog import Catalog
+from deltazip_ray.artifact.file_store import FileStore
 from deltazip_ray.artifact.manifest import Manifest
 from deltazip_ray.config import MIB, BreakerConfig, NodeStoreConfig
 from deltazip_ray.engine.versions import Versions
@@ -25,7 +26,7 @@ from deltazip_ray.residency.host_cache import HostCache
 from deltazip_ray.residency.slot_table import Pin
 from deltazip_ray.residency.tiers import HostDelta
 from tests.support.faulty_store import FaultyStore
-from tests.support.plain_versions import BASE, make_manifest, put_manifest, put_version
+from tests.support.plain_versions import BASE, make_manifest, put_version
 
 ARENA_PAGES = 12
 SLOTS = 3
@@ -125,10 +126,12 @@ class ChaosHost:
         return self.source.cache
 
     def publish(self, blobs: Blobs) -> str:
-        """A version whose manifest and blobs are in the store."""
-        version = put_version(self.catalog, blobs)
+        """A version whose manifest and blobs are in the store, those of every other one compressed."""
+        compress = len(self.truth) % 2 == 1
+        manifest = make_manifest(blobs, compress=compress)
+        version = put_version(self.catalog, blobs, compress=compress)
         self.truth[version] = blobs
-        self.manifests[version] = make_manifest(blobs)
+        self.manifests[version] = manifest
         return version
 
     def unpublish(self, version: str) -> None:
@@ -137,16 +140,16 @@ class ChaosHost:
 
     def repair(self, version: str) -> None:
         """Everything of a version is written to the store again."""
-        put_manifest(self.catalog, self.manifests[version])
-        for entry in self.manifests[version].blobs:
-            self.store.put(self.catalog.blob_key(entry.digest), self.truth[version][entry.block])
+        compressed = any(entry.stored_as for entry in self.manifests[version].blobs)
+        put_version(self.catalog, self.truth[version], compress=compressed)
 
     def corrupt(self, version: str, block: int) -> None:
-        """One blob in the store changes, for good."""
+        """One blob in the store changes."""
         entry = self.manifests[version].blobs[block % len(self.manifests[version].blobs)]
-        data = bytearray(self.truth[version][entry.block])
+        key = self.catalog.blob_key(entry.object_digest)
+        data = bytearray(FileStore.get(self.store, key))
         data[len(data) // 2] ^= 0x10
-        self.store.put(self.catalog.blob_key(entry.digest), bytes(data))
+        self.store.put(key, bytes(data))
 
     def damage_disk(self, index: int, how: str) -> None:
         """Something happens to the disk tier's files."""
