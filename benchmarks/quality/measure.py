@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,7 @@ from deltazip_deployments.demo.corpus import IGNORED
 from deltazip_kernels.layout import CODECS
 from deltazip_ray.artifact.checkpoint import Checkpoint
 from deltazip_ray.compress import grid as torch_grid
+from deltazip_ray.compress import solver
 from deltazip_ray.compress.options import Coding
 from deltazip_ray.compress.solver import Solver
 
@@ -128,6 +130,8 @@ class Bench:
             "ours, int1 for all": partial(shop.compressed, codec="int1"),
             "ours, int3 for all": partial(shop.compressed, codec="int3"),
             "ours, int4 for all": partial(shop.compressed, codec="int4"),
+            "no descent, int2": partial(self._without_descent, "int2"),
+            "no descent, int1": partial(self._without_descent, "int1"),
         }
 
     def others(self) -> dict[str, Callable[[], Made]]:
@@ -183,6 +187,11 @@ class Bench:
         matrices = block_matrices(self._model).values()
         size = sum(2 * RANK * (rows + columns) for rows, columns in (matrix.shape for matrix in matrices))
         return Made(self._load(path.name), size, size, 0.0)
+
+    def _without_descent(self, codec: Coding) -> Made:
+        """The product's solver without its last stage."""
+        with patch.object(solver, "SWEEPS", 0):
+            return self._shop.compressed(codec=codec)
 
     def _bitdelta(self) -> Made:
         """One sign a weight and one scale a matrix (arXiv 2402.10193).

@@ -20,6 +20,7 @@ WHOLE, BASE = "fine-tune", "base"
 FAMILIES = (
     ("ours, targets", "tab:blue", "o", lambda name: name.startswith("ours") and "for all" not in name),
     ("ours, one codec for all", "tab:cyan", "s", lambda name: name.startswith("ours")),
+    ("ours, one codec, no descent", "black", "x", lambda name: name.startswith("no descent")),
     ("rounded deltas", "tab:gray", "v", lambda name: name.startswith("rounded")),
     ("2:4 deltas (DeltaZip)", "tab:red", "D", lambda name: name.startswith("2:4")),
     ("BitDelta", "tab:purple", "P", lambda name: name == "BitDelta"),

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 deadline,
             )
             for task in given.tasks
-            for side in SIDES
+            for side in given.sides
         ]
         running = [context.Process(target=measure, args=(job,)) for job in jobs]
         for process in running:
@@ -143,6 +143,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, help="folder for artifacts while they are measured")
     parser.add_argument("--deadline-s", type=float, default=3600, help="begin nothing that would not be done by then")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--sides", nargs="*", choices=SIDES, default=list(SIDES))
     parser.add_argument("--processes", type=int, default=8, help="that prepare data")
     parser.add_argument("--commit", default="unknown", help="of the code, for the record")
     parser.add_argument("--compile", action="store_true", help="compile the layers for training")

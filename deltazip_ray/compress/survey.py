@@ -89,19 +89,20 @@ class Surveyor:
         """Try every coding on linears that share their input."""
         inputs = flow.inputs[linears[0]]
         hessian = Hessian(inputs.shape[2], inputs.device)
-        for sequence, mask in zip(inputs, self._mask, strict=True):
-            hessian.add(sequence[mask])
+        batch = self._options.batch_sequences
+        for part, mask in zip(torch.split(inputs, batch), torch.split(self._mask, batch), strict=True):
+            hessian.add(part[mask])
         hessian.check(weights.full(linears[0]))
         deltas = {linear: weights.delta(f"{linear}.weight") for linear in linears}
         costs: dict[str, dict[Coding, float]] = {linear: {} for linear in linears}
         for coding, lost in lost_by_coding(deltas, Solver(hessian.damped(self._options.damping)).solve):
             for linear in linears:
                 # Padding has no gradient, for nothing before it looks at it.
+                parts = zip(torch.split(inputs, batch), torch.split(flow.gradients[linear], batch), strict=True)
                 products = [
-                    ((sequence.float() @ lost[linear].T) * gradient.float()).sum()
-                    for sequence, gradient in zip(inputs, flow.gradients[linear], strict=True)
+                    ((part.float() @ lost[linear].T) * gradient.float()).sum((1, 2)) for part, gradient in parts
                 ]
-                costs[linear][coding] = self._cost(torch.stack(products))
+                costs[linear][coding] = self._cost(torch.cat(products))
         for linear in linears:
             name = weights.full(f"{linear}.weight")
             self._survey.add(name, weights.finetuned[name], costs[linear])
