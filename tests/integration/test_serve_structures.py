@@ -5,6 +5,7 @@ import json
 import random
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -12,6 +13,7 @@ import openai
 import pytest
 import pytest_asyncio
 
+from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
 from deltazip_ray.artifact.file_store import FileStore
 from tests.support.real_router import RealApp, real_router
 from tests.support.tiny import ALPHABET, make_base, make_finetune
@@ -161,3 +163,23 @@ async def test_structures_that_cannot_be_used_are_the_clients_error(
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=message):
         await say(app, 0, "base", extra_body={"structured_outputs": structure})
+
+
+def examples() -> list[tuple[str, dict[str, Any]]]:
+    """Path and body of each curl command of docs/api.md."""
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    found = re.findall(r"curl -sN? localhost:8000(/\S+) -H '[^']*' -d '(.*?)'\n", text, re.DOTALL)
+    return [(path, json.loads(body)) for path, body in found]
+
+
+@pytest.mark.parametrize(("path", "body"), examples())
+async def test_commands_of_the_manual(app: RealApp, path: str, body: dict[str, Any]) -> None:
+    response = await app.router.client.post(path, json=body | {"model": "variant-0"}, timeout=30)
+    assert response.status_code == 200, response.text
+
+
+async def test_every_field_is_in_the_manual() -> None:
+    assert len(examples()) == 3
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    fields = {**CompletionRequest.model_fields, **ChatRequest.model_fields}
+    assert [name for name in fields if f"`{name}`" not in text] == []
