@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import isfinite, prod
 
+import torch
 from torch import Tensor
 
 from deltazip_kernels.layout import packed_layout
@@ -76,7 +77,9 @@ class Survey:
 def lost_by_coding(deltas: Mapping[str, Tensor], encode: Encode) -> Iterator[tuple[Coding, dict[str, Tensor]]]:
     """What each coding but raw loses of each of ``deltas`` ``[N, K]``, which share their inputs."""
     for coding in LADDER[:-1]:
-        yield coding, {name: deltas[name] - added for name, (_, added) in attempt(deltas, coding, encode).items()}
+        found = attempt(deltas, coding, encode)
+        # In place: a head has half a billion weights.
+        yield coding, {name: torch.sub(deltas[name], added, out=added) for name, (_, added) in found.items()}
 
 
 def stored_bytes(name: str, values: Tensor, coding: Coding) -> int:

@@ -9,6 +9,8 @@ from deltazip_ray.errors import CompressionError
 COLUMNS = 2048
 """Columns of an inverse that are held in float64 at a time."""
 
+PIECE = 16384
+"""Rows whose products are held at a time."""
 JITTER = 1e-6
 """First addition to the diagonal of an indefinite matrix, above the rounding of float32 sums of squares."""
 
@@ -49,7 +51,8 @@ class Hessian:
     @float32_products("highest")
     def squared_norm(self, rows: Tensor) -> Tensor:
         """``‖x rowᵀ‖²`` summed over the inputs and all ``rows`` ``[N, columns]``: a scalar."""
-        return ((rows @ self.matrix) * rows).sum()
+        # In pieces: a head has many rows.
+        return torch.stack([((part @ self.matrix) * part).sum() for part in torch.split(rows, PIECE)]).sum()
 
 
 def inverse_factor(damped: Tensor, order: Tensor) -> Tensor:

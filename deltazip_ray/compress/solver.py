@@ -132,20 +132,20 @@ def descend(delta: Tensor, coded: Coded, metric: Tensor, codec: Codec, grid: Gri
     ``metric`` ``[K, K]`` is the damped Hessian, in whose norm the error counts.
     """
     codes, scales = coded.codes.clone(), coded.scales.clone()
-    slopes = (delta - coded.dequantized(codec)) @ metric
+    lost = delta - coded.dequantized(codec)
+    groups = [slice(start, min(start + GROUP, delta.shape[1])) for start in range(0, delta.shape[1], GROUP)]
     for _ in range(SWEEPS):
-        for index, start in enumerate(range(0, delta.shape[1], GROUP)):
-            group = slice(start, min(start + GROUP, delta.shape[1]))
+        for index, group in enumerate(groups):
+            slopes, here = lost @ metric[:, group], metric[group, group]
             levels = codes[:, group].float() - codec.zero
-            before = levels * scales[:, index, None]
-            here = metric[group, group]
-            change = _better_scale(levels, scales[:, index], slopes[:, group], here)
+            change = _better_scale(levels, scales[:, index], slopes, here)
             scales[:, index] += change
             grid.recode_group(
-                codes[:, group], scales[:, index], slopes[:, group] - change[:, None] * (levels @ here), here, codec
+                codes[:, group], scales[:, index], slopes - change[:, None] * (levels @ here), here, codec
             )
-            after = (codes[:, group].float() - codec.zero) * scales[:, index, None]
-            slopes.addmm_(after - before, metric[group], alpha=-1)
+            torch.sub(
+                delta[:, group], (codes[:, group].float() - codec.zero) * scales[:, index, None], out=lost[:, group]
+            )
     return Coded(codes, scales, None)
 
 

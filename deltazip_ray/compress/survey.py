@@ -153,9 +153,8 @@ class Surveyor:
         delta = kept.to(states.device).float() - base.to(states.device).float()
         costs = {}
         for coding, lost in lost_by_coding({name: delta}, encode):
-            worse = placed.float().clone()
-            worse[: len(base)] -= lost[name]
-            rebuilt = self._runner.place(worse)
+            rebuilt = placed.clone()
+            rebuilt[: len(base)] -= lost[name]
             costs[coding] = divergence(states, placed, states, rebuilt, self._pair.skeleton.logits_softcap)
         if tied:
             self._tied_costs = costs
