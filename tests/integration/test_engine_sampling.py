@@ -36,3 +36,23 @@ async def test_stop_tokens_end_the_output_and_are_not_returned(zoo: Zoo) -> None
         assert run.metric("requests_total", outcome="length") == 2
     assert stopped == free[: free.index(stop)]
     assert ignored == free
+
+
+async def test_steps_ahead_change_nothing_for_draws_that_look_back(zoo: Zoo) -> None:
+    free = SamplingParams(max_tokens=20, temperature=0.9, seed=5)
+    kinds = [
+        free,
+        replace(free, repetition_penalty=1.5),
+        replace(free, presence_penalty=1.0, frequency_penalty=0.5),
+        replace(free, temperature=0.0, repetition_penalty=2.0),
+        replace(free, logit_bias=((40, 3.0),), min_tokens=8, stop_token_ids=frozenset({40})),
+        replace(free, min_p=0.2, top_k=30),
+    ]
+
+    async def outputs(*, ahead: bool) -> list[list[int]]:
+        # Few blocks, so that some are preempted and computed again.
+        async with running(zoo.base, MemorySource(*zoo.versions), async_steps=ahead, kv_blocks=12) as run:
+            requests = [run.generate(random_prompt(i, 12), zoo.names[i % 5], kinds[i % len(kinds)]) for i in range(12)]
+            return await asyncio.gather(*requests)
+
+    assert await outputs(ahead=True) == await outputs(ahead=False)

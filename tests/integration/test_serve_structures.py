@@ -125,6 +125,15 @@ async def test_n_outputs_of_a_completion_are_structured_each_on_its_own(app: Rea
     assert len(set(texts)) == 4
 
 
+async def test_a_structure_goes_on_in_another_replica(app: RealApp) -> None:
+    fields = {"extra_body": {"structured_outputs": {"regex": "(ab|cd|[x-z]){12}"}, "frequency_penalty": 1.5}}
+    unbroken = await say(app, 8, "variant-0", **fields)
+    app.router.backend.fail_after = [3, 2]
+    assert await say(app, 8, "variant-0", **fields) == unbroken
+    assert [request.output_offset for request in app.router.backend.requests[-3:]] != [0, 0, 0]
+    assert re.fullmatch("(ab|cd|[x-z]){12}", unbroken)
+
+
 async def test_tokens_that_a_version_added_count_and_special_ones_do_not(app: RealApp) -> None:
     for choice in ("<one>", "<one>a", "<bos>"):
         text = await say(app, 1, "variant-1", extra_body={"structured_outputs": {"choice": [choice]}})
