@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from deltazip_kernels.layout import GROUP, Codec
 from deltazip_ray.compress import grid as torch_grid
@@ -97,12 +98,11 @@ def coding_order(energy: Tensor) -> Tensor:
     have their scales as before, so that what is stored does not change: groups are sorted, and columns inside a group.
     A last group that is not full stays last.
     """
-    group = torch.arange(len(energy), device=energy.device) // GROUP
-    sums = energy.new_zeros(len(energy)).index_add_(0, group, energy)
+    sums = pad(energy, (0, -len(energy) % GROUP)).view(-1, GROUP).sum(1)
     sums[len(energy) // GROUP :] = -1
     order = energy.argsort(descending=True, stable=True)
-    order = order[group[order].argsort(stable=True)]
-    return order[sums[group[order]].argsort(descending=True, stable=True)]
+    order = order[(order // GROUP).argsort(stable=True)]
+    return order[sums[order // GROUP].argsort(descending=True, stable=True)]
 
 
 def compensate(delta: Tensor, factor: Tensor, codec: Codec, grid: Grid = torch_grid) -> tuple[Coded, Tensor]:
