@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import zstandard
 from torch import Tensor
 
 from deltazip_kernels.layout import CODECS, LAYOUT_VERSION
 from deltazip_ray.artifact.artifact import ArtifactWriter, open_artifact
 from deltazip_ray.artifact.blob import read_blob
 from deltazip_ray.artifact.checkpoint import base_digest
+from deltazip_ray.artifact.lossless import read_verified
 from deltazip_ray.artifact.manifest import BaseRef, CodecName, Manifest, blob_key
 from deltazip_ray.artifact.store import open_store
 from deltazip_ray.compress.allocation import allocate
@@ -31,7 +31,6 @@ from deltazip_ray.compress.solver import round_to_nearest
 from deltazip_ray.compress.survey import Surveyor
 from deltazip_ray.config import StoreConfig
 
-ZSTD_LEVEL = 9
 Encode = Callable[[str, Tensor], tuple[Coding, Coded]]
 """Codes a matrix of that name, given its delta ``[N, K]``."""
 
@@ -45,7 +44,7 @@ class Made:
     bytes_gpu: int
     """What a slot holds of it: all blobs, headers and norms included."""
     bytes_stored: int
-    """The same through zstd, each blob by itself."""
+    """The same as it lies in a store, through the lossless stage."""
     seconds: float
     """Of the compression."""
     codecs: Mapping[CodecName, int] = field(default_factory=dict)
@@ -167,15 +166,14 @@ class Workshop:
         weights = {
             name: torch.zeros_like(weight) if base is not None else weight for name, weight in self._weights.items()
         }
-        stored = 0
         for blob in manifest.blobs:
-            data = store.get(blob_key(blob.digest), blob.size)
-            stored += len(zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(data))
+            data = read_verified(store, blob_key(blob.object_digest), blob)
             tensors = {key: tensor.to(self._device) for key, tensor in read_blob(data, blob).items()}
             for name in blob.tensors:
                 weights[name] = rebuild(name, weights[name], blob.tensors, tensors)
         codecs = Counter(entry.codec for blob in manifest.blobs for entry in blob.tensors.values())
         floats = {name: weight.float() for name, weight in weights.items()}
+        stored = sum(blob.object_size for blob in manifest.blobs)
         return Made(floats, manifest.bytes_artifact, stored, seconds, dict(codecs))
 
     def _blocks(self) -> list[str]:
