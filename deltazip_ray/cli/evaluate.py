@@ -69,7 +69,7 @@ def evaluate(
     endpoint_url: EndpointUrl = None,
     path_style: PathStyle = False,
 ) -> None:
-    """Score a model on tasks of the lm-eval harness (pip install 'deltazip-ray[eval]').
+    """Score a model on tasks of the lm-eval harness, which comes with the extra `eval`.
 
     An artifact is merged with its base into a temporary folder. A server answers through its OpenAI API; its key is
     taken from OPENAI_API_KEY.
