@@ -33,7 +33,10 @@ class GrammarMatcher:
 
     def allowed(self) -> NDArray[np.int32]:
         """See Matcher."""
-        self._matcher.fill_next_token_bitmask(self._mask)
+        if self._matcher.is_terminated():  # behind an end token that did not end the output
+            self._words[:] = 0
+        else:
+            self._matcher.fill_next_token_bitmask(self._mask)
         return self._words
 
 

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 import xgrammar
 
-from deltazip_ray.engine.grammars import MAX_STRUCTURE_CHARS, compile_structure
+from deltazip_ray.engine.grammars import MAX_STRUCTURE_CHARS, GrammarMatcher, compile_structure
 from deltazip_ray.engine.json_schemas import check_schema
 from deltazip_ray.engine.regexes import check_regex
 from deltazip_ray.engine.structures import Structures
@@ -122,6 +122,14 @@ def test_counts_that_are_not_nested_do_not_multiply() -> None:
     check_regex(r"a{1,9000}(b{1,90}c){1,90}[{9999}{9999}]\{9999}(d*){5000}")
     with pytest.raises(InvalidRequest, match="12000"):
         check_regex("x(a(b|c{120})|d){5,100}")
+
+
+def test_nothing_comes_behind_the_end() -> None:
+    matcher = GrammarMatcher(compile_structure(Structure("regex", "ab?"), BYTES))
+    matcher.accept(ord("a"))
+    assert matcher.allowed().any()
+    matcher.accept(256)
+    assert not matcher.allowed().any()
 
 
 async def test_a_vocabulary_is_loaded_and_a_structure_compiled_once() -> None:
