@@ -6,7 +6,7 @@ import torch
 
 from deltazip_kernels import CODECS, LOW_RANK, RAW, PackedDelta, Segments
 from deltazip_kernels.gather import gather_rows
-from deltazip_kernels.merged import merge_weight
+from deltazip_kernels.merged import MERGE_ROWS, merge_weight
 from deltazip_kernels.plan import Work, plan
 from deltazip_kernels.quantize import (
     gelu_mul_quantize,
@@ -24,9 +24,6 @@ from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.layers.rope import Rotary
 from deltazip_ray.layers.rows import Rows, Span, join_runs, send_index, send_segments
 from deltazip_ray.layers.stack import DeltaStack
-
-MERGE_ROWS = 384
-"""Rows of a segment from which on one product with the sum of base and delta is cheaper than two (docs/kernels.md)."""
 
 
 class TritonStack(DeltaStack):

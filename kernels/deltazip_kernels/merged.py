@@ -8,16 +8,9 @@ from deltazip_kernels.device.merge import merge
 from deltazip_kernels.layout import GROUP, ROWS
 from deltazip_kernels.table import CODEC_IDS
 
-_SMALL = 32 << 20  # weights
-_MERGE_SMALL, _MERGE_LARGE = 256, 384  # rows
-
-
-def merge_pays(shape: tuple[int, int], rows: int) -> bool:
-    """Whether a segment of ``rows`` rows is cheaper over a merged weight than with a product beside the base's.
-
-    Break-even as measured on an H200 (``docs/kernels.md``); a small weight merges into the L2.
-    """
-    return rows >= (_MERGE_SMALL if shape[0] * shape[1] < _SMALL else _MERGE_LARGE)
+MERGE_ROWS = 384
+"""From so many rows on a segment is cheaper over a merged weight than with a product beside the base's: measured on an
+H200, where every linear of an 8B model breaks even between 256 and 384 rows (``docs/kernels.md``)."""
 
 
 def merge_weight(base: Tensor, delta: PackedDelta, out: Tensor) -> None:

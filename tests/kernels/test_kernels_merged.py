@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from deltazip_kernels import CODECS, PackedDelta
-from deltazip_kernels.merged import merge_pays, merge_weight
+from deltazip_kernels.merged import merge_weight
 from tests.support.deltas import random_coded, random_low_rank, random_raw
 
 
@@ -30,13 +30,6 @@ def test_merge_of_raw_and_low_rank(device: torch.device) -> None:
         parts = {k: v.to(device) for k, v in delta.tensors.items()}
         dense = parts["values"] if "values" in parts else parts["up"] @ parts["down"]
         torch.testing.assert_close(out, base + dense)
-
-
-def test_merging_pays_from_some_hundred_rows_on() -> None:
-    assert not merge_pays((4096, 4096), 64)
-    assert merge_pays((4096, 4096), 256)
-    assert not merge_pays((28672, 4096), 256)
-    assert merge_pays((28672, 4096), 512)
 
 
 def test_merge_refuses_other_shapes(device: torch.device) -> None:

@@ -10,7 +10,7 @@ from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta, Segments
 from deltazip_kernels.layout import packed_layout
 from deltazip_kernels.table import DeltaTable
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda")
 SHAPES = {
     "qkv": ((4096, 4096), (1024, 4096), (1024, 4096)),
     "o": ((4096, 4096),),
