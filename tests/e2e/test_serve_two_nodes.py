@@ -32,7 +32,6 @@ class TwoNodes:
     app: ServeApp
     cluster: Cluster
     version: str
-    folder: Path
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
                 wait_until(lambda: any("#router#" in actor["name"] for actor in _named_actors()))
                 cluster.add_node(**node)
                 server = starting.result(timeout=60)
-            yield TwoNodes(ServeApp(server.url), cluster, version, folder)
+            yield TwoNodes(ServeApp(server.url), cluster, version)
             server.stop()
         finally:
             ray.shutdown()
@@ -98,25 +97,6 @@ async def test_a_version_that_is_wanted_much_is_on_both_nodes(nodes: TwoNodes) -
     assert set(loads.values()) == {1.0}
     where = {dict(labels)["replica"]: dict(labels)["node"] for labels in nodes.app.samples("fake_engine_running")}
     assert set(where.values()) == set(loads)
-
-
-async def test_a_version_that_becomes_hot_is_fetched_where_it_will_go_before_it_goes_there(nodes: TwoNodes) -> None:
-    store = StoreConfig(url=f"file://{nodes.folder}/store")
-    publish(store, nodes.folder, "hot", seed=1, size=5000)
-
-    def acquires() -> float:
-        return sum(nodes.app.samples("deltazip_host_acquires_total").values())
-
-    async with httpx.AsyncClient(base_url=nodes.app.url, timeout=60) as client:
-        before = acquires()
-
-        async def ask() -> None:
-            answer = await client.post("/v1/completions", json={"model": "hot", "prompt": "p", "max_tokens": 60})
-            assert answer.status_code == 200
-
-        # Too few to be sent away: waiting for the two that run costs half of what loading on the other node does.
-        await asyncio.gather(*(ask() for _ in range(4)))
-    wait_until(lambda: acquires() == before + 2)
 
 
 async def test_streams_survive_the_death_of_a_node(nodes: TwoNodes) -> None:
