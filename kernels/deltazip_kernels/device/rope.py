@@ -11,18 +11,15 @@ from deltazip_kernels.device.locate import wait
 
 
 @triton.jit
-def _rounded_norm(v, mean, weights, KIND: tl.constexpr):
-    """``v / root * w``, rounded to KIND after each step, as the layers of transformers do."""
-    normed = (v * mean[:, None]).to(KIND).to(tl.float32)
-    return (normed * weights).to(KIND).to(tl.float32)
-
-
-@triton.jit
-def _head_weights(q_weights, k_weights, row, column, h, inside, H: tl.constexpr):
-    """[heads, columns] float32 of the norms' weights."""
+def _normed(
+    v, root, q_weights, k_weights, row, column, h, inside, H: tl.constexpr, G: tl.constexpr, KIND: tl.constexpr
+):  # fmt: skip
+    """Heads of q and k times ``root`` times their weights, rounded to KIND after each step as transformers does."""
     q = tl.load(q_weights + row + column, mask=inside, other=0.0).to(tl.float32)
     k = tl.load(k_weights + row + column, mask=inside, other=0.0).to(tl.float32)
-    return tl.where((h < H)[:, None], q[None, :], k[None, :])
+    weights = tl.where((h < H)[:, None], q[None, :], k[None, :])
+    normed = ((v * root[:, None]).to(KIND).to(tl.float32) * weights).to(KIND).to(tl.float32)
+    return tl.where((h < H + G)[:, None], normed, v)
 
 
 @triton.jit
@@ -37,31 +34,11 @@ def _store_heads(q, k, v, column, h, inside, values, to, H: tl.constexpr, G: tl.
 
 @triton.jit
 def rope(
-    qkv,
-    qkv_stride,
-    positions,
-    cos,
-    sin,
-    where,
-    q,
-    k_cache,
-    k_stride,
-    v_cache,
-    v_stride,
-    q_weights,
-    k_weights,
-    which,
-    epsilon,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TAIL: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    qkv, qkv_stride, positions, cos, sin, where, q, k_cache, k_stride, v_cache, v_stride,
+    q_weights, k_weights, which, epsilon,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """Norms and rotates the H + G first heads of a row, writes q to ``q``, k and v to row ``where`` of the caches."""
     wait(OVERLAP)
     REST: tl.constexpr = D - 2 * HALF
@@ -88,14 +65,11 @@ def rope(
         squares = tl.sum(a * a + b * b, axis=1)
         if REST:
             squares += tl.sum(rest * rest, axis=1)
-        mean = tl.rsqrt(squares / D + epsilon)
-        w = _head_weights(q_weights, k_weights, version, c, h, c < HALF, H)
-        a = tl.where(turned, _rounded_norm(a, mean, w, KIND), a)
-        w = _head_weights(q_weights, k_weights, version + HALF, c, h, c < HALF, H)
-        b = tl.where(turned, _rounded_norm(b, mean, w, KIND), b)
+        root = tl.rsqrt(squares / D + epsilon)
+        a = _normed(a, root, q_weights, k_weights, version, c, h, c < HALF, H, G, KIND)
+        b = _normed(b, root, q_weights, k_weights, version + HALF, c, h, c < HALF, H, G, KIND)
         if REST:
-            w = _head_weights(q_weights, k_weights, version + 2 * HALF, d, h, d < REST, H)
-            rest = tl.where(turned, _rounded_norm(rest, mean, w, KIND), rest)
+            rest = _normed(rest, root, q_weights, k_weights, version + 2 * HALF, d, h, d < REST, H, G, KIND)
     q += row * (H * D)
     k = k_cache + to * k_stride
     v = v_cache + to * v_stride
