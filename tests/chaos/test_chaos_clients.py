@@ -196,9 +196,11 @@ async def test_a_disk_that_cannot_be_used_costs_no_request(
 async def test_a_disk_that_was_damaged_is_healed_from_the_store(
     models: Models, bucket: str, proxy: FaultProxy, tmp_path: Path
 ) -> None:
+    blobs = models.versions["warm"].manifest.blobs
+
     def damage() -> None:
-        wait_until(lambda: len(list(tmp_path.glob("*-*"))) == 1 + len(models.versions["warm"].blobs))
-        (file,) = tmp_path.glob(f"{models.blob('warm')}-*")
+        wait_until(lambda: len(list(tmp_path.glob("*-*"))) == 1 + len(blobs))
+        (file,) = tmp_path.glob(f"{blobs[0].digest}-*")
         file.write_bytes(bytes(file.stat().st_size))
 
     for damaged in (0, 1):

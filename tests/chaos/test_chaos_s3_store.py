@@ -63,8 +63,6 @@ def test_a_fault_that_happens_once_is_not_noticed(proxy: FaultProxy, bucket: str
     store.put("blob", DATA)
     proxy.inject(fault, "blob", times=1)
     assert read(store) == DATA
-    proxy.inject(fault, "blob", times=1)
-    assert store.get("blob") == DATA
 
 
 @pytest.mark.parametrize(
@@ -92,9 +90,8 @@ def test_a_fault_that_stays_is_an_outage_until_it_ends(
     store = store_at(proxy, bucket)
     store.put("blob", DATA)
     proxy.inject(fault)
-    for use in (lambda: read(store), lambda: store.get("blob")):
-        with pytest.raises(StoreUnavailable, match=message):
-            use()
+    with pytest.raises(StoreUnavailable, match=message):
+        read(store)
     proxy.heal()
     assert read(store) == DATA
 
