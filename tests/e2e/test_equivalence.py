@@ -205,3 +205,23 @@ async def test_first_use_is_cold_and_the_next_is_warm(zoo: Zoo) -> None:
         assert await tier(first) == "host"
         assert await tier(first) == "device"
         assert await tier("base") == "device"
+
+
+async def test_several_structured_outputs_in_a_version_with_a_tokenizer_of_its_own(zoo: Zoo) -> None:
+    async with zoo.client() as client:
+        answer = await client.chat.completions.create(
+            model="added",
+            messages=[{"role": "user", "content": "hi"}],
+            n=3,
+            seed=1,
+            temperature=1.5,
+            max_tokens=60,
+            logprobs=True,
+            frequency_penalty=0.5,
+            extra_body={"structured_outputs": {"regex": "(<go>|[a-c]){12}"}},
+        )
+    texts = [choice.message.content for choice in answer.choices]
+    assert all(re.fullmatch("(<go>|[a-c]){12}", text) for text in texts), texts
+    assert len(set(texts)) == 3
+    for choice in answer.choices:
+        assert "".join(entry.token for entry in choice.logprobs.content) == choice.message.content
