@@ -11,7 +11,7 @@ def overlap(device: torch.device, *, starts_early: bool = True) -> dict[str, boo
     """Programmatic dependent launch, where the GPU has it: a kernel is set up while the one ahead of it ends.
 
     The kernel itself says where it needs what others wrote (``device.locate.wait``). Large launches behind a GEMM of
-    cuBLAS must not start early: their programs would pile up on whatever multiprocessors the GEMM has left.
+    cuBLAS should not start early: that was slower on an H200 (``docs/kernels.md``).
     """
     if triton.knobs.runtime.interpret or torch.cuda.get_device_capability(device) < (9, 0):
         return {"OVERLAP": False}
