@@ -3,9 +3,10 @@
     python benchmarks/quality/allocation.py --cache ~/.cache/deltazip/quality --out quality_allocation.jsonl
 
 Trains the demo's base and its five fine-tunes at twice the demo's width (cached), compresses each fine-tune with one
-codec for all matrices of its blocks, and then with a target that allows as many bytes, by two measures of sensitivity:
-what an error costs in KL (the product's own) and the plain relative output error of a matrix. Each line of the
-result is one artifact: bytes, KL against the fine-tune on fresh chats, exact match of greedy answers.
+codec for all matrices of its blocks, with and without the coordinate descent that ends the solver, and then with a
+target that allows as many bytes, by two measures of sensitivity: what an error costs in KL (the product's own) and the
+plain relative output error of a matrix. Each line of the result is one artifact: bytes, KL against the fine-tune on
+fresh chats, exact match of greedy answers.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from deltazip_deployments.demo.evaluation import Judge
 from deltazip_deployments.demo.recipe import Phase, Recipe
 from deltazip_deployments.demo.tasks import TASKS, Example, Task
 from deltazip_ray.artifact.manifest import Manifest
+from deltazip_ray.compress import solver
 from deltazip_ray.compress.allocation import Choice, allocate
 from deltazip_ray.compress.choices import stored_bytes
 from deltazip_ray.compress.merge import merge
@@ -88,6 +91,9 @@ class Bench:
         for codec in UNIFORM:
             row, uniform[codec] = self.measure("uniform", codec, {"codec": codec})
             yield row
+        with patch.object(solver, "SWEEPS", 0):
+            for codec in MATCHED:
+                yield self.measure("no descent", codec, {"codec": codec})[0]
         numbers = self.model.num_parameters()
         for codec in MATCHED:
             size = uniform[codec].bytes_artifact

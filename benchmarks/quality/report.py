@@ -1,8 +1,9 @@
 """The table and the plot of docs/quality.md from the results.
 
-    python -m benchmarks.quality.report benchmarks/results/quality.jsonl --plot docs/quality.svg
+    python -m benchmarks.quality.report benchmarks/results/quality.jsonl --page docs/quality.md --plot docs/quality.svg
 
-Numbers are means over the tasks: scores and ratios arithmetic, divergences geometric.
+Numbers are means over the tasks: scores and ratios arithmetic, divergences geometric. Tasks that the fine-tune itself
+has not learned are left out, and forms that were not measured for every other task.
 """
 
 import argparse
@@ -14,6 +15,9 @@ from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
 
+from benchmarks.tables import render
+
+LEARNED = 0.8
 LEAST = 1e-9
 """Nats: a divergence that rounding has left at or below zero counts as this."""
 WHOLE, BASE = "fine-tune", "base"
@@ -35,7 +39,6 @@ class Line:
     """One way of keeping a fine-tune, over all tasks."""
 
     name: str
-    tasks: int
     bytes_gpu: float
     ratio_gpu: float | None
     ratio_stored: float | None
@@ -51,11 +54,13 @@ class Line:
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[Line]:
     """One line for each way, the largest first; the fine-tune and the base lead."""
+    whole = {row["task"]: row["exact_match"] for row in rows if row["variant"] == WHOLE}
+    whole = {task: score for task, score in whole.items() if score >= LEARNED}
     by_name: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        by_name[row["variant"]].append(row)
-    whole = {row["task"]: row["exact_match"] for row in by_name[WHOLE]}
-    lines = [_line(name, group, whole) for name, group in by_name.items()]
+        if row["task"] in whole:
+            by_name[row["variant"]].append(row)
+    lines = [_line(name, group, whole) for name, group in by_name.items() if len(group) == len(whole)]
     return sorted(lines, key=lambda line: (line.name != WHOLE, line.name != BASE, -line.bytes_gpu))
 
 
@@ -70,13 +75,12 @@ def _line(name: str, rows: Sequence[dict[str, Any]], whole: dict[str, float]) ->
     score = fmean(row["exact_match"] for row in rows)
     return Line(
         name=name,
-        tasks=len(rows),
         bytes_gpu=fmean(row["bytes_gpu"] for row in rows),
         ratio_gpu=ratio("ratio_gpu"),
         ratio_stored=ratio("ratio_stored"),
         score=score,
-        lost=1 - score / max(right, LEAST),
-        worst=max(1 - row["exact_match"] / max(whole[row["task"]], LEAST) for row in rows),
+        lost=1 - score / right,
+        worst=max(1 - row["exact_match"] / whole[row["task"]] for row in rows),
         kl_task=divergence("on_task"),
         kl_text=divergence("on_text"),
         seconds=fmean(row["compress_s"] for row in rows),
@@ -100,12 +104,15 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("agg")
+    mpl.rcParams["svg.hashsalt"] = "quality"
     from matplotlib import pyplot
 
     figure, (scores, divergences) = pyplot.subplots(1, 2, figsize=(13, 5.5))
     left = [line for line in lines if line.name not in (WHOLE, BASE)]
     for label, color, marker, belongs in FAMILIES:
         chosen = [line for line in left if belongs(line.name)]
+        if not chosen:
+            continue
         left = [line for line in left if line not in chosen]
         sizes = [line.bytes_gpu / 1e6 for line in chosen]
         style = {"color": color, "marker": marker, "label": label, "linestyle": ":" if len(chosen) > 1 else ""}
@@ -128,14 +135,18 @@ def plot(lines: Sequence[Line], path: Path) -> None:
 
 
 def main() -> None:
-    """Print the table; draw the plot when it is asked for."""
+    """Print the table, or put it into a page; draw the plot when it is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
+    parser.add_argument("--page", type=Path, help="with <!-- begin quality --> and <!-- end quality -->")
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
     rows = [json.loads(line) for line in given.results.read_text().splitlines()]
     lines = summarize([row for row in rows if "variant" in row])
-    print(table(lines))
+    if given.page is None:
+        print(table(lines))
+    else:
+        given.page.write_text(render(given.page.read_text(), "quality", table(lines)))
     if given.plot is not None:
         plot(lines, given.plot)
 

@@ -52,7 +52,10 @@ def test_every_form_is_measured(cache: CheckpointCache, tmp_path: Path) -> None:
     assert divergence["BitDelta"] < divergence[BASE]
     assert rows["ours, ratio 10"]["ratio_gpu"] >= 10
     assert all(row["bytes_stored"] <= row["bytes_gpu"] for row in rows.values())
-    lines = report.summarize(list(rows.values()))
+    learned = [row | {"exact_match": 0.5 + row["exact_match"] / 2} for row in rows.values()]
+    assert report.summarize(learned) == []
+    learned[0]["exact_match"] = 0.9
+    lines = report.summarize(learned)
     assert [line.name for line in lines[:2]] == ["fine-tune", "base"]
     assert report.table(lines).count("\n") == 1 + len(MEASURED)
 
