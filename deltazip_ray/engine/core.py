@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from deltazip_ray.artifact.checkpoint import Checkpoint, base_digest
+from deltazip_ray.artifact.checkpoint import Checkpoint
+from deltazip_ray.artifact.digest_cache import known_base_digest
 from deltazip_ray.config import CPU_KV_BLOCKS, EngineConfig
 from deltazip_ray.engine.device_slots import BaseIdentity, DeviceSlots
 from deltazip_ray.engine.memory import plan_memory, workspace_bytes
@@ -56,7 +57,7 @@ def build_core(config: EngineConfig, base: Path) -> EngineCore:
         raise ConfigError("engine.device is cuda, but torch sees no GPU here: set it to cpu, or install torch for CUDA")
     checkpoint = Checkpoint.open(base)
     shape = read_decoder_config(checkpoint.config)
-    return assemble(config, shape, checkpoint, base_digest(checkpoint))
+    return assemble(config, shape, checkpoint, known_base_digest(checkpoint))
 
 
 def assemble(config: EngineConfig, shape: DecoderConfig, weights: WeightSource, digest: str) -> EngineCore:
