@@ -14,6 +14,7 @@ from deltazip_ray.errors import InvalidRequest
 from deltazip_ray.scheduler.request import Structure
 
 MAX_STRUCTURE_CHARS = 64 << 10
+_COMPILER_THREADS = 4
 _MOST_SPACE = 32  # white space in a row: a model that likes it must come to an end
 _TRIAL_TOKENS = 32
 _TRIAL_S = 1.0
@@ -46,7 +47,7 @@ def compile_structure(structure: Structure, vocabulary: xgrammar.TokenizerInfo) 
         raise InvalidRequest(
             f"the structure has {len(structure.text)} characters; at most {MAX_STRUCTURE_CHARS} are compiled"
         )
-    compiler = xgrammar.GrammarCompiler(vocabulary, cache_enabled=False)
+    compiler = xgrammar.GrammarCompiler(vocabulary, max_threads=_COMPILER_THREADS, cache_enabled=False)
     try:
         compiled = compiler.compile_grammar(_parse(structure))
         _try(compiled)

@@ -10,6 +10,7 @@ from deltazip_ray.engine.regexes import check_regex
 from deltazip_ray.errors import InvalidRequest
 
 _MOST_NESTED = 32
+_MOST_SCHEMAS = 512  # a bounded string alone can take a second to compile for a large vocabulary
 _IGNORED = frozenset(
     {
         "contains",
@@ -59,6 +60,8 @@ def check_schema(text: str) -> None:
         for complaint in (*_unenforced(schema), *_dangling(schema, root), *_of_strings(schema)):
             raise InvalidRequest(f"{where}: {complaint}")
         direct[id(schema)] = [id(other) for other in _stand_for(schema, root)]
+        if len(direct) > _MOST_SCHEMAS:
+            raise InvalidRequest(f"the schema has more than {_MOST_SCHEMAS} schemas in it: ask for less")
     try:
         TopologicalSorter(direct).prepare()
     except CycleError as error:

@@ -44,6 +44,7 @@ def matches(structure: Structure, text: str) -> bool:
         ({"$ref": "#/$defs/s", "$defs": {"s": SELF}}, "refers to itself"),
         ({"$ref": "#"}, "refers to itself"),
         (DEEP, "32 deep"),
+        ({"anyOf": [{"type": "string", "maxLength": i} for i in range(600)]}, "512"),
         ({"type": "array", "items": 5}, "items must be an object"),
         ({"properties": []}, "'properties'"),
     ],
