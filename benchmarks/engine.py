@@ -6,11 +6,9 @@
 
 import argparse
 import asyncio
-import contextlib
 import json
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +21,7 @@ import triton
 from prometheus_client import CollectorRegistry
 
 from benchmarks.engine_model import RandomVersions, decoder_shape, in_arena, random_delta, started
+from deltazip_kernels.bench.__main__ import commit
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.async_engine import AsyncEngine
 from deltazip_ray.models.decoder_config import DecoderConfig
@@ -102,6 +101,20 @@ async def profile(engine: AsyncEngine, requests: int, versions: int) -> dict[str
     return step_times(kernels)
 
 
+async def prefill(engine: AsyncEngine, versions: int, runs: int) -> dict[str, Any]:
+    """Prompt tokens a second, and the device time of a run by kind of kernel and by kernel."""
+    samples = [64 * 512 / await batch(engine, 64, 512, 1, versions, 300 + seed) for seed in range(runs + 1)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        await batch(engine, 64, 512, 1, versions, 400)
+    totals: dict[str, float] = {}
+    for event in trace.key_averages():
+        kind = kernel_kind(event.key)
+        totals[kind] = totals.get(kind, 0.0) + event.self_device_time_total / 1e3
+    top = sorted(trace.key_averages(), key=lambda event: -event.self_device_time_total)[:16]
+    kernels = [(event.key[:60], event.count, event.self_device_time_total / 1e3) for event in top]
+    return {"tokens_per_s": statistics.median(samples[1:]), "samples": samples[1:]} | totals | {"kernels": kernels}
+
+
 def step_times(kernels: Sequence[Any]) -> dict[str, Any]:
     """Milliseconds of a step by kind of kernel, and one whole step as it ran."""
     heads = [i for i, event in enumerate(kernels) if "MaxOps" in event.name]
@@ -123,8 +136,8 @@ def step_times(kernels: Sequence[Any]) -> dict[str, Any]:
 def kernel_kind(name: str) -> str:
     """Which part of a step a kernel belongs to."""
     kinds = {
-        "delta": ("grouped", "raw", "shrink", "expand", "write_items"),
-        "attention": ("Decode", "Prefill", "attention", "MergeState", "rope"),
+        "attention": ("Decode", "Prefill", "attention", "MergeState", "rope", "flashinfer"),
+        "delta": ("grouped", "raw", "shrink", "expand", "write_items", "merge"),
         "norms and activation": ("norm", "gated", "quantize"),
         "base GEMM": ("nvjet", "gemm", "cutlass", "splitK", "cublas"),
     }
@@ -183,9 +196,10 @@ async def measure(options: argparse.Namespace, put: Any) -> None:
         await batch(engine, max(count, 1), 16, 2, count, 2)
         put(f"{count}.load_seconds", time.perf_counter() - began)
         for requests in (8, 32):
-            if count <= requests:
+            if count <= requests and (requests == 32 or count in (0, 8)):
                 put(f"{count}.step_{requests}", await step(engine, requests, count, options.runs))
         if count in (0, 8, 32):
+            put(f"{count}.prefill", await prefill(engine, count, options.runs))
             put(f"{count}.saturated", await saturated(engine, registry, count, options.saturated_runs))
         if options.profile and count in (0, 8, 32):
             put(f"{count}.profile_32", await profile(engine, 32, count))
@@ -205,16 +219,22 @@ def main() -> None:
     parser.add_argument("--saturated-runs", type=int, default=3)
     parser.add_argument("--memory-fraction", type=float, default=0.9)
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
+    parser.add_argument("--commit", help="of this tree, where it is no checkout")
     options = parser.parse_args()
-    with contextlib.suppress(OSError):
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-    results: dict[str, Any] = {"commit": commit, "codec": options.codec, "outer": options.outer, "shape": options.shape}
+    results: dict[str, Any] = {
+        "commit": options.commit or commit(),
+        "codec": options.codec,
+        "outer": options.outer,
+        "shape": options.shape,
+    }
 
     def put(name: str, value: Any) -> None:
         results[name] = value
-        shown = {k: v for k, v in value.items() if k not in ("samples", "trace")} if isinstance(value, dict) else value
+        shown = (
+            {k: v for k, v in value.items() if k not in ("samples", "trace", "kernels")}
+            if isinstance(value, dict)
+            else value
+        )
         sys.stdout.write(f"{name}: {shown}\n")
         sys.stdout.flush()
         if options.json:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import flashinfer
+import numpy as np
 import torch
 from flashinfer.decode import fast_decode_plan
 
@@ -16,13 +17,39 @@ _INTEGERS = 8 << 20
 
 
 @dataclass(frozen=True)
+class Part:
+    """Rows of a step that run together."""
+
+    rows: torch.Tensor | None
+    """``[rows]`` int64, which of the step's; None: all."""
+    wrappers: Mapping[int | None, Any]
+    """By window of a layer; FlashInfer's own plans are inside."""
+
+
+@dataclass(frozen=True)
 class FlashInferPlan:
     """One step."""
 
     where: torch.Tensor
     """``[rows]`` int64."""
-    wrappers: Mapping[int | None, Any]
-    """By window of a layer; FlashInfer's own plans are inside."""
+    parts: tuple[Part, ...]
+
+
+class _Staging:
+    """Memory for the plans of one kind of wrapper."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._integers = torch.empty(_INTEGERS, dtype=torch.uint8, device=device)
+        # A plan is copied from page-locked memory when the device comes to it. At most one step is launched ahead, so
+        # with two of them in turn none is overwritten before it was read.
+        self._staged = [torch.empty(_INTEGERS, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+
+    def prepare(self, wrapper: Any) -> Any:
+        """``wrapper``, about to plan."""
+        self._staged.reverse()
+        wrapper._int_workspace_buffer = self._integers
+        wrapper._pin_memory_int_workspace_buffer = self._staged[0]
+        return wrapper
 
 
 class _Window:
@@ -31,23 +58,15 @@ class _Window:
     def __init__(self, window: int | None, workspace: torch.Tensor) -> None:
         device = workspace.device
         self.left = -1 if window is None else window - 1
-        self.integers = torch.empty(_INTEGERS, dtype=torch.uint8, device=device)
-        # A plan is copied from page-locked memory when the device comes to it. At most one step is launched ahead, so
-        # with two of them in turn none is overwritten before it was read.
-        self._staged = [torch.empty(_INTEGERS, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        self.mixed = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=_prefill_backend(device))
-        self.decodes: dict[int, Any] = {}
-
-    def prepare(self, wrapper: Any) -> Any:
-        """``wrapper``, about to plan."""
-        self._staged.reverse()
-        wrapper._int_workspace_buffer = self.integers
-        wrapper._pin_memory_int_workspace_buffer = self._staged[0]
-        return wrapper
+        self.prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=_hopper(device))
+        self.decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+        self.captured: dict[int, Any] = {}
+        """By rows, for graphs."""
+        self.prefills, self.decodes = _Staging(device), _Staging(device)
 
 
 class FlashInferBackend(AttentionBackend[FlashInferPlan]):
-    """Mixed steps are planned and run as prefills; decode steps of a fixed size in wrappers that graphs may hold."""
+    """Prefills and decodes of a mixed step run apart, each in the kernels that suit them."""
 
     def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
         """Takes memory for workspaces. FlashInfer compiles its kernels at the first use of a head size and type."""
@@ -64,11 +83,29 @@ class FlashInferBackend(AttentionBackend[FlashInferPlan]):
 
     def plan(self, sequences: Sequence[SequenceRows]) -> FlashInferPlan:
         """See :meth:`AttentionBackend.plan`."""
+        decodes = [sequence for sequence in sequences if sequence.queries == 1]
+        prefills = [sequence for sequence in sequences if sequence.queries > 1]
+        parts = []
+        for group, plan in ((decodes, self._plan_decodes), (prefills, self._plan_prefills)):
+            if group:
+                rows = None if len(group) == len(sequences) else self._rows_of(sequences, decodes=group is decodes)
+                parts.append(Part(rows, plan(group)))
+        return FlashInferPlan(self._send(cache_rows(sequences, self.shape.block_size)), tuple(parts))
+
+    def _rows_of(self, sequences: Sequence[SequenceRows], *, decodes: bool) -> torch.Tensor:
+        """``[rows]``: rows of the step that belong to decodes, or to the others."""
+        queries = np.array([sequence.queries for sequence in sequences])
+        return self._send(np.flatnonzero(np.repeat((queries == 1) == decodes, queries)))
+
+    def _send(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
+
+    def _plan_prefills(self, sequences: Sequence[SequenceRows]) -> dict[int | None, Any]:
         shape = self.shape
         tables = page_tables(sequences, shape.block_size)
         queries = torch.tensor([0, *(sequence.queries for sequence in sequences)]).cumsum(0).int()
         for window in self._windows.values():
-            window.prepare(window.mixed).plan(
+            window.prefills.prepare(window.prefill).plan(
                 queries,
                 torch.from_numpy(tables.starts),
                 torch.from_numpy(tables.pages),
@@ -83,13 +120,23 @@ class FlashInferBackend(AttentionBackend[FlashInferPlan]):
                 logits_soft_cap=shape.softcap,
                 q_data_type=self.dtype,
             )
-        where = torch.from_numpy(cache_rows(sequences, shape.block_size)).pin_memory()
-        wrappers = {name: window.mixed for name, window in self._windows.items()}
-        return FlashInferPlan(where.to(self.device, non_blocking=True), wrappers)
+        return {name: window.prefill for name, window in self._windows.items()}
+
+    def _plan_decodes(self, sequences: Sequence[SequenceRows]) -> dict[int | None, Any]:
+        tables = page_tables(sequences, self.shape.block_size)
+        for window in self._windows.values():
+            self._plan_decode(window, window.decode, window.decode.plan, tables)
+        return {name: window.decode for name, window in self._windows.items()}
 
     def attend(self, layer: int, q: torch.Tensor, plan: FlashInferPlan) -> torch.Tensor:
         """See :meth:`AttentionBackend.attend`."""
-        out: torch.Tensor = plan.wrappers[self.shape.window(layer)].run(q, self._pages[layer])
+        window, pages = self.shape.window(layer), self._pages[layer]
+        if len(plan.parts) == 1:
+            whole: torch.Tensor = plan.parts[0].wrappers[window].run(q, pages)
+            return whole.flatten(1)
+        out = torch.empty_like(q)
+        for part in plan.parts:
+            out[part.rows] = part.wrappers[window].run(q[part.rows], pages)
         return out.flatten(1)
 
     def capture_plan(
@@ -100,47 +147,40 @@ class FlashInferBackend(AttentionBackend[FlashInferPlan]):
         Its tables are buffers of the device, filled before each replay; ``pages`` is as long as it can get.
         """
         rows = len(last)
+        ones = np.ones(rows, dtype=np.int32)
+        tables = PagedTables(np.arange(rows + 1, dtype=np.int32), ones, ones)
         for window in self._windows.values():
-            if rows in window.decodes:
-                continue
-            wrapper = window.decodes[rows] = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                self._workspace,
-                "NHD",
-                use_cuda_graph=True,
-                use_tensor_cores=True,  # on an H200 1.2 times as fast with 32 sequences, twice with 8
-                paged_kv_indptr_buffer=starts,
-                paged_kv_indices_buffer=pages,
-                paged_kv_last_page_len_buffer=last,
-            )
-            sizes = torch.ones(rows, dtype=torch.int32)
-            # The planner of every step takes its kernels from this first, full one.
-            self._plan_decode(window, wrapper.plan, wrapper, torch.arange(rows + 1, dtype=torch.int32), sizes, sizes)
-        return FlashInferPlan(where, {name: window.decodes[rows] for name, window in self._windows.items()})
+            if rows not in window.captured:
+                wrapper = window.captured[rows] = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+                    self._workspace,
+                    "NHD",
+                    use_cuda_graph=True,
+                    use_tensor_cores=True,  # on an H200 1.2 times as fast with 32 sequences, twice with 8
+                    paged_kv_indptr_buffer=starts,
+                    paged_kv_indices_buffer=pages,
+                    paged_kv_last_page_len_buffer=last,
+                )
+                # The planner of every step takes its kernels from this first, full one.
+                self._plan_decode(window, wrapper, wrapper.plan, tables)
+        return FlashInferPlan(where, (Part(None, {name: w.captured[rows] for name, w in self._windows.items()}),))
 
     def plan_decode(self, rows: int, tables: PagedTables) -> None:
         """Prepare a replay: how the work is split, which follows from lengths. The caller has filled the tables."""
-        starts, pages, last = (torch.from_numpy(part) for part in (tables.starts, tables.pages, tables.last))
         for window in self._windows.values():
-            wrapper = window.decodes[rows]
+            wrapper = window.captured[rows]
+            starts = torch.from_numpy(tables.starts)
             plan = fast_decode_plan.__get__(wrapper)
-            self._plan_decode(window, plan, wrapper, starts, pages, last, global_override_indptr_cpu=starts)
+            self._plan_decode(window, wrapper, plan, tables, global_override_indptr_cpu=starts)
 
     def _plan_decode(
-        self,
-        window: _Window,
-        plan: Any,
-        wrapper: Any,
-        starts: torch.Tensor,
-        pages: torch.Tensor,
-        last: torch.Tensor,
-        **options: torch.Tensor,
+        self, window: _Window, wrapper: Any, plan: Any, tables: PagedTables, **options: torch.Tensor
     ) -> None:
         shape = self.shape
-        window.prepare(wrapper)
+        window.decodes.prepare(wrapper)
         plan(
-            starts,
-            pages,
-            last,
+            torch.from_numpy(tables.starts),
+            torch.from_numpy(tables.pages),
+            torch.from_numpy(tables.last),
             shape.heads,
             shape.kv_heads,
             shape.head_dim,
@@ -154,6 +194,6 @@ class FlashInferBackend(AttentionBackend[FlashInferPlan]):
         )
 
 
-def _prefill_backend(device: torch.device) -> str:
-    """Hopper has kernels of its own, with its asynchronous copies and tensor cores."""
+def _hopper(device: torch.device) -> str:
+    """Hopper has prefill kernels of its own, with its asynchronous copies and tensor cores."""
     return "fa3" if torch.cuda.get_device_capability(device)[0] == 9 else "fa2"
