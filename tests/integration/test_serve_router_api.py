@@ -319,14 +319,29 @@ async def test_a_slow_answer_times_out(config: AppConfig) -> None:
         assert app.backend.engine.stats().running == 0
 
 
-async def test_a_client_that_leaves_cancels_the_work(config: AppConfig) -> None:
+@pytest.mark.parametrize("fields", [{}, {"n": 3}, {"n": 3, "stream": True}, {"stream": True}])
+async def test_a_client_that_leaves_cancels_the_work(config: AppConfig, fields: dict[str, Any]) -> None:
     async with router_app(config, Script(step_s=0.05), Path(config.base)) as app:
-        asked = {"model": "tiny", "prompt": "a", "max_tokens": 200}
+        asked = {"model": "tiny", "prompt": "a", "max_tokens": 200, "ignore_eos": True, **fields}
         call = asyncio.create_task(app.client.post("/v1/completions", json=asked))
         await asyncio.sleep(0.3)
-        assert app.backend.engine.stats().running == 1
+        assert app.backend.engine.stats().running == fields.get("n", 1)
         call.cancel()
         await asyncio.wait({call})
+        assert app.backend.engine.stats().running == 0
+
+
+async def test_one_output_that_fails_ends_them_all(config: AppConfig) -> None:
+    async with router_app(config, Script(step_s=0.02), Path(config.base)) as app:
+        asked = {"model": "tiny", "prompt": "a", "max_tokens": 100, "ignore_eos": True, "n": 3, "stream": True}
+        app.backend.fail_after = [None, 5, None, 0, 0]
+        response = await app.client.post("/v1/completions", json=asked)
+        last = response.text.strip().split("\n\n")[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "no_replica"
+        assert app.backend.engine.stats().running == 0
+        app.backend.fail_after = [None, 0, None, 0, 0]
+        refused = await app.client.post("/v1/completions", json=asked)
+        assert refused.status_code == 503
         assert app.backend.engine.stats().running == 0
 
 
