@@ -73,8 +73,8 @@ async def test_the_openai_client_streaming_and_not(app: ServeApp, versions: dict
         assert chunks[-1].usage.completion_tokens == 7
         with pytest.raises(openai.NotFoundError, match="v0, v1"):
             await client.completions.create(model="v99", prompt="a")
-        with pytest.raises(openai.BadRequestError, match="'n' is not supported"):
-            await client.completions.create(model="v0", prompt="a", n=2)
+        with pytest.raises(openai.BadRequestError, match="'suffix' is not supported"):
+            await client.completions.create(model="v0", prompt="a", suffix="b")
 
 
 async def test_many_at_once_and_all_right(app: ServeApp, versions: dict[str | None, str]) -> None:
