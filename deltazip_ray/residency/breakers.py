@@ -7,6 +7,7 @@ hosts do not come back to the store in step; it is no shorter than the store ask
 leaves half-way lets the next caller probe.
 """
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 
 from deltazip_ray.config import BreakerConfig
 from deltazip_ray.errors import ArtifactError, StoreError, StoreFull
+
+logger = logging.getLogger(__name__)
 
 _REMEMBERED = 4096
 """Versions at most; that of which nothing was heard for longest is forgotten first."""
@@ -100,6 +103,8 @@ class Breakers:
             return
         trouble.error, trouble.failed_at = error, now
         trouble.failures += 1
+        if trouble.failures in (1, self._config.failures):
+            logger.warning("version %s has failed %d times: %s", version[:12], trouble.failures, error.message)
         beyond = trouble.failures - self._config.failures
         if beyond >= 0:
             longest = min(self._config.backoff_s * 2.0 ** min(beyond, 30), self._config.backoff_max_s)

@@ -20,8 +20,8 @@ from deltazip_deployments.replica import make_engine
 from deltazip_ray.config import AppConfig, EngineConfig, NodeStoreConfig, StoreConfig
 from tests.support.chaos_app import NAMES, Models
 from tests.support.engines import SETTINGS
-from tests.support.fault_proxy import FaultProxy, slow
-from tests.support.s3 import S3Server
+from tests.support.fault_proxy import FaultProxy, refused, slow
+from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server
 from tests.support.serve_app import ServeApp, private_ray, serve_app, wait_until
 
 LEASE_S = 2.0
@@ -174,3 +174,19 @@ def test_while_everything_is_killed_everybody_is_answered_and_rightly(cluster: C
                 assert int(answer.headers["retry-after"]) > 0
         assert done.result()[-1].status_code == 200
     cluster.wait_until_idle()
+
+
+def test_no_log_shows_what_a_server_says_of_credentials(cluster: Cluster) -> None:
+    quoted = f"{ACCESS_KEY} and {SECRET_KEY} do not fit Signature=0123456789abcdef"
+    for model in NAMES:
+        cluster.proxy.inject(refused(403, "SignatureDoesNotMatch", message=quoted), cluster.models.blob(model))
+    shutil.rmtree(cluster.disk, ignore_errors=True)
+    cluster.kill_store()
+    statuses = {cluster.ask(model).status_code for model in NAMES * 2}
+    cluster.proxy.heal()
+    assert 503 in statuses
+    logs = [path for path in Path(os.environ["RAY_TMPDIR"]).rglob("logs/**/*") if path.is_file()]
+    assert any(b"SignatureDoesNotMatch" in path.read_bytes() for path in logs)
+    for path in logs:
+        assert ACCESS_KEY.encode() not in path.read_bytes(), path.name
+        assert b"Signature=" not in path.read_bytes(), path.name

@@ -75,6 +75,18 @@ def test_a_store_that_asks_for_a_pause_gets_it_within_the_bound(asked_s: float, 
     assert refusal.retry_after_s == pytest.approx(back_off_s, abs=0.01)
 
 
+def test_the_reason_is_in_the_log_when_it_begins_and_when_it_is_repeated(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(failures=3)
+    bench.fail(3)
+    bench.attempt()
+    bench.now += 60
+    bench.fail(1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "version v has failed 1 times: no answer",
+        "version v has failed 3 times: no answer",
+    ]
+
+
 def test_others_are_not_affected() -> None:
     bench = Bench(failures=1)
     bench.fail(1)
