@@ -88,7 +88,10 @@ class Matcher(Protocol):
         """Go on behind ``token``, which was allowed."""
 
     def allowed(self) -> NDArray[np.int32]:
-        """Which tokens may come next: bit ``i % 32`` of word ``i // 32`` for token ``i``. Without any the request fails."""
+        """Which tokens may come next: bit ``i % 32`` of word ``i // 32`` is 1 for token ``i``.
+
+        Without any the request fails.
+        """
 
 
 @dataclass(frozen=True, slots=True)
