@@ -2,7 +2,10 @@
 
 import json
 import random
+import re
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import xgrammar
@@ -18,38 +21,88 @@ _COMPILER_THREADS = 4
 _MOST_SPACE = 32  # white space in a row: a model that likes it must come to an end
 _TRIAL_TOKENS = 32
 _TRIAL_S = 1.0
+_SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")
+_CONTROL = re.compile(rb"[\x00-\x09\x0b-\x1f]")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the tokens of a version read like, and what xgrammar lets through though it is no text.
+
+    Masks have bit ``i % 32`` of word ``i // 32`` for token ``i``.
+    """
+
+    info: xgrammar.TokenizerInfo
+    text: NDArray[np.int32]
+    """Tokens that there are (xgrammar leaves the bits behind the last one as they come), without surrogates."""
+    printable: NDArray[np.int32]
+    """Of these, what has no control character but for the end of line: some may come in its JSON strings."""
+    no_surrogate: NDArray[np.int32]
+    """Tokens that make no surrogate of a character that has begun with 0xED."""
+    begins_one: frozenset[int]
+    """Tokens that end with 0xED."""
+
+    @classmethod
+    def of(cls, info: xgrammar.TokenizerInfo) -> "Vocabulary":
+        """Takes a fraction of a second for a large one."""
+        tokens = info.decoded_vocab
+        text = [b"\xed" not in token or not _SURROGATE.search(token) for token in tokens]
+        return cls(
+            info=info,
+            text=_mask(text),
+            printable=_mask([ok and not _CONTROL.search(token) for ok, token in zip(text, tokens, strict=True)]),
+            no_surrogate=_mask([not b"\xa0" <= token[:1] <= b"\xbf" for token in tokens]),
+            begins_one=frozenset(i for i, token in enumerate(tokens) if token.endswith(b"\xed")),
+        )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A structure for one vocabulary."""
+
+    grammar: xgrammar.CompiledGrammar
+    vocabulary: Vocabulary
+    tokens: NDArray[np.int32]
+    """Mask of the tokens that it may use."""
 
 
 class GrammarMatcher:
     """A Matcher. Made in any thread, then used by the step thread alone."""
 
-    def __init__(self, compiled: xgrammar.CompiledGrammar) -> None:
-        self._matcher = xgrammar.GrammarMatcher(compiled)
-        self._mask = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
+    def __init__(self, compiled: Compiled) -> None:
+        self._compiled = compiled
+        self._matcher = xgrammar.GrammarMatcher(compiled.grammar)
+        self._mask = xgrammar.allocate_token_bitmask(1, compiled.vocabulary.info.vocab_size)
         self._words: NDArray[np.int32] = self._mask[0].numpy()
+        self._last = -1
 
     def accept(self, token: int) -> None:
         """See Matcher."""
         self._matcher.accept_token(token)
+        self._last = token
 
     def allowed(self) -> NDArray[np.int32]:
         """See Matcher."""
         if self._matcher.is_terminated():  # behind an end token that did not end the output
             self._words[:] = 0
-        else:
-            self._matcher.fill_next_token_bitmask(self._mask)
+            return self._words
+        self._matcher.fill_next_token_bitmask(self._mask)
+        self._words &= self._compiled.tokens
+        if self._last in self._compiled.vocabulary.begins_one:
+            self._words &= self._compiled.vocabulary.no_surrogate
         return self._words
 
 
-def compile_structure(structure: Structure, vocabulary: xgrammar.TokenizerInfo) -> xgrammar.CompiledGrammar:
+def compile_structure(structure: Structure, vocabulary: Vocabulary) -> Compiled:
     """Takes milliseconds to seconds. Raises InvalidRequest that says what is wrong with the structure."""
     if len(structure.text) > MAX_STRUCTURE_CHARS:
         raise InvalidRequest(
             f"the structure has {len(structure.text)} characters; at most {MAX_STRUCTURE_CHARS} are compiled"
         )
-    compiler = xgrammar.GrammarCompiler(vocabulary, max_threads=_COMPILER_THREADS, cache_enabled=False)
+    compiler = xgrammar.GrammarCompiler(vocabulary.info, max_threads=_COMPILER_THREADS, cache_enabled=False)
+    tokens = vocabulary.printable if structure.kind in ("json", "json_schema") else vocabulary.text
     try:
-        compiled = compiler.compile_grammar(_parse(structure))
+        compiled = Compiled(compiler.compile_grammar(_parse(structure)), vocabulary, tokens)
         _try(compiled)
     except RuntimeError as error:  # all that xgrammar raises
         raise InvalidRequest(f"the structure cannot be compiled: {_reason(error)}") from error
@@ -77,12 +130,12 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _try(compiled: xgrammar.CompiledGrammar) -> None:
+def _try(compiled: Compiled) -> None:
     """Follow one random output, since slow masks would hold up the steps of everybody."""
     matcher = GrammarMatcher(compiled)
     chance = random.Random(0)  # noqa: S311
     began = time.perf_counter()
-    ends = set(compiled.tokenizer_info.stop_token_ids)
+    ends = set(compiled.vocabulary.info.stop_token_ids)
     for made in range(_TRIAL_TOKENS):
         allowed = np.flatnonzero(np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little"))
         if not made and not len(allowed):
@@ -98,3 +151,9 @@ def _try(compiled: xgrammar.CompiledGrammar) -> None:
 def _reason(error: RuntimeError) -> str:
     """The message without the place in xgrammar's sources."""
     return str(error).strip().splitlines()[-1].split(": ", 1)[-1][:300]
+
+
+def _mask(bits: Sequence[bool]) -> NDArray[np.int32]:
+    padded = np.zeros(-(-len(bits) // 32) * 32, dtype=bool)
+    padded[: len(bits)] = bits
+    return np.packbits(padded, bitorder="little").view(np.int32)

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import xgrammar
 
-from deltazip_ray.engine.grammars import GrammarMatcher, compile_structure
+from deltazip_ray.engine.grammars import Compiled, GrammarMatcher, Vocabulary, compile_structure
 from deltazip_ray.errors import RequestTimeout
 from deltazip_ray.scheduler.request import Matcher, Structure
 
@@ -55,8 +55,8 @@ class Structures:
         self._load = load
         self._timeout_s = timeout_s
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="deltazip-structure")
-        self._vocabularies: _Once[str | None, xgrammar.TokenizerInfo] = _Once(self._pool, _VOCABULARIES)
-        self._compiled: _Once[tuple[str | None, Structure], xgrammar.CompiledGrammar] = _Once(self._pool, _COMPILED)
+        self._vocabularies: _Once[str | None, Vocabulary] = _Once(self._pool, _VOCABULARIES)
+        self._compiled: _Once[tuple[str | None, Structure], Compiled] = _Once(self._pool, _COMPILED)
 
     async def matcher(self, version: str | None, structure: Structure) -> Matcher:
         """What follows one output of ``version``.
@@ -66,7 +66,7 @@ class Structures:
         """
         try:
             async with asyncio.timeout(self._timeout_s):
-                vocabulary = await self._vocabularies.get(version, partial(self._load, version))
+                vocabulary = await self._vocabularies.get(version, lambda: Vocabulary.of(self._load(version)))
                 make = partial(compile_structure, structure, vocabulary)
                 return GrammarMatcher(await self._compiled.get((version, structure), make))
         except TimeoutError:

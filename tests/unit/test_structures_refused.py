@@ -4,17 +4,19 @@ import json
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import xgrammar
 
-from deltazip_ray.engine.grammars import MAX_STRUCTURE_CHARS, GrammarMatcher, compile_structure
+from deltazip_ray.engine.grammars import MAX_STRUCTURE_CHARS, GrammarMatcher, Vocabulary, compile_structure
 from deltazip_ray.engine.json_schemas import check_schema
 from deltazip_ray.engine.regexes import check_regex
 from deltazip_ray.engine.structures import Structures
 from deltazip_ray.errors import InvalidRequest, RequestTimeout
 from deltazip_ray.scheduler.request import Structure
 
-BYTES = xgrammar.TokenizerInfo([bytes([i]) for i in range(256)] + [b""], stop_token_ids=[256])
+INFO = xgrammar.TokenizerInfo([bytes([i]) for i in range(256)] + [b""], stop_token_ids=[256])
+BYTES = Vocabulary.of(INFO)
 SELF = {"anyOf": [{"$ref": "#/$defs/s"}, {"type": "null"}]}
 DEEP: dict[str, Any] = {"type": "null"}
 for _ in range(40):
@@ -23,7 +25,7 @@ for _ in range(40):
 
 def matches(structure: Structure, text: str) -> bool:
     """Whether ``text`` is a complete output."""
-    matcher = xgrammar.GrammarMatcher(compile_structure(structure, BYTES))
+    matcher = xgrammar.GrammarMatcher(compile_structure(structure, BYTES).grammar)
     return bool(matcher.accept_string(text) and matcher.is_completed())
 
 
@@ -125,6 +127,25 @@ def test_counts_that_are_not_nested_do_not_multiply() -> None:
         check_regex("x(a(b|c{120})|d){5,100}")
 
 
+def test_no_surrogates_and_no_control_characters() -> None:
+    """Which xgrammar alone would let through."""
+    for kind in (Structure("json_schema", '{"type": "string", "maxLength": 9}'), Structure("regex", '".*"')):
+        matcher = GrammarMatcher(compile_structure(kind, BYTES))
+
+        def may_come(byte: int, matcher: GrammarMatcher = matcher) -> bool:
+            return bool(int(matcher.allowed().view(np.uint32)[byte // 32]) >> byte % 32 & 1)
+
+        matcher.accept(ord('"'))
+        assert may_come(0x07) == (kind.kind == "regex")
+        assert may_come(0xED)
+        matcher.accept(0xED)
+        assert may_come(0x9F)
+        assert not may_come(0xA0)
+        for byte in (0x95, 0x98, 0xEB):
+            matcher.accept(byte)
+        assert may_come(0xA0)
+
+
 def test_nothing_comes_behind_the_end() -> None:
     matcher = GrammarMatcher(compile_structure(Structure("regex", "ab?"), BYTES))
     matcher.accept(ord("a"))
@@ -140,7 +161,7 @@ async def test_a_vocabulary_is_loaded_and_a_structure_compiled_once() -> None:
         loads.append(version)
         if version == "broken":
             raise InvalidRequest("no end token")
-        return BYTES
+        return INFO
 
     structures = Structures(load)
     first, second = [await structures.matcher("v", Structure("regex", "a+b")) for _ in range(2)]
@@ -154,6 +175,6 @@ async def test_a_vocabulary_is_loaded_and_a_structure_compiled_once() -> None:
 
 
 async def test_a_slow_compilation_fails_its_request() -> None:
-    structures = Structures(lambda _: BYTES, timeout_s=0.0)
+    structures = Structures(lambda _: INFO, timeout_s=0.0)
     with pytest.raises(RequestTimeout, match="simpler"):
         await structures.matcher(None, Structure("json"))
