@@ -1,11 +1,10 @@
 """Copies from the host to the device, beside the steps and never in their way.
 
-On CUDA a load works on streams of its own: one for its large copies, in chunks, and one for all else, so that tables
-are written while the next block is on its way. No more chunks are under way than keep the wire busy; the load's thread
-sleeps meanwhile instead of holding the interpreter. The load ends when the device has done all of it, which the thread
-waits for. So what is published after that is complete for every step launched later, on whatever stream, without an
-event between the streams. What was launched before does not use the slot, for the slot's pins are back. Elsewhere
-copies are plain ones.
+On CUDA a load works on streams of its own: one for its large copies, in chunks, and one for all else, which does not
+wait for their end. No more chunks are under way than keep the wire busy; the load's thread sleeps meanwhile instead of
+holding the interpreter. The load ends when the device has done all of it, which the thread waits for. So what is
+published after that is complete for every step launched later, on whatever stream, without an event between the
+streams. What was launched before does not use the slot, for the slot's pins are back. Elsewhere copies are plain ones.
 """
 
 from collections import deque
@@ -19,11 +18,10 @@ from deltazip_ray.engine.page_locks import PageLocks
 from deltazip_ray.residency.pace import Pace
 from deltazip_ray.residency.tiers import HostMemory
 
-CHUNK = 8 * MIB
-"""Bytes of one copy: 150 microseconds at 55 GB/s, of which starting it takes three (docs/tiers.md)."""
-DEPTH = 8
-"""Copies of one load under way at once: a millisecond, in which the next block is read and the last one's tables are
-written."""
+CHUNK = 4 * MIB
+"""Bytes of one copy: 80 microseconds; smaller ones are slower (docs/tiers.md)."""
+DEPTH = 4
+"""Copies of one load under way at once. A step's own small copy waits for them: for 64 MiB most of a millisecond."""
 
 
 class Upload:

@@ -121,6 +121,9 @@ class DeltaAwareRouter(LocalityMixin, RequestRouter):
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Count the request as ongoing there."""
         super().on_request_routed(pending_request, replica_id, result)
+        if not pending_request.metadata.is_streaming:
+            # Of a call that is over quickly Serve tells the end before the beginning. Such calls join no batch anyway.
+            return
         self._ongoing[replica_id] += 1
         self._routed[pending_request.metadata.internal_request_id, replica_id] += 1
 

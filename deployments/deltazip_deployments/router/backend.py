@@ -1,6 +1,7 @@
 """What the router needs of the replicas, and how it gets it through a Serve handle."""
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ class HandleBackend:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """See Backend. The version travels as the model id that placement goes by."""
         if request.version is not None and self._heat.began(request.version):
-            hint = asyncio.create_task(self._hint(request.version))
+            # In a context of its own: Serve knows calls by the HTTP request that they are made for.
+            hint = asyncio.create_task(self._hint(request.version), context=contextvars.Context())
             self._hints.add(hint)
             hint.add_done_callback(self._hints.discard)
         chunks = self._generate.options(multiplexed_model_id=request.version or "").remote(request)
