@@ -25,8 +25,9 @@ demo: $(READY) ## train, compress, publish, serve and measure a small zoo of fin
 test: $(READY) ## run the tests (≤ 15 minutes on 2 cores)
 	$(BIN)/pytest -m "not gpu" $(ARGS)
 
-test-gpu: $(READY) ## run the tests of kernels and compressor on a CUDA device
-	$(BIN)/pytest tests/kernels tests/integration/test_compress_cuda.py $(ARGS)
+test-gpu: $(READY) ## run the tests of kernels, compressor and engine on a CUDA device
+	$(BIN)/pytest tests/kernels $(ARGS)
+	$(BIN)/pytest -m gpu tests/integration $(ARGS)
 
 lint: $(READY) ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

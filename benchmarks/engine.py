@@ -1,4 +1,4 @@
-"""``python -m benchmarks.engine --json FILE``: the engine on one GPU, in process, as BENCHMARKS defines its figures.
+"""``python -m benchmarks.engine --json FILE``: the engine on one GPU, in process.
 
 ``step``: the time of N requests of 512 prompt and 136 output tokens, less that of the same with 8, over 128.
 ``saturated``: output tokens a second of 512 requests at once, 256 prompt and 128 output tokens, at most 256 running.

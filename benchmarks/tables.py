@@ -1,7 +1,7 @@
-"""Put the tables of README.md between their markers, from the JSON in benchmarks/results.
+"""Put the tables of README.md and docs/engine.md between their markers, from the JSON in benchmarks/results.
 
-python benchmarks/tables.py            # rewrite README.md
-python benchmarks/tables.py --check    # exit 1 when it does not show the results
+python -m benchmarks.tables            # rewrite them
+python -m benchmarks.tables --check    # exit 1 when they do not show the results
 """
 
 import json
@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine_table import breakdown, figures, growth
+
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def demo_table(report: dict[str, Any]) -> str:
@@ -47,15 +50,23 @@ def render(readme: str, name: str, table: str) -> str:
 
 
 def main() -> int:
-    """Rewrite or check README.md."""
-    path = ROOT / "README.md"
-    readme = path.read_text()
-    report = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
-    wanted = render(readme, "demo", demo_table(report))
-    if "--check" in sys.argv[1:]:
-        return int(wanted != readme)
-    path.write_text(wanted)
-    return 0
+    """Rewrite or check the pages."""
+    demo, engine = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("demo", "engine-h200"))
+    pages = {
+        "README.md": {"demo": demo_table(demo), "engine": figures(engine)},
+        "docs/engine.md": {"engine": figures(engine), "growth": growth(engine), "breakdown": breakdown(engine)},
+    }
+    stale = False
+    for page, tables in pages.items():
+        path = ROOT / page
+        text = path.read_text()
+        wanted = text
+        for name, table in tables.items():
+            wanted = render(wanted, name, table)
+        stale = stale or wanted != text
+        if "--check" not in sys.argv[1:]:
+            path.write_text(wanted)
+    return int(stale and "--check" in sys.argv[1:])
 
 
 def _ms(seconds: float | None) -> str:
