@@ -121,8 +121,8 @@ class DecodeGraphs:
         count, size = len(chunks), self._attention.shape.block_size
         padding = SequenceRows(1, 1, (self._attention.blocks,))
         sequences = [SequenceRows(1, chunk.start + 1, chunk.block_table) for chunk in chunks]
-        sequences += [padding] * (rows - count)
         idle = rows - count
+        sequences += [padding] * idle
         arrays["tokens"][:rows] = [chunk.tokens[0] for chunk in chunks] + [0] * idle
         arrays["positions"][:rows] = [sequence.context - 1 for sequence in sequences]
         arrays["drawn_rows"][:rows] = [-1 if c.drawn_row is None else c.drawn_row for c in chunks] + [-1] * idle
@@ -142,6 +142,8 @@ class DecodeGraphs:
 
     def _capture(self, shape: _Shape, plan: FlashInferPlan) -> _Captured:
         """Run the step once, which compiles kernels and writes nothing that its replay would not, and record it."""
+        # Read first: a load that changes them meanwhile makes this graph an old one.
+        width, generation = self._width, self._ops.generation
         self._step(shape, plan)
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         stream = torch.cuda.Stream()
@@ -152,7 +154,7 @@ class DecodeGraphs:
             self._step(shape, plan)
             graph.capture_end()
         here.wait_stream(stream)
-        return _Captured(graph, self._width, self._ops.generation)
+        return _Captured(graph, width, generation)
 
     def _step(self, shape: _Shape, plan: FlashInferPlan) -> None:
         inputs = {name: tensor[: shape.rows] for name, tensor in self._inputs.tensors.items()}
