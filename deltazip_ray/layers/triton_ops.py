@@ -1,5 +1,6 @@
 """The same operations as fused kernels, for a GPU: a fixed number of launches, whatever versions share the batch."""
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -45,10 +46,11 @@ class TritonStack(DeltaStack):
         if delta is None:
             return
         rank = delta.tensors["down"].shape[0] if delta.codec == LOW_RANK else 0
-        if delta.codec not in self.codecs or rank > self.rank:
-            self.codecs = tuple(name for name in CODEC_IDS if name in {*self.codecs, delta.codec})
-            self.rank = max(self.rank, rank)
-            self.ops.generation += 1
+        with self.ops.growth:  # loads run beside each other
+            if delta.codec not in self.codecs or rank > self.rank:
+                self.codecs = tuple(name for name in CODEC_IDS if name in {*self.codecs, delta.codec})
+                self.rank = max(self.rank, rank)
+                self.ops.generation += 1
 
     def add_product(self, y: torch.Tensor, x: Activations, rows: Rows) -> None:
         """As the base class says, for ``rows.work``; packed codecs see activations rounded to int8."""
@@ -91,6 +93,8 @@ class TritonOps(LayerOps):
         self.dtype = dtype
         self.generation = 0
         """Grows when launches change: graphs that were captured before are of no use then."""
+        self.growth = threading.Lock()
+        """Held while ``generation`` grows, and what it stands for."""
         self._scratch = torch.empty(0, dtype=dtype, device=device)
 
     def scratch(self, like: torch.Tensor) -> torch.Tensor:
