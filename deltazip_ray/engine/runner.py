@@ -1,14 +1,16 @@
 """Runs the batches that the scheduler makes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from deltazip_ray.engine.sampling import Draw, SampledTokens, SamplingBatch, sample
 from deltazip_ray.layers.attention.backend import AttentionBackend, SequenceRows
 from deltazip_ray.layers.ops import LayerOps
-from deltazip_ray.layers.rows import send
+from deltazip_ray.layers.staging import to_device
 from deltazip_ray.models.decoder import Decoder, StepInputs
 from deltazip_ray.scheduler.batch import Batch, Drawn
 
@@ -92,19 +94,21 @@ class ModelRunner:
             positions.extend(range(chunk.start, chunk.start + len(chunk.tokens)))
             if chunk.samples:
                 last.append(len(tokens) - 1)
-        on_device = send(tokens, torch.int64, self.device)
+        on_device = self._send(tokens)
         if drawn:
-            rows, sources = (send(list(part), torch.int64, self.device) for part in (drawn.keys(), drawn.values()))
-            on_device[rows] = self._drawn[sources]
+            on_device[self._send(list(drawn))] = self._drawn[self._send(list(drawn.values()))]
         sequences = [SequenceRows(len(c.tokens), c.start + len(c.tokens), c.block_table) for c in batch.chunks]
         return StepInputs(
             tokens=on_device,
-            positions=send(positions, torch.int64, self.device),
+            positions=self._send(positions),
             rows=self.ops.rows([(c.slot, len(c.tokens)) for c in batch.chunks], self.device),
             plan=self.attention.plan(sequences),
-            last=send(last, torch.int64, self.device),
+            last=self._send(last),
             last_rows=self.ops.rows([(c.slot, 1) for c in batch.sampling_chunks], self.device),
         )
+
+    def _send(self, values: Sequence[int]) -> torch.Tensor:
+        return to_device(np.array(values, dtype=np.int64), self.device)
 
     def _sample(self, logits: torch.Tensor, batch: Batch) -> SampledTokens:
         draws = [Draw.of(chunk) for chunk in batch.sampling_chunks]

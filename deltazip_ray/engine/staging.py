@@ -1,15 +1,8 @@
-"""Small tensors between host and device, without waiting for either."""
+"""Small tensors from the device to the host, without waiting for more than what makes them."""
 
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
-
-
-def to_device(values: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """A copy of ``values`` on ``device``; to a GPU by way of pinned memory, behind the work that is queued there."""
-    host = torch.from_numpy(values)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 class Fetched:

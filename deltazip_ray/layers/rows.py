@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from deltazip_kernels import Segments
 from deltazip_kernels.plan import Work
+from deltazip_ray.layers.staging import to_device
 
 BASE_SLOT = -1
 
@@ -48,20 +50,15 @@ def join_runs(runs: Sequence[tuple[int, int]]) -> tuple[Span, ...]:
     return tuple(spans)
 
 
-def send(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Numbers to the device, without waiting for what it has yet to do."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-
-
 def send_segments(spans: Sequence[Span], device: torch.device) -> Segments:
     """The table of segments for kernels; ``spans`` cover all rows."""
-    starts = [0, *(span.stop for span in spans)]
-    return Segments(send(starts, torch.int32, device), send([span.slot for span in spans], torch.int32, device))
+    starts = np.array([0, *(span.stop for span in spans)], dtype=np.int32)
+    slots = np.array([span.slot for span in spans], dtype=np.int32)
+    return Segments(to_device(starts, device), to_device(slots, device))
 
 
 def send_index(spans: Sequence[Span], device: torch.device) -> torch.Tensor:
     """``[rows]`` int32, slot + 1 of every row."""
-    index: list[int] = []
-    for span in spans:
-        index.extend([span.slot + 1] * (span.stop - span.start))
-    return send(index, torch.int32, device)
+    slots = np.array([span.slot + 1 for span in spans], dtype=np.int32)
+    lengths = np.array([span.stop - span.start for span in spans], dtype=np.int64)
+    return to_device(np.repeat(slots, lengths), device)

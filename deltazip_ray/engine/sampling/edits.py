@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from deltazip_ray.engine.sampling.draw import Draw
-from deltazip_ray.engine.staging import to_device
+from deltazip_ray.layers.staging import to_device
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from deltazip_ray.engine.sampling.draw import Draw
-from deltazip_ray.engine.staging import to_device
+from deltazip_ray.layers.staging import to_device
 
 _LEAST = -9999.0  # JSON has no -inf; OpenAI's API writes this
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from deltazip_ray.engine.sampling.draw import Draw
 from deltazip_ray.engine.sampling.weights import cut_probability, cut_ranks, keep, pick, whole_weights
-from deltazip_ray.engine.staging import to_device
+from deltazip_ray.layers.staging import to_device
 from deltazip_ray.scheduler.request import SamplingParams
 
 _GOLDEN = 0x9E3779B97F4A7C15

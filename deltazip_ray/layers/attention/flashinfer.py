@@ -11,6 +11,7 @@ from flashinfer.decode import fast_decode_plan
 
 from deltazip_ray.layers.attention.backend import AttentionBackend, CacheShape, SequenceRows
 from deltazip_ray.layers.attention.paged import PagedTables, cache_rows, page_tables
+from deltazip_ray.layers.staging import to_device
 
 _WORKSPACE = 256 << 20
 _INTEGERS = 8 << 20
@@ -90,15 +91,12 @@ class FlashInferBackend(AttentionBackend[FlashInferPlan]):
             if group:
                 rows = None if len(group) == len(sequences) else self._rows_of(sequences, decodes=group is decodes)
                 parts.append(Part(rows, plan(group)))
-        return FlashInferPlan(self._send(cache_rows(sequences, self.shape.block_size)), tuple(parts))
+        return FlashInferPlan(to_device(cache_rows(sequences, self.shape.block_size), self.device), tuple(parts))
 
     def _rows_of(self, sequences: Sequence[SequenceRows], *, decodes: bool) -> torch.Tensor:
         """``[rows]``: rows of the step that belong to decodes, or to the others."""
         queries = np.array([sequence.queries for sequence in sequences])
-        return self._send(np.flatnonzero(np.repeat((queries == 1) == decodes, queries)))
-
-    def _send(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
+        return to_device(np.flatnonzero(np.repeat((queries == 1) == decodes, queries)), self.device)
 
     def _plan_prefills(self, sequences: Sequence[SequenceRows]) -> dict[int | None, Any]:
         shape = self.shape
