@@ -199,11 +199,13 @@ async def test_first_use_is_cold_and_the_next_is_warm(zoo: Zoo) -> None:
             body = {"model": model, "prompt": "abc", "max_tokens": 1}
             return (await client.post("/v1/completions", json=body)).headers["x-deltazip-tier"]
 
-        for model in CODECS:  # Six in four slots: the first two have to leave.
-            await tier(model)
-        first = next(iter(CODECS))
-        assert await tier(first) == "host"
-        assert await tier(first) == "device"
+        # Six in four slots: whoever has to leave, not all are there, and each is once it was asked for.
+        firsts = []
+        for model in CODECS:
+            firsts.append(await tier(model))
+            assert await tier(model) == "device"
+        assert set(firsts) <= {"host", "device"}
+        assert firsts.count("host") >= len(CODECS) - 4
         assert await tier("base") == "device"
 
 
