@@ -221,6 +221,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     parser.add_argument("--commit", help="of this tree, where it is no checkout")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch sees no GPU here: run it where there is one")
     results: dict[str, Any] = {
         "commit": options.commit or commit(),
         "codec": options.codec,

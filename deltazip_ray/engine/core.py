@@ -66,7 +66,7 @@ def assemble(config: EngineConfig, shape: DecoderConfig, weights: WeightSource, 
     max_model_len = min(config.max_model_len, shape.max_positions)
     placement = Placement(dtype, device, config.slots, config.max_added_tokens, _ops(config, device, dtype))
     reader = WeightReader(weights, placement)
-    attention = _attention(config, _cache_shape(config, shape), dtype, device)
+    attention = make_attention(config, _cache_shape(config, shape), dtype, device)
     decoder = Decoder(shape, reader, attention, max_model_len)
     identity = BaseIdentity(digest, shape.vocab_size)
     slots = DeviceSlots(reader.targets, placement, identity, config.slot_bytes, config.copy_bytes_per_s)
@@ -87,9 +87,10 @@ def _ops(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Laye
     return TritonOps(device, dtype)
 
 
-def _attention(
+def make_attention(
     config: EngineConfig, shape: CacheShape, dtype: torch.dtype, device: torch.device
 ) -> AttentionBackend[Any]:
+    """The backend that the settings and the model's heads allow, without a cache yet. Raises ConfigError."""
     known = device.type == "cuda" and shape.head_dim in _FLASHINFER_HEADS and dtype in _FLASHINFER_DTYPES
     if config.attention == "sdpa" or (config.attention == "auto" and not known):
         return SdpaBackend(shape, dtype, device)
@@ -98,7 +99,13 @@ def _attention(
             f"flashinfer has no kernels for {config.device}, {config.dtype} and heads of {shape.head_dim}: "
             "set engine.attention to auto"
         )
-    from deltazip_ray.layers.attention.flashinfer import FlashInferBackend  # installed where there is a GPU
+    try:
+        from deltazip_ray.layers.attention.flashinfer import FlashInferBackend  # installed where there is a GPU
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"attention on cuda needs {error.name}: pip install 'deltazip-ray[gpu]', or set engine.attention to sdpa "
+            "(slower, without CUDA graphs)"
+        ) from error
 
     return FlashInferBackend(shape, dtype, device)
 

@@ -1,5 +1,6 @@
 """Logits of one mixed batch against transformers, in several architectures and number types."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from transformers import (
 )
 
 from deltazip_ray.config import EngineConfig
-from deltazip_ray.engine.core import EngineCore, build_core
+from deltazip_ray.engine.core import EngineCore, build_core, make_attention
 from deltazip_ray.errors import CheckpointInvalid, ConfigError
+from deltazip_ray.layers.attention.backend import CacheShape
 from deltazip_ray.models.decoder_config import read_decoder_config
 from deltazip_ray.residency.tiers import HostDelta
 from deltazip_ray.scheduler.batch import Batch, Chunk
@@ -220,3 +222,12 @@ def test_a_config_of_another_checkpoint_is_refused(zoo: Zoo, tmp_path: Path) -> 
     LlamaConfig.from_pretrained(tmp_path, intermediate_size=64).save_pretrained(tmp_path)
     with pytest.raises(CheckpointInvalid, match=r"gate_proj\.weight is \[320, 128\]"):
         build_core(EngineConfig(**SETTINGS), tmp_path)
+
+
+def test_a_gpu_without_flashinfer_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    monkeypatch.delitem(sys.modules, "deltazip_ray.layers.attention.flashinfer", raising=False)
+    shape = CacheShape(layers=1, block_size=16, heads=4, kv_heads=2, head_dim=128)
+    config = EngineConfig(device="cuda", dtype="bfloat16")
+    with pytest.raises(ConfigError, match=r"pip install 'deltazip-ray\[gpu\]'"):
+        make_attention(config, shape, torch.bfloat16, torch.device("cuda"))
