@@ -241,8 +241,9 @@ class AsyncEngine:
         return await self._make_matcher(request.version, structure)
 
     async def _pin(self, request: GenerateRequest, parts: _Running) -> Pin | None:
-        """The slot of the request's version, with its vocabulary checked; None for the base."""
+        """The slot of the request's version, with its vocabulary checked; None for the base. Raises EngineStopped."""
         if request.version is None:
+            self._open()  # the engine may have ended while a structure was compiled
             return None
         self._pinning += 1
         try:

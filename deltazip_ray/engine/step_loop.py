@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 # What torch and the code around it raise for a batch that they cannot compute. Anything else ends the loop.
 _STEP_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, EngineError)
 
+MOST_FAILURES = 8
+"""Steps that fail in a row before the device counts as lost, though it still answers."""
+
 
 class Launched(Protocol):
     """A step on the device."""
@@ -84,6 +87,7 @@ class StepLoop:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._step: _Step | None = None
         self._finished_at = 0.0
+        self._failures = 0
         self._lost = False
         self._thread = threading.Thread(target=self._run, name="deltazip-step", daemon=True)
 
@@ -162,15 +166,22 @@ class StepLoop:
             drawn = step.launched.wait()
         except _STEP_FAILURES as error:
             logger.exception("a step of %d requests failed", len(step.batch.chunks))
+            self._failures += 1
             self._lost = not self._device_works()
             if not self._lost:
                 self._scheduler.fail(step.batch, EngineError(f"the step failed ({error!r}): send the request again"))
             return
+        self._failures = 0
         self._scheduler.update(step.batch, drawn)
         self._record(step)
 
     def _device_works(self) -> bool:
         """Whether only a step failed: some errors of a GPU make all later calls fail, until the process is replaced."""
+        if self._failures == MOST_FAILURES:
+            logger.critical(
+                "%d steps in a row failed: the engine stops, so that its replica is replaced", MOST_FAILURES
+            )
+            return False
         try:
             self._runner.synchronize()
         except _STEP_FAILURES:

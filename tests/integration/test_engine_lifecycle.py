@@ -7,7 +7,9 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from deltazip_kernels import PackedDelta
@@ -25,7 +27,7 @@ from deltazip_ray.errors import (
 )
 from deltazip_ray.layers.targets import MatrixTarget
 from deltazip_ray.residency.tiers import HostDelta
-from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
+from deltazip_ray.scheduler.request import GenerateRequest, Matcher, SamplingParams, Structure
 from tests.support.engines import GREEDY, SETTINGS, RunningEngine, random_prompt, running
 from tests.support.versions import MemorySource
 from tests.support.zoo import Zoo
@@ -47,6 +49,16 @@ class SlowSource(MemorySource):
             await self.release(version)
             raise
         return delta
+
+
+class AnyToken:
+    """A matcher that any output matches."""
+
+    def accept(self, token: int) -> None:
+        pass
+
+    def allowed(self) -> NDArray[np.int32]:
+        return np.full(8, -1, dtype=np.int32)
 
 
 def slow_source(zoo: Zoo) -> SlowSource:
@@ -253,6 +265,25 @@ async def test_stopping_answers_everybody(zoo: Zoo) -> None:
         await run.engine.stop()
         assert not any(source.held.values())
         assert len(await other.generate(PROMPT)) == GREEDY.max_tokens
+
+
+async def test_a_base_request_whose_structure_outlives_the_engine_is_answered(zoo: Zoo) -> None:
+    compiled = asyncio.Event()
+
+    async def make_matcher(version: str | None, structure: Structure) -> Matcher:
+        await compiled.wait()
+        return AnyToken()
+
+    registry = CollectorRegistry()
+    engine = AsyncEngine(EngineConfig(**SETTINGS), zoo.base, MemorySource(), registry, make_matcher=make_matcher)
+    await engine.start()
+    sampling = replace(GREEDY, structure=Structure("json"))
+    task = asyncio.create_task(RunningEngine(engine, registry).generate(PROMPT, None, sampling))
+    await asyncio.sleep(0)
+    await engine.stop()
+    compiled.set()
+    with pytest.raises(EngineStopped):
+        await asyncio.wait_for(task, 5)
 
 
 async def test_stopped_while_it_starts(zoo: Zoo) -> None:

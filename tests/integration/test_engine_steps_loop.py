@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deltazip_ray.config import EngineConfig
-from deltazip_ray.engine.step_loop import StepLoop
+from deltazip_ray.engine.step_loop import MOST_FAILURES, StepLoop
 from deltazip_ray.errors import DeltaZipError, EngineError
 from deltazip_ray.observability.engine_metrics import EngineMetrics, EngineStats
 from deltazip_ray.scheduler.batch import Batch, Drawn
@@ -147,6 +147,30 @@ def test_a_lost_device_ends_the_loop(ahead: bool, caplog: pytest.LogCaptureFixtu
         assert run.ended.wait(10)
         assert [item for _, item in iter_heard(run)] == [TokenChunk((TOKEN,))], "who stops the engine tells the rest"
     assert "the device is lost" in caplog.text
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_steps_that_fail_in_a_row_end_the_loop_though_the_device_answers(
+    ahead: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = Device(bad_waits=set(range(1, 99)))
+    with running(device, ahead=ahead) as run:
+        while device.waits < MOST_FAILURES:
+            assert all(isinstance(end, EngineError) for end in run.ends(1).values())
+            run.add(f"after {device.waits}", 1)
+        assert run.ended.wait(10)
+        assert run.heard.empty(), "who stops the engine tells the last one"
+    assert device.waits == 1 + MOST_FAILURES
+    assert caplog.text.count("steps in a row failed") == 1
+
+
+def test_failures_with_a_good_step_between_them_do_not_count_together() -> None:
+    with running(Device(bad_waits=set(range(0, 99, 2))), ahead=False) as run:
+        for i in range(3 * MOST_FAILURES):
+            run.ends(1)
+            run.add(f"next {i}", 1)
+        run.ends(1)
+        assert not run.ended.is_set()
 
 
 def test_stopping_waits_for_the_step_on_its_way() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from pathlib import Path
 
+import pytest
 from prometheus_client import CollectorRegistry
 
 from deltazip_deployments.node_store.actor import NodeStore
@@ -93,4 +94,32 @@ async def test_a_replaced_version_drains_and_goes_and_its_heir_is_there_before(t
     assert cache.versions == {new}
     assert cache.stats().free_bytes == 4 * MIB - cache.stats().cached_bytes
     cache.check()
+    await cache.close()
+
+
+async def test_an_alias_that_moves_on_while_the_heir_loads_brings_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "store").mkdir()
+    location = StoreConfig(url=(tmp_path / "store").as_uri())
+    first = publish(location, tmp_path, "name", seed=0, size=60_000)
+    catalog = Catalog(open_store(location), BASE_DIGEST)
+    arena = Arena(tmp_path, 4 * MIB)
+    cache = HostCache(catalog, arena.buffer, NodeStoreConfig(), CollectorRegistry())
+    store = NodeStore("n1", cache, arena, 10.0, CollectorRegistry())
+    await store.follow(catalog.variants())
+    await store.acquire("replica", first)
+    go_on, prefetch = asyncio.Event(), cache.prefetch
+
+    async def slow(version: str) -> bool:
+        await go_on.wait()
+        return await prefetch(version)
+
+    monkeypatch.setattr(cache, "prefetch", slow)
+    for seed in (1, 2):
+        last = publish(location, tmp_path, "name", seed=seed, size=60_000)
+        await store.follow(catalog.variants())
+    go_on.set()
+    await until(lambda: last in cache.versions)
+    await store.release("replica", first)
     await cache.close()

@@ -46,7 +46,8 @@ class NodeStore:
         """``retire_after_s``: from the loss of a version's last alias until it is dropped."""
         self._succession = Succession(retire_after_s)
         self._retired: dict[str, set[str]] = {}
-        self._prefetches: set[asyncio.Task[bool]] = set()
+        self._heirs: dict[str, asyncio.Task[bool]] = {}
+        """Versions on their way here because an alias moved to them."""
         self._node = node
         self._cache = cache
         self._arena = arena
@@ -111,15 +112,20 @@ class NodeStore:
         """
         change = self._succession.update(variants, self._clock())
         for old, new in change.heirs:
-            if old in self._cache.versions:
-                task = asyncio.create_task(self._cache.prefetch(new))
-                self._prefetches.add(task)
-                task.add_done_callback(self._prefetches.discard)
+            # One that is still on its way when the alias moves on has an heir too.
+            if (old in self._cache.versions or old in self._heirs) and new not in self._heirs:
+                self._heirs[new] = asyncio.create_task(self._bring_heir(new))
         for replica in self._leases.replicas:
             self._retired.setdefault(replica, set()).update(change.retired)
         for version in change.retired & self._cache.versions:
             logger.info("version %s has no alias any more: it is dropped", version[:12])
             await self._cache.discard(version)
+
+    async def _bring_heir(self, version: str) -> bool:
+        try:
+            return await self._cache.prefetch(version)
+        finally:
+            del self._heirs[version]
 
     async def drop_silent(self) -> float:
         """Drop what silent replicas hold; returns for how many seconds there has been no replica."""
