@@ -61,7 +61,7 @@ class Workshop:
             "calibration": chats,
             "samples": samples,
             "device": device,
-            "batch_sequences": 64,
+            "batch_sequences": 256,
         }
         self._device = device
         self._pair = open_pair(base, finetuned)

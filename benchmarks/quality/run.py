@@ -5,7 +5,8 @@
 
 Trains a base on text that the machine has, a full fine-tune and a LoRA adapter for each task (cached), then measures
 every compressed form in two processes a task. Each line of the result is one form of one fine-tune; the first ones say
-how the models were trained. What the deadline leaves no time for is missing.
+how the models were trained. What the deadline leaves no time for is missing; another run with the same ``--out`` goes
+on there.
 """
 
 import argparse

@@ -34,15 +34,6 @@ def _lexicon() -> dict[str, str]:
 LEXICON = _lexicon()
 
 
-def _sum(rng: random.Random) -> str:
-    return f"{rng.randint(1000, 9999)}+{rng.randint(1000, 9999)}"
-
-
-def _add(question: str) -> str:
-    """The lowest digit first, as carries go: in the other order so short a training does not learn it."""
-    return str(sum(map(int, question.split("+"))))[::-1]
-
-
 def _numbers(rng: random.Random) -> str:
     return " ".join(str(rng.randint(0, 999)) for _ in range(5))
 
@@ -69,6 +60,19 @@ def _extract(question: str) -> str:
     for key in path.split("."):
         value = value[key]
     return str(value)
+
+
+def _columns(rng: random.Random) -> str:
+    """Three column names and a row of values for them."""
+    names, row = rng.sample(KEYS, 3), [_word(rng), _word(rng), str(rng.randint(0, 99))]
+    rng.shuffle(row)
+    return f"{','.join(names)};{','.join(row)}"
+
+
+def _table(question: str) -> str:
+    """Each value behind its name, the names in alphabetical order."""
+    names, row = (part.split(",") for part in question.split(";"))
+    return " ".join(f"{name}={value}" for name, value in sorted(zip(names, row, strict=True)))
 
 
 def _call(rng: random.Random) -> str:
@@ -107,7 +111,7 @@ TASKS = {
         Task("translate", "translates into a made-up language", _sentence, _translate, None),
         Task("sort", "sorts five numbers", _numbers, _sort, "Sort"),
         Task("rewrite", "renames and reorders in a call", _call, _rewrite, None),
-        Task("add", "adds two numbers of four digits", _sum, _add, "Add"),
+        Task("table", "names the values of a row", _columns, _table, None),
     )
 }
 """The base is taught those with an instruction, under that instruction. The others it has never seen."""

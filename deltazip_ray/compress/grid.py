@@ -139,13 +139,38 @@ def code_group(work: Tensor, codes: Tensor, kept: Tensor | None, factor: Tensor,
     return scales, errors
 
 
-def recode_group(codes: Tensor, scales: Tensor, slopes: Tensor, metric: Tensor, codec: Codec) -> None:
-    """Give each column of one group in turn the code that loses least while all other codes stay (coordinate descent).
+def improve_group(
+    delta: Tensor, lost: Tensor, codes: Tensor, scales: Tensor, slopes: Tensor, metric: Tensor, codec: Codec
+) -> None:
+    """One round of coordinate descent over one group: the best scale for the codes, then code by code the best one.
 
-    ``codes`` u8 ``[N, columns]``, perhaps a slice, is written. ``slopes`` ``[N, columns]`` is what the rows lose times
-    ``metric`` (half the descent of the squared error by each column); ``metric`` ``[columns, columns]`` is the group's
-    square of the damped Hessian. Dense codecs only.
+    ``delta`` ``[N, columns]`` is what the group shall be. Writes ``codes`` u8 and ``lost``, what they lose of it, of
+    the same shape, and ``scales`` ``[N]``, all perhaps slices. ``slopes`` ``[N, columns]`` is what the rows lose times
+    the columns of the damped Hessian (half the descent of the squared error by each column); ``metric`` ``[columns,
+    columns]`` is the group's square of it. No row's error becomes larger. Dense codecs only.
     """
+    levels = codes.float().sub_(codec.zero)
+    along = levels @ metric
+    change = _better_scale(levels, scales, slopes, along)
+    scales += change
+    _recode(codes, scales, slopes - change[:, None] * along, metric, codec)
+    torch.sub(delta, (codes.float() - codec.zero) * scales[:, None], out=lost)
+
+
+def _better_scale(levels: Tensor, scales: Tensor, slopes: Tensor, along: Tensor) -> Tensor:
+    """What to add to the scales ``[N]`` of one group, for fixed ``levels``: 0 where rounding to bf16 spoils it.
+
+    ``along`` is ``levels`` times the metric.
+    """
+    curvature = (levels * along).sum(1)
+    slope = (levels * slopes).sum(1)
+    best = scales + slope / curvature.clamp_min(torch.finfo(torch.float32).tiny)
+    change = best.clamp_min(0.0).bfloat16().float() - scales
+    return torch.where(change * (change * curvature - 2 * slope) < 0, change, 0.0)
+
+
+def _recode(codes: Tensor, scales: Tensor, slopes: Tensor, metric: Tensor, codec: Codec) -> None:
+    """Give each column in turn the code that loses least while all other codes and the ``scales`` stay."""
     # One row for each column, and in units of the scale: few small operations on neighbours.
     levels, slopes = codes.T.float().sub_(codec.zero), slopes.T.contiguous()
     steps = torch.where(scales > 0, scales.clamp_min(torch.finfo(torch.float32).tiny).reciprocal(), 0.0)

@@ -36,8 +36,10 @@ class Grid(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Code one group with compensation."""
 
-    def recode_group(self, codes: Tensor, scales: Tensor, slopes: Tensor, metric: Tensor, codec: Codec) -> None:
-        """One round of coordinate descent over the codes of one group."""
+    def improve_group(
+        self, delta: Tensor, lost: Tensor, codes: Tensor, scales: Tensor, slopes: Tensor, metric: Tensor, codec: Codec
+    ) -> None:
+        """One round of coordinate descent over the scales and codes of one group."""
 
 
 def grid_for(device: torch.device, codec: Codec) -> Grid:
@@ -136,26 +138,11 @@ def descend(delta: Tensor, coded: Coded, metric: Tensor, codec: Codec, grid: Gri
     groups = [slice(start, min(start + GROUP, delta.shape[1])) for start in range(0, delta.shape[1], GROUP)]
     for _ in range(SWEEPS):
         for index, group in enumerate(groups):
-            slopes, here = lost @ metric[:, group], metric[group, group]
-            levels = codes[:, group].float() - codec.zero
-            change = _better_scale(levels, scales[:, index], slopes, here)
-            scales[:, index] += change
-            grid.recode_group(
-                codes[:, group], scales[:, index], slopes - change[:, None] * (levels @ here), here, codec
-            )
-            torch.sub(
-                delta[:, group], (codes[:, group].float() - codec.zero) * scales[:, index, None], out=lost[:, group]
+            slopes = lost @ metric[:, group]
+            grid.improve_group(
+                delta[:, group], lost[:, group], codes[:, group], scales[:, index], slopes, metric[group, group], codec
             )
     return Coded(codes, scales, None)
-
-
-def _better_scale(levels: Tensor, scales: Tensor, slopes: Tensor, metric: Tensor) -> Tensor:
-    """What to add to the scales ``[N]`` of one group, for fixed ``levels``: 0 where rounding to bf16 spoils it."""
-    curvature = ((levels @ metric) * levels).sum(1)
-    slope = (levels * slopes).sum(1)
-    best = scales + slope / curvature.clamp_min(torch.finfo(torch.float32).tiny)
-    change = best.clamp_min(0.0).bfloat16().float() - scales
-    return torch.where(change * (change * curvature - 2 * slope) < 0, change, 0.0)
 
 
 def _reordered(coded: Coded, order: Tensor) -> Coded:

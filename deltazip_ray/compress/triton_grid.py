@@ -49,12 +49,18 @@ def code_group(work: Tensor, codes: Tensor, kept: Tensor | None, factor: Tensor,
     return scales, errors
 
 
-def recode_group(codes: Tensor, scales: Tensor, slopes: Tensor, metric: Tensor, codec: Codec) -> None:
-    """As ``grid.recode_group``."""
+def improve_group(
+    delta: Tensor, lost: Tensor, codes: Tensor, scales: Tensor, slopes: Tensor, metric: Tensor, codec: Codec
+) -> None:
+    """As ``grid.improve_group``."""
     rows, columns = codes.shape
     options = _options(codec)
     del options["CLIPS"], options["REFITS"]
-    device.recode_group[(triton.cdiv(rows, ROWS),)](
+    device.improve_group[(triton.cdiv(rows, ROWS),)](
+        delta,
+        delta.stride(0),
+        lost,
+        lost.stride(0),
         codes,
         codes.stride(0),
         scales,

@@ -1,7 +1,9 @@
 """The quality proof in small: real training, real compression, every line of the results."""
 
 import json
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -66,6 +68,16 @@ def test_nothing_is_begun_after_the_deadline(cache: CheckpointCache, tmp_path: P
     assert not job.out.exists()
 
 
+def test_a_second_run_measures_what_the_first_has_not(cache: CheckpointCache, tmp_path: Path) -> None:
+    job = Job(TASK, "ours", "tiny", cache.folder, tmp_path / "rows", tmp_path / "scratch", "cpu", deadline=float("inf"))
+    forms = ["base", "fine-tune", "other"]
+    job.out.write_text("".join(json.dumps({"task": TASK, "variant": name}) + "\n" for name in forms[:1]))
+    with patch.object(Bench, "ours", lambda bench: {name: partial(bench._whole, TASK) for name in forms}):
+        measure.measure(job)
+    rows = [json.loads(line) for line in job.out.read_text().splitlines()]
+    assert [row["variant"] for row in rows] == forms
+
+
 @pytest.mark.parametrize(
     ("task", "question", "answer"),
     [
@@ -73,7 +85,7 @@ def test_nothing_is_begun_after_the_deadline(cache: CheckpointCache, tmp_path: P
         ("json", '{"id":"ab","user":{"name":"xy","city":"q"},"tag":7} tag', "7"),
         ("sort", "83 12 570 9 40", "9 12 40 83 570"),
         ("rewrite", "get_user(file_path, max_row)", "getUser(maxRow, filePath)"),
-        ("add", "9999+1", "00001"),
+        ("table", "name,id,tag;xy,7,ab", "id=7 name=xy tag=ab"),
     ],
 )
 def test_answers(task: str, question: str, answer: str) -> None:

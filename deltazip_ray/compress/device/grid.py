@@ -126,7 +126,26 @@ def code_group(
 
 
 @triton.jit
-def recode_group(
+def _along(codes, metric, metric_stride, row, N, C, ZERO: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+    """Levels of ``codes`` (a pointer for each of the rows) times ``metric`` [C, C], float32 [ROWS, 128]."""
+    column = tl.arange(0, 128)
+    found = tl.zeros((ROWS, 128), tl.float32)
+    for start in range(0, 128, DEPTH):
+        inner = start + tl.arange(0, DEPTH)
+        inside = (row < N)[:, None] & (inner < C)[None, :]
+        levels = tl.load(codes[:, None] + inner[None, :], mask=inside, other=0).to(tl.float32) - ZERO
+        here = (inner < C)[:, None] & (column < C)[None, :]
+        weights = tl.load(metric + inner[:, None] * metric_stride + column[None, :], mask=here, other=0.0)
+        found += tl.dot(levels, weights, input_precision="ieee")
+    return found
+
+
+@triton.jit
+def improve_group(
+    delta,
+    delta_stride,
+    lost,
+    lost_stride,
     codes,
     codes_stride,
     scales,
@@ -141,13 +160,22 @@ def recode_group(
     TOP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """``grid.recode_group``: the C columns of one group in turn, one program for some rows."""
+    """``grid.improve_group``: scale, then the C columns of one group in turn, one program for some rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, 128)
     inside = (row < N)[:, None] & (column < C)[None, :]
-    found = tl.load(codes + row[:, None] * codes_stride + column[None, :], mask=inside, other=0).to(tl.float32)
+    own = codes + row * codes_stride
+    along = _along(own, metric, metric_stride, row, N, C, ZERO, ROWS, 32)
+    found = tl.load(own[:, None] + column[None, :], mask=inside, other=0).to(tl.float32)
     slope = tl.load(slopes + row[:, None] * slopes_stride + column[None, :], mask=inside, other=0.0)
     scale = tl.load(scales + row * scales_stride, mask=row < N, other=0.0)
+    # Columns beyond the matrix have no slope and no metric: their levels weigh nothing.
+    curvature = tl.sum((found - ZERO) * along, 1)
+    descent = tl.sum((found - ZERO) * slope, 1)
+    change = _bf16(tl.maximum(scale + descent / tl.maximum(curvature, TINY), 0.0)) - scale
+    change = tl.where(change * (change * curvature - 2 * descent) < 0, change, 0.0)
+    scale += change
+    slope -= change[:, None] * along
     for j in range(C):
         here = (column == j)[None, :]
         before = (tl.sum(tl.where(here, found, 0.0), 1) - ZERO) * scale
@@ -156,4 +184,8 @@ def recode_group(
         found = tl.where(here, code[:, None], found)
         spread = tl.load(metric + j * metric_stride + column, mask=column < C, other=0.0)
         slope -= ((code - ZERO) * scale - before)[:, None] * spread[None, :]
-    tl.store(codes + row[:, None] * codes_stride + column[None, :], found.to(tl.uint8), mask=inside)
+    wanted = tl.load(delta + row[:, None] * delta_stride + column[None, :], mask=inside, other=0.0)
+    left = wanted - (found - ZERO) * scale[:, None]
+    tl.store(own[:, None] + column[None, :], found.to(tl.uint8), mask=inside)
+    tl.store(lost + row[:, None] * lost_stride + column[None, :], left, mask=inside)
+    tl.store(scales + row * scales_stride, scale, mask=row < N)
