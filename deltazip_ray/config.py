@@ -149,10 +149,24 @@ class AppConfig(Settings):
     base_name: str = Field("base", description="what clients put in `model` to get the base itself")
     store: StoreConfig
     replicas: int = Field(1, ge=1)
-    replica_resources: dict[str, float] = Field(default={"CPU": 1.0}, description="Ray resources of one replica")
+    replica_resources: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={"CPU": 1.0},
+        description="Ray resources of one replica; a GPU is added on cuda where none is named: share one with 0.5",
+    )
     engine: EngineConfig = EngineConfig()
     node_store: NodeStoreConfig = NodeStoreConfig()
     router: RouterConfig = RouterConfig()
+
+    @model_validator(mode="after")
+    def _gpu_on_cuda(self) -> Self:
+        if self.engine.device == "cuda" and not self.resources["GPU"]:
+            raise ValueError("replica_resources.GPU is 0, but engine.device is cuda: Ray would hide all GPUs")
+        return self
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Ray resources of one replica, with the GPU that its device implies."""
+        return ({"GPU": 1.0} if self.engine.device == "cuda" else {}) | self.replica_resources
 
 
 def refuse_credentials(setting: str, url: str) -> None:

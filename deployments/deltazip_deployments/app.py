@@ -34,7 +34,7 @@ def _source(config: AppConfig, base_digest: Any) -> HostSource:
 
 
 def _replica_options(config: AppConfig) -> dict[str, Any]:
-    resources = dict(config.replica_resources)
+    resources = config.resources
     actor: dict[str, Any] = {"num_cpus": resources.pop("CPU", 0.0), "num_gpus": resources.pop("GPU", 0.0)}
     placement: dict[str, Any] = {
         "request_router_class": DeltaAwareRouter,

@@ -22,7 +22,7 @@ from deltazip_deployments.node_store.discovery import kill_stores
 from deltazip_deployments.processes import end_marked, marked
 from deltazip_deployments.replica import EngineFactory, make_engine
 from deltazip_ray.config import AppConfig
-from deltazip_ray.errors import EngineError
+from deltazip_ray.errors import ConfigError, EngineError
 
 APP_NAME = "deltazip"
 _HEALTH_PAUSE_S = 0.1
@@ -94,7 +94,7 @@ def running(
 
 
 def connect(config: AppConfig) -> bool:
-    """Connect to Ray if this process is not; True when it was not."""
+    """Connect to Ray if this process is not; True when it was not. Raises ConfigError."""
     if ray.is_initialized():
         return False
     if "RAY_ADDRESS" in os.environ:
@@ -105,7 +105,7 @@ def connect(config: AppConfig) -> bool:
     # other systems by default, that there is only this host. The variable is for the processes that Ray starts.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
-    wanted = config.replicas * config.replica_resources.get("CPU", 0.0)
+    wanted = config.replicas * config.resources.get("CPU", 0.0)
     with marked(), _interrupts_deferred():
         ray.init(
             address="local",
@@ -115,7 +115,18 @@ def connect(config: AppConfig) -> bool:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+    _check_gpus(config.replicas * config.resources.get("GPU", 0.0))
     return True
+
+
+def _check_gpus(wanted: float) -> None:
+    """Serve would wait for ever for GPUs that a cluster of one machine never gets. Raises ConfigError."""
+    there = ray.cluster_resources().get("GPU", 0.0)
+    if wanted > there:
+        raise ConfigError(
+            f"the replicas ask for {wanted:g} GPUs, but Ray finds {there:g} here: lower replicas, "
+            "share a GPU with replica_resources.GPU below 1, or set engine.device to cpu"
+        )
 
 
 def _deploy(config: AppConfig, host: str, port: int, engine_factory: EngineFactory) -> None:

@@ -27,3 +27,17 @@ def test_config_is_frozen() -> None:
 def test_config_refuses_urls_it_cannot_open(url: str) -> None:
     with pytest.raises(ValidationError):
         StoreConfig(url=url)
+
+
+CUDA = {"base": "/b", "store": {"url": "file:///d"}, "engine": {"device": "cuda"}}
+
+
+def test_a_replica_on_cuda_gets_a_gpu_or_the_share_it_asks_for() -> None:
+    assert AppConfig.model_validate(CUDA).resources == {"CPU": 1.0, "GPU": 1.0}
+    assert AppConfig.model_validate(CUDA | {"replica_resources": {"GPU": 0.5}}).resources == {"GPU": 0.5}
+    assert "GPU" not in AppConfig.model_validate(CUDA | {"engine": {}}).resources
+
+
+def test_cuda_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"replica_resources\.GPU"):
+        AppConfig.model_validate(CUDA | {"replica_resources": {"CPU": 1, "GPU": 0}})
