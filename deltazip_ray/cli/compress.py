@@ -2,11 +2,19 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deltazip_ray.cli.console import EndpointUrl, Json, PathStyle, fraction_progress, print_json, store_config
+from deltazip_ray.cli.console import (
+    Device,
+    EndpointUrl,
+    Json,
+    PathStyle,
+    fraction_progress,
+    print_json,
+    store_config,
+)
 from deltazip_ray.cli.inspect import show, summary
 from deltazip_ray.errors import ConfigError
 
@@ -87,7 +95,7 @@ def compress(
     samples: Annotated[int, typer.Option(min=2, help="Calibration sequences.")] = 128,
     sequence_length: Annotated[int, typer.Option(min=8, help="Tokens of a calibration sequence at most.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal versions.")] = 0,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to compute.")] = "cpu",
+    device: Device = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that --out holds already.")] = False,
     as_json: Json = False,
     endpoint_url: EndpointUrl = None,

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -32,6 +32,19 @@ EndpointUrl = Annotated[
 ]
 PathStyle = Annotated[
     bool, typer.Option("--path-style", help="Address buckets as a path, as most S3-compatible servers want.")
+]
+
+
+def _seen(device: str) -> str:
+    if device == "cuda":
+        from deltazip_ray.layers.device import check_device
+
+        check_device(device, "--device")
+    return device
+
+
+Device = Annotated[
+    Literal["cpu", "cuda"], typer.Option("--device", help="Where the models are computed.", callback=_seen)
 ]
 
 

@@ -3,11 +3,12 @@
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deltazip_ray.cli.console import (
+    Device,
     EndpointUrl,
     Json,
     PathStyle,
@@ -63,7 +64,7 @@ def evaluate(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at a time, where the model runs here.")] = 8,
     chat: Annotated[bool, typer.Option("--chat", help="Ask in the model's chat template.")] = False,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where a checkpoint or artifact runs.")] = "cpu",
+    device: Device = "cpu",
     record: Record = False,
     as_json: Json = False,
     endpoint_url: EndpointUrl = None,

@@ -16,6 +16,7 @@ from deltazip_ray.engine.runner import ModelRunner
 from deltazip_ray.errors import ConfigError
 from deltazip_ray.layers.attention.backend import AttentionBackend, CacheShape
 from deltazip_ray.layers.attention.sdpa import SdpaBackend
+from deltazip_ray.layers.device import check_device
 from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.layers.triton_ops import TritonOps
 from deltazip_ray.models.decoder import Decoder
@@ -52,9 +53,7 @@ def build_core(config: EngineConfig, base: Path) -> EngineCore:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = torch.device(config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("engine.device is cuda, but torch sees no GPU here: set it to cpu, or install torch for CUDA")
+    check_device(config.device, "engine.device")
     checkpoint = Checkpoint.open(base)
     shape = read_decoder_config(checkpoint.config)
     return assemble(config, shape, checkpoint, known_base_digest(checkpoint))

@@ -1,5 +1,6 @@
 """``deltazip serve``: the application from a Serve config file, on this machine, until Ctrl-C."""
 
+import os
 import threading
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,12 +29,18 @@ def serve(
 
     Starts Ray on this machine, or uses the cluster that RAY_ADDRESS names, and ends what it started on Ctrl-C.
     `serve deploy` and RayService take the same file for clusters that outlive the terminal.
-    """
-    # Imported here, for torch and ray take seconds that `deltazip --help` need not take.
-    from deltazip_deployments import serving
 
+    Example: deltazip serve --config deployments/configs/local.yaml
+    """
     settings, http = read_config(config)
     address = (host or http.get("host", "127.0.0.1"), port or http.get("port", 8000))
+    # Imported here, for torch and ray take seconds that `deltazip --help` need not take.
+    from deltazip_deployments import preflight, serving
+
+    if "RAY_ADDRESS" not in os.environ:
+        preflight.check_host(settings, *address)
+    if problem := preflight.store_problem(settings.store):
+        typer.echo(f"warning: {problem}", err=True)
     with serving.running(settings, *address) as url:
         typer.echo(
             f"Serving {settings.base_name} and the variants of {settings.store.url} at {url}/v1 (Ctrl-C ends it)"
@@ -63,7 +70,8 @@ def read_config(path: Path) -> tuple[AppConfig, dict[str, Any]]:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "args"
-        raise ConfigError(f"{path}: {field}: {first['msg']}") from error
+        problem = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"]
+        raise ConfigError(f"{path}: {field}: {problem}") from error
 
 
 def _only_application(path: Path, document: dict[str, Any]) -> Any:

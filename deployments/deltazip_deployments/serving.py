@@ -6,6 +6,7 @@ What is started here ends here, however the program ends: Ray's processes, the d
 import contextlib
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -26,6 +27,7 @@ from deltazip_ray.errors import ConfigError, EngineError
 
 APP_NAME = "deltazip"
 _HEALTH_PAUSE_S = 0.1
+_OUR_ERROR = re.compile(r"^deltazip_ray\.errors\.\w+: (.+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def start(
     """Run the application and wait until it answers.
 
     Uses the Ray cluster that this process is connected to, else that of ``RAY_ADDRESS``, else starts one on loopback
-    without a dashboard. Raises EngineError; call :func:`stop` after that too, or use :func:`running`.
+    without a dashboard. Raises ConfigError, EngineError; call :func:`stop` after that too, or use :func:`running`.
     """
     owns_ray = connect(config)
     _deploy(config, host, port, engine_factory)
@@ -98,7 +100,12 @@ def connect(config: AppConfig) -> bool:
     if ray.is_initialized():
         return False
     if "RAY_ADDRESS" in os.environ:
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise ConfigError(
+                f"no Ray answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: correct it, or unset it to start one here"
+            ) from error
         return True
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # On Linux Ray listens on all interfaces and takes loopback addresses for a mistake, unless it is told, as on
@@ -139,10 +146,16 @@ def _deploy(config: AppConfig, host: str, port: int, engine_factory: EngineFacto
 
 
 def _why_not() -> str:
-    """What Serve says of each deployment that is not healthy."""
+    """What each deployment failed with: the error of this project that is at the root, else all that Serve says."""
     application = serve.status().applications.get(APP_NAME)
     deployments = application.deployments if application else {}
-    return "\n".join(f"{name}: {one.message}" for name, one in deployments.items() if one.message)
+    return "\n".join(f"{name}: {root_error(one.message)}" for name, one in deployments.items() if one.message)
+
+
+def root_error(trace: str) -> str:
+    """The last error of this project in the text of a trace; the whole text where there is none."""
+    ours = _OUR_ERROR.findall(trace)
+    return ours[-1] if ours else trace
 
 
 def _wait_until_healthy(url: str, timeout_s: float) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.command import deltazip
 from tests.support.tiny import make_base, make_finetune
@@ -45,6 +46,11 @@ def test_goals_mix_codecs_and_inspect_shows_them(
         (("--max-error", "much"), "write 0.5% or 0.005"),
         (("--target-ratio", "9999"), "ask for a lower one"),
         (("--require", "loss<1"), "write kl<0.05, block<2% or"),
+        pytest.param(
+            ("--device", "cuda"),
+            "torch sees no GPU here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_goals_that_make_no_sense(
