@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import ray
@@ -128,7 +129,8 @@ def connect(config: AppConfig) -> bool:
 
 def _check_gpus(wanted: float) -> None:
     """Serve would wait for ever for GPUs that a cluster of one machine never gets. Raises ConfigError."""
-    there = ray.cluster_resources().get("GPU", 0.0)
+    resources: Any = ray.cluster_resources  # has no types
+    there = resources().get("GPU", 0.0)
     if wanted > there:
         raise ConfigError(
             f"the replicas ask for {wanted:g} GPUs, but Ray finds {there:g} here: lower replicas, "
