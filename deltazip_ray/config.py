@@ -160,7 +160,7 @@ class AppConfig(Settings):
     @model_validator(mode="after")
     def _gpu_on_cuda(self) -> Self:
         if self.engine.device == "cuda" and not self.resources["GPU"]:
-            raise ValueError("replica_resources.GPU is 0, but engine.device is cuda: Ray would hide all GPUs")
+            raise ValueError("replica_resources.GPU is 0, but engine.device is cuda: leave it out or share with 0.5")
         return self
 
     @property
