@@ -14,6 +14,7 @@ from deltazip_ray.errors import ConfigError, StoreError
 from deltazip_ray.layers.device import check_device
 from deltazip_ray.models.decoder_config import read_decoder_config
 
+_CLUSTER_TIMEOUT_S = 5.0
 _STORE_TIMEOUT_S = 3.0
 
 
@@ -24,6 +25,19 @@ def check_host(config: AppConfig, host: str, port: int) -> None:
     read_decoder_config(Checkpoint.open(Path(config.base)).config)
     base_files(Path(config.base))
     _check_arena(config.node_store.shm_dir, config.node_store.arena_bytes)
+
+
+def check_cluster(address: str) -> None:
+    """Check that something answers at ``RAY_ADDRESS``, for which Ray itself waits minutes. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CLUSTER_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"no Ray answers at RAY_ADDRESS={address} ({error}): correct it, or unset it to start one here"
+        ) from error
 
 
 def store_problem(store: StoreConfig) -> str | None:

@@ -37,7 +37,9 @@ def serve(
     # Imported here, for torch and ray take seconds that `deltazip --help` need not take.
     from deltazip_deployments import preflight, serving
 
-    if "RAY_ADDRESS" not in os.environ:
+    if cluster := os.environ.get("RAY_ADDRESS"):
+        preflight.check_cluster(cluster)
+    else:
         preflight.check_host(settings, *address)
     if problem := preflight.store_problem(settings.store):
         typer.echo(f"warning: {problem}", err=True)

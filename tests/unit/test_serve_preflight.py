@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltazip_deployments.preflight import check_host, store_problem
+from deltazip_deployments.preflight import check_cluster, check_host, store_problem
 from deltazip_deployments.serving import root_error
 from deltazip_ray.config import AppConfig, EngineConfig, NodeStoreConfig, StoreConfig
 from deltazip_ray.errors import CheckpointInvalid, ConfigError
@@ -65,6 +65,14 @@ def test_a_gpu_that_torch_does_not_see(config: AppConfig, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="no GPU"):
         check_host(config.model_copy(update={"engine": EngineConfig(device="cuda")}), HOST, free_ports(1)[0])
+
+
+def test_a_cluster_that_does_not_answer() -> None:
+    with pytest.raises(ConfigError, match="RAY_ADDRESS"):
+        check_cluster(f"{HOST}:{free_ports(1)[0]}")
+    with socket.create_server((HOST, 0)) as other:
+        check_cluster(f"{HOST}:{other.getsockname()[1]}")
+    check_cluster("auto")
 
 
 def test_a_store_is_told_of_until_it_has_something(tmp_path: Path) -> None:
