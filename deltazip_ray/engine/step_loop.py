@@ -204,6 +204,10 @@ class StepLoop:
             self._publish([(request.request_id, error)])
 
     def _check(self) -> DeltaZipError | None:
+        # A load may have lost the device while no step ran that could tell.
+        if self._step is None and not self._device_works():
+            self._lost = True
+            return EngineError("the device is lost: the engine stops, so that its replica is replaced")
         try:
             self._scheduler.check()
         except EngineError as error:

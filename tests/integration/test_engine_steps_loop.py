@@ -191,3 +191,12 @@ def test_a_stop_token_ends_one_step_late_and_once() -> None:
         assert run.ends(1) == {"stopped": TokenChunk((), "stop")}
         assert run.heard.empty()
         assert device.launches == 5, "two for the one that stopped, of which one is wasted"
+
+
+def test_a_device_that_was_lost_while_no_step_ran_is_found_by_the_check() -> None:
+    device = Device()
+    with running(device, ahead=True) as run:
+        run.ends(1)
+        device.lost_from = -1
+        assert isinstance(run.check(), EngineError)
+        assert run.ended.wait(10)
