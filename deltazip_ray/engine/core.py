@@ -11,7 +11,7 @@ from deltazip_ray.artifact.checkpoint import Checkpoint
 from deltazip_ray.artifact.digest_cache import known_base_digest
 from deltazip_ray.config import CPU_KV_BLOCKS, EngineConfig
 from deltazip_ray.engine.device_slots import BaseIdentity, DeviceSlots
-from deltazip_ray.engine.memory import plan_memory, workspace_bytes
+from deltazip_ray.engine.memory import measure, plan_memory, workspace_bytes
 from deltazip_ray.engine.runner import ModelRunner
 from deltazip_ray.errors import ConfigError
 from deltazip_ray.layers.attention.backend import AttentionBackend, CacheShape
@@ -115,7 +115,7 @@ def _blocks(config: EngineConfig, shape: DecoderConfig, attention: AttentionBack
         return config.kv_blocks or CPU_KV_BLOCKS
     plan = plan_memory(
         config,
-        attention.device,
+        measure(attention.device),
         base=torch.cuda.memory_allocated(attention.device) - slots.memory.numel(),
         slots=slots.memory.numel(),
         workspace=workspace_bytes(config, shape, attention.dtype.itemsize),

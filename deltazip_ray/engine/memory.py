@@ -14,6 +14,16 @@ _FEWEST = 16
 
 
 @dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of one device."""
+
+    total: int
+    free: int
+    own: int
+    """What this process has allocated."""
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Bytes of one device."""
 
@@ -44,15 +54,22 @@ def workspace_bytes(config: EngineConfig, shape: DecoderConfig, itemsize: int) -
     return rows + merged + logits + _GRAPHS
 
 
+def measure(device: torch.device) -> DeviceMemory:
+    """A GPU's memory now."""
+    free, total = torch.cuda.mem_get_info(device)
+    return DeviceMemory(total, free, torch.cuda.memory_reserved(device))
+
+
 def plan_memory(
-    config: EngineConfig, device: torch.device, *, base: int, slots: int, workspace: int, block_bytes: int
+    config: EngineConfig, memory: DeviceMemory, *, base: int, slots: int, workspace: int, block_bytes: int
 ) -> MemoryPlan:
     """Blocks of ``block_bytes`` in what ``config.memory_fraction`` allows. Raises ConfigError when that is too little.
 
+    The fraction is this engine's own, whatever others have taken, so that two engines share a GPU with 0.45 each.
     ``base`` and ``slots`` are allocated already. With ``config.kv_blocks`` the plan takes that many, if they fit.
     """
-    free, total = torch.cuda.mem_get_info(device)
-    left = int(total * config.memory_fraction) - (total - free) - workspace
+    total = memory.total
+    left = min(int(total * config.memory_fraction) - memory.own, memory.free) - workspace
     blocks = left // block_bytes - 1 if config.kv_blocks is None else config.kv_blocks
     plan = MemoryPlan(
         total, base, slots, workspace, max(blocks, 0) * block_bytes, blocks, max(blocks, 0) * config.block_size
@@ -60,6 +77,7 @@ def plan_memory(
     if blocks < _FEWEST or (blocks + 1) * block_bytes > left:
         raise ConfigError(
             f"the engine does not fit the GPU's {total / GIB:.1f} GiB, of which engine.memory_fraction allows "
-            f"{config.memory_fraction:.0%}:\n{plan}\nlower engine.slots, slot_bytes, max_batch_tokens or kv_blocks"
+            f"{config.memory_fraction:.0%} and {memory.free / GIB:.1f} GiB are free:\n{plan}\n"
+            "lower engine.slots, slot_bytes, max_batch_tokens or kv_blocks"
         )
     return plan
