@@ -78,14 +78,14 @@ def chunks(memory: HostMemory, uploads: Uploads) -> dict[str, float]:
     target = torch.empty(len(source), dtype=torch.uint8, device="cuda")
     found = {}
     for chunk in (1, 2, 4, 8, 16, 64):
-        uploads._chunk = chunk * MIB
+        uploads.copier.chunk = chunk * MIB
 
         def copy() -> None:
             with uploads.beside_steps() as upload:
                 upload.copy(target, source)
 
         found[f"{chunk} MiB"] = len(source) / min(seconds(copy))
-    uploads._chunk = CHUNK
+    uploads.copier.chunk = CHUNK
     return found
 
 

@@ -12,6 +12,7 @@ from deltazip_ray.engine.slot_layout import aligned, fill, room
 from deltazip_ray.engine.uploads import Upload, Uploads
 from deltazip_ray.errors import BaseMismatch, DeltaTooLarge, ManifestInvalid
 from deltazip_ray.layers.targets import VALUES, AddedTarget, DeltaTarget, MatrixTarget
+from deltazip_ray.layers.writes import Writes
 from deltazip_ray.models.weights import Placement
 from deltazip_ray.residency.tiers import HostDelta
 
@@ -105,27 +106,32 @@ class DeviceSlots:
 
     def clear(self, slot: int) -> None:
         """Leave nothing of a version in ``slot``, which no step that was launched may read."""
+        writes = Writes()
         for target in self.targets.values():
-            target.clear(slot)
+            target.clear(slot, writes)
+        writes.send()
 
     def _fill(self, slot: int, delta: HostDelta, upload: Upload) -> None:
         """Copy a version's weights to where each belongs; those that it does not change are the base's."""
         untouched = dict(self.targets)
         late: list[_Weight] = []
+        writes = Writes()
         start = 0
         for blob in delta.manifest.blobs:
             weights, start = self._place(slot, start, blob, delta.blobs[blob.block], upload)
-            for weight in weights:
-                del untouched[weight[0].name]
-                if weight[0].in_slot and weight[1] == RAW:
-                    late.append(weight)  # its values are read when it is installed
+            for target, codec, tensors in weights:
+                del untouched[target.name]
+                if target.in_slot and codec == RAW:
+                    late.append((target, codec, tensors))  # its values are read when it is installed
                 else:
-                    _install(slot, weight)
+                    target.install(slot, codec, tensors, writes)
         for target in untouched.values():
-            target.clear(slot)
-        upload.join()
-        for weight in late:
-            _install(slot, weight)
+            target.clear(slot, writes)
+        if late:
+            upload.join()
+        for target, codec, tensors in late:
+            target.install(slot, codec, tensors, writes)
+        writes.send()
 
     def _place(
         self, slot: int, start: int, blob: BlobEntry, data: memoryview, upload: Upload
@@ -166,11 +172,6 @@ class DeviceSlots:
         ]
         if added and missing:
             raise ManifestInvalid(f"the version adds {added} tokens but has no rows {missing[0]}: compress it again")
-
-
-def _install(slot: int, weight: _Weight) -> None:
-    target, codec, tensors = weight
-    target.install(slot, codec, tensors)
 
 
 def _parts(name: str, entry: TensorEntry, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

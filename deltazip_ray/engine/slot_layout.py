@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -40,22 +41,37 @@ def fill(
     copied in one piece.
     """
     copies: dict[_Key, torch.Tensor] = {}
-    runs: list[tuple[int, torch.Tensor]] = []
+    runs: list[_Run] = []
     for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
-        source = tensor.view(-1).view(torch.uint8)
-        copies[key] = memory[start : start + len(source)].view(tensor.dtype).view(tensor.shape)
-        if runs and runs[-1][0] + len(runs[-1][1]) == start and _follows(runs[-1][1], source):
-            begin, before = runs[-1]
-            runs[-1] = begin, before.as_strided((len(before) + len(source),), (1,))
+        size = tensor.nbytes
+        copies[key] = memory[start : start + size].view(tensor.dtype).view(tensor.shape)
+        run = _Run(tensor, start, size)
+        if runs and runs[-1].goes_on_with(run):
+            runs[-1].size += size
         else:
-            runs.append((start, source))
-        start += aligned(len(source))
-    for begin, source in runs:
-        upload.copy(memory[begin : begin + len(source)], source)
+            runs.append(run)
+        start += aligned(size)
+    for run in runs:
+        upload.copy(memory[run.start : run.start + run.size], run.bytes())
     return copies, start
 
 
-def _follows(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether the bytes of ``second`` come right after those of ``first`` in one piece of memory."""
-    same = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    return same and first.data_ptr() + len(first) == second.data_ptr()
+@dataclass
+class _Run:
+    """Bytes that lie in one piece on both sides."""
+
+    first: torch.Tensor
+    """The tensor that they begin with."""
+    start: int
+    """Where they go."""
+    size: int
+
+    def goes_on_with(self, other: "_Run") -> bool:
+        """Whether the bytes of ``other`` come right after these, in the same memory."""
+        same = self.first.untyped_storage().data_ptr() == other.first.untyped_storage().data_ptr()
+        adjacent = self.first.data_ptr() + self.size == other.first.data_ptr()
+        return same and adjacent and self.start + self.size == other.start
+
+    def bytes(self) -> torch.Tensor:
+        """All of them."""
+        return self.first.view(-1).view(torch.uint8).as_strided((self.size,), (1,))

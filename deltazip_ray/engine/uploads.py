@@ -1,14 +1,16 @@
 """Copies from the host to the device, beside the steps and never in their way.
 
-On CUDA a load works on streams of its own: one for its large copies, in chunks, and one for all else, which does not
-wait for their end. No more chunks are under way than keep the wire busy; the load's thread sleeps meanwhile instead of
-holding the interpreter. The load ends when the device has done all of it, which the thread waits for. So what is
-published after that is complete for every step launched later, on whatever stream, without an event between the
-streams. What was launched before does not use the slot, for the slot's pins are back. Elsewhere copies are plain ones.
+One thread makes the large copies of all loads, in chunks and on a stream of its own, while each load's own thread goes
+on to its next blob and does the rest on another stream. No more chunks are under way than keep the wire busy; the
+thread sleeps meanwhile instead of holding the interpreter. A load ends when the device has done all of it, which its
+thread waits for. So what is published after that is complete for every step launched later, on whatever stream, without
+an event between the streams. What was launched before does not use the slot, for the slot's pins are back. On a CPU
+the same thread makes plain copies.
 """
 
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -21,40 +23,60 @@ from deltazip_ray.residency.tiers import HostMemory
 CHUNK = 4 * MIB
 """Bytes of one copy: 80 microseconds; smaller ones are slower (docs/tiers.md)."""
 DEPTH = 4
-"""Copies of one load under way at once. A step's own small copy waits for them: for 64 MiB most of a millisecond."""
+"""Copies under way at once. A step's own small copy waits for them."""
+
+
+class Copier:
+    """The thread that makes large copies, in the order in which they were asked for. Thread-safe."""
+
+    def __init__(self, device: torch.device, pace: Pace, chunk: int = CHUNK) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.chunk = chunk
+        self._pace = pace
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="deltazip-copy")
+        self._under_way: deque[torch.cuda.Event] = deque()
+
+    def submit(self, target: torch.Tensor, source: torch.Tensor) -> Future[None]:
+        """Have ``source`` copied to ``target``, both ``[bytes]`` uint8. Done means: the device has been told."""
+        return self._thread.submit(self._copy, target, source)
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        with torch.cuda.stream(self.stream):
+            for start in range(0, source.numel(), self.chunk):
+                part = slice(start, start + self.chunk)
+                self._pace.take(min(self.chunk, source.numel() - start))
+                if len(self._under_way) == DEPTH:
+                    self._under_way.popleft().synchronize()
+                target[part].copy_(source[part], non_blocking=True)
+                if self.stream is not None:
+                    self._under_way.append(_mark(self.stream))
 
 
 class Upload:
     """The device work of one load, in one thread."""
 
-    def __init__(self, pace: Pace, stream: torch.cuda.Stream | None, chunk: int = CHUNK) -> None:
-        """``stream`` None: copies are done when :meth:`copy` returns."""
-        self._pace = pace
-        self._stream = stream
-        self._chunk = chunk
-        self._under_way: deque[torch.cuda.Event] = deque()
+    def __init__(self, copier: Copier) -> None:
+        self._copier = copier
+        self._copies: list[Future[None]] = []
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy ``source`` to ``target``, both ``[bytes]`` uint8; ``source`` must stay as it is until the load ends.
+        """Have ``source`` copied to ``target``, both ``[bytes]`` uint8; ``source`` must stay until the load ends.
 
         What is launched in the same block sees the bytes after :meth:`join` only.
         """
-        for start in range(0, len(source), self._chunk):
-            part = slice(start, start + self._chunk)
-            self._pace.take(len(source[part]))
-            if self._stream is None:
-                target[part].copy_(source[part])
-                continue
-            if len(self._under_way) == DEPTH:
-                self._under_way.popleft().synchronize()
-            with torch.cuda.stream(self._stream):
-                target[part].copy_(source[part], non_blocking=True)
-            self._under_way.append(_mark(self._stream))
+        self._copies.append(self._copier.submit(target, source))
 
     def join(self) -> None:
         """Let what is launched from now on wait for the copies so far."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        copies, self._copies = self._copies, []
+        for copy in copies:
+            copy.result()
+        if self._copier.stream is not None:
+            torch.cuda.current_stream(self._copier.stream.device).wait_stream(self._copier.stream)
+
+    def drop(self) -> None:
+        """Leave out the copies that have not begun."""
+        self._copies = [copy for copy in self._copies if not copy.cancel()]
 
 
 class Uploads:
@@ -62,31 +84,30 @@ class Uploads:
 
     def __init__(self, device: torch.device, bytes_per_s: float | None = None, chunk: int = CHUNK) -> None:
         """``bytes_per_s`` bounds all loads together; None: as fast as the wires."""
-        self._cuda = device.type == "cuda"
+        self.copier = Copier(device, Pace(bytes_per_s), chunk)
         self._device = device
-        self._pace = Pace(bytes_per_s)
-        self._chunk = chunk
         self._locks = PageLocks()
 
     def lock_pages(self, memory: HostMemory) -> None:
         """Let the device read ``memory`` directly, once and for as long as it lives; seconds for many gigabytes."""
-        if self._cuda:
+        if self._device.type == "cuda":
             self._locks.ensure(memory)
 
     @contextmanager
     def beside_steps(self) -> Iterator[Upload]:
         """Around one load: what the block does on the device is done when the block ends, however it ends."""
-        if not self._cuda:
-            yield Upload(self._pace, None, self._chunk)
-            return
-        copies, rest = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
+        upload = Upload(self.copier)
+        rest = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         with torch.cuda.stream(rest):
-            upload = Upload(self._pace, copies, self._chunk)
             try:
                 yield upload
+            except BaseException:
+                upload.drop()
+                raise
             finally:
                 upload.join()
-                _mark(rest).synchronize()
+                if rest is not None:
+                    _mark(rest).synchronize()
 
 
 def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:

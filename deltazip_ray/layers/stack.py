@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from deltazip_kernels import LOW_RANK, RAW, PackedDelta, delta_matmul, unpack_rows
 from deltazip_ray.layers.activations import Activations
 from deltazip_ray.layers.rows import Rows
+from deltazip_ray.layers.writes import Writes
 
 
 class DeltaStack:
@@ -19,8 +20,8 @@ class DeltaStack:
         self.starts = (0, *accumulate(rows for rows, _ in shapes))
         self.deltas: list[list[PackedDelta | None]] = [[None] * slots for _ in shapes]
 
-    def put(self, slot: int, part: int, delta: PackedDelta | None) -> None:
-        """Use ``delta`` for part ``part`` of the rows of ``slot``; None: the base alone."""
+    def put(self, slot: int, part: int, delta: PackedDelta | None, writes: Writes) -> None:
+        """Use ``delta`` for part ``part`` of the rows of ``slot`` once ``writes`` are sent; None: the base alone."""
         self.deltas[part][slot] = delta
 
     def add_product(self, y: torch.Tensor, x: Activations, rows: Rows) -> None:

@@ -1,7 +1,7 @@
 """Where versions put their weights: one target for each weight of the base, with a place for each slot.
 
 Installing and clearing a slot happen in a loader thread while a step runs; that is safe because no row of a
-running step uses a slot before it is published.
+running step uses a slot before it is published. What is small is only noted in ``writes``, which the loader sends.
 """
 
 from abc import ABC, abstractmethod
@@ -11,6 +11,7 @@ import torch
 
 from deltazip_kernels import RAW, PackedDelta
 from deltazip_ray.layers.stack import DeltaStack
+from deltazip_ray.layers.writes import Writes
 
 VALUES = "values"
 
@@ -26,11 +27,11 @@ class DeltaTarget(ABC):
         self.shape = shape
 
     @abstractmethod
-    def install(self, slot: int, codec: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def install(self, slot: int, codec: str, tensors: Mapping[str, torch.Tensor], writes: Writes) -> None:
         """Use a version's weight, in the tensors of its codec, for the rows of ``slot``."""
 
     @abstractmethod
-    def clear(self, slot: int) -> None:
+    def clear(self, slot: int, writes: Writes) -> None:
         """Use the base alone for the rows of ``slot``."""
 
 
@@ -51,15 +52,16 @@ class MatrixTarget(DeltaTarget):
         """By slot."""
         return self.stack.deltas[self.part]
 
-    def install(self, slot: int, codec: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def install(self, slot: int, codec: str, tensors: Mapping[str, torch.Tensor], writes: Writes) -> None:
         """Keep views of ``tensors``; raw values become their difference to the base, in place."""
         if codec == RAW:
             tensors[VALUES].sub_(self.base)
-        self.stack.put(slot, self.part, PackedDelta(codec, (self.base.shape[0], self.base.shape[1]), tensors))
+        delta = PackedDelta(codec, (self.base.shape[0], self.base.shape[1]), tensors)
+        self.stack.put(slot, self.part, delta, writes)
 
-    def clear(self, slot: int) -> None:
+    def clear(self, slot: int, writes: Writes) -> None:
         """Forget the views."""
-        self.stack.put(slot, self.part, None)
+        self.stack.put(slot, self.part, None, writes)
 
 
 class VectorTarget(DeltaTarget):
@@ -73,13 +75,13 @@ class VectorTarget(DeltaTarget):
         self.table = table
         self.table.copy_(base.expand_as(table))
 
-    def install(self, slot: int, codec: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def install(self, slot: int, codec: str, tensors: Mapping[str, torch.Tensor], writes: Writes) -> None:
         """Copy the values into the slot's row."""
-        self.table[slot + 1].copy_(tensors[VALUES])
+        writes.put(self.table[slot + 1], tensors[VALUES])
 
-    def clear(self, slot: int) -> None:
+    def clear(self, slot: int, writes: Writes) -> None:
         """Put the base's values back."""
-        self.table[slot + 1].copy_(self.table[0])
+        writes.put(self.table[slot + 1], self.table[0])
 
 
 class AddedTarget(DeltaTarget):
@@ -96,13 +98,13 @@ class AddedTarget(DeltaTarget):
         self.width = 0
         """The most rows that any version had so far."""
 
-    def install(self, slot: int, codec: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def install(self, slot: int, codec: str, tensors: Mapping[str, torch.Tensor], writes: Writes) -> None:
         """Copy the rows into the slot's place."""
         values = tensors[VALUES]
-        self.table[slot + 1, : len(values)].copy_(values)
-        self.counts[slot + 1] = len(values)
+        writes.put(self.table[slot + 1, : len(values)], values)
+        writes.put(self.counts[slot + 1], [len(values)])
         self.width = max(self.width, len(values))
 
-    def clear(self, slot: int) -> None:
+    def clear(self, slot: int, writes: Writes) -> None:
         """Forget that the slot has added rows."""
-        self.counts[slot + 1] = 0
+        writes.put(self.counts[slot + 1], [0])

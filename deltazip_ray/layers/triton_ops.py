@@ -25,6 +25,7 @@ from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.layers.rope import Rotary
 from deltazip_ray.layers.rows import Rows, Span, join_runs, send_index, send_segments
 from deltazip_ray.layers.stack import DeltaStack
+from deltazip_ray.layers.writes import Writes
 
 
 class TritonStack(DeltaStack):
@@ -39,10 +40,10 @@ class TritonStack(DeltaStack):
         self.rank = 0
         """The largest of the low-rank deltas so far."""
 
-    def put(self, slot: int, part: int, delta: PackedDelta | None) -> None:
+    def put(self, slot: int, part: int, delta: PackedDelta | None, writes: Writes) -> None:
         """As the base class says; seen by the steps that are launched afterwards."""
-        super().put(slot, part, delta)
-        self.table.set(slot, [deltas[slot] for deltas in self.deltas])
+        super().put(slot, part, delta, writes)
+        writes.put(self.table.entries[slot, part], self.table.hold(slot, part, delta))
         if delta is None:
             return
         rank = delta.tensors["down"].shape[0] if delta.codec == LOW_RANK else 0

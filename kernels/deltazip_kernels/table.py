@@ -30,7 +30,7 @@ class DeltaTable:
         self.shapes = tuple(shapes)
         self.dtype = dtype
         self.entries = torch.zeros((max(slots, 1), len(shapes), FIELDS), dtype=torch.int64, device=device)
-        self._held: list[tuple[PackedDelta | None, ...]] = [(None,) * len(shapes)] * slots
+        self._held: list[list[PackedDelta | None]] = [[None] * len(shapes) for _ in range(slots)]
 
     @property
     def codecs(self) -> tuple[str, ...]:
@@ -44,7 +44,16 @@ class DeltaTable:
             raise ValueError(f"a slot of this table has {len(self.shapes)} parts, not {len(deltas)}")
         rows = [self._entry(delta, shape) for delta, shape in zip(deltas, self.shapes, strict=True)]
         self.entries[slot].copy_(torch.tensor(rows, dtype=torch.int64))
-        self._held[slot] = tuple(deltas)
+        self._held[slot] = list(deltas)
+
+    def hold(self, slot: int, part: int, delta: PackedDelta | None) -> list[int]:
+        """What ``entries[slot, part]`` has to become for ``delta``, which the table keeps alive from now on.
+
+        For those who write many entries at once; ValueError as :meth:`set`.
+        """
+        entry = self._entry(delta, self.shapes[part])
+        self._held[slot][part] = delta
+        return entry
 
     def _entry(self, delta: PackedDelta | None, shape: tuple[int, int]) -> list[int]:
         if delta is None:

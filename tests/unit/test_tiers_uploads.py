@@ -1,6 +1,8 @@
 """How a blob's bytes get into a slot: what lies together is copied together, in chunks, within the bound."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from deltazip_ray.artifact.blob import read_blob, write_blob
 from deltazip_ray.artifact.digests import sha256_hex
 from deltazip_ray.artifact.manifest import BlobEntry, TensorEntry
 from deltazip_ray.engine.slot_layout import aligned, fill, room
-from deltazip_ray.engine.uploads import Upload, Uploads
+from deltazip_ray.engine.uploads import Copier, Upload, Uploads
+from deltazip_ray.layers.writes import Writes
 from deltazip_ray.residency.pace import Pace
 
 CPU = torch.device("cpu")
@@ -33,12 +36,13 @@ class Recorder(Upload):
     """Remembers the sizes of what was copied in one piece."""
 
     def __init__(self) -> None:
-        super().__init__(Pace(None), None)
+        super().__init__(Copier(CPU, Pace(None)))
         self.sizes: list[int] = []
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         self.sizes.append(len(source))
         super().copy(target, source)
+        self.join()
 
 
 def blob_tensors(rows: int, columns: int) -> dict[str, torch.Tensor]:
@@ -105,6 +109,53 @@ def test_chunks_make_the_whole(size: int) -> None:
     with Uploads(CPU, chunk=8).beside_steps() as upload:
         upload.copy(target, source)
     assert torch.equal(target, source)
+
+
+def test_a_load_that_fails_leaves_copies_out_and_waits_for_the_one_that_runs() -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    class Gate(Pace):
+        def take(self, size: int) -> None:
+            began.set()
+            go_on.wait(10)
+
+    uploads = Uploads(CPU)
+    uploads.copier = Copier(CPU, Gate(None))
+    targets = [torch.zeros(8, dtype=torch.uint8) for _ in range(3)]
+    ones = torch.ones(8, dtype=torch.uint8)
+
+    def load() -> None:
+        with uploads.beside_steps() as upload:
+            for target in targets:
+                upload.copy(target, ones)
+            began.wait(10)
+            raise ValueError("a later blob has no header")
+
+    with ThreadPoolExecutor(1) as thread:
+        loading = thread.submit(load)
+        began.wait(10)
+        with pytest.raises(TimeoutError):
+            loading.result(0.05)  # the first copy still writes to the slot
+        go_on.set()
+        with pytest.raises(ValueError, match="no header"):
+            loading.result(10)
+    assert [int(target.sum()) for target in targets] == [8, 0, 0]
+
+
+def test_writes_are_sent_together_and_the_last_one_to_a_place_stays() -> None:
+    wide = torch.zeros(3, 10, dtype=torch.bfloat16)
+    counts, base = torch.zeros(4, dtype=torch.int32), torch.full((4,), 7.0, dtype=torch.bfloat16)
+    writes = Writes()
+    writes.put(wide[1, 2:6], torch.arange(4, dtype=torch.float32))
+    writes.put(wide[2, 6:], base)
+    writes.put(counts[3], [5])
+    writes.put(counts[1:3], [1, 2])
+    writes.put(counts[3], [0])
+    assert not wide.any()
+    assert not counts.any()
+    writes.send()
+    assert wide.tolist() == [[0] * 10, [0, 0, 0, 1, 2, 3, 0, 0, 0, 0], [0] * 6 + [7] * 4]
+    assert counts.tolist() == [0, 1, 2, 0]
 
 
 def test_room_is_that_of_the_layout() -> None:

@@ -1,0 +1,46 @@
+"""Small writes to device memory, gathered: one copy from the host and a few launches for hundreds of them."""
+
+from collections.abc import Sequence
+
+import torch
+
+Values = torch.Tensor | Sequence[int]
+
+
+class Writes:
+    """What a load changes besides its large copies. Nothing happens before :meth:`send`."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[int, tuple[torch.Tensor, Values]] = {}
+
+    def put(self, target: torch.Tensor, values: Values) -> None:
+        """Have a contiguous ``target`` become ``values``, as many numbers, from the host or from its own device.
+
+        They are read by :meth:`send`. The last one who writes to the start of a target is the one who does.
+        """
+        self._wanted[target.data_ptr()] = target, values
+
+    def send(self) -> None:
+        """Write, behind what the current stream has to do yet."""
+        by_dtype: dict[torch.dtype, list[tuple[torch.Tensor, Values]]] = {}
+        for target, values in self._wanted.values():
+            by_dtype.setdefault(target.dtype, []).append((target, values))
+        for writes in by_dtype.values():
+            near = [(target, v) for target, v in writes if isinstance(v, torch.Tensor) and v.device == target.device]
+            far = [(target, v) for target, v in writes if not isinstance(v, torch.Tensor) or v.device != target.device]
+            near += zip((target for target, _ in far), _sent(far), strict=True)
+            torch._foreach_copy_([target for target, _ in near], [v.view(target.shape) for target, v in near])
+        self._wanted.clear()
+
+
+def _sent(writes: Sequence[tuple[torch.Tensor, Values]]) -> Sequence[torch.Tensor]:
+    """The values on the device of their targets, which have one type, in one copy."""
+    if not writes:
+        return []
+    first = writes[0][0]
+    flat = [(v if isinstance(v, torch.Tensor) else torch.tensor(v)).view(-1).to(first.dtype) for _, v in writes]
+    sizes = [v.numel() for v in flat]
+    # Page-locked, so that the host does not wait for the copy.
+    host = torch.empty(sum(sizes), dtype=first.dtype, pin_memory=first.is_cuda)
+    torch.cat(flat, out=host)
+    return host.to(first.device, non_blocking=True).split(sizes)
