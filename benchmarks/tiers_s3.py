@@ -30,9 +30,10 @@ from deltazip_ray.artifact.artifact import ArtifactWriter
 from deltazip_ray.artifact.blob import write_blob
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.file_store import FileStore
-from deltazip_ray.artifact.lossless import decode_into, encode
+from deltazip_ray.artifact.lossless import Decoding, encode
 from deltazip_ray.artifact.manifest import BaseRef, BlobEntry, CodecName, Manifest, TensorEntry
-from deltazip_ray.artifact.s3_store import PARALLEL, PART
+from deltazip_ray.artifact.object_store import PART
+from deltazip_ray.artifact.s3_store import PARALLEL
 from deltazip_ray.artifact.store import open_store
 from deltazip_ray.config import MIB, NodeStoreConfig, StoreConfig
 from deltazip_ray.residency.host_cache import HostCache
@@ -212,7 +213,9 @@ def lossless(codec: CodecName) -> dict[str, Any]:
         samples = []
         for _ in range(5):
             began = time.perf_counter()
-            decode_into(memoryview(stored), memoryview(buffer), entry)
+            decoding = Decoding(memoryview(buffer), entry)
+            decoding.update(memoryview(stored))
+            decoding.finish()
             samples.append(len(data) / (time.perf_counter() - began))
         found["decompress_bytes_per_s"] = max(samples)
     return found

@@ -10,7 +10,7 @@ import zstandard
 
 from deltazip_ray.artifact.digests import sha256_hex, verify_blob
 from deltazip_ray.artifact.manifest import BlobEntry, FileEntry, StoredForm
-from deltazip_ray.artifact.object_store import ObjectStore
+from deltazip_ray.artifact.object_store import Arrived, ObjectStore
 from deltazip_ray.errors import BlobCorrupt
 
 LEVEL = 3
@@ -26,19 +26,43 @@ def encode(data: bytes) -> tuple[bytes, StoredForm | None]:
     return smaller, StoredForm(encoding="zstd", digest=sha256_hex(smaller), size=len(smaller))
 
 
-def decode_into(stored: memoryview, buffer: memoryview, entry: BlobEntry) -> None:
-    """Fill ``buffer``, of ``entry.size`` bytes, with the blob of which ``stored`` is the compressed form.
+class Decoding:
+    """A blob that is decompressed while its stored form arrives.
 
-    Nothing is written beyond it, whatever ``stored`` says of itself. The digest is not checked. Raises BlobCorrupt.
+    Nothing is written beyond ``buffer``, whatever the stored form says of itself. The digest is not checked.
     """
-    with _refused(entry), zstandard.ZstdDecompressor().stream_reader(stored, closefd=False) as reader:
-        position = 0
-        while position < len(buffer) and (count := reader.readinto(buffer[position:])):
-            position += count
-        whole = position == len(buffer) and not reader.read(1)
-    if not whole:
-        raise BlobCorrupt(
-            f"blob {entry.object_digest[:12]} has not {len(buffer)} bytes when it is decompressed: "
+
+    def __init__(self, buffer: memoryview, entry: BlobEntry, arrived: Arrived = len) -> None:
+        """``buffer`` has ``entry.size`` bytes; ``arrived`` is told of those that are there."""
+        self._buffer = buffer
+        self._entry = entry
+        self._arrived = arrived
+        self._position = 0
+        self._decompressor = zstandard.ZstdDecompressor().stream_writer(self, closefd=False)
+
+    def update(self, piece: memoryview) -> None:
+        """The next bytes of the stored form. Raises BlobCorrupt."""
+        with _refused(self._entry):
+            self._decompressor.write(piece)
+
+    def write(self, data: bytes) -> int:
+        """What the decompressor calls with some bytes of the blob. Raises BlobCorrupt."""
+        here = slice(self._position, self._position + len(data))
+        if here.stop > len(self._buffer):
+            raise self._wrong_size()
+        self._buffer[here] = data
+        self._arrived(self._buffer[here])
+        self._position = here.stop
+        return len(data)
+
+    def finish(self) -> None:
+        """That was all. Raises BlobCorrupt when it does not make the blob."""
+        if self._position != len(self._buffer):
+            raise self._wrong_size()
+
+    def _wrong_size(self) -> BlobCorrupt:
+        return BlobCorrupt(
+            f"blob {self._entry.object_digest[:12]} has not {len(self._buffer)} bytes when it is decompressed: "
             "publish the version again with --repair"
         )
 

@@ -2,13 +2,19 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deltazip_ray.errors import InvalidName
 
 MAX_OBJECT = 64 << 20
 """Bytes that :meth:`ObjectStore.get` reads at most unless told otherwise."""
+
+PART = 8 << 20
+"""Bytes of a large object that are read in one piece."""
+
+Arrived = Callable[[memoryview], object]
+"""Is told of a piece of a buffer that is there, in the order of the bytes, while others are on their way."""
 
 _MAX_KEY = 900
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
@@ -41,8 +47,10 @@ class ObjectStore(ABC):
         """An object's size in bytes; raises ObjectNotFound."""
 
     @abstractmethod
-    def read_into(self, key: str, buffer: memoryview) -> None:
+    def read_into(self, key: str, buffer: memoryview, arrived: Arrived = len) -> None:
         """Fill ``buffer`` with an object of exactly its size, in parallel where that helps.
+
+        ``arrived`` is called in this thread; together its pieces are all of ``buffer``. What it raises ends the read.
 
         Raises ObjectNotFound, and BlobCorrupt when the object has another size; ``buffer`` is undefined after both.
         """

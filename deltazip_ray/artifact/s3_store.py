@@ -24,7 +24,15 @@ from botocore.exceptions import (
     ResponseStreamingError,
 )
 
-from deltazip_ray.artifact.object_store import MAX_OBJECT, ObjectStore, check_key, check_prefix, is_key
+from deltazip_ray.artifact.object_store import (
+    MAX_OBJECT,
+    PART,
+    Arrived,
+    ObjectStore,
+    check_key,
+    check_prefix,
+    is_key,
+)
 from deltazip_ray.artifact.s3_errors import PROVIDER_FAULTS, provider_fault, translated
 from deltazip_ray.config import MIB, StoreConfig, refuse_credentials
 from deltazip_ray.errors import BlobCorrupt, ConfigError, ObjectNotFound, StoreError, StoreUnavailable
@@ -34,8 +42,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PART = 8 * MIB
-"""Bytes of one ranged request."""
 PARALLEL = 8
 """Ranged requests of one store under way at once, whatever the number of readers."""
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
@@ -82,18 +88,20 @@ class S3Store(ObjectStore):
         with translated(self.url, key):
             return self._client.head_object(Bucket=self._bucket, Key=where)["ContentLength"]
 
-    def read_into(self, key: str, buffer: memoryview) -> None:
+    def read_into(self, key: str, buffer: memoryview, arrived: Arrived = len) -> None:
         where = self._where(key)
         parts = [(start, buffer[start : start + PART]) for start in range(0, len(buffer), PART)]
         if len(parts) == 1:
             self._read_range(key, where, 0, buffer, len(buffer))
+            arrived(buffer)
             return
         if not parts and self.size(key):
             raise BlobCorrupt(f"{self.url}/{key} is not empty: publish it again with --repair")
         tasks = [self._ranges.submit(self._read_range, key, where, start, part, len(buffer)) for start, part in parts]
         try:
-            for task in tasks:
+            for task, (_, part) in zip(tasks, parts, strict=True):
                 task.result()
+                arrived(part)
         finally:
             # Nobody may write into the buffer once this call has failed.
             running = [task for task in tasks if not task.cancel()]

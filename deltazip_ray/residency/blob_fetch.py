@@ -2,13 +2,14 @@
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import numpy as np
 
 from deltazip_ray.artifact.catalog import Catalog
-from deltazip_ray.artifact.digests import verify_blob
-from deltazip_ray.artifact.lossless import decode_into
+from deltazip_ray.artifact.digests import Verifier
+from deltazip_ray.artifact.lossless import Decoding
 from deltazip_ray.artifact.manifest import BlobEntry
 from deltazip_ray.config import MIB
 from deltazip_ray.errors import BlobCorrupt
@@ -95,16 +96,33 @@ class BlobFetcher:
             return self._disk.read(blob_key(entry), buffer)
 
     def _read(self, entry: BlobEntry, buffer: memoryview) -> None:
+        """From the store; each piece is decompressed, if need be, and hashed while the next ones arrive."""
         self._pace.take(entry.object_size)
         key = self._catalog.blob_key(entry.object_digest)
-        if entry.stored_as is None:
-            with self._stage("store"):
-                self._catalog.store.read_into(key, buffer)
-        else:
-            stored = np.empty(entry.object_size, np.uint8).data
-            with self._stage("store"):
-                self._catalog.store.read_into(key, stored)
-            with self._stage("decompress"):
-                decode_into(stored, buffer, entry)
-        with self._stage("verify"):
-            verify_blob(buffer, entry)
+        verifier = Verifier(entry)
+        verify = _Timed(verifier.update)
+        with self._stage("store"):
+            if entry.stored_as is None:
+                self._catalog.store.read_into(key, buffer, verify)
+            else:
+                decoding = Decoding(buffer, entry, verify)
+                decode = _Timed(decoding.update)
+                stored = np.empty(entry.object_size, np.uint8).data
+                self._catalog.store.read_into(key, stored, decode)
+                decoding.finish()
+                self._metrics.stage_seconds.labels("decompress").observe(decode.seconds - verify.seconds)
+        self._metrics.stage_seconds.labels("verify").observe(verify.seconds)
+        verifier.check()
+
+
+class _Timed:
+    """Something that is called with every piece, and the seconds that it took in all."""
+
+    def __init__(self, work: Callable[[memoryview], object]) -> None:
+        self._work = work
+        self.seconds = 0.0
+
+    def __call__(self, piece: memoryview) -> None:
+        began = time.perf_counter()
+        self._work(piece)
+        self.seconds += time.perf_counter() - began

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from deltazip_ray.artifact.object_store import PART, Arrived
 from deltazip_ray.errors import BlobCorrupt
 from deltazip_ray.residency.quarantine import BlobKey
 
@@ -51,9 +52,10 @@ class DiskFolder:
             self._use()
             return next((key for key in self._files if key[0] == digest), None)
 
-    def read_into(self, key: BlobKey, buffer: memoryview) -> bool:
+    def read_into(self, key: BlobKey, buffer: memoryview, arrived: Arrived = len) -> bool:
         """Fill ``buffer``, of the blob's size, with its bytes as they are; False when there is no such file.
 
+        ``arrived`` is told of each piece, in their order.
         Raises BlobCorrupt when the file has another size than its name says.
         """
         with self._lock:
@@ -70,7 +72,8 @@ class DiskFolder:
             now = time.time_ns()  # finer than the time that the kernel would put
             os.utime(file.fileno(), ns=(now, now))
             size, position = os.fstat(file.fileno()).st_size, 0
-            while position < size == len(buffer) and (count := file.readinto(buffer[position:])):
+            while position < size == len(buffer) and (count := file.readinto(buffer[position : position + PART])):
+                arrived(buffer[position : position + count])
                 position += count
         if not position == size == len(buffer):
             raise BlobCorrupt(f"{self._path(key)} has {size} bytes, not {len(buffer)}")

@@ -8,6 +8,7 @@
   begins. Writing pauses after a failure.
 """
 
+import hashlib
 import logging
 import threading
 import time
@@ -16,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 from prometheus_client import CollectorRegistry
 
-from deltazip_ray.artifact.digests import sha256_hex
 from deltazip_ray.config import MIB, NodeStoreConfig
 from deltazip_ray.errors import BlobCorrupt
 from deltazip_ray.observability.disk_metrics import DiskMetrics, DiskStats
@@ -84,9 +84,10 @@ class DiskTier:
         ``buffer`` is undefined then. Blocking.
         """
         try:
-            if not self._folder.read_into(key, buffer):
+            found = hashlib.sha256()
+            if not self._folder.read_into(key, buffer, found.update):
                 return False
-            if sha256_hex(buffer) != key[0]:
+            if found.hexdigest() != key[0]:
                 raise BlobCorrupt(f"{key[0]} has another digest than its name")
         except BlobCorrupt as error:
             self._metrics.damaged.inc()

@@ -6,7 +6,7 @@ import traceback
 
 import pytest
 
-from deltazip_ray.artifact.s3_store import PART
+from deltazip_ray.artifact.object_store import PART
 from deltazip_ray.artifact.store import ObjectStore, open_store
 from deltazip_ray.config import StoreConfig
 from deltazip_ray.errors import DeltaZipError, StoreFull, StoreUnavailable

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from deltazip_ray.artifact.s3_store import PART
+from deltazip_ray.artifact.object_store import PART
 from deltazip_ray.artifact.store import ObjectStore, open_store
 from deltazip_ray.config import StoreConfig
 from deltazip_ray.errors import BlobCorrupt, ConfigError, DeltaZipError, StoreUnavailable
