@@ -33,7 +33,6 @@ from deltazip_ray.artifact.file_store import FileStore
 from deltazip_ray.config import EngineConfig, NodeStoreConfig
 from deltazip_ray.engine.async_engine import AsyncEngine
 from deltazip_ray.engine.core import EngineCore
-from deltazip_ray.engine.device_slots import DeviceSlots
 from deltazip_ray.engine.step_loop import Launched
 from deltazip_ray.engine.uploads import CHUNK, Uploads
 from deltazip_ray.models.decoder_config import DecoderConfig
@@ -136,31 +135,58 @@ def disk_bandwidth(folder: Path, threads: int, buffer: memoryview) -> float:
     return total / (time.perf_counter() - began)
 
 
-async def from_disk(delta: HostDelta, slots: DeviceSlots, folder: Path, runs: int) -> dict[str, Any]:
-    """Cold start of a version that is on disk: to the arena, verified, and on to its slot."""
-    catalog = Catalog(FileStore(folder / "store"), DIGEST)
+@dataclass
+class Source(RandomVersions):
+    """Any version from an arena, all with the same bytes, or where there is a cache, those of that."""
+
+    cache: HostCache | None = None
+    memory: HostMemory | None = None
+    """What the cache works on."""
+    came: float = 0.0
+    """When the cache had a version."""
+
+    async def acquire(self, version: str) -> HostDelta:
+        """At once, or from the cache."""
+        if self.cache is None:
+            return await super().acquire(version)
+        held = await self.cache.acquire(version)
+        self.came = time.perf_counter()
+        return replace(held, memory=self.memory)
+
+    async def release(self, version: str) -> None:
+        """Where it came from."""
+        if self.cache is not None:
+            await self.cache.release(version)
+
+
+async def from_disk(engine: AsyncEngine, source: Source, folder: Path, runs: int) -> dict[str, Any]:
+    """Cold starts of a version that is on disk: to the arena, verified, and on to its first token."""
+    catalog, delta = Catalog(FileStore(folder / "store"), DIGEST), source.delta
     version = delta.manifest.version()
     for blob in delta.manifest.blobs:
         catalog.store.put(catalog.blob_key(blob.digest), bytes(delta.blobs[blob.block]))
     catalog.store.put(f"{DIGEST}/versions/{version}.json", delta.manifest.canonical())
     settings = NodeStoreConfig(disk_dir=folder / "disk", fetch_threads=16)
     arena = Arena(Path("/dev/shm"), sum(-(-len(data) // PAGE) * PAGE for data in delta.blobs.values()))
-    slots.uploads.lock_pages(memory := HostMemory(arena.buffer))
+    source.memory = HostMemory(arena.buffer)
+    await engine.adopt(source.memory)
     samples: list[dict[str, float]] = []
+    bandwidths: list[float] = []
     for run in range(runs + 1):
+        if run:
+            out_of_page_cache(folder / "disk")
+            bandwidths.append(disk_bandwidth(folder / "disk", 16, arena.buffer))
         out_of_page_cache(folder / "disk" if run else folder)
-        cache = HostCache(catalog, arena.buffer, settings, CollectorRegistry())
+        source.cache = HostCache(catalog, arena.buffer, settings, CollectorRegistry())
         began = time.perf_counter()
-        held = await cache.acquire(version)
-        on_host = time.perf_counter()
-        await asyncio.to_thread(slots.load, 1, replace(held, memory=memory))
-        samples.append({"host_s": on_host - began, "slot_s": time.perf_counter() - began, "tier": held.tier})  # type: ignore[dict-item]
-        await cache.release(version)
+        seconds = await first_token(engine, version)
+        samples.append({"host_s": source.came - began, "first_token_s": seconds})
+        engine.retire(version)
         while len(list((folder / "disk").glob("*-*"))) <= len(delta.blobs):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
-        await cache.close()
-    bandwidth = [disk_bandwidth(folder / "disk", 16, arena.buffer) for _ in range(2)]
-    return {"samples": samples[1:], "first": samples[0], "disk_bytes_per_s": max(bandwidth), "threads": 16}
+        await source.cache.close()
+    source.cache = None
+    return {"samples": samples[1:], "from_store": samples[0], "disk_bytes_per_s": bandwidths, "threads": 16}
 
 
 @dataclass
@@ -169,10 +195,15 @@ class Timed:
 
     runner: Any
     times: list[float] = field(default_factory=list)
+    launch_ms: list[float] = field(default_factory=list)
+    """What the host took to launch each."""
 
     def launch(self, batch: Batch) -> "TimedStep":
         """As the runner."""
-        return TimedStep(self.runner.launch(batch), self.times)
+        began = time.perf_counter()
+        launched = self.runner.launch(batch)
+        self.launch_ms.append(1e3 * (time.perf_counter() - began))
+        return TimedStep(launched, self.times)
 
     def synchronize(self) -> None:
         """As the runner."""
@@ -241,10 +272,10 @@ class Traffic:
         return self.gaps_since(begin), loads
 
 
-async def beside_traffic(
-    shape: DecoderConfig, config: EngineConfig, source: RandomVersions, cold: int, rounds: int
+async def with_engine(
+    shape: DecoderConfig, config: EngineConfig, source: Source, folder: Path, rounds: int
 ) -> dict[str, Any]:
-    """Decode steps with and without loads of other versions, one after the other."""
+    """What needs an engine: first tokens, and decode steps with and without loads of other versions."""
     timed = Timed(None)
 
     def timed_build(config: EngineConfig, base: Path) -> EngineCore:
@@ -254,7 +285,20 @@ async def beside_traffic(
 
     engine = AsyncEngine(config, Path(), source, CollectorRegistry(), build=timed_build)
     await engine.start()
-    traffic = Traffic(engine, timed, config.max_model_len - 80)
+    found: dict[str, Any] = {"beside": await beside_traffic(engine, timed, config.max_model_len - 80, 8, rounds)}
+    for version in [f"{2000 + index:064x}" for index in range(7)]:
+        found.setdefault("first_token_s", []).append(await first_token(engine, version))
+    steps = len(timed.launch_ms)
+    found["first_token_warm_s"] = [await first_token(engine, version) for _ in range(6)]
+    found["first_token_launch_ms"] = timed.launch_ms[steps:]
+    found["disk"] = await from_disk(engine, source, folder, runs=5)
+    await engine.stop()
+    return found
+
+
+async def beside_traffic(engine: AsyncEngine, timed: Timed, length: int, cold: int, rounds: int) -> dict[str, Any]:
+    """Decode steps with and without loads of other versions, ``cold`` one after the other."""
+    traffic = Traffic(engine, timed, length)
     clients = [asyncio.create_task(traffic.client(index)) for index in range(32)]
     await traffic.steps(60)
     quiet: list[float] = []
@@ -267,15 +311,7 @@ async def beside_traffic(
         seconds += loads
     traffic.ended = True
     await asyncio.gather(*clients)
-    found = {
-        "quiet_ms": spread(quiet),
-        "loading_ms": spread(loading),
-        "load_s": seconds,
-        "first_token_s": [await first_token(engine, f"{2000 + index:064x}") for index in range(6)],
-        "first_token_warm_s": [await first_token(engine, f"{2005:064x}") for _ in range(6)],
-    }
-    await engine.stop()
-    return found
+    return {"quiet_ms": spread(quiet), "loading_ms": spread(loading), "load_s": seconds}
 
 
 async def first_token(engine: AsyncEngine, version: str) -> float:
@@ -287,21 +323,17 @@ async def first_token(engine: AsyncEngine, version: str) -> float:
     return time.perf_counter() - began
 
 
-def copies(shape: DecoderConfig, config: EngineConfig, delta: HostDelta, folder: Path) -> dict[str, Any]:
+def copies(shape: DecoderConfig, config: EngineConfig, delta: HostDelta, memory: HostMemory) -> dict[str, Any]:
     """Everything that needs no engine."""
     core = build(shape, config.model_copy(update={"attention": "sdpa", "kv_blocks": 256, "slots": 2}), Path())
     slots, size = core.slots, sum(len(data) for data in delta.blobs.values())
     found: dict[str, Any] = {"bytes": size, "links": links(size)}
-    arena, mapped = in_shared_memory(delta)
-    if mapped.memory is None:
-        raise SystemExit("the delta is in no arena")
     began = time.perf_counter()
-    slots.uploads.lock_pages(mapped.memory)
+    slots.uploads.lock_pages(memory)
     found["lock_pages_s"] = time.perf_counter() - began
-    found["chunks_bytes_per_s"] = chunks(mapped.memory, slots.uploads)
-    found["slot_s"] = seconds(partial(slots.load, 0, mapped), runs=6)[1:]
-    found["disk"] = asyncio.run(from_disk(delta, slots, folder, runs=3))
-    del arena
+    found["chunks_bytes_per_s"] = chunks(memory, slots.uploads)
+    found["slot_s"] = seconds(partial(slots.load, 0, delta), runs=11)[1:]
+    found["slot_of_pinned"] = size / statistics.median(found["slot_s"]) / found["links"]["pinned"]
     return found
 
 
@@ -325,17 +357,16 @@ def main() -> None:
         ).stdout.strip(),
         "shape": options.shape,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        result |= copies(shape, config, delta, Path(folder))
-    pinned, medians = result["links"]["pinned"], statistics.median(result["slot_s"])
-    result["slot_of_pinned"] = result["bytes"] / medians / pinned
+    _arena, mapped = in_shared_memory(delta)
+    if mapped.memory is None:
+        raise SystemExit("the delta is in no arena")
+    result |= copies(shape, config, mapped, mapped.memory)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     if not options.no_engine:
         gc.collect()
         torch.cuda.empty_cache()
-        arena, mapped = in_shared_memory(delta)
-        result["beside"] = asyncio.run(beside_traffic(shape, config, RandomVersions(mapped), 8, options.rounds))
-        del arena
+        with tempfile.TemporaryDirectory() as folder:
+            result |= asyncio.run(with_engine(shape, config, Source(mapped), Path(folder), options.rounds))
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
