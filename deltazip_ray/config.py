@@ -126,6 +126,9 @@ class RouterConfig(Settings):
     """The HTTP front."""
 
     catalog_refresh_s: float = Field(5.0, gt=0, description="how old the list of variants may become")
+    heir_wait_s: float = Field(
+        20.0, ge=0, description="an alias of a version in use moves when the new one is on a replica, or after this"
+    )
     max_ongoing_requests: int = Field(1024, ge=1)
     request_timeout_s: float = Field(300.0, gt=0)
     resume_attempts: int = Field(2, ge=0, description="times a request moves on when its replica dies")

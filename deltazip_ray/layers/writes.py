@@ -43,4 +43,5 @@ def _sent(writes: Sequence[tuple[torch.Tensor, Values]]) -> Sequence[torch.Tenso
     # Page-locked, so that the host does not wait for the copy.
     host = torch.empty(sum(sizes), dtype=first.dtype, pin_memory=first.is_cuda)
     torch.cat(flat, out=host)
-    return host.to(first.device, non_blocking=True).split(sizes)
+    pieces: Sequence[torch.Tensor] = host.to(first.device, non_blocking=True).split(sizes)
+    return pieces

@@ -64,6 +64,10 @@ class LocalBackend:
     missing: bool = False
     """There is no replica, ever."""
     requests: list[GenerateRequest] = field(default_factory=list)
+    brought: list[str] = field(default_factory=list)
+
+    async def bring(self, version: str) -> None:
+        self.brought.append(version)
 
     async def describe(self) -> ReplicaDescription:
         if self.missing:

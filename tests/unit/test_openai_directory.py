@@ -41,7 +41,11 @@ class Clock:
 
 
 def directory(store: Store, clock: Clock) -> Directory:
-    return Directory(store, "base", 60.0, clock)  # type: ignore[arg-type]
+    return Directory(store, "base", 60.0, nobody, 0.0, clock)  # type: ignore[arg-type]
+
+
+async def nobody(version: str) -> None:
+    """Nothing to bring."""
 
 
 async def test_known_names_cost_nothing() -> None:
@@ -115,3 +119,80 @@ async def test_a_long_list_is_cut_in_the_message() -> None:
     with pytest.raises(UnknownVariant, match="and 11 more") as refused:
         await names.resolve(parse_ref("nope"))
     assert "v25" not in refused.value.message
+
+
+class Moves:
+    """A catalog with one variant, and replicas that have a version brought when the test says so."""
+
+    def __init__(self, wait_s: float = 5.0) -> None:
+        self.aliases = {"latest": VERSIONS[0]}
+        self.brought: list[str] = []
+        self.there = asyncio.Event()
+        self.clock = Clock()
+        self.names = Directory(self, "base", 60.0, self.bring, wait_s, self.clock)  # type: ignore[arg-type]
+
+    def variants(self) -> list[Variant]:
+        return [Variant(name="one", aliases=self.aliases, versions=VERSIONS)]
+
+    async def bring(self, version: str) -> None:
+        self.brought.append(version)
+        await self.there.wait()
+
+    async def move(self, **aliases: str) -> None:
+        self.aliases = aliases
+        await self.names.refresh()
+        await asyncio.sleep(0)
+
+    async def resolve(self, alias: str = "latest") -> str:
+        return await self.names.resolve(parse_ref(f"one@{alias}"))
+
+
+async def test_an_alias_in_use_moves_when_its_heir_is_there() -> None:
+    moves = Moves()
+    old, new = VERSIONS
+    assert await moves.resolve() == old
+    for _ in range(3):
+        await moves.move(latest=new, canary=new)
+        assert await moves.resolve() == old
+        assert await moves.resolve("canary") == new, "this alias had no other version before"
+        assert await moves.resolve(new[:12]) == new
+    assert moves.brought == [new]
+    moves.there.set()
+    await asyncio.sleep(0.01)
+    assert await moves.resolve() == new, "at once, not at the next look at the store"
+    await moves.move(latest=new)
+    assert (await moves.resolve(), moves.brought) == (new, [new])
+
+
+async def test_an_alias_that_nobody_uses_moves_at_once() -> None:
+    moves = Moves()
+    old, new = VERSIONS
+    assert await moves.resolve() == old
+    moves.clock.now += 61
+    await moves.move(latest=new)
+    assert (await moves.resolve(), moves.brought) == (new, [])
+
+
+async def test_an_heir_that_does_not_come_takes_over_nevertheless() -> None:
+    moves = Moves(wait_s=0.05)
+    assert await moves.resolve() == VERSIONS[0]
+    await moves.move(latest=VERSIONS[1])
+    assert await moves.resolve() == VERSIONS[0]
+    await asyncio.sleep(0.1)
+    assert await moves.resolve() == VERSIONS[1]
+
+
+async def test_an_alias_that_moves_back_never_left() -> None:
+    moves = Moves()
+    old, new = VERSIONS
+    assert await moves.resolve() == old
+    await moves.move(latest=new)
+    await moves.move(latest=old)
+    moves.there.set()
+    await asyncio.sleep(0.01)
+    assert await moves.resolve() == old
+    moves.there.clear()
+    await moves.move(latest=new)
+    assert await moves.resolve() == old
+    assert moves.brought == [new, new]
+    moves.names.close()

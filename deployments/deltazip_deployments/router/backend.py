@@ -38,6 +38,10 @@ class Backend(Protocol):
         """Ask any replica; waits until there is one. Raises EngineStopped when it dies over it."""
         ...
 
+    async def bring(self, version: str) -> None:
+        """Have a version brought where it will be wanted; ends when it is there or will not be. Raises nothing."""
+        ...
+
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """Run a request on the replica that suits it. Closing the generator cancels the request there.
 
@@ -68,7 +72,7 @@ class HandleBackend:
         """See Backend. The version travels as the model id that placement goes by."""
         if request.version is not None and self._heat.began(request.version):
             # In a context of its own: Serve knows calls by the HTTP request that they are made for.
-            hint = asyncio.create_task(self._hint(request.version), context=contextvars.Context())
+            hint = asyncio.create_task(self.bring(request.version), context=contextvars.Context())
             self._hints.add(hint)
             hint.add_done_callback(self._hints.discard)
         chunks = self._generate.options(multiplexed_model_id=request.version or "").remote(request)
@@ -88,8 +92,8 @@ class HandleBackend:
         if not finished:
             raise EngineStopped(_GONE)
 
-    async def _hint(self, version: str) -> None:
-        """Have a version that becomes hot fetched where it will be wanted next, before its queue is that long."""
+    async def bring(self, version: str) -> None:
+        """See Backend: one that is somewhere already, where its requests would spill to."""
         try:
             await self._prefetch.options(multiplexed_model_id=version).remote(version)
         except (*_LOST, RayTaskError) as error:

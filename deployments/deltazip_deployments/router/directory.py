@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from deltazip_deployments.router.heirs import Bring, Heirs
 from deltazip_ray.artifact.catalog import Catalog, Variant
 from deltazip_ray.artifact.names import VariantRef
 from deltazip_ray.errors import DeltaZipError, StoreUnavailable, UnknownVariant
@@ -19,8 +20,18 @@ class Directory:
     """Names to versions. One refresh at a time; an unknown name may cause one, but not more often than each second."""
 
     def __init__(
-        self, catalog: Catalog, base_name: str, refresh_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        catalog: Catalog,
+        base_name: str,
+        refresh_s: float,
+        bring: Bring,
+        heir_wait_s: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``bring`` is for versions that take aliases over; see :class:`Heirs`."""
+        self._heirs = Heirs(bring, heir_wait_s, self._show, clock)
+        self._found: dict[str, Variant] = {}
+        """What the store says; clients see ``_variants``."""
         self._catalog = catalog
         self._base_name = base_name
         self._refresh_s = refresh_s
@@ -36,6 +47,10 @@ class Directory:
         while True:
             await self.refresh()
             await asyncio.sleep(self._refresh_s if self.problem is None else min(self._refresh_s, _RETRY_S))
+
+    def close(self) -> None:
+        """Wait for no version any more."""
+        self._heirs.close()
 
     async def refresh(self) -> None:
         """Read the variants; on failure the known ones stay and ``problem`` says why."""
@@ -57,12 +72,14 @@ class Directory:
         """The version that a name stands for; raises UnknownVariant, StoreUnavailable."""
         await self._first_answer()
         try:
-            return self._find(ref)
+            version = self._find(ref)
         except UnknownVariant:
             if self._clock() - self._tried_at < _RETRY_S:
                 raise
-        await self.refresh()
-        return self._find(ref)
+            await self.refresh()
+            version = self._find(ref)
+        self._heirs.asked(version)
+        return version
 
     async def _first_answer(self) -> None:
         if not self.tried:
@@ -77,8 +94,12 @@ class Directory:
                 logger.warning("the list of variants cannot be read: %s", error.message)
             self.problem = error.message
             return
-        self._variants = {variant.name: variant for variant in found}
+        self._found = {variant.name: variant for variant in found}
+        self._show()
         self.problem = None
+
+    def _show(self) -> None:
+        self._variants = self._heirs.held_back(self._variants or {}, self._found)
 
     def _known(self) -> dict[str, Variant]:
         if self._variants is None:

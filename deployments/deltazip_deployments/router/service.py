@@ -65,6 +65,8 @@ class RouterService:
             self._background.cancel()
             with suppress(asyncio.CancelledError):
                 await self._background
+        if self._directory is not None:
+            self._directory.close()
 
     def health(self) -> Health:
         """Whether requests can be answered, and what is in the way."""
@@ -167,7 +169,10 @@ class RouterService:
                 logger.warning("no replica answers yet: %s", error.message)
                 await asyncio.sleep(_RETRY_S)
         self._catalog = self._open_catalog(self._replicas.base_digest)
-        self._directory = Directory(self._catalog, self.config.base_name, self.config.router.catalog_refresh_s)
+        router = self.config.router
+        self._directory = Directory(
+            self._catalog, self.config.base_name, router.catalog_refresh_s, self._backend.bring, router.heir_wait_s
+        )
         await self._directory.keep_fresh()
 
     def _load_text(self, version: str | None) -> VersionText:
