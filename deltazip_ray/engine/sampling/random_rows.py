@@ -10,10 +10,8 @@ from numpy.typing import NDArray
 from deltazip_ray.engine.sampling.draw import Draw
 from deltazip_ray.engine.sampling.weights import cut_probability, cut_ranks, keep, pick, whole_weights
 from deltazip_ray.layers.staging import to_device
-from deltazip_ray.scheduler.request import SamplingParams
 
 _GOLDEN = 0x9E3779B97F4A7C15
-_FEW = 1024  # best tokens that are cheaper to select than to find by sorting the vocabulary
 _COLDEST = 1e-30  # a lower temperature is no different, and would not be a float32
 
 
@@ -22,8 +20,8 @@ class RandomRows:
     """Rows that are drawn in the same way; columns ``[rows, 1]`` on the device."""
 
     rows: torch.Tensor
-    ranks: int | None
-    """How many of the best tokens decide what is cut off: 0 for none, None for all."""
+    ranked: bool
+    """Whether top-k or top-p cut anything off."""
     temperature: torch.Tensor
     point: torch.Tensor
     top_k: torch.Tensor
@@ -35,19 +33,19 @@ class RandomRows:
         picked = logits.index_select(0, self.rows)
         weights = whole_weights(picked, top.index_select(0, self.rows)[:, None], self.temperature)
         least = self.least
-        if self.ranks != 0:
-            vocab = logits.shape[1]
-            cut = cut_ranks(weights, min(self.ranks or vocab, vocab), self.top_k, self.top_p)
+        if self.ranked:
+            cut = cut_ranks(weights, self.top_k, self.top_p)
             least = cut if least is None else torch.maximum(cut, least)
         return pick(weights if least is None else keep(weights, least), self.point)
 
 
 def random_rows(draws: Sequence[Draw], device: torch.device) -> tuple[RandomRows, ...]:
     """All rows that are not greedy, by what has to be done for them."""
-    groups: dict[tuple[int | None, bool], list[int]] = {}
+    groups: dict[tuple[bool, bool], list[int]] = {}
     for row, one in enumerate(draws):
         if not one.params.greedy:
-            groups.setdefault((_ranks(one.params), one.params.min_p > 0), []).append(row)
+            ranked = one.params.top_k > 0 or one.params.top_p < 1
+            groups.setdefault((ranked, one.params.min_p > 0), []).append(row)
     return tuple(_stage(draws, rows, device, *kind) for kind, rows in groups.items())
 
 
@@ -58,13 +56,7 @@ def uniform(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float6
     return (_mix(_mix(low) + steps) >> np.uint64(16)).astype(np.float64) * 2.0**-48
 
 
-def _ranks(params: SamplingParams) -> int | None:
-    if params.top_k == 0 and params.top_p == 1:
-        return 0
-    return _FEW if 0 < params.top_k <= _FEW else None
-
-
-def _stage(draws: Sequence[Draw], rows: list[int], device: torch.device, ranks: int | None, cut: bool) -> RandomRows:
+def _stage(draws: Sequence[Draw], rows: list[int], device: torch.device, ranked: bool, cut: bool) -> RandomRows:
     params = [draws[row].params for row in rows]
     columns = np.empty((6, len(rows), 1))
     columns[0, :, 0] = rows
@@ -76,7 +68,7 @@ def _stage(draws: Sequence[Draw], rows: list[int], device: torch.device, ranks: 
     index, temperature, point, top_k, top_p, min_p = to_device(columns, device)
     return RandomRows(
         rows=index[:, 0].long(),
-        ranks=max(p.top_k for p in params) if ranks else ranks,
+        ranked=ranked,
         temperature=temperature.float(),
         point=point,
         top_k=top_k,

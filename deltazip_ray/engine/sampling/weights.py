@@ -7,6 +7,8 @@ below 2**53.
 import torch
 import torch.nn.functional as F
 
+from deltazip_kernels.cut import least_kept
+
 _BEST = 2.0**34  # weight of a row's best token; what is less than 2**-34 times as likely never comes
 _CHUNK = 128  # divides the vocabularies of common models, so that nothing is padded
 
@@ -17,12 +19,20 @@ def whole_weights(logits: torch.Tensor, top: torch.Tensor, temperature: torch.Te
     return logits.sub_(top).div_(temperature).exp_().mul_(_BEST).floor_()
 
 
-def cut_ranks(weights: torch.Tensor, ranks: int, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """The least weight ``[rows, 1]`` that top-k, and then top-p of the rest, keep, seen from the best ``ranks`` tokens.
+def cut_ranks(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """The least weight ``[rows, 1]`` that top-k, and then top-p of the rest, keep.
 
-    ``top_k`` (at most ``ranks``) and ``top_p``: ``[rows, 1]``.
+    ``top_k`` (infinite for all) and ``top_p``: ``[rows, 1]`` float64.
     """
-    best = weights.topk(ranks).values if ranks < weights.shape[1] else weights.sort(dim=-1, descending=True).values
+    return least_kept(weights, top_k, top_p) if weights.is_cuda else cut_sorted(weights, top_k, top_p)
+
+
+def cut_sorted(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """The meaning of :func:`cut_ranks`.
+
+    Of tokens that are equally likely as many count as ``top_k`` leaves room for; :func:`keep` then keeps all of them.
+    """
+    best = weights.sort(dim=-1, descending=True).values
     best = best.where(torch.arange(best.shape[1], device=best.device) < top_k, 0.0)
     reached = best.cumsum(dim=-1, dtype=torch.float64)
     kept = (reached - best < top_p * reached[:, -1:]).sum(dim=-1, keepdim=True)

@@ -1,0 +1,83 @@
+"""``python -m benchmarks.sampling --json FILE``: device time of drawing a step's tokens on one GPU.
+
+``sort`` is what top-p took before: the same cut, found by sorting. The limit is reading the logits once.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from deltazip_kernels.bench.__main__ import commit
+from deltazip_kernels.bench.timing import copy_bandwidth
+from deltazip_kernels.cut import least_kept
+from deltazip_ray.engine.sampling import Draw, SamplingBatch, sample
+from deltazip_ray.engine.sampling.weights import cut_sorted, whole_weights
+from deltazip_ray.scheduler.request import SamplingParams
+
+VOCAB = 128_256
+KINDS = {
+    "greedy": SamplingParams(temperature=0.0),
+    "temperature": SamplingParams(temperature=0.8),
+    "min_p": SamplingParams(temperature=0.8, min_p=0.05),
+    "top_p": SamplingParams(temperature=0.8, top_p=0.9),
+    "top_k": SamplingParams(temperature=0.8, top_k=40),
+    "top_k, top_p": SamplingParams(temperature=0.8, top_k=40, top_p=0.9),
+}
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """The median, with a cold L2."""
+    return float(triton.testing.do_bench(run, warmup=10, rep=60, return_mode="median"))
+
+
+def measure(rows: int) -> dict[str, Any]:
+    """Every kind of draw, and the cut alone."""
+    device = torch.device("cuda")
+    logits = torch.randn(rows, VOCAB, device=device) * 3
+    found: dict[str, Any] = {"rows": rows}
+    for name, params in KINDS.items():
+        batch = SamplingBatch.of([Draw(params, row) for row in range(rows)], device)
+        found[name] = milliseconds(lambda batch=batch: sample(logits, batch))  # type: ignore[misc]
+    top = logits.max(-1, keepdim=True).values
+    weights = whole_weights(logits.clone(), top, torch.full_like(top, 0.8))
+    for name, k in (("top_p", torch.inf), ("top_k, top_p", 40.0)):
+        top_k, top_p = (torch.full((rows, 1), value, dtype=torch.float64, device=device) for value in (k, 0.9))
+        if not torch.equal(least_kept(weights, top_k, top_p), cut_sorted(weights, top_k, top_p)):
+            raise SystemExit(f"{name}: the cut is not that of sorting")
+        found[f"cut {name}"] = milliseconds(lambda k=top_k, p=top_p: least_kept(weights, k, p))  # type: ignore[misc]
+        found[f"sort {name}"] = milliseconds(lambda k=top_k, p=top_p: cut_sorted(weights, k, p))  # type: ignore[misc]
+    return found
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--commit", help="of this tree, where it is no checkout")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch sees no GPU here: run it where there is one")
+    bandwidth = copy_bandwidth()
+    with torch.inference_mode():
+        times = [measure(rows) for rows in (1, 32, 256)]
+    limits = {rows: 1e3 * rows * VOCAB * 4 / bandwidth for rows in (1, 32, 256)}
+    report = {
+        "commit": options.commit or commit(),
+        "machine": {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__},
+        "vocab": VOCAB,
+        "bandwidth": bandwidth,
+        "limit_ms": limits,
+        "ms": times,
+    }
+    options.json.write_text(json.dumps(report, indent=1) + "\n")
+    sys.stdout.write(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
