@@ -27,6 +27,9 @@ def check_sampling(params: SamplingParams) -> None:
         "frequency_penalty must be a number from -2 to 2": -2 <= params.frequency_penalty <= 2,
         "presence_penalty must be a number from -2 to 2": -2 <= params.presence_penalty <= 2,
         f"logprobs must be 0 to {MOST_LOGPROBS}": params.logprobs is None or 0 <= params.logprobs <= MOST_LOGPROBS,
+        f"prompt_logprobs must be 0 to {MOST_LOGPROBS}": (
+            params.prompt_logprobs is None or 0 <= params.prompt_logprobs <= MOST_LOGPROBS
+        ),
         f"logit_bias takes up to {MOST_BIASES} tokens": len(params.logit_bias) <= MOST_BIASES,
         "logit_bias must be numbers from -100 to 100": all(-100 <= bias <= 100 for _, bias in params.logit_bias),
         "a structured output ends where its structure does: leave out min_tokens and ignore_eos": (

@@ -1,5 +1,6 @@
 """Runs the batches that the scheduler makes."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -7,12 +8,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from deltazip_ray.engine.sampling import Draw, SampledTokens, SamplingBatch, sample
+from deltazip_ray.engine.sampling import Draw, PromptScores, SampledTokens, SamplingBatch, sample
 from deltazip_ray.layers.attention.backend import AttentionBackend, SequenceRows
 from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.layers.staging import to_device
 from deltazip_ray.models.decoder import Decoder, StepInputs
-from deltazip_ray.scheduler.batch import Batch, Drawn
+from deltazip_ray.scheduler.batch import Batch, Drawn, Scores
 
 
 class StepGraphs(Protocol):
@@ -31,6 +32,8 @@ class LaunchedStep:
 
     sampled: SampledTokens | None
     """None where no chunk samples."""
+    prompts: PromptScores | None
+    """None where nobody asks for log-probabilities of a prompt."""
     done: torch.cuda.Event | None
 
     def wait(self) -> list[Drawn | None]:
@@ -38,6 +41,10 @@ class LaunchedStep:
         if self.done is not None:
             self.done.synchronize()
         return [] if self.sampled is None else self.sampled.fetch()
+
+    def scores(self) -> list[Scores]:
+        """See :class:`~deltazip_ray.engine.step_loop.Launched`."""
+        return [] if self.prompts is None else self.prompts.fetch()
 
 
 class ModelRunner:
@@ -65,16 +72,12 @@ class ModelRunner:
     def launch(self, batch: Batch) -> LaunchedStep:
         """See :class:`~deltazip_ray.engine.step_loop.StepRunner`."""
         with torch.inference_mode():
-            if self._graphs is not None and self._graphs.fits(batch):
-                logits = self._graphs.run(batch)
-            else:
-                logits = self.decoder(self.prepare(batch)).float()
-            sampled = self._sample(logits, batch) if batch.sampling_chunks else None
+            sampled, prompts = self._run(batch)
         if self.device.type != "cuda":
-            return LaunchedStep(sampled, None)
+            return LaunchedStep(sampled, prompts, None)
         done = torch.cuda.Event(blocking=True)
         done.record()
-        return LaunchedStep(sampled, done)
+        return LaunchedStep(sampled, prompts, done)
 
     def synchronize(self) -> None:
         """Wait until the device is idle. Raises RuntimeError when it is lost."""
@@ -106,6 +109,23 @@ class ModelRunner:
             last=self._send(last),
             last_rows=self.ops.rows([(c.slot, 1) for c in batch.sampling_chunks], self.device),
         )
+
+    def _run(self, batch: Batch) -> tuple[SampledTokens | None, PromptScores | None]:
+        if self._graphs is not None and self._graphs.fits(batch):
+            return self._sample(self._graphs.run(batch), batch), None
+        inputs = self.prepare(batch)
+        states = self.decoder.states(inputs)
+        prompts = None
+        if batch.scoring_chunks:
+            prompts = PromptScores.of(batch, functools.partial(self._logits, states), len(self._drawn))
+        logits = self.decoder.logits(states, inputs.last, inputs.last_rows).float()
+        return self._sample(logits, batch) if batch.sampling_chunks else None, prompts
+
+    def _logits(
+        self, states: tuple[torch.Tensor, torch.Tensor], rows: Sequence[int], runs: Sequence[tuple[int, int]]
+    ) -> torch.Tensor:
+        """Logits of ``rows`` of a step, which belong to versions as the ``(slot, rows)`` runs say."""
+        return self.decoder.logits(states, self._send(rows), self.ops.rows(runs, self.device)).float()
 
     def _send(self, values: Sequence[int]) -> torch.Tensor:
         return to_device(np.array(values, dtype=np.int64), self.device)

@@ -12,7 +12,7 @@ import torch
 
 from deltazip_ray.errors import DeltaZipError, EngineError
 from deltazip_ray.observability.engine_metrics import EngineMetrics
-from deltazip_ray.scheduler.batch import Batch, Drawn
+from deltazip_ray.scheduler.batch import Batch, Drawn, Scores
 from deltazip_ray.scheduler.request import GenerateRequest
 from deltazip_ray.scheduler.scheduler import News, Scheduler
 
@@ -33,6 +33,9 @@ class Launched(Protocol):
 
         Waits for this step and for nothing that was launched after it.
         """
+
+    def scores(self) -> Sequence[Scores]:
+        """What it computed for each of ``batch.scoring_chunks``; called after :meth:`wait`."""
 
 
 class StepRunner(Protocol):
@@ -163,7 +166,7 @@ class StepLoop:
         try:
             if isinstance(step.launched, Exception):
                 raise step.launched
-            drawn = step.launched.wait()
+            drawn, scores = step.launched.wait(), step.launched.scores()
         except _STEP_FAILURES as error:
             logger.exception("a step of %d requests failed", len(step.batch.chunks))
             self._failures += 1
@@ -172,7 +175,7 @@ class StepLoop:
                 self._scheduler.fail(step.batch, EngineError(f"the step failed ({error!r}): send the request again"))
             return
         self._failures = 0
-        self._scheduler.update(step.batch, drawn)
+        self._scheduler.update(step.batch, drawn, scores)
         self._record(step)
 
     def _device_works(self) -> bool:

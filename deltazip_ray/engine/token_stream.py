@@ -12,6 +12,7 @@ class TokenStream:
     def __init__(self) -> None:
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._prompt: tuple[TokenLogprobs, ...] = ()
         self._finish: FinishReason | None = None
         self._error: DeltaZipError | None = None
         self._ready = asyncio.Event()
@@ -20,6 +21,8 @@ class TokenStream:
         """Add the next tokens."""
         self._tokens.extend(chunk.tokens)
         self._logprobs.extend(chunk.logprobs)
+        if chunk.prompt_logprobs:
+            self._prompt = chunk.prompt_logprobs
         self._finish = chunk.finish_reason
         self._ready.set()
 
@@ -33,9 +36,10 @@ class TokenStream:
         await self._ready.wait()
         if self._error is not None and not self._tokens:
             raise self._error
-        chunk = TokenChunk(tuple(self._tokens), self._finish, logprobs=tuple(self._logprobs))
+        chunk = TokenChunk(tuple(self._tokens), self._finish, None, tuple(self._logprobs), self._prompt)
         self._tokens.clear()
         self._logprobs.clear()
+        self._prompt = ()
         if self._error is None:
             self._ready.clear()
         return chunk

@@ -59,6 +59,10 @@ class Decoder:
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Logits ``[sampled, vocab + added]`` of ``inputs.last``; writes the KV cache."""
+        return self.logits(self.states(inputs), inputs.last, inputs.last_rows)
+
+    def states(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the last block leaves, ``[rows, hidden]``, and what is to be added to that; writes the KV cache."""
         step = StepContext(inputs.rows, inputs.positions, inputs.plan)
         stream = self.embedding(inputs.tokens, inputs.rows)
         if self.embedding_scale != 1:
@@ -66,6 +70,9 @@ class Decoder:
         update = self.blocks[0](stream, None, step)
         for block in self.blocks[1:]:
             update = block(stream, update, step)
-        if inputs.last is not None:
-            stream, update = stream[inputs.last], update[inputs.last]
-        return self.head(self.norm(stream, inputs.last_rows, update), inputs.last_rows)
+        return stream, update
+
+    def logits(self, states: tuple[torch.Tensor, torch.Tensor], which: torch.Tensor | None, rows: Rows) -> torch.Tensor:
+        """Logits of rows ``which``, of versions ``rows``; None: all of the states, which are overwritten then."""
+        stream, update = states if which is None else (states[0][which], states[1][which])
+        return self.head(self.norm(stream, rows, update), rows)

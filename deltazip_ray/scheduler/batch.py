@@ -28,6 +28,10 @@ class Drawn(NamedTuple):
         return TokenChunk((self.token,), reason, logprobs=() if self.logprobs is None else (self.logprobs,))
 
 
+Scores = Sequence[TokenLogprobs] | None
+"""Log-probabilities of the ``targets`` of a chunk; None where the logits were not finite."""
+
+
 class Chunk(NamedTuple):
     """Consecutive tokens of one sequence that run in a step.
 
@@ -47,6 +51,8 @@ class Chunk(NamedTuple):
     """Position, in the request's whole output, of the token to draw: with ``sampling.seed`` it determines the draw."""
     drawn_row: int | None = None
     """With ``DRAWN``: which of the ``sampling_chunks`` of the batch launched before this one drew it."""
+    scored: range = range(0)
+    """Positions of the chunk's tokens after which the log-probability of the prompt's next token is wanted."""
 
     @property
     def request_id(self) -> str:
@@ -57,6 +63,11 @@ class Chunk(NamedTuple):
     def slot(self) -> int:
         """Slot of the version's delta; -1 for the base."""
         return self.sequence.slot
+
+    @property
+    def targets(self) -> Sequence[int]:
+        """The tokens behind those at ``scored``."""
+        return self.sequence.request.prompt[self.scored.start + 1 : self.scored.stop + 1]
 
     @property
     def sampling(self) -> SamplingParams:
@@ -83,6 +94,11 @@ class Batch:
     def sampling_chunks(self) -> tuple[Chunk, ...]:
         """Chunks that sample, in batch order: ``Scheduler.update`` takes one token for each."""
         return tuple([chunk for chunk in self.chunks if chunk.samples])
+
+    @cached_property
+    def scoring_chunks(self) -> tuple[Chunk, ...]:
+        """Chunks that have ``scored`` positions, in batch order."""
+        return tuple([chunk for chunk in self.chunks if chunk.scored])
 
     def segments(self) -> tuple[list[int], list[int]]:
         """Rows by slot: ``starts [S + 1]`` and ``slots [S]``; rows ``starts[i]:starts[i + 1]`` belong to ``slots[i]``.

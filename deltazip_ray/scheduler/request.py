@@ -53,6 +53,8 @@ class SamplingParams:
     """Tokens, none twice, and what is added to their logits."""
     logprobs: int | None = None
     """How many of the likeliest tokens to tell beside each drawn one; None: no log-probabilities at all."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt, but the first; None: not at all."""
     structure: Structure | None = None
 
     @property
@@ -115,12 +117,14 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one output position, before everything that sampling does."""
+    """Log-probabilities at one position, before everything that sampling does."""
 
     chosen: float
-    """Of the token that was drawn."""
+    """Of the token that was drawn, or that the prompt has there."""
     best: tuple[tuple[int, float], ...] = ()
     """The likeliest tokens, the best first."""
+    rank: int | None = None
+    """How likely the token is among all, 1 for the likeliest; told of prompt tokens only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +137,5 @@ class TokenChunk:
     """On the first chunk only: where the delta was found; ``device`` is warm."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One for each token, where the request asks for them."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """On the first chunk only, where the request asks for them: of each prompt token but the first one."""

@@ -30,12 +30,13 @@ may wait is decided where they arrive, since those that wait for their delta are
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from operator import attrgetter
 
 from deltazip_ray.config import CPU_KV_BLOCKS, EngineConfig
 from deltazip_ray.errors import DeltaZipError, EngineError, InvalidRequest, PromptTooLong
 from deltazip_ray.kvcache.block_manager import BlockManager
-from deltazip_ray.scheduler.batch import DRAWN, Batch, Chunk, Drawn
+from deltazip_ray.scheduler.batch import DRAWN, Batch, Chunk, Drawn, Scores
 from deltazip_ray.scheduler.fair_queue import FairQueue
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
 from deltazip_ray.scheduler.sequence import SequenceState
@@ -48,6 +49,8 @@ News = Sequence[tuple[str, End]]
 _AHEAD = 2
 """Batches that may be on their way at once."""
 _MAX_PRIORITY = 16
+_NOTHING = range(0)
+_NOT_FINITE = "the logits are not finite: the version is broken"
 _WEIGHTS = (0.1, 100.0)
 
 _slot = attrgetter("slot")
@@ -168,15 +171,17 @@ class Scheduler:
             self._on_the_way.append(batch)
         return batch
 
-    def update(self, batch: Batch, drawn: Sequence[Drawn | None]) -> None:
+    def update(self, batch: Batch, drawn: Sequence[Drawn | None], scores: Sequence[Scores] = ()) -> None:
         """Record that ``batch`` ran, with what it drew for its ``sampling_chunks``, in their order.
 
-        None stands for logits that are not finite: that request fails. Raises EngineError when it is not the turn of
-        this batch, or the number of tokens is wrong.
+        ``scores``: of its ``scoring_chunks``. None stands for logits that are not finite: that request fails. Raises
+        EngineError when it is not the turn of this batch, or the number of tokens is wrong.
         """
         if len(drawn) != len(batch.sampling_chunks):
             raise EngineError(f"{len(drawn)} tokens for {len(batch.sampling_chunks)} sampling chunks")
         self._arrived(batch)
+        if scores:
+            self._take_scores(batch, scores)
         results = iter(drawn)
         for chunk in batch.chunks:
             one = next(results) if chunk.samples else None
@@ -258,8 +263,7 @@ class Scheduler:
         if sequence is None or sequence.drawing:
             return None  # One that was preempted just now is computed again with the token that is on its way.
         tokens = len(sequence)
-        # At least one token has to run, for its logits.
-        names = sequence.names.first((tokens - 1) // self._block_size) if self._share_prefixes else []
+        names = sequence.names.first(sequence.reusable // self._block_size) if self._share_prefixes else []
         found = self.blocks.start(tokens, names, spare=len(self._running))
         if found is None:
             return None
@@ -291,13 +295,28 @@ class Scheduler:
                 self.blocks.name(sequence.table[i], names[i])
             sequence.named = full
 
+    def _take_scores(self, batch: Batch, scores: Sequence[Scores]) -> None:
+        """Keep log-probabilities of prompts until the first token of their request comes."""
+        for chunk, found in zip(batch.scoring_chunks, scores, strict=True):
+            sequence = chunk.sequence
+            if sequence.over:
+                continue
+            if found is None:
+                self._end(sequence, EngineError(_NOT_FINITE))
+            else:
+                sequence.scores.extend(found)
+
     def _record(self, sequence: SequenceState, drawn: Drawn) -> None:
         """Take the next token of a request, and with the last one its end."""
         reason = sequence.append(drawn.token)
+        chunk = drawn.chunk(reason)
+        if sequence.scores:
+            chunk = replace(chunk, prompt_logprobs=tuple(sequence.scores))
+            sequence.scores = []
         if reason is None:
-            self._news.append((sequence.request.request_id, drawn.chunk(None)))
+            self._news.append((sequence.request.request_id, chunk))
         else:
-            self._end(sequence, drawn.chunk(reason))
+            self._end(sequence, chunk)
 
     def _end(self, sequence: SequenceState, end: End) -> None:
         """Free what a request holds, and tell its end as soon as nothing on its way needs its slot."""
@@ -330,7 +349,8 @@ def _chunk(sequence: SequenceState, count: int) -> Chunk:
     tokens = (DRAWN,) if sequence.drawing else tuple(sequence.tokens[start : start + count])
     row = sequence.row if sequence.drawing else None
     samples = count == sequence.pending
-    chunk = Chunk(sequence, tokens, start, sequence.table, samples, sequence.output_index, row)
+    scored = sequence.score(start, count) if sequence.scored < sequence.score_end else _NOTHING
+    chunk = Chunk(sequence, tokens, start, sequence.table, samples, sequence.output_index, row, scored)
     sequence.scheduled += count
     sequence.in_flight += 1
     sequence.drawing += samples
@@ -341,4 +361,4 @@ def _undrawable(sequence: SequenceState) -> DeltaZipError:
     """Why no token could be drawn."""
     if sequence.request.matcher is not None:
         return InvalidRequest("no token of this model continues the structure: ask for one that it can write")
-    return EngineError("the logits are not finite: the version is broken")
+    return EngineError(_NOT_FINITE)

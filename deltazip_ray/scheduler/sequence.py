@@ -3,7 +3,7 @@
 from typing import Any
 
 from deltazip_ray.kvcache.block_names import BlockNames
-from deltazip_ray.scheduler.request import FinishReason, GenerateRequest
+from deltazip_ray.scheduler.request import FinishReason, GenerateRequest, TokenLogprobs
 
 
 class SequenceState:
@@ -29,6 +29,9 @@ class SequenceState:
         "request",
         "row",
         "scheduled",
+        "score_end",
+        "scored",
+        "scores",
         "slot",
         "table",
         "tokens",
@@ -55,6 +58,12 @@ class SequenceState:
         self.names = BlockNames(request.version, self.tokens, block_size)
         self.named = 0
         """Blocks of ``table``, from the first on, that others may share."""
+        self.scored = 0
+        """Positions, from the first on, of whose next prompt token a batch tells the log-probability."""
+        self.score_end = 0 if request.sampling.prompt_logprobs is None else len(request.prompt) - 1
+        """What ``scored`` has to become."""
+        self.scores: list[TokenLogprobs] = []
+        """Those that came, until they are told."""
         self.draw_state: Any = None
         """What the sampler remembers of the tokens before, if it must."""
         self.order: tuple[float, int] | None = None
@@ -75,6 +84,14 @@ class SequenceState:
         return len(self.tokens) + self.drawing - self.scheduled
 
     @property
+    def reusable(self) -> int:
+        """Tokens, from the first on, that need not run if their keys and values are in the cache.
+
+        The last one has to, for its logits, and so have those whose logits a request for prompt logprobs still needs.
+        """
+        return len(self) - 1 if self.scored >= self.score_end else self.scored
+
+    @property
     def output_index(self) -> int:
         """Position, in the request's whole output, of the token after all of ``len(self)`` (see SamplingParams)."""
         return self._before + len(self.tokens) + self.drawing
@@ -86,6 +103,12 @@ class SequenceState:
         While a token is being drawn, not if it is the last one, or if the next draw depends on its value.
         """
         return not self.drawing or (self._runs_ahead and len(self.tokens) + self.drawing < self._complete)
+
+    def score(self, start: int, count: int) -> range:
+        """Positions among the ``count`` from ``start`` on whose logits are needed; they count as scored from now on."""
+        positions = range(max(start, self.scored), min(start + count, self.score_end))
+        self.scored = max(self.scored, positions.stop)
+        return positions
 
     def append(self, token: int) -> FinishReason | None:
         """Take the token that was drawn; a stop token is not kept. Returns the reason when the sequence is finished."""

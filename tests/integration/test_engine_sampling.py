@@ -2,9 +2,13 @@
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
-from deltazip_ray.scheduler.request import SamplingParams
-from tests.support.engines import random_prompt, running
+import pytest
+import torch
+
+from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, TokenLogprobs
+from tests.support.engines import GREEDY, RunningEngine, random_prompt, running
 from tests.support.versions import MemorySource
 from tests.support.zoo import Zoo
 
@@ -56,3 +60,43 @@ async def test_steps_ahead_change_nothing_for_draws_that_look_back(zoo: Zoo) -> 
             return await asyncio.gather(*requests)
 
     assert await outputs(ahead=True) == await outputs(ahead=False)
+
+
+def whole_prompt(zoo: Zoo, version: str | None, prompt: list[int]) -> list[TokenLogprobs]:
+    """What transformers say of each token but the first: its log-probability, the three best, its rank."""
+    logprobs = zoo.oracles[version].logits(prompt)[:-1].log_softmax(-1)
+    chosen = logprobs.gather(1, torch.tensor(prompt[1:])[:, None])
+    best = logprobs.topk(3)
+    ranks = (logprobs > chosen).sum(-1) + 1
+    rows = zip(chosen[:, 0].tolist(), best.indices.tolist(), best.values.tolist(), ranks.tolist(), strict=True)
+    return [TokenLogprobs(c, tuple(zip(ids, values, strict=True)), rank) for c, ids, values, rank in rows]
+
+
+async def scored(run: RunningEngine, prompt: list[int], version: str | None) -> list[TokenLogprobs]:
+    sampling = replace(GREEDY, max_tokens=3, prompt_logprobs=3)
+    request = GenerateRequest("scored", version, tuple(prompt), sampling)
+    chunks = [chunk async for chunk in run.engine.generate(request)]
+    assert not any(chunk.prompt_logprobs for chunk in chunks[1:])
+    assert [token for chunk in chunks for token in chunk.tokens] == await run.generate(prompt, version, sampling)
+    return list(chunks[0].prompt_logprobs)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_logprobs_of_prompts_are_those_of_transformers(zoo: Zoo, ahead: bool) -> None:
+    """In chunks, in pieces, beside others, preempted, and though the prefix cache has the prompt."""
+    prompts = [random_prompt(i, 40 + i) for i in range(6)]
+    small: dict[str, Any] = {"max_batch_tokens": 32, "kv_blocks": 12, "max_running": 8, "async_steps": ahead}
+    async with running(zoo.base, MemorySource(*zoo.versions), **small) as run:
+        versions = [zoo.names[i % 5] for i in range(6)]
+        await run.generate(prompts[0], versions[0])
+        long = replace(GREEDY, max_tokens=90)
+        busy = [asyncio.create_task(run.generate(random_prompt(9, 30), version, long)) for version in versions[:2]]
+        found = await asyncio.gather(*(scored(run, p, v) for p, v in zip(prompts, versions, strict=True)))
+        await asyncio.gather(*busy)
+        assert run.engine.stats().preemptions > 0
+        assert (await scored(run, [5], None)) == []
+    for prompt, version, told in zip(prompts, versions, found, strict=True):
+        expected = whole_prompt(zoo, version, prompt)
+        assert [one.rank for one in told] == [one.rank for one in expected]
+        assert [one.chosen for one in told] == pytest.approx([one.chosen for one in expected], abs=1e-4)
+        assert [[token for token, _ in one.best] for one in told] == [[t for t, _ in one.best] for one in expected]

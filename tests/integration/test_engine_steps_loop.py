@@ -13,7 +13,7 @@ from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.step_loop import MOST_FAILURES, StepLoop
 from deltazip_ray.errors import DeltaZipError, EngineError
 from deltazip_ray.observability.engine_metrics import EngineMetrics, EngineStats
-from deltazip_ray.scheduler.batch import Batch, Drawn
+from deltazip_ray.scheduler.batch import Batch, Drawn, Scores
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, TokenChunk
 from deltazip_ray.scheduler.scheduler import End, News, Scheduler
 
@@ -58,6 +58,9 @@ class Step:
         if self.number in self.device.bad_waits or (lost is not None and self.number >= lost):
             raise RuntimeError(f"step {self.number} is bad")
         return [Drawn(TOKEN)] * self.draws
+
+    def scores(self) -> Sequence[Scores]:
+        return []
 
 
 class Running:

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.errors import EngineError, PromptTooLong
 from deltazip_ray.scheduler.batch import DRAWN, Batch, Chunk, Drawn
-from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, TokenChunk
+from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, TokenChunk, TokenLogprobs
 from deltazip_ray.scheduler.scheduler import End, Scheduler
 
 VOCABULARY = 50
 STOP = 0
 VERSIONS = (None, "v0", "v1", "v2")
+Ran = tuple[list[int], list[list[TokenLogprobs]]]
+"""What a step drew, and what it told of prompts."""
 
 
 def next_token(version: str | None, context: Sequence[int]) -> int:
@@ -46,6 +48,16 @@ def oracle(request: GenerateRequest) -> tuple[list[int], str]:
     return output, "length"
 
 
+def scores(request: GenerateRequest) -> list[TokenLogprobs]:
+    """What a request for the log-probabilities of its prompt is told."""
+    if request.sampling.prompt_logprobs is None:
+        return []
+    prompt = request.prompt
+    return [
+        TokenLogprobs(next_token(request.version, prompt[: i + 1]), rank=prompt[i + 1]) for i in range(len(prompt) - 1)
+    ]
+
+
 class PagedModel:
     """Keeps the tokens themselves as the KV cache, beside the version that computed them."""
 
@@ -54,7 +66,7 @@ class PagedModel:
         self.cache: list[tuple[str | None, int] | None] = [None] * ((config.kv_blocks or 0) * config.block_size)
         self.drawn: list[int] = []
 
-    def launch(self, batch: Batch) -> list[int]:
+    def launch(self, batch: Batch) -> Ran:
         self.check_writes(batch)
         for chunk in batch.chunks:
             tokens = chunk.tokens
@@ -63,8 +75,15 @@ class PagedModel:
                 tokens = (self.drawn[chunk.drawn_row],)
             for offset, token in enumerate(tokens):
                 self.cache[self._place(chunk, chunk.start + offset)] = (chunk.sequence.request.version, token)
-        self.drawn = [self._draw(chunk) for chunk in batch.sampling_chunks]
-        return self.drawn
+        self.drawn = [self._draw(chunk, chunk.start + len(chunk.tokens)) for chunk in batch.sampling_chunks]
+        return self.drawn, [self._score(chunk) for chunk in batch.scoring_chunks]
+
+    def _score(self, chunk: Chunk) -> list[TokenLogprobs]:
+        """For each wanted row, what would be drawn there, and the token that the prompt has behind it."""
+        return [
+            TokenLogprobs(self._draw(chunk, position + 1), rank=target)
+            for position, target in zip(chunk.scored, chunk.targets, strict=True)
+        ]
 
     def check_writes(self, batch: Batch) -> None:
         """Nobody writes to a block that somebody else reads."""
@@ -76,10 +95,10 @@ class PagedModel:
     def _place(self, chunk: Chunk, position: int) -> int:
         return chunk.block_table[position // self.size] * self.size + position % self.size
 
-    def _draw(self, chunk: Chunk) -> int:
+    def _draw(self, chunk: Chunk, length: int) -> int:
         version = chunk.sequence.request.version
         context = []
-        for position in range(chunk.start + len(chunk.tokens)):
+        for position in range(length):
             held = self.cache[self._place(chunk, position)]
             assert held is not None
             assert held[0] == version
@@ -99,7 +118,7 @@ class Driver:
         self.output: dict[str, list[int]] = {}
         self.aborted: set[str] = set()
         self.failed: set[str] = set()
-        self.launched: deque[tuple[Batch, list[int] | None]] = deque()
+        self.launched: deque[tuple[Batch, Ran | None]] = deque()
 
     def add(self, request: GenerateRequest) -> bool:
         try:
@@ -129,12 +148,12 @@ class Driver:
             self.finish(*self.launched.popleft())
         self.sched.check()
 
-    def finish(self, batch: Batch, drawn: list[int] | None) -> None:
-        if drawn is None:
+    def finish(self, batch: Batch, ran: Ran | None) -> None:
+        if ran is None:
             self.failed |= {chunk.request_id for chunk in batch.chunks}
             self.sched.fail(batch, EngineError("a step failed"))
         else:
-            self.sched.update(batch, [Drawn(token) for token in drawn])
+            self.sched.update(batch, [Drawn(token) for token in ran[0]], ran[1])
         self.hear_all()
 
     def hear_all(self) -> None:
@@ -146,6 +165,7 @@ class Driver:
         request = self.live[name]
         if isinstance(news, TokenChunk):
             assert name not in self.aborted or ended(news)
+            assert list(news.prompt_logprobs) == ([] if self.output[name] else scores(request))
             self.output[name] += news.tokens
             if news.finish_reason is not None:
                 assert (self.output[name], news.finish_reason) == oracle(request)
@@ -188,6 +208,7 @@ class Arrival:
     max_tokens: int
     priority: int
     sequential: bool
+    scored: bool
     abort_after: int | None
 
     def request(self, name: str) -> GenerateRequest:
@@ -195,6 +216,7 @@ class Arrival:
             max_tokens=self.max_tokens,
             stop_token_ids=frozenset({STOP}),
             repetition_penalty=1.1 if self.sequential else 1.0,
+            prompt_logprobs=0 if self.scored else None,
         )
         return GenerateRequest(
             name, self.version, (5,) * self.common + self.prompt, sampling, priority=self.priority, weight=1.5
@@ -210,6 +232,7 @@ arrivals = st.builds(
     max_tokens=st.integers(1, 20),
     priority=st.integers(-2, 2),
     sequential=st.booleans(),
+    scored=st.booleans(),
     abort_after=st.none() | st.integers(0, 12),
 )
 configs = st.builds(
@@ -268,6 +291,7 @@ def test_a_thousand_requests_of_random_lengths_with_random_cancellations_leak_no
             max_tokens=dice.randint(1, 90),
             priority=dice.choice((0, 0, 0, 1, -1)),
             sequential=dice.random() < 0.1,
+            scored=dice.random() < 0.1,
             abort_after=None,
         )
         assert driver.add(arrival.request(str(i)))

@@ -2,5 +2,6 @@
 
 from deltazip_ray.engine.sampling.batch import SampledTokens, SamplingBatch, sample
 from deltazip_ray.engine.sampling.draw import Draw
+from deltazip_ray.engine.sampling.prompts import PromptScores
 
-__all__ = ["Draw", "SampledTokens", "SamplingBatch", "sample"]
+__all__ = ["Draw", "PromptScores", "SampledTokens", "SamplingBatch", "sample"]

@@ -30,10 +30,20 @@ class LogprobRows:
 
     def of_all(self, logits: torch.Tensor) -> torch.Tensor:
         """Log-probabilities ``[rows, vocab]`` of these rows of ``logits`` ``[batch, vocab]``."""
-        return logits.index_select(0, self.rows).log_softmax(dim=-1).clamp_(min=_LEAST)
+        return logprobs_of(logits.index_select(0, self.rows))
 
     def select(self, logprobs: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of all, those of the drawn ``tokens`` ``[batch]``, ``[rows, 1]``, and the best with their tokens."""
-        chosen = logprobs.gather(1, tokens.index_select(0, self.rows)[:, None])
-        best = logprobs.topk(min(max(count for _, count in self.wanted), logprobs.shape[1]))
-        return chosen, best.values, best.indices
+        return select(logprobs, tokens.index_select(0, self.rows), max(count for _, count in self.wanted))
+
+
+def logprobs_of(logits: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of ``logits`` ``[rows, vocab]``, float32."""
+    return logits.log_softmax(dim=-1).clamp_(min=_LEAST)
+
+
+def select(logprobs: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of ``logprobs`` ``[rows, vocab]`` those of ``tokens`` ``[rows]``, ``[rows, 1]``, and the ``count`` best, if there
+    are as many, with their tokens."""
+    best = logprobs.topk(min(count, logprobs.shape[1]))
+    return logprobs.gather(1, tokens[:, None]), best.values, best.indices
