@@ -14,6 +14,7 @@ class TokenStream:
         self._logprobs: list[TokenLogprobs] = []
         self._prompt: tuple[TokenLogprobs, ...] = ()
         self._finish: FinishReason | None = None
+        self._stop: int | None = None
         self._error: DeltaZipError | None = None
         self._ready = asyncio.Event()
 
@@ -23,7 +24,7 @@ class TokenStream:
         self._logprobs.extend(chunk.logprobs)
         if chunk.prompt_logprobs:
             self._prompt = chunk.prompt_logprobs
-        self._finish = chunk.finish_reason
+        self._finish, self._stop = chunk.finish_reason, chunk.stop_token
         self._ready.set()
 
     def fail(self, error: DeltaZipError) -> None:
@@ -36,7 +37,7 @@ class TokenStream:
         await self._ready.wait()
         if self._error is not None and not self._tokens:
             raise self._error
-        chunk = TokenChunk(tuple(self._tokens), self._finish, None, tuple(self._logprobs), self._prompt)
+        chunk = TokenChunk(tuple(self._tokens), self._finish, None, tuple(self._logprobs), self._prompt, self._stop)
         self._tokens.clear()
         self._logprobs.clear()
         self._prompt = ()

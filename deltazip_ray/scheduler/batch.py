@@ -23,9 +23,10 @@ class Drawn(NamedTuple):
 
     def chunk(self, reason: FinishReason | None) -> TokenChunk:
         """What the request gets; a stop token is not part of it."""
+        logprobs = () if self.logprobs is None else (self.logprobs,)
         if reason == "stop":
-            return TokenChunk((), reason)
-        return TokenChunk((self.token,), reason, logprobs=() if self.logprobs is None else (self.logprobs,))
+            return TokenChunk((), reason, logprobs=logprobs, stop_token=self.token if logprobs else None)
+        return TokenChunk((self.token,), reason, logprobs=logprobs)
 
 
 Scores = Sequence[TokenLogprobs] | None

@@ -136,6 +136,8 @@ class TokenChunk:
     tier: Tier | None = None
     """On the first chunk only: where the delta was found; ``device`` is warm."""
     logprobs: tuple[TokenLogprobs, ...] = ()
-    """One for each token, where the request asks for them."""
+    """One for each token, where the request asks for them, and one for ``stop_token``."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """On the first chunk only, where the request asks for them: of each prompt token but the first one."""
+    stop_token: int | None = None
+    """On the last chunk: the token that ended the output and is not part of it, where its log-probability is told."""

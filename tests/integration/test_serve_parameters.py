@@ -92,6 +92,55 @@ async def test_logprobs_of_completions_are_the_models(app: RealApp, zoo: Zoo, st
 
 
 @pytest.mark.parametrize("stream", [False, True])
+async def test_an_echoed_prompt_has_its_logprobs(app: RealApp, zoo: Zoo, stream: bool) -> None:
+    quiet = (await complete(app, logprobs=2, n=2)).choices[1].logprobs
+    told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    asked: dict[str, Any] = {"logprobs": 2, "echo": True, "n": 2}
+    if stream:
+        async for event in await complete(app, **asked, stream=True):
+            for name, values in told.items():
+                if event.choices[0].index == 1 and event.choices[0].logprobs:
+                    values.extend(getattr(event.choices[0].logprobs, name))
+    else:
+        told = (await complete(app, **asked)).choices[1].logprobs.model_dump()
+    length = len(PROMPT)
+    assert make_tokenizer().convert_tokens_to_ids(told["tokens"][:length]) == PROMPT
+    assert told["text_offset"] == list(range(length + TOKENS))
+    assert (told["token_logprobs"][0], told["top_logprobs"][0]) == (None, None)
+    logprobs = zoo.oracles[zoo.versions[0].version].logits(PROMPT)[:-1].log_softmax(-1)
+    expected = logprobs.gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
+    assert told["token_logprobs"][1:length] == pytest.approx(expected.tolist(), abs=1e-3)
+    for row, best in enumerate(told["top_logprobs"][1:length]):
+        assert told["tokens"][row + 1] in best
+        assert sorted(best.values())[-2:] == pytest.approx(logprobs[row].topk(2).values.flip(0).tolist(), abs=1e-3)
+    assert told["tokens"][length:] == quiet.tokens
+    assert told["token_logprobs"][length:] == pytest.approx(quiet.token_logprobs, abs=1e-4)
+
+
+async def test_prompt_logprobs_as_vllm_tells_them(app: RealApp, zoo: Zoo) -> None:
+    extra = {"prompt_logprobs": 1}
+    whole = await complete(app, extra_body=extra, logprobs=4, echo=True, max_tokens=0)
+    (choice,) = whole.choices
+    assert (choice.text, choice.finish_reason, whole.usage.completion_tokens) == (text_of(PROMPT), "length", 0)
+    assert len(choice.logprobs.tokens) == len(PROMPT)
+    first, *told = choice.model_extra["prompt_logprobs"]
+    assert first is None
+    logprobs = zoo.oracles[zoo.versions[0].version].logits(PROMPT)[:-1].log_softmax(-1)
+    for row, (token, best) in enumerate(zip(PROMPT[1:], told, strict=True)):
+        likeliest = int(logprobs[row].argmax())
+        assert best.keys() == {str(token), str(likeliest)}
+        assert best[str(likeliest)]["rank"] == 1
+        assert best[str(token)]["rank"] == 1 + int((logprobs[row] > logprobs[row, token]).sum())
+        assert best[str(token)]["logprob"] == pytest.approx(float(logprobs[row, token]), abs=1e-3)
+        assert best[str(token)]["decoded_token"] == text_of([token])
+    chat = await app.openai.chat.completions.create(
+        model="variant-0", messages=[{"role": "user", "content": "hi"}], max_tokens=2, extra_body={"prompt_logprobs": 0}
+    )
+    assert len(chat.model_extra["prompt_logprobs"]) == chat.usage.prompt_tokens
+    assert "prompt_logprobs" not in chat.choices[0].model_extra
+
+
+@pytest.mark.parametrize("stream", [False, True])
 async def test_logprobs_of_chats(app: RealApp, stream: bool) -> None:
     asked: dict[str, Any] = {
         "model": "base",
@@ -152,8 +201,9 @@ async def test_stop_ids_end_and_min_tokens_keep_from_ending(app: RealApp) -> Non
     free = (await complete(app)).choices[0].text
     stop = make_tokenizer().convert_tokens_to_ids(free[5])
     first = free.index(free[5])
-    stopped = (await complete(app, extra_body={"stop_token_ids": [stop]})).choices[0]
+    stopped = (await complete(app, extra_body={"stop_token_ids": [stop]}, logprobs=0)).choices[0]
     assert (stopped.text, stopped.finish_reason) == (free[:first], "stop")
+    assert "".join(stopped.logprobs.tokens) == free[: first + 1], "what ended it is told too, as vLLM does"
     later = (await complete(app, extra_body={"stop_token_ids": [stop], "min_tokens": first + 3})).choices[0]
     assert len(later.text) >= first + 3
     assert free[5] not in later.text[: first + 3]
@@ -178,6 +228,9 @@ async def test_echo_repeats_the_prompt(app: RealApp, stream: bool) -> None:
         ({"n": 50}, "n: .*32"),
         ({"logprobs": 30}, "logprobs: .*20"),
         ({"extra_body": {"min_p": 2}}, "min_p: .*1"),
+        ({"extra_body": {"prompt_logprobs": 21}}, "prompt_logprobs: .*20"),
+        ({"extra_body": {"prompt_logprobs": 1}, "stream": True}, "prompt_logprobs.*stream"),
+        ({"max_tokens": 0}, "max_tokens.*echo"),
         ({"extra_body": {"repetition_penalty": 0}}, "repetition_penalty: .*0"),
     ],
 )

@@ -220,7 +220,6 @@ def test_logprobs_of_both_endpoints() -> None:
         (chat, {"top_logprobs": 3}),
         (chat, {"logprobs": True, "top_logprobs": 21}),
         (completion, {"logprobs": 21}),
-        (completion, {"echo": True, "logprobs": 1}),
     ):
         with pytest.raises(InvalidField, match="logprobs"):
             request(**fields)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltazip_deployments.http_errors import error_body
-from deltazip_deployments.openai.logprobs import TokenText, Told, chat_logprobs, completion_logprobs
+from deltazip_deployments.openai.logprobs import TokenText, Told, chat_logprobs, completion_logprobs, prompt_logprobs
 from deltazip_deployments.router.choices import Choices
 from deltazip_ray.errors import DeltaZipError
 
@@ -25,6 +25,8 @@ class Form:
     opening: dict[str, Any] | None
     closing: dict[str, Any]
     logprobs: Callable[[Told, TokenText, int], dict[str, Any]]
+    prompt_in_choices: bool
+    """Whether ``prompt_logprobs`` stand in each choice, not beside them."""
 
 
 COMPLETION = Form(
@@ -36,6 +38,7 @@ COMPLETION = Form(
     opening=None,
     closing={"text": ""},
     logprobs=completion_logprobs,
+    prompt_in_choices=True,
 )
 CHAT = Form(
     id_prefix="chatcmpl",
@@ -46,6 +49,7 @@ CHAT = Form(
     opening={"delta": {"role": "assistant", "content": ""}},
     closing={"delta": {}},
     logprobs=chat_logprobs,
+    prompt_in_choices=False,
 )
 
 
@@ -66,23 +70,29 @@ class Answer:
 
     async def whole(self) -> dict[str, Any]:
         """The complete answer; raises what the generation raises."""
-        choices = [
-            self._choice(index, self._form.message(made.text), made.finish_reason, self._logprobs(made.logprobs, 0))
-            for index, made in enumerate(await self._choices.whole())
-        ]
-        return {"object": self._form.whole, **self._head, "choices": choices, "usage": self._usage()}
+        outputs = await self._choices.whole()
+        echoed, prompt = self._echoed(), self._prompt_logprobs()
+        choices = []
+        for index, made in enumerate(outputs):
+            content = self._form.message(made.text) | (prompt if self._form.prompt_in_choices else {})
+            logprobs = self._logprobs([*echoed, *made.logprobs], 0)
+            choices.append(self._choice(index, content, made.finish_reason, logprobs))
+        answer = {"object": self._form.whole, **self._head, "choices": choices, "usage": self._usage()}
+        return answer if self._form.prompt_in_choices else answer | prompt
 
     async def events(self) -> AsyncIterator[bytes]:
         """Server-sent events; an error in the middle becomes the last event, without ``[DONE]``."""
         # The head of a piece never changes: writing only the text anew costs a tenth of a whole document.
         heads = [self._event(self._choice(i, self._form.delta("\0"))) for i in range(self._asked.choices)]
         frames = [json.dumps(head).split(json.dumps("\0")) for head in heads]
-        offsets = [0] * self._asked.choices
+        echoed = self._echoed()
+        offsets = [sum(len(self._asked.text.token_text(token)) for token, _ in echoed)] * self._asked.choices
         for index in range(self._asked.choices):
             if self._form.opening is not None:
                 yield _sse(self._event(self._choice(index, self._form.opening)))
-            if self._asked.lead:
-                yield _sse(self._event(self._choice(index, self._form.delta(self._asked.lead))))
+            if self._asked.echo is not None:
+                delta = self._form.delta(self._asked.echo)
+                yield _sse(self._event(self._choice(index, delta, None, self._logprobs(echoed, 0))))
         try:
             async for index, piece in self._choices.pieces():
                 if piece.logprobs:
@@ -115,10 +125,25 @@ class Answer:
 
     def _logprobs(self, told: Told, offset: int) -> dict[str, Any] | None:
         """What is told of tokens; None where nobody asked."""
-        return self._form.logprobs(told, self._asked.text.token_text, offset) if self._asked.logprobs else None
+        if self._asked.logprobs is None:
+            return None
+        return self._form.logprobs(told, self._asked.text.token_text, offset)
+
+    def _echoed(self) -> Told:
+        """What is told of the prompt where it goes before the output."""
+        if self._asked.echo is None or self._asked.logprobs is None:
+            return []
+        return self._choices.prompt_told(self._asked.logprobs)
+
+    def _prompt_logprobs(self) -> dict[str, Any]:
+        """The field that tells them, where somebody asked."""
+        count = self._asked.prompt_logprobs
+        if count is None:
+            return {}
+        return {"prompt_logprobs": prompt_logprobs(self._choices.prompt_told(count), self._asked.text.token_text)}
 
     def _usage(self) -> dict[str, int]:
-        prompt, completion = self._asked.prompt_tokens, self._choices.completion_tokens
+        prompt, completion = len(self._asked.prompt), self._choices.completion_tokens
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 

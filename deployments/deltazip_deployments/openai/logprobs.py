@@ -5,14 +5,14 @@ from typing import Any
 
 from deltazip_ray.scheduler.request import TokenLogprobs
 
-Told = Sequence[tuple[int, TokenLogprobs]]
-"""Tokens, and what is told of each."""
+Told = Sequence[tuple[int, TokenLogprobs | None]]
+"""Tokens, and what is told of each: nothing of the first one of a prompt."""
 TokenText = Callable[[int], str]
 
 
 def chat_logprobs(told: Told, text_of: TokenText, offset: int) -> dict[str, Any]:
     """``logprobs`` of a chat completion; ``offset`` is of no use here."""
-    return {"content": [_entry(token, one, text_of) for token, one in told], "refusal": None}
+    return {"content": [_entry(token, one, text_of) for token, one in told if one is not None], "refusal": None}
 
 
 def completion_logprobs(told: Told, text_of: TokenText, offset: int) -> dict[str, Any]:
@@ -24,9 +24,24 @@ def completion_logprobs(told: Told, text_of: TokenText, offset: int) -> dict[str
         offset += len(text)
     return {
         "tokens": texts,
-        "token_logprobs": [one.chosen for _, one in told],
-        "top_logprobs": [_best(token, one, text_of) for token, one in told],
+        "token_logprobs": [None if one is None else one.chosen for _, one in told],
+        "top_logprobs": [None if one is None else _best(token, one, text_of) for token, one in told],
         "text_offset": offsets,
+    }
+
+
+def prompt_logprobs(told: Told, text_of: TokenText) -> list[dict[str, Any] | None]:
+    """``prompt_logprobs`` as vLLM writes them: for each token of the prompt, itself and the likeliest, by their ids."""
+    return [None if one is None else _ranked(token, one, text_of) for token, one in told]
+
+
+def _ranked(token: int, one: TokenLogprobs, text_of: TokenText) -> dict[str, Any]:
+    ranked = {token: (one.chosen, one.rank)} | {
+        other: (value, rank) for rank, (other, value) in enumerate(one.best, start=1)
+    }
+    return {
+        str(other): {"logprob": value, "rank": rank, "decoded_token": text_of(other)}
+        for other, (value, rank) in ranked.items()
     }
 
 

@@ -75,6 +75,7 @@ class _Sampled(_Strict):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     priority: int | None = Field(None, ge=-16, le=16)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -99,6 +100,8 @@ class _Sampled(_Strict):
     def _consistent(self) -> "_Sampled":
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' needs 'stream': true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("'prompt_logprobs' cannot be streamed")
         if self.min_tokens and self.output_limit and self.min_tokens > self.output_limit:
             raise ValueError("'min_tokens' must be at most 'max_tokens'")
         if self.structure is not None and (self.ignore_eos or self.min_tokens):
@@ -129,11 +132,21 @@ class _Sampled(_Strict):
         return None
 
     @property
+    def prompt_likeliest(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return self.prompt_logprobs
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def prompt_only(self) -> bool:
+        """Whether there is to be no output at all."""
+        return False
 
     @property
     def include_usage(self) -> bool:
@@ -171,6 +184,7 @@ class _Sampled(_Strict):
             presence_penalty=self.presence_penalty or 0.0,
             logit_bias=tuple({int(token): value for token, value in (self.logit_bias or {}).items()}.items()),
             logprobs=0 if self.likeliest is None and best_is_chosen else self.likeliest,
+            prompt_logprobs=self.prompt_likeliest,
             structure=self.structure,
         )
 
@@ -179,7 +193,7 @@ class CompletionRequest(_Sampled):
     """``POST /v1/completions`` with one prompt."""
 
     prompt: str | list[_TokenId] | list[str] | list[list[_TokenId]]
-    max_tokens: int | None = Field(16, ge=1)
+    max_tokens: int | None = Field(16, ge=0)
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: bool | None = None
@@ -197,8 +211,8 @@ class CompletionRequest(_Sampled):
             raise ValueError("'best_of' must be at least 'n'")
         if self.candidates > self.choices and self.stream:
             raise ValueError("'best_of' above 'n' cannot be streamed")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("'echo' with 'logprobs' is not supported: leave one of them out")
+        if self.prompt_only and not self.echo:
+            raise ValueError("'max_tokens' must be at least 1 without 'echo'")
         return self
 
     @property
@@ -210,6 +224,22 @@ class CompletionRequest(_Sampled):
     def likeliest(self) -> int | None:
         """``logprobs``."""
         return self.logprobs
+
+    @property
+    def prompt_likeliest(self) -> int | None:
+        """``prompt_logprobs``, or ``logprobs`` where the prompt is echoed; the greater of both."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max([count for count in wanted if count is not None], default=None)
+
+    @property
+    def prompt_only(self) -> bool:
+        """Whether there is to be no output at all."""
+        return self.max_tokens == 0
+
+    @property
+    def output_limit(self) -> int | None:
+        """``max_tokens``, at least 1: the engine draws a token, whatever becomes of it."""
+        return 1 if self.prompt_only else self.max_tokens
 
     @property
     def text_or_tokens(self) -> str | list[int]:

@@ -23,13 +23,15 @@ class Asked:
     model: str
     version: str | None
     text: VersionText
-    prompt_tokens: int
+    prompt: tuple[int, ...]
     choices: int
     """How many of the outputs are wanted: the best of them, if there are more."""
-    logprobs: bool = False
-    """Whether the answer tells them."""
-    lead: str = ""
-    """Text that goes before each output."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens the answer tells beside each one of an output; None: no log-probabilities."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt, in a field of its own."""
+    echo: str | None = None
+    """The prompt's text, where it goes before each output."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ class Choices:
     def tier(self) -> Tier:
         """Where the delta was when the request came; known once it has begun."""
         return self._outputs[0].tier
+
+    def prompt_told(self, count: int) -> Sequence[tuple[int, TokenLogprobs | None]]:
+        """The prompt's tokens, and of each but the first what is told, with ``count`` of the likeliest; once begun."""
+        first, *others = self.asked.prompt
+        told = [replace(one, best=one.best[:count]) for one in self._outputs[0].prompt_logprobs]
+        return [(first, None), *zip(others, told, strict=True)]
 
     @property
     def completion_tokens(self) -> int:
@@ -120,7 +128,7 @@ class Choices:
 
     async def _complete(self, output: Generation) -> Choice:
         pieces = [piece async for piece in output.pieces()]
-        text = self.asked.lead + "".join(piece.text for piece in pieces)
+        text = (self.asked.echo or "") + "".join(piece.text for piece in pieces)
         return Choice(text, tuple(told for piece in pieces for told in piece.logprobs), output.finish_reason)
 
 
@@ -137,9 +145,12 @@ async def _all(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
 
 
 def nth(request: GenerateRequest, index: int) -> GenerateRequest:
-    """The request of output ``index``: itself for the first one, then others with seeds that follow from its own."""
+    """The request of output ``index``: itself for the first one, then others with seeds that follow from its own.
+
+    The first one alone tells of the prompt.
+    """
     if index == 0:
         return request
     digest = hashlib.blake2b(f"{request.sampling.seed}/{index}".encode(), digest_size=8).digest()
-    sampling = replace(request.sampling, seed=int.from_bytes(digest) >> 1)
+    sampling = replace(request.sampling, seed=int.from_bytes(digest) >> 1, prompt_logprobs=None)
     return replace(request, request_id=f"{request.request_id}.{index}", sampling=sampling)

@@ -33,6 +33,8 @@ class Generation:
         self._timeout_s = timeout_s
         self._deadline = asyncio.get_running_loop().time() + timeout_s
         self.tier = "device"
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        """Of the prompt's tokens but the first, where they were asked for; known once it has begun."""
         self.completion_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.error: DeltaZipError | None = None
@@ -40,6 +42,7 @@ class Generation:
     async def begin(self) -> None:
         """Wait for the first chunk, so that what goes wrong before it can still become an HTTP status."""
         self._first = await self._next()
+        self.prompt_logprobs = self._first.prompt_logprobs
         if self._first.tier is not None:
             self.tier = self._first.tier
 
@@ -56,7 +59,7 @@ class Generation:
                 text += self._text.finish()
                 if self._text.stopped:
                     self.finish_reason = "stop"
-            logprobs = tuple(zip(chunk.tokens, chunk.logprobs, strict=True)) if chunk.logprobs else ()
+            logprobs = _told(chunk)
             if text or logprobs or self.finish_reason is not None:
                 yield Piece(text, logprobs, self.finish_reason)
             if self.finish_reason is not None:
@@ -79,3 +82,11 @@ class Generation:
         except DeltaZipError as error:
             self.error = error
             raise
+
+
+def _told(chunk: TokenChunk) -> tuple[tuple[int, TokenLogprobs], ...]:
+    """The chunk's tokens, the one that ended the output too, with what is told of them."""
+    if not chunk.logprobs:
+        return ()
+    ended = () if chunk.stop_token is None else (chunk.stop_token,)
+    return tuple(zip((*chunk.tokens, *ended), chunk.logprobs, strict=True))

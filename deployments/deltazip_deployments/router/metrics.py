@@ -41,5 +41,5 @@ class RouterMetrics:
         self._open.dec()
         self._requests.labels(endpoint, str(status)).inc()
         if choices is not None:
-            self._tokens.labels("prompt").inc(choices.asked.prompt_tokens)
+            self._tokens.labels("prompt").inc(len(choices.asked.prompt))
             self._tokens.labels("completion").inc(choices.completion_tokens)

@@ -32,6 +32,8 @@ async def generate_resuming(
             request_id=f"{request.request_id}-{attempt}",
             prompt=request.prompt + tuple(made),
             output_offset=len(made),
+            # What is told of the prompt came with the first tokens.
+            sampling=replace(request.sampling, prompt_logprobs=None) if made else request.sampling,
         )
         try:
             async with aclosing(backend.generate(part)) as chunks:
@@ -43,3 +45,10 @@ async def generate_resuming(
             if attempt == attempts:
                 raise
             logger.warning("request %s lost its replica after %d tokens and moves on", request.request_id, len(made))
+
+
+async def without_output(chunks: AsyncGenerator[TokenChunk, None]) -> AsyncGenerator[TokenChunk, None]:
+    """What the first of ``chunks`` tells of the prompt, and no token."""
+    async with aclosing(chunks):
+        first = await anext(chunks)
+        yield TokenChunk((), "length", first.tier, prompt_logprobs=first.prompt_logprobs)

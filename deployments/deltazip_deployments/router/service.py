@@ -15,7 +15,7 @@ from deltazip_deployments.router.choices import Asked, Choices, nth
 from deltazip_deployments.router.directory import Directory
 from deltazip_deployments.router.generation import Generation
 from deltazip_deployments.router.health import Health
-from deltazip_deployments.router.resume import generate_resuming
+from deltazip_deployments.router.resume import generate_resuming, without_output
 from deltazip_deployments.text.output import OutputText
 from deltazip_deployments.text.text_cache import TextCache
 from deltazip_deployments.text.version_files import version_files
@@ -111,10 +111,11 @@ class RouterService:
             model=request.model,
             version=version,
             text=text,
-            prompt_tokens=len(prompt),
+            prompt=tuple(prompt),
             choices=request.choices,
-            logprobs=request.likeliest is not None,
-            lead=_lead(request, text),
+            logprobs=request.likeliest,
+            prompt_logprobs=request.prompt_logprobs,
+            echo=_echo(request, text),
         )
         outputs = [self._generation(nth(wanted, index), request, text) for index in range(request.candidates)]
         choices = Choices(asked, outputs)
@@ -135,8 +136,9 @@ class RouterService:
     def _generation(
         self, wanted: GenerateRequest, request: CompletionRequest | ChatRequest, text: VersionText
     ) -> Generation:
+        chunks = generate_resuming(self._backend, wanted, self.config.router.resume_attempts)
         return Generation(
-            generate_resuming(self._backend, wanted, self.config.router.resume_attempts),
+            without_output(chunks) if request.prompt_only else chunks,
             OutputText(text.detokenizer(wanted.prompt), request.stops),
             timeout_s=self.config.router.request_timeout_s,
         )
@@ -202,9 +204,9 @@ async def _prompt(request: CompletionRequest | ChatRequest, text: VersionText, r
     return prompt
 
 
-def _lead(request: CompletionRequest | ChatRequest, text: VersionText) -> str:
+def _echo(request: CompletionRequest | ChatRequest, text: VersionText) -> str | None:
     """The prompt, where the answer repeats it."""
     if not isinstance(request, CompletionRequest) or not request.echo:
-        return ""
+        return None
     given = request.text_or_tokens
     return given if isinstance(given, str) else text.decode(given)
