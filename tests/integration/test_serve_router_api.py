@@ -16,6 +16,7 @@ from tests.support.catalogs import publish, save_base_files
 from tests.support.fake_engine import Script, scripted_tokens
 from tests.support.router_app import RouterApp, router_app
 from tests.support.tiny import make_tokenizer
+from tests.support.waiting import until
 
 TOKENIZER = make_tokenizer()
 TEMPLATE = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}={% endif %}"
@@ -324,8 +325,7 @@ async def test_a_client_that_leaves_cancels_the_work(config: AppConfig, fields: 
     async with router_app(config, Script(step_s=0.05), Path(config.base)) as app:
         asked = {"model": "tiny", "prompt": "a", "max_tokens": 200, "ignore_eos": True, **fields}
         call = asyncio.create_task(app.client.post("/v1/completions", json=asked))
-        await asyncio.sleep(0.3)
-        assert app.backend.engine.stats().running == fields.get("n", 1)
+        await until(lambda: app.backend.engine.stats().running == fields.get("n", 1))
         call.cancel()
         await asyncio.wait({call})
         assert app.backend.engine.stats().running == 0
