@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.admission import check_sampling, check_tokens
 from deltazip_ray.engine.core import EngineCore, build_core
+from deltazip_ray.engine.delivery import Delivery
 from deltazip_ray.engine.step_loop import StepLoop
 from deltazip_ray.engine.token_stream import TokenStream
 from deltazip_ray.engine.versions import Versions
@@ -49,6 +50,7 @@ class _Running:
     core: EngineCore
     versions: Versions
     steps: StepLoop
+    delivery: Delivery
 
 
 class AsyncEngine:
@@ -104,7 +106,7 @@ class AsyncEngine:
         )
         slots, half_life = self._config.slots, self._config.eviction_half_life
         versions = Versions(self._source, core.slots, slots, self._metrics, half_life)
-        self._parts = self._to_stop = _Running(core, versions, steps)
+        self._parts = self._to_stop = _Running(core, versions, steps, Delivery(here))
         steps.start()
 
     async def stop(self) -> None:
@@ -220,7 +222,7 @@ class AsyncEngine:
         try:
             chunk = await stream.get()
             self._metrics.first_token_seconds.labels(tier).observe(time.perf_counter() - arrived)
-            chunk = dataclasses.replace(chunk, tier=tier)
+            chunk = chunk._replace(tier=tier)
             while True:
                 self._metrics.output_tokens.inc(len(chunk.tokens))
                 yield chunk
@@ -270,15 +272,17 @@ class AsyncEngine:
 
     def _deliver(self, news: News) -> None:
         """What a step brought, on the event loop."""
+        delivery = self._started().delivery
         for key, item in news:
             active = self._active[key]
             if isinstance(item, TokenChunk):
-                active.stream.put(item)
+                delivery.put(active.stream, item)
                 if item.finish_reason is None:
                     continue
             elif item is not None:
                 active.stream.fail(item)
             self._forget(key)
+        delivery.settle()
 
     def _end(self) -> None:
         """The loop of steps is over, on purpose or not: nobody waits for it any longer."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from deltazip_ray.engine.sampling import Draw, PromptScores, SampledTokens, SamplingBatch, sample
+from deltazip_ray.engine.sampling import PromptScores, SampledTokens, SamplingBatch, sample
 from deltazip_ray.layers.attention.backend import AttentionBackend, SequenceRows
 from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.layers.staging import to_device
@@ -131,7 +131,6 @@ class ModelRunner:
         return to_device(np.array(values, dtype=np.int64), self.device)
 
     def _sample(self, logits: torch.Tensor, batch: Batch) -> SampledTokens:
-        draws = [Draw.of(chunk) for chunk in batch.sampling_chunks]
-        sampled = sample(logits, SamplingBatch.of(draws, self.device))
-        self._drawn[: len(draws)] = sampled.tokens
+        sampled = sample(logits, SamplingBatch.of_step(batch, self.device))
+        self._drawn[: len(sampled.tokens)] = sampled.tokens
         return sampled

@@ -197,7 +197,7 @@ class StepLoop:
         now = time.perf_counter()
         self._metrics.step_seconds.observe(now - max(step.began, self._finished_at))
         self._metrics.step_rows.observe(step.batch.num_tokens)
-        self._metrics.step_versions.observe(len({chunk.slot for chunk in step.batch.chunks}))
+        self._metrics.step_versions.observe(step.batch.versions)
         self._finished_at = now
 
     def _add(self, request: GenerateRequest, slot: int) -> None:

@@ -17,14 +17,21 @@ class TokenStream:
         self._stop: int | None = None
         self._error: DeltaZipError | None = None
         self._ready = asyncio.Event()
+        self.begun = False
+        """Whether anything was put."""
 
     def put(self, chunk: TokenChunk) -> None:
-        """Add the next tokens."""
-        self._tokens.extend(chunk.tokens)
-        self._logprobs.extend(chunk.logprobs)
+        """Add the next tokens; the reader hears of them at the next :meth:`wake`."""
+        self.begun = True
+        self._tokens += chunk.tokens
+        if chunk.logprobs:
+            self._logprobs += chunk.logprobs
         if chunk.prompt_logprobs:
             self._prompt = chunk.prompt_logprobs
         self._finish, self._stop = chunk.finish_reason, chunk.stop_token
+
+    def wake(self) -> None:
+        """Let the reader take what is there."""
         self._ready.set()
 
     def fail(self, error: DeltaZipError) -> None:

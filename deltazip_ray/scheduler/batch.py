@@ -101,19 +101,29 @@ class Batch:
         """Chunks that have ``scored`` positions, in batch order."""
         return tuple([chunk for chunk in self.chunks if chunk.scored])
 
+    @property
+    def versions(self) -> int:
+        """How many slots it has; the base is one."""
+        return len(self._segments[1])
+
     def segments(self) -> tuple[list[int], list[int]]:
         """Rows by slot: ``starts [S + 1]`` and ``slots [S]``; rows ``starts[i]:starts[i + 1]`` belong to ``slots[i]``.
 
         Slots ascend and none comes twice.
         """
+        return self._segments
+
+    @cached_property
+    def _segments(self) -> tuple[list[int], list[int]]:
         starts = [0]
         slots: list[int] = []
         end = 0
         for chunk in self.chunks:
             end += len(chunk.tokens)
-            if slots and slots[-1] == chunk.slot:
+            slot = chunk.sequence.slot
+            if slots and slots[-1] == slot:
                 starts[-1] = end
             else:
-                slots.append(chunk.slot)
+                slots.append(slot)
                 starts.append(end)
         return starts, slots

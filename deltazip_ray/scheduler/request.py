@@ -1,7 +1,7 @@
 """What the engine is asked for and what it answers; plain data that crosses processes."""
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,8 +127,7 @@ class TokenLogprobs:
     """How likely the token is among all, 1 for the likeliest; told of prompt tokens only."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenChunk:
+class TokenChunk(NamedTuple):
     """Consecutive output tokens of one request. The last chunk has a finish reason and may have no tokens."""
 
     tokens: tuple[int, ...]

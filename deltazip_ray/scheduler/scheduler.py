@@ -30,7 +30,6 @@ may wait is decided where they arrive, since those that wait for their delta are
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 from operator import attrgetter
 
 from deltazip_ray.config import CPU_KV_BLOCKS, EngineConfig
@@ -50,6 +49,7 @@ _AHEAD = 2
 """Batches that may be on their way at once."""
 _MAX_PRIORITY = 16
 _NOTHING = range(0)
+_DRAWN: tuple[int, ...] = (DRAWN,)
 _NOT_FINITE = "the logits are not finite: the version is broken"
 _WEIGHTS = (0.1, 100.0)
 
@@ -161,7 +161,8 @@ class Scheduler:
         chunks, rows = [], 0
         for sequence in self._running:
             if sequence.may_run:
-                chunk = _chunk(sequence, cut if sequence is self._prefill else sequence.pending)
+                pending = sequence.pending
+                chunk = _chunk(sequence, cut if sequence is self._prefill else pending, pending)
                 chunks.append(chunk)
                 if chunk.samples:
                     sequence.row = rows
@@ -311,7 +312,7 @@ class Scheduler:
         reason = sequence.append(drawn.token)
         chunk = drawn.chunk(reason)
         if sequence.scores:
-            chunk = replace(chunk, prompt_logprobs=tuple(sequence.scores))
+            chunk = chunk._replace(prompt_logprobs=tuple(sequence.scores))
             sequence.scores = []
         if reason is None:
             self._news.append((sequence.request.request_id, chunk))
@@ -343,12 +344,14 @@ class Scheduler:
         self._news.append((sequence.request.request_id, end))
 
 
-def _chunk(sequence: SequenceState, count: int) -> Chunk:
-    """The next ``count`` tokens of a running request, which count as scheduled from now on."""
+def _chunk(sequence: SequenceState, count: int, pending: int) -> Chunk:
+    """The next ``count`` of the ``pending`` tokens of a running request, which count as scheduled from now on."""
     start = sequence.scheduled
-    tokens = (DRAWN,) if sequence.drawing else tuple(sequence.tokens[start : start + count])
-    row = sequence.row if sequence.drawing else None
-    samples = count == sequence.pending
+    if sequence.drawing:
+        tokens, row = _DRAWN, sequence.row
+    else:
+        tokens, row = tuple(sequence.tokens[start : start + count]), None
+    samples = count == pending
     scored = sequence.score(start, count) if sequence.scored < sequence.score_end else _NOTHING
     chunk = Chunk(sequence, tokens, start, sequence.table, samples, sequence.output_index, row, scored)
     sequence.scheduled += count

@@ -17,7 +17,6 @@ class SequenceState:
     __slots__ = (
         "_before",
         "_complete",
-        "_runs_ahead",
         "draw_state",
         "drawing",
         "in_flight",
@@ -26,12 +25,14 @@ class SequenceState:
         "order",
         "over",
         "paid",
+        "plain",
         "request",
         "row",
         "scheduled",
         "score_end",
         "scored",
         "scores",
+        "sequential",
         "slot",
         "table",
         "tokens",
@@ -64,6 +65,10 @@ class SequenceState:
         """What ``scored`` has to become."""
         self.scores: list[TokenLogprobs] = []
         """Those that came, until they are told."""
+        self.plain = request.sampling.plain
+        """Whether nothing is wanted of a draw but the best token."""
+        self.sequential = request.sampling.sequential
+        """Whether its next draw depends on all tokens before it."""
         self.draw_state: Any = None
         """What the sampler remembers of the tokens before, if it must."""
         self.order: tuple[float, int] | None = None
@@ -72,7 +77,6 @@ class SequenceState:
         """Tokens that its version was charged for, or that it got for nothing."""
         self._before = request.output_offset - len(request.prompt)
         self._complete = request.sampling.max_tokens - self._before
-        self._runs_ahead = not request.sampling.sequential
 
     def __len__(self) -> int:
         """Tokens so far: known ones, and those that are being drawn."""
@@ -102,7 +106,7 @@ class SequenceState:
 
         While a token is being drawn, not if it is the last one, or if the next draw depends on its value.
         """
-        return not self.drawing or (self._runs_ahead and len(self.tokens) + self.drawing < self._complete)
+        return not self.drawing or (not self.sequential and len(self.tokens) + self.drawing < self._complete)
 
     def score(self, start: int, count: int) -> range:
         """Positions among the ``count`` from ``start`` on whose logits are needed; they count as scored from now on."""

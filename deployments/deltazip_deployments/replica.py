@@ -21,7 +21,6 @@ from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
 
 logger = logging.getLogger(__name__)
 
-_GROUP_S = 0.01
 _MAX_BEAT_S = 1.0
 
 
@@ -104,15 +103,10 @@ class Replica:
         return ReplicaDescription(self._engine.base_digest, self._engine.max_model_len)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Tokens in groups: the first at once, then all that came within a few milliseconds.
-
-        The engine joins what is not taken, so that leaving it alone for a moment makes the group.
-        """
+        """Tokens in groups: the first at once, then all that came within a few milliseconds."""
         async with contextlib.aclosing(self._engine.generate(request)) as chunks:
             async for chunk in chunks:
                 yield chunk
-                if chunk.finish_reason is None:
-                    await asyncio.sleep(_GROUP_S)
 
     async def prefetch(self, version: str) -> bool:
         """Have a version on the device before it is asked for, if nothing else has to wait for that."""

@@ -327,11 +327,11 @@ async def test_random_requests_with_random_cancellations_leak_nothing(zoo: Zoo) 
         except asyncio.CancelledError:
             outcomes["left"] += 1
 
-    async with running(zoo.base, source, slots=2, kv_blocks=60, block_size=4, max_batch_tokens=48) as run:
+    async with running(zoo.base, source, slots=2, kv_blocks=30, block_size=4, max_batch_tokens=48) as run:
         for start in range(0, 200, 40):
             await asyncio.gather(*(one(run, i) for i in range(start, start + 40)))
             await run.engine.check()
-        await until(lambda: run.engine.stats().kv_blocks_free == 60)
+        await until(lambda: run.engine.stats().kv_blocks_free == 30)
         stats = run.engine.stats()
         assert (stats.running, stats.waiting, stats.loading) == (0, 0, frozenset())
         assert run.metric("preemptions_total") > 0

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -86,7 +86,7 @@ class LocalBackend:
                     raise EngineStopped("the replica died")
                 left = None if left is None else left - 1
                 if self.lose_the_end and chunk.finish_reason is not None:
-                    yield replace(chunk, finish_reason=None)
+                    yield chunk._replace(finish_reason=None)
                     raise EngineStopped("the replica died")
                 yield chunk
 

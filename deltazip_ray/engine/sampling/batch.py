@@ -10,7 +10,7 @@ from deltazip_ray.engine.sampling.edits import Edit, edits
 from deltazip_ray.engine.sampling.logprobs import LogprobRows
 from deltazip_ray.engine.sampling.random_rows import RandomRows, random_rows
 from deltazip_ray.engine.staging import Fetched
-from deltazip_ray.scheduler.batch import Drawn
+from deltazip_ray.scheduler.batch import Batch, Drawn
 from deltazip_ray.scheduler.request import TokenLogprobs
 
 
@@ -23,10 +23,16 @@ class SamplingBatch:
     logprobs: LogprobRows | None
 
     @classmethod
-    def of(cls, draws: Sequence[Draw], device: torch.device) -> "SamplingBatch":
-        """Stage the draws, in the order of the logits' rows; waits for nothing."""
-        if all(one.params.plain for one in draws):
+    def of_step(cls, batch: Batch, device: torch.device) -> "SamplingBatch":
+        """Stage the draws of a step; waits for nothing."""
+        chunks = batch.sampling_chunks
+        if all(chunk.sequence.plain for chunk in chunks):
             return cls((), (), None)
+        return cls.of([Draw.of(chunk) for chunk in chunks], device)
+
+    @classmethod
+    def of(cls, draws: Sequence[Draw], device: torch.device) -> "SamplingBatch":
+        """Stage draws, in the order of the logits' rows; waits for nothing."""
         return cls(edits(draws, device), random_rows(draws, device), LogprobRows.of(draws, device))
 
 
@@ -44,10 +50,12 @@ class SampledTokens:
     def fetch(self) -> list[Drawn | None]:
         """One for each row, None where it is not finite. Waits until they are drawn, and for nothing after that."""
         tokens, finite, *logprobs = self.fetched.wait()
-        drawn = [Drawn(token) for token in tokens]
+        drawn: list[Drawn | None] = list(map(Drawn, tokens))
         for (row, count), chosen, best, ids in zip(self.wanted, *logprobs, strict=True):
             likeliest = tuple(zip(ids[:count], best[:count], strict=True))
             drawn[row] = Drawn(tokens[row], TokenLogprobs(chosen[0], likeliest))
+        if all(finite):
+            return drawn
         return [one if ok else None for one, ok in zip(drawn, finite, strict=True)]
 
 

@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from deltazip_ray.scheduler.batch import Chunk
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
@@ -41,8 +41,7 @@ class DrawState:
         self.counts[place] += made
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """One token to draw: the parameters of its request and its position in the request's whole output."""
 
     params: SamplingParams
@@ -54,7 +53,7 @@ class Draw:
     def of(cls, chunk: Chunk) -> "Draw":
         """The draw of a chunk that samples. Its sequence keeps the state."""
         sequence, params = chunk.sequence, chunk.sampling
-        if not params.sequential:
+        if not sequence.sequential:
             return cls(params, chunk.output_index)
         if sequence.draw_state is None:
             sequence.draw_state = DrawState(sequence.request)
