@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltazip_kernels.device.cut import cut
 
-_BLOCK, _UNROLL = 1024, 4
+_BLOCK, _UNROLL, _WARPS = 4096, 4, 32  # of eight sizes tried on an H200 the fastest for 1 and for 256 rows
 
 
 def least_kept(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -23,6 +23,6 @@ def least_kept(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     least = torch.empty((rows, 1), dtype=torch.float32, device=weights.device)
     if rows:
         cut[(rows,)](
-            weights, weights.stride(0), vocab, top_k, top_p, least, BLOCK=_BLOCK, UNROLL=_UNROLL, num_warps=8
+            weights, weights.stride(0), vocab, top_k, top_p, least, BLOCK=_BLOCK, UNROLL=_UNROLL, num_warps=_WARPS
         )  # fmt: skip
     return least

@@ -10,7 +10,7 @@ from deltazip_ray.engine.sampling import Draw, SampledTokens, SamplingBatch, sam
 from deltazip_ray.engine.sampling.draw import DrawState
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode")]
 VOCAB = 128_256 + 7
 ROWS = 48
 KINDS = [
