@@ -97,4 +97,4 @@ async def test_every_family_on_a_gpu(architecture: str, tmp_path: Path) -> None:
     zoo = Zoo(base, FileStore(tmp_path / "store"), (built,), oracles)
     async with running(base, MemorySource(built), **ON_A_GPU) as run:
         # As in test_engine_cuda; prompts and answers are several windows long.
-        assert await all_of(run, zoo, 12, 24) < 0.15
+        assert await all_of(run, zoo, 12, 24) < 0.3

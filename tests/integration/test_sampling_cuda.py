@@ -54,6 +54,7 @@ def make_logits() -> torch.Tensor:
     return torch.randn(ROWS, VOCAB, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) * 3
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_row_draws_the_same_alone_and_nothing_waits() -> None:
     logits, draws = make_logits(), make_draws()
     run(logits, draws)  # the first calls load kernels, which waits
