@@ -23,7 +23,7 @@ demo: $(READY) ## train, compress, publish, serve and measure a small zoo of fin
 	@$(BIN)/deltazip demo $(ARGS)
 
 test: $(READY) ## run the tests (≤ 15 minutes on 2 cores)
-	$(BIN)/pytest -m "not gpu" $(ARGS)
+	$(BIN)/pytest -m "not gpu" -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-gpu: $(READY) ## run the tests of kernels, compressor and engine on a CUDA device
 	$(BIN)/pytest tests/kernels $(ARGS)

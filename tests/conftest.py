@@ -3,6 +3,7 @@
 import os
 import secrets
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,3 +21,23 @@ def ray_token() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         yield
+
+
+STARTS_RAY = ("tests/e2e/", "tests/chaos/test_chaos_processes.py", "tests/integration/test_residency_node_store.py")
+"""Tests that start Ray clusters: one after the other, and first, for together they take longest."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(STARTS_RAY))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What the processes of ``-n`` share out: files, and the tests that start Ray as one."""
+    from xdist.scheduler import LoadScopeScheduling  # not there where kernels alone are tested
+
+    class Shares(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith(STARTS_RAY) else nodeid.partition("::")[0]
+
+    return Shares(config, log)

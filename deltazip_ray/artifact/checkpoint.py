@@ -19,17 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from deltazip_ray.artifact.architecture import architecture_of
+from deltazip_ray.artifact.manifest import FILES
 from deltazip_ray.errors import CheckpointInvalid
-
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "added_tokens.json",
-)
-"""What travels with a version besides its weights, where it exists."""
 
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -22,6 +22,15 @@ Dimension = Annotated[int, Field(gt=0, lt=1 << 31)]
 Size = Annotated[int, Field(ge=0, lt=1 << 63)]
 MAX_MANIFEST = 64 << 20
 MAX_FILE = 256 << 20
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "added_tokens.json",
+)
+"""What travels with a version besides its weights, where a checkpoint has it."""
 
 
 class _Part(BaseModel):

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deltazip_deployments.node_store.discovery import reports
-from deltazip_deployments.replica import Replica
 from deltazip_deployments.router.api import build_api
 from deltazip_deployments.router.backend import HandleBackend
 from deltazip_deployments.router.metrics import RouterMetrics
@@ -23,7 +23,7 @@ from deltazip_ray.config import AppConfig
 class Router:
     """Serve's ingress: it builds its application when it is made, so that it can hold what cannot be pickled."""
 
-    def __init__(self, config: AppConfig, replicas: DeploymentHandle[Replica]) -> None:
+    def __init__(self, config: AppConfig, replicas: DeploymentHandle[Any]) -> None:
         self._app = serve.get_replica_context().app_name
         store = open_store(config.store)
         self._service = RouterService(

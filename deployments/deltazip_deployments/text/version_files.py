@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from deltazip_ray.artifact.catalog import Catalog
-from deltazip_ray.artifact.checkpoint import FILES
+from deltazip_ray.artifact.manifest import FILES
 from deltazip_ray.errors import ConfigError
 
 
