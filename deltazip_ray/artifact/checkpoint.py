@@ -72,6 +72,8 @@ class Checkpoint:
         path = Path(path)
         if not path.is_dir():
             raise CheckpointInvalid(f"{path} is not a folder: give the folder of a Hugging Face checkpoint")
+        if not (path / "config.json").is_file():
+            raise CheckpointInvalid(f"{path} has no config.json: give the folder of a Hugging Face checkpoint")
         config = _read_json(path / "config.json")
         _refuse_code(path, config)
         shards: dict[str, Any] = {}

@@ -130,7 +130,8 @@ class FileStore(ObjectStore):
     def _check_root(self) -> None:
         if not self.root.is_dir():
             raise StoreUnavailable(
-                f"there is no folder {self.url}: mount it, or correct the path (`deltazip publish` makes a new one)"
+                f"there is no folder {self.url}: mount it, or correct the path "
+                "(`deltazip compress` and `deltazip publish` make new ones)"
             )
 
     @contextmanager

@@ -44,4 +44,4 @@ def publish(
     with byte_progress(f"Publishing {name}", manifest.bytes_stored) as advance:
         catalog.publish(source, manifest, name, aliases, progress=advance, repair=repair)
     named = ", ".join(f"{name}@{each}" for each in aliases)
-    out.print(f"Published {named}: version {manifest.version()[:12]}, {size(manifest.bytes_stored)}.")
+    out.print(f"Published {named}: version {manifest.version()[:12]}, {size(manifest.bytes_stored)} stored.")

@@ -42,7 +42,7 @@ def list_variants(
         newest = catalog.manifest(variant.versions[-1])
         aliases = ", ".join(f"{alias} → {version[:12]}" for alias, version in sorted(variant.aliases.items()))
         rows.append((variant.name, aliases, str(len(variant.versions)), size(newest.bytes_artifact)))
-    table(f"base {catalog.base_digest[:12]}", ("variant", "aliases", "versions", "newest"), rows)
+    table(f"base {catalog.base_digest[:12]}", ("variant", "aliases", "versions", "newest in memory"), rows)
 
 
 @variants.command("rm")
@@ -53,7 +53,10 @@ def remove(
     endpoint_url: EndpointUrl = None,
     path_style: PathStyle = False,
 ) -> None:
-    """Take a variant's name and aliases away; blobs, which others may share, stay in the store."""
+    """Take a variant's name and aliases away; blobs, which others may share, stay in the store.
+
+    Example: deltazip variants rm s3://models/deltas sorter
+    """
     _catalog(store_config(store, endpoint_url, path_style), base).remove(name)
     out.print(f"Removed {name}. Servers stop offering it within their catalog_refresh_s.")
 

@@ -58,11 +58,12 @@ def compress_checkpoint(
     Raises CheckpointInvalid, CheckpointMismatch, CompressionError, ConfigError, StoreError, and QualityTooLow before a
     manifest is written: what it leaves is no artifact.
     """
+    pair = open_pair(base, finetuned)
     store = open_store(StoreConfig(url=out) if isinstance(out, str) else out)
     store.create()
     if not replace and store.exists(MANIFEST):
         raise ConfigError(f"{store.url} holds an artifact already: give another place, or ask to replace it (--force)")
-    return compress_pair(open_pair(base, finetuned), store, options or CompressOptions(), progress)
+    return compress_pair(pair, store, options or CompressOptions(), progress)
 
 
 @torch.no_grad()

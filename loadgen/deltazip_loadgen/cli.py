@@ -120,6 +120,8 @@ def replay(
 
     Requests start when the trace says, whether or not earlier ones were answered, so a slow server cannot slow
     down its own test. Ctrl-C stops and reports what was done. Ends with 1 when no request succeeded.
+
+    Example: replay out.jsonl --url http://127.0.0.1:8000 --slo-ttft 0.5 --records records.jsonl
     """
     with _explained() as console:
         options = ReplayOptions(
@@ -149,7 +151,10 @@ def report(
     slo_ttft: opt.SloTtft = None,
     slo_tpot: opt.SloTpot = None,
 ) -> None:
-    """Report again on the records of an earlier replay, for example with another SLO."""
+    """Report again on the records of an earlier replay, for example with another SLO.
+
+    Example: report records.jsonl --slo-ttft 0.2 --plot report.png
+    """
     with _explained() as console:
         outputs = Outputs(json, plot)
         outputs.check()

@@ -150,7 +150,7 @@ def quantized(path: Path) -> None:
 
 BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, "not a folder"),
-    "no config": (lambda p: (p / "config.json").unlink(), "cannot read"),
+    "no config": (lambda p: (p / "config.json").unlink(), "has no config"),
     "config no JSON": (lambda p: (p / "config.json").write_text("{"), "cannot read"),
     "config nested": (lambda p: (p / "config.json").write_text("[" * 100_000), "cannot read"),
     "config no object": (lambda p: (p / "config.json").write_text("[]"), "not a JSON object"),
