@@ -27,7 +27,6 @@ from tests.support.tiny import make_base, make_finetune
 from tests.support.versions import BuiltVersion, build_version
 
 NAMES = ("sick", "warm", "cold")
-TIMEOUT_S = 0.4
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,7 @@ async def chaos_app(
     proxy: FaultProxy,
     *,
     engine: dict[str, Any] | None = None,
+    store_timeout_s: float = 5.0,
     arena_bytes: int = 8 << 20,
     **node_store: Any,
 ) -> AsyncIterator[ChaosApp]:
@@ -95,7 +95,11 @@ async def chaos_app(
     config = AppConfig(
         base=str(models.base),
         store=StoreConfig(
-            url=f"s3://{bucket}", endpoint_url=proxy.endpoint, path_style=True, timeout_s=TIMEOUT_S, max_attempts=2
+            url=f"s3://{bucket}",
+            endpoint_url=proxy.endpoint,
+            path_style=True,
+            timeout_s=store_timeout_s,
+            max_attempts=2,
         ),
         engine=EngineConfig(**SETTINGS | {"load_timeout_s": 10.0} | (engine or {})),
         node_store=NodeStoreConfig(**settings),
