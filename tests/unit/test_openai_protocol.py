@@ -134,11 +134,11 @@ def test_missing_fields_are_named() -> None:
 
 
 def test_one_prompt_in_any_form() -> None:
-    assert completion(prompt="ab").text_or_tokens == "ab"
-    assert completion(prompt=["ab"]).text_or_tokens == "ab"
-    assert completion(prompt=[5, 6]).text_or_tokens == [5, 6]
-    assert completion(prompt=[[5, 6]]).text_or_tokens == [5, 6]
-    assert completion(prompt=[]).text_or_tokens == []
+    assert completion(prompt="ab").prompt == "ab"
+    assert completion(prompt=["ab"]).prompt == "ab"
+    assert completion(prompt=[5, 6]).prompt == [5, 6]
+    assert completion(prompt=[[5, 6]]).prompt == [5, 6]
+    assert completion(prompt=[]).prompt == []
 
 
 @pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], [-1], [1.5], {"a": 1}, [1, "a"]])

@@ -192,18 +192,21 @@ class _Sampled(_Strict):
 class CompletionRequest(_Sampled):
     """``POST /v1/completions`` with one prompt."""
 
-    prompt: str | list[_TokenId] | list[str] | list[list[_TokenId]]
+    prompt: str | list[_TokenId]
     max_tokens: int | None = Field(16, ge=0)
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: bool | None = None
 
-    @field_validator("prompt")
+    @field_validator("prompt", mode="before")
     @classmethod
-    def _one_prompt(cls, prompt: str | list[Any]) -> str | list[Any]:
-        if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
+    def _one_prompt(cls, prompt: Any) -> Any:
+        """A list of prompts may have one."""
+        if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], str | list):
+            return prompt
+        if len(prompt) > 1:
             raise ValueError("takes one prompt: send a request for each")
-        return prompt
+        return prompt[0]
 
     @model_validator(mode="after")
     def _offered(self) -> "CompletionRequest":
@@ -240,14 +243,6 @@ class CompletionRequest(_Sampled):
     def output_limit(self) -> int | None:
         """``max_tokens``, at least 1: the engine draws a token, whatever becomes of it."""
         return 1 if self.prompt_only else self.max_tokens
-
-    @property
-    def text_or_tokens(self) -> str | list[int]:
-        """The prompt, out of its list of one."""
-        first = self.prompt[0] if isinstance(self.prompt, list) and self.prompt else None
-        if isinstance(first, str | list):
-            return first
-        return self.prompt  # type: ignore[return-value]  # a list of prompts was unwrapped above
 
 
 class ChatRequest(_Sampled):

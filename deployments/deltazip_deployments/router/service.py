@@ -195,7 +195,7 @@ async def _prompt(request: CompletionRequest | ChatRequest, text: VersionText, r
     if isinstance(request, ChatRequest):
         turns = [message.plain() for message in request.messages]
         prompt = await text.thread.run(lambda: text.encode_chat(turns, room))
-    elif isinstance(given := request.text_or_tokens, str):
+    elif isinstance(given := request.prompt, str):
         prompt = await text.thread.run(lambda: text.encode(given, room))
     else:
         prompt = given
@@ -208,5 +208,5 @@ def _echo(request: CompletionRequest | ChatRequest, text: VersionText) -> str | 
     """The prompt, where the answer repeats it."""
     if not isinstance(request, CompletionRequest) or not request.echo:
         return None
-    given = request.text_or_tokens
+    given = request.prompt
     return given if isinstance(given, str) else text.decode(given)
