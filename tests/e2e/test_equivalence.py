@@ -226,4 +226,4 @@ async def test_several_structured_outputs_in_a_version_with_a_tokenizer_of_its_o
     assert all(re.fullmatch("(<go>|[a-c]){12}", text) for text in texts), texts
     assert len(set(texts)) == 3
     for choice in answer.choices:
-        assert "".join(entry.token for entry in choice.logprobs.content) == choice.message.content
+        assert "".join(entry.token for entry in choice.logprobs.content) == f"{choice.message.content}<eos>"
