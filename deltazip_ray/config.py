@@ -46,6 +46,9 @@ class StoreConfig(Settings):
         return self
 
 
+_Codec = Literal["int4", "int3", "int2", "int1", "sparse24_int4", "sparse24_int2", "low_rank", "raw"]
+
+
 class EngineConfig(Settings):
     """One replica's engine."""
 
@@ -80,6 +83,14 @@ class EngineConfig(Settings):
         2000.0, ge=1, description="requests after which one counts half for what stays in a slot; 1: recency alone"
     )
     load_timeout_s: float = Field(60.0, gt=0, description="how long a request waits for its delta before it gets a 503")
+    warm_up: bool = Field(False, description="run steps of all kinds and record the base's graphs at the start")
+    warm_codecs: tuple[_Codec, ...] = Field(
+        (),
+        description="codecs whose kernels the warm-up compiles; others when the first version that has them is loaded",
+    )
+    kernel_cache: Path | None = Field(
+        None, description="folder for compiled kernels; Triton's and FlashInfer's own in the user's home when absent"
+    )
     threads: int | None = Field(None, ge=1, description="torch CPU threads; torch's default when absent")
     async_steps: bool | None = Field(
         None, description="prepare a step while the device runs the one before; only on cuda when absent"

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from deltazip_ray.scheduler.request import GenerateRequest, Matcher, Structure, 
 from deltazip_ray.scheduler.scheduler import News
 
 __all__ = ["AsyncEngine", "EngineStats"]
+
+logger = logging.getLogger(__name__)
 
 MakeMatcher = Callable[[str | None, Structure], Awaitable[Matcher]]
 """What keeps an output of a version in a structure. Raises DeltaZipError."""
@@ -94,6 +97,9 @@ class AsyncEngine:
         core = await asyncio.to_thread(self._build, self._config, self._base)
         if self._stopped:
             raise EngineStopped(_STOPPED)
+        logger.info("the engine started in %s", core.start)
+        for stage, spent in core.start.seconds.items():
+            self._metrics.start_seconds.labels(stage).set(spent)
         here = asyncio.get_running_loop()
         steps = StepLoop(
             core.scheduler,

@@ -13,6 +13,8 @@ from deltazip_ray.config import CPU_KV_BLOCKS, EngineConfig
 from deltazip_ray.engine.device_slots import BaseIdentity, DeviceSlots
 from deltazip_ray.engine.memory import measure, plan_memory, workspace_bytes
 from deltazip_ray.engine.runner import ModelRunner
+from deltazip_ray.engine.start_up import StartUp, keep_kernels
+from deltazip_ray.engine.warm_up import record_graphs, run_steps
 from deltazip_ray.errors import ConfigError
 from deltazip_ray.layers.attention.backend import AttentionBackend, CacheShape
 from deltazip_ray.layers.attention.sdpa import SdpaBackend
@@ -44,6 +46,8 @@ class EngineCore:
     slots: DeviceSlots
     runner: ModelRunner
     scheduler: Scheduler
+    start: StartUp
+    """What it took to put this together."""
 
 
 def build_core(config: EngineConfig, base: Path) -> EngineCore:
@@ -54,30 +58,43 @@ def build_core(config: EngineConfig, base: Path) -> EngineCore:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     check_device(config.device, "engine.device")
+    start = StartUp(torch.device(config.device))
     checkpoint = Checkpoint.open(base)
     shape = read_decoder_config(checkpoint.config)
-    return assemble(config, shape, checkpoint, known_base_digest(checkpoint))
+    digest = known_base_digest(checkpoint)
+    start.end("digest")
+    return assemble(config, shape, checkpoint, digest, start)
 
 
-def assemble(config: EngineConfig, shape: DecoderConfig, weights: WeightSource, digest: str) -> EngineCore:
+def assemble(
+    config: EngineConfig, shape: DecoderConfig, weights: WeightSource, digest: str, start: StartUp | None = None
+) -> EngineCore:
     """An engine around the weights of any source. Raises ConfigError, CheckpointInvalid."""
+    start = start or StartUp(torch.device(config.device))
+    keep_kernels(config.kernel_cache)
     device, dtype = torch.device(config.device), _DTYPES[config.dtype]
     max_model_len = min(config.max_model_len, shape.max_positions)
     placement = Placement(dtype, device, config.slots, config.max_added_tokens, _ops(config, device, dtype))
     reader = WeightReader(weights, placement)
     attention = make_attention(config, _cache_shape(config, shape), dtype, device)
+    start.end("attention")
     decoder = Decoder(shape, reader, attention, max_model_len)
+    start.end("base")
     identity = BaseIdentity(digest, shape.vocab_size)
     slots = DeviceSlots(reader.targets, placement, identity, config.slot_bytes, config.copy_bytes_per_s)
+    start.end("slots")
     attention.allocate(_blocks(config, shape, attention, slots))
+    start.end("KV cache")
     settled = config.model_copy(update={"max_model_len": max_model_len, "kv_blocks": attention.blocks})
-    return EngineCore(
-        base=identity,
-        max_model_len=max_model_len,
-        slots=slots,
-        runner=_runner(settled, decoder, attention, placement),
-        scheduler=Scheduler(settled),
-    )
+    runner = _runner(settled, decoder, attention, placement)
+    if config.warm_up:
+        run_steps(runner, settled)
+        start.end("warm-up")
+        record_graphs(runner)
+        start.end("graphs")
+        slots.warm_up.codecs(config.warm_codecs)
+        start.end("codecs")
+    return EngineCore(identity, max_model_len, slots, runner, Scheduler(settled), start)
 
 
 def _ops(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> LayerOps:

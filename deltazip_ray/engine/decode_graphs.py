@@ -62,7 +62,7 @@ class DecodeGraphs:
         self._ops = ops
         self._drawn = drawn
         most = len(drawn)
-        self._sizes = _sizes(most)
+        self.sizes = _sizes(most)
         self._inputs = StepBuffer(
             {
                 "tokens": (most, np.int64),
@@ -91,7 +91,7 @@ class DecodeGraphs:
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Launch a batch that fits; returns its logits ``[chunks, vocab + added]``, float32."""
-        rows = next(size for size in self._sizes if size >= len(batch.chunks))
+        rows = next(size for size in self.sizes if size >= len(batch.chunks))
         plan = self._plan(rows)
         shape = self._fill(batch, rows)
         captured = self._graphs.get(shape)

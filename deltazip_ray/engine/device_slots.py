@@ -8,6 +8,7 @@ import torch
 from deltazip_kernels import LAYOUT_VERSION, LOW_RANK, RAW
 from deltazip_ray.artifact.blob import coded_layout, read_blob
 from deltazip_ray.artifact.manifest import BlobEntry, Manifest, TensorEntry
+from deltazip_ray.engine.codec_warm_up import CodecWarmUp
 from deltazip_ray.engine.slot_layout import aligned, fill, room
 from deltazip_ray.engine.uploads import Upload, Uploads
 from deltazip_ray.errors import BaseMismatch, DeltaTooLarge, ManifestInvalid
@@ -53,6 +54,7 @@ class DeviceSlots:
         self.memory = torch.empty(placement.slots, aligned(self.slot_bytes), dtype=torch.uint8, device=placement.device)
         self.uploads = Uploads(placement.device, copy_bytes_per_s)
         self._vocab = [base.vocab_size] * placement.slots
+        self.warm_up = CodecWarmUp(targets, base.vocab_size)
 
     def vocab_size(self, slot: int) -> int:
         """Tokens that the version in ``slot`` knows."""
@@ -91,13 +93,14 @@ class DeviceSlots:
     def load(self, slot: int, delta: HostDelta) -> None:
         """Copy a checked version into ``slot`` and publish it there; returns when the device has all of it.
 
-        Nothing of the version is visible before all of it was read. No step that was launched may read the slot.
-        Raises BlobCorrupt.
+        Nothing of the version is visible before all of it was read, and what its codecs need was compiled. No step that
+        was launched may read the slot. Raises BlobCorrupt.
         """
         if delta.memory is not None:
             self.uploads.lock_pages(delta.memory)
         with self.uploads.beside_steps() as upload:
             try:
+                self.warm_up.version(delta.manifest)
                 self._fill(slot, delta, upload)
             except BaseException:
                 self.clear(slot)

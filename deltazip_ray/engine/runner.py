@@ -19,6 +19,10 @@ from deltazip_ray.scheduler.batch import Batch, Drawn, Scores
 class StepGraphs(Protocol):
     """Steps that were recorded before: see :class:`~deltazip_ray.engine.decode_graphs.DecodeGraphs`."""
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of those that there can be."""
+
     def fits(self, batch: Batch) -> bool:
         """Whether ``batch`` can run so."""
 
@@ -68,6 +72,11 @@ class ModelRunner:
         self.device = drawn.device
         self._drawn = drawn
         self._graphs = graphs
+
+    @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """Rows of the decode steps that can be recorded."""
+        return () if self._graphs is None else self._graphs.sizes
 
     def launch(self, batch: Batch) -> LaunchedStep:
         """See :class:`~deltazip_ray.engine.step_loop.StepRunner`."""

@@ -1,7 +1,7 @@
 """The same operations as fused kernels, for a GPU: a fixed number of launches, whatever versions share the batch."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 
@@ -28,6 +28,11 @@ from deltazip_ray.layers.stack import DeltaStack
 from deltazip_ray.layers.writes import Writes
 
 
+def ordered(codecs: Set[str]) -> tuple[str, ...]:
+    """Codecs in the one order in which kernels are compiled for them."""
+    return tuple(name for name in CODEC_IDS if name in codecs)
+
+
 class TritonStack(DeltaStack):
     """Deltas behind a table of pointers in device memory."""
 
@@ -46,10 +51,13 @@ class TritonStack(DeltaStack):
         writes.put(self.table.entries[slot, part], self.table.hold(slot, part, delta))
         if delta is None:
             return
-        rank = delta.tensors["down"].shape[0] if delta.codec == LOW_RANK else 0
+        self.grow({delta.codec}, delta.tensors["down"].shape[0] if delta.codec == LOW_RANK else 0)
+
+    def grow(self, codecs: Set[str], rank: int) -> None:
+        """Let steps that are launched afterwards serve deltas of ``codecs`` too, low-rank ones up to ``rank``."""
         with self.ops.growth:  # loads run beside each other
-            if delta.codec not in self.codecs or rank > self.rank:
-                self.codecs = tuple(name for name in CODEC_IDS if name in {*self.codecs, delta.codec})
+            if not codecs <= set(self.codecs) or rank > self.rank:
+                self.codecs = ordered({*self.codecs, *codecs})
                 self.rank = max(self.rank, rank)
                 self.ops.generation += 1
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from deltazip_ray.observability.moment import register_at_scrape
@@ -74,6 +74,9 @@ class EngineMetrics:
             ["tier"],
             buckets=_WAIT,
             registry=registry,
+        )
+        self.start_seconds = Gauge(
+            f"{prefix}start_seconds", "What the start took, by stage", ["stage"], registry=registry
         )
         self.prefetches = Counter(
             f"{prefix}prefetches", "Prefetch hints by what became of them", ["outcome"], registry=registry

@@ -1,0 +1,43 @@
+"""Steps that nobody asked for: what they compile and record is there when the first request comes.
+
+Before the first real step only. Keys and values go to the block that no request has.
+"""
+
+from collections.abc import Sequence
+
+from deltazip_ray.config import EngineConfig
+from deltazip_ray.engine.runner import ModelRunner
+from deltazip_ray.scheduler.batch import Batch, Chunk
+from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
+from deltazip_ray.scheduler.sequence import SequenceState
+
+_PROMPTS = (64, 37)
+"""Rows: kernels are compiled for multiples of 16 and for other numbers."""
+_GREEDY = SamplingParams(temperature=0.0)
+_CUT = SamplingParams(top_k=20, top_p=0.9, min_p=0.01, logprobs=1)
+
+
+def run_steps(runner: ModelRunner, config: EngineConfig) -> None:
+    """Run a prefill, and one beside a decode, over the base."""
+    most = min(config.max_batch_tokens, config.max_model_len - 1)
+    for rows in (min(rows, most) for rows in _PROMPTS):
+        _run(runner, [_chunk(runner, rows, _GREEDY)])
+        if 1 < rows < config.max_batch_tokens and config.max_running > 1:
+            _run(runner, [_chunk(runner, 1, _GREEDY), _chunk(runner, rows, _CUT)])
+
+
+def record_graphs(runner: ModelRunner) -> None:
+    """Run a decode of each size that can be recorded, over the base."""
+    for rows in runner.graph_sizes:
+        _run(runner, [_chunk(runner, 1, _GREEDY) for _ in range(rows)])
+
+
+def _run(runner: ModelRunner, chunks: Sequence[Chunk]) -> None:
+    runner.launch(Batch(tuple(chunks))).wait()
+
+
+def _chunk(runner: ModelRunner, rows: int, sampling: SamplingParams) -> Chunk:
+    """A prompt of the base, of ``rows`` tokens."""
+    sequence = SequenceState(GenerateRequest("warm-up", None, (0,) * rows, sampling), -1)
+    blocks = -(-rows // runner.attention.shape.block_size)
+    return Chunk(sequence, sequence.request.prompt, 0, [runner.attention.blocks] * blocks, samples=True)
