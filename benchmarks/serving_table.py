@@ -1,0 +1,39 @@
+"""The tables of docs/serving.md."""
+
+from typing import Any
+
+
+def served(report: dict[str, Any]) -> str:
+    """What was served, and how far its answers are from those of the merged weights."""
+    codecs = {one["name"]: one for one in report["variants"]}
+    lines = ["| model | codec | smaller than the fp16 checkpoint | regret, own weights | base's weights |"]
+    lines.append("|---|---|" + "--:|" * 3)
+    for model, regret in report["regret"].items():
+        made = codecs.get(model)
+        cells = [made["codec"], f"{made['ratio']:.2f} ×"] if made else ["–", "–"]
+        lines.append("| " + " | ".join([model, *cells, f"{regret['own']:.3f}", f"{regret['base']:.2f}"]) + " |")
+    return "\n".join(lines)
+
+
+def load(report: dict[str, Any]) -> str:
+    """The replayed trace, warm and cold apart."""
+    lines = ["| requests | answered | tok/s | TTFT p50 | p90 | time per token p50 | p90 |", "|---" + "|--:" * 6 + "|"]
+    for kind in ("all", "warm", "cold"):
+        group = report["replay"][kind]
+        if group is None:
+            continue
+        first, each = group["ttft_sent_s"], group["tpot_s"]
+        cells = [f"{group['ok']} of {group['requests']}", f"{group['output_tokens_per_s']:,.0f}"]
+        cells += [f"{1000 * first[p]:,.0f} ms" for p in ("p50", "p90")]
+        cells += [f"{1000 * each[p]:.1f} ms" for p in ("p50", "p90")]
+        lines.append("| " + " | ".join([kind, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def caption(report: dict[str, Any]) -> str:
+    """Shape, machine and stages."""
+    stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report["stages_s"].items())
+    return (
+        f"Shape {report['shape']}, {len(report['variants'])} variants over {report['slots']} slots, "
+        f"{report.get('gpu', 'CPU')}, {report['cores']} cores, at `{report['commit'][:12]}`. Stages: {stages}."
+    )
