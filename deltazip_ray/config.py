@@ -54,6 +54,9 @@ class EngineConfig(Settings):
 
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    base_dtype: Literal["fp8"] | None = Field(
+        None, description="fp8: the base's linears in e4m3, half the bytes; as dtype when absent"
+    )
     max_model_len: int = Field(2048, ge=1, description="prompt plus output tokens of one request")
     max_batch_tokens: int = Field(
         512, ge=1, description="token budget of one step, prefill chunks and decodes together"

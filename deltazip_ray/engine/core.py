@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_FP8_CAPABILITY = (8, 9)
 _FLASHINFER_HEADS = (64, 128, 256)
 _FLASHINFER_DTYPES = (torch.bfloat16, torch.float16)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,7 +75,8 @@ def assemble(
     keep_kernels(config.kernel_cache)
     device, dtype = torch.device(config.device), _DTYPES[config.dtype]
     max_model_len = min(config.max_model_len, shape.max_positions)
-    placement = Placement(dtype, device, config.slots, config.max_added_tokens, _ops(config, device, dtype))
+    fp8 = config.base_dtype == "fp8"
+    placement = Placement(dtype, device, config.slots, config.max_added_tokens, _ops(config, device, dtype), fp8)
     reader = WeightReader(weights, placement)
     attention = make_attention(config, _cache_shape(config, shape), dtype, device)
     start.end("attention")
@@ -100,7 +102,20 @@ def assemble(
 def _ops(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> LayerOps:
     if config.kernels == "torch" or (config.kernels == "auto" and device.type != "cuda"):
         return LayerOps()
-    return TritonOps(device, dtype)
+    fp8 = config.base_dtype == "fp8"
+    if fp8 and device.type == "cuda":
+        _check_fp8(config, torch.cuda.get_device_capability(device))
+    return TritonOps(device, dtype, fp8=fp8)
+
+
+def _check_fp8(config: EngineConfig, capability: tuple[int, int]) -> None:
+    if config.dtype != "bfloat16":
+        raise ConfigError(f"engine.base_dtype fp8 on cuda goes with dtype bfloat16, not {config.dtype}")
+    if capability < _FP8_CAPABILITY:
+        raise ConfigError(
+            "engine.base_dtype fp8 needs a GPU of compute capability 8.9 or later, this one has "
+            f"{capability[0]}.{capability[1]}: leave it out, or set engine.kernels to torch"
+        )
 
 
 def make_attention(

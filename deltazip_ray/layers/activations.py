@@ -1,15 +1,29 @@
-"""What flows into a linear layer."""
+"""What goes into the product of a linear layer: activations and the base's weight."""
 
 from dataclasses import dataclass
 
 import torch
 
+from deltazip_kernels.fp8 import Fp8Matrix
 from deltazip_kernels.quantize import QuantizedRows
+
+BaseWeight = torch.Tensor | Fp8Matrix
+"""``[N, K]``."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Rows ``[rows, K]``, and the same rounded to int8 where the layer that made them did so on the way."""
+    """Rows ``[rows, K]``, and the same rounded to int8 (and fp8) where the layer that made them did so."""
 
     values: torch.Tensor
     rounded: QuantizedRows | None = None
+
+
+def dense(weight: BaseWeight, dtype: torch.dtype) -> torch.Tensor:
+    """``weight`` as an ordinary tensor: itself, or one in ``dtype`` made from fp8."""
+    return weight.dequantize(dtype) if isinstance(weight, Fp8Matrix) else weight
+
+
+def weight_rows(weight: BaseWeight, start: int, stop: int) -> BaseWeight:
+    """A view of some rows of ``weight``."""
+    return weight.rows(start, stop) if isinstance(weight, Fp8Matrix) else weight[start:stop]

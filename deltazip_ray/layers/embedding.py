@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from deltazip_ray.layers.activations import Activations
+from deltazip_ray.layers.activations import Activations, dense
 from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.layers.rows import Rows
 from deltazip_ray.layers.targets import AddedTarget, MatrixTarget
@@ -14,12 +14,13 @@ class DeltaEmbedding:
 
     def __init__(self, target: MatrixTarget, added: AddedTarget) -> None:
         self.target = target
+        self.weight = dense(target.base, added.table.dtype)
         self.added = added
 
     def __call__(self, tokens: torch.Tensor, rows: Rows) -> torch.Tensor:
         """``tokens`` ``[rows]`` int64, each inside its version's vocabulary, to ``[rows, hidden]``."""
-        vocab = len(self.target.base)
-        hidden = F.embedding(tokens.clamp(max=vocab - 1), self.target.base)
+        vocab = len(self.weight)
+        hidden = F.embedding(tokens.clamp(max=vocab - 1), self.weight)
         self.target.stack.add_weights(hidden, tokens, rows)
         if self.added.width:
             own = self.added.table[rows.index, (tokens - vocab).clamp(min=0)]

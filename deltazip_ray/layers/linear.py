@@ -2,7 +2,7 @@
 
 import torch
 
-from deltazip_ray.layers.activations import Activations
+from deltazip_ray.layers.activations import Activations, BaseWeight
 from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.layers.rows import Rows
 from deltazip_ray.layers.stack import DeltaStack
@@ -15,7 +15,7 @@ class DeltaLinear:
     """
 
     def __init__(
-        self, weight: torch.Tensor, stack: DeltaStack, ops: LayerOps, biases: torch.Tensor | None = None
+        self, weight: BaseWeight, stack: DeltaStack, ops: LayerOps, biases: torch.Tensor | None = None
     ) -> None:
         """``biases`` ``[slots + 1, out]``, row 0 the base's."""
         self.weight = weight

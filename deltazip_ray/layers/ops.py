@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from deltazip_kernels.fp8 import Fp8Matrix, fp8_matmul_torch, round_to_fp8
 from deltazip_kernels.rope import HeadNorm
-from deltazip_ray.layers.activations import Activations
+from deltazip_ray.layers.activations import Activations, BaseWeight
 from deltazip_ray.layers.attention.backend import KVLayer
 from deltazip_ray.layers.rope import Rotary
 from deltazip_ray.layers.rows import Rows, join_runs, send_index, send_segments
@@ -26,9 +27,12 @@ class LayerOps:
         versions = tuple(span for span in spans if span.slot >= 0)
         return Rows(send_index(spans, device), versions, send_segments(spans, device))
 
-    def linear(self, weight: torch.Tensor, x: Activations, stack: DeltaStack, rows: Rows) -> torch.Tensor:
-        """``x W^T`` of the base, and the rows' deltas on top."""
-        y = F.linear(x.values, weight)
+    def linear(self, weight: BaseWeight, x: Activations, stack: DeltaStack, rows: Rows) -> torch.Tensor:
+        """``x W^T`` of the base, and the rows' deltas on top; for a weight in fp8 the base sees ``x`` in fp8 too."""
+        if isinstance(weight, Fp8Matrix):
+            y = fp8_matmul_torch(round_to_fp8(x.values), weight, x.values.dtype)
+        else:
+            y = F.linear(x.values, weight)
         stack.add_product(y, x, rows)
         return y
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from deltazip_kernels import RAW, PackedDelta
+from deltazip_ray.layers.activations import BaseWeight, dense
 from deltazip_ray.layers.stack import DeltaStack
 from deltazip_ray.layers.writes import Writes
 
@@ -40,7 +41,7 @@ class MatrixTarget(DeltaTarget):
 
     in_slot = True
 
-    def __init__(self, name: str, base: torch.Tensor, stack: DeltaStack, part: int) -> None:
+    def __init__(self, name: str, base: BaseWeight, stack: DeltaStack, part: int) -> None:
         """``base`` ``[out, in]`` may be a slice of a fused weight; its deltas are part ``part`` of ``stack``."""
         super().__init__(name, tuple(base.shape))
         self.base = base
@@ -55,7 +56,7 @@ class MatrixTarget(DeltaTarget):
     def install(self, slot: int, codec: str, tensors: Mapping[str, torch.Tensor], writes: Writes) -> None:
         """Keep views of ``tensors``; raw values become their difference to the base, in place."""
         if codec == RAW:
-            tensors[VALUES].sub_(self.base)
+            tensors[VALUES].sub_(dense(self.base, tensors[VALUES].dtype))
         delta = PackedDelta(codec, (self.base.shape[0], self.base.shape[1]), tensors)
         self.stack.put(slot, self.part, delta, writes)
 

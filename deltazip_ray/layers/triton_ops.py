@@ -1,11 +1,13 @@
 """The same operations as fused kernels, for a GPU: a fixed number of launches, whatever versions share the batch."""
 
+import math
 import threading
 from collections.abc import Sequence, Set
 
 import torch
 
 from deltazip_kernels import CODECS, LOW_RANK, RAW, PackedDelta, Segments
+from deltazip_kernels.fp8 import Fp8Matrix
 from deltazip_kernels.gather import gather_rows
 from deltazip_kernels.merged import MERGE_ROWS, merge_weight
 from deltazip_kernels.plan import Work, plan
@@ -17,9 +19,10 @@ from deltazip_kernels.quantize import (
     silu_mul_quantize,
 )
 from deltazip_kernels.rope import HeadNorm, rope_and_cache
+from deltazip_kernels.skinny import BaseProduct
 from deltazip_kernels.table import CODEC_IDS, DeltaTable
 from deltazip_kernels.triton_backend import grouped_matmul, low_rank_matmul, raw_matmul
-from deltazip_ray.layers.activations import Activations
+from deltazip_ray.layers.activations import Activations, BaseWeight, dense, weight_rows
 from deltazip_ray.layers.attention.backend import KVLayer
 from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.layers.rope import Rotary
@@ -80,37 +83,41 @@ class TritonStack(DeltaStack):
         if self.codecs:
             gather_rows(hidden, chosen, rows.index, self.table, self.codecs)
 
-    def merged(self, weight: torch.Tensor, slot: int) -> torch.Tensor:
+    def merged(self, weight: BaseWeight, slot: int) -> BaseWeight:
         """``weight`` plus the slot's deltas; valid until the next call for any stack."""
         if all(deltas[slot] is None for deltas in self.deltas):
             return weight
         scratch = self.ops.scratch(weight)
         for deltas, start, stop in zip(self.deltas, self.starts, self.starts[1:], strict=False):
-            delta = deltas[slot]
+            delta, part = deltas[slot], weight_rows(weight, start, stop)
             if delta is None:
-                scratch[start:stop].copy_(weight[start:stop])
+                scratch[start:stop].copy_(dense(part, scratch.dtype))
             else:
-                merge_weight(weight[start:stop], delta, scratch[start:stop])
+                merge_weight(part, delta, scratch[start:stop])
         return scratch
 
 
 class TritonOps(LayerOps):
     """Fused kernels, int8 activations where deltas are packed, merged weights for long segments."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> None:
+        """``fp8``: weights of the base are, and so activations are rounded to fp8 wherever they are to int8."""
         self.device = device
         self.dtype = dtype
+        self.fp8 = fp8
         self.generation = 0
         """Grows when launches change: graphs that were captured before are of no use then."""
         self.growth = threading.Lock()
         """Held while ``generation`` grows, and what it stands for."""
         self._scratch = torch.empty(0, dtype=dtype, device=device)
+        self._product = BaseProduct(device)
 
-    def scratch(self, like: torch.Tensor) -> torch.Tensor:
+    def scratch(self, like: BaseWeight) -> torch.Tensor:
         """Room for one weight of the shape of ``like``, the same memory for all."""
-        if self._scratch.numel() < like.numel():
-            self._scratch = torch.empty(like.numel(), dtype=self.dtype, device=self.device)
-        return self._scratch[: like.numel()].view(like.shape)
+        size = math.prod(like.shape)
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=self.dtype, device=self.device)
+        return self._scratch[:size].view(like.shape)
 
     def stack(self, shapes: Sequence[tuple[int, int]], slots: int) -> TritonStack:
         """See :meth:`LayerOps.stack`."""
@@ -133,22 +140,31 @@ class TritonOps(LayerOps):
         """Rows of a step to be captured: any that ``index`` and ``segments`` hold at its replay."""
         return Rows(index, work=plan(segments, len(index), longest))
 
-    def linear(self, weight: torch.Tensor, x: Activations, stack: DeltaStack, rows: Rows) -> torch.Tensor:
+    def linear(self, weight: BaseWeight, x: Activations, stack: DeltaStack, rows: Rows) -> torch.Tensor:
         """See :meth:`LayerOps.linear`."""
-        if not rows.merged or not isinstance(stack, TritonStack):
-            return super().linear(weight, x, stack, rows)
-        y = torch.empty((len(x.values), len(weight)), dtype=x.values.dtype, device=x.values.device)
+        if isinstance(weight, Fp8Matrix) and x.rounded is None:
+            x = Activations(x.values, quantize_rows(x.values, fp8=True))
+        y = torch.empty((len(x.values), weight.shape[0]), dtype=x.values.dtype, device=x.values.device)
         start = 0
         for span in (*rows.merged, Span(-1, len(y), len(y))):
-            if start < span.start:
-                torch.mm(x.values[start : span.start], weight.T, out=y[start : span.start])
-            if span.start < span.stop:
-                torch.mm(
-                    x.values[span.start : span.stop], stack.merged(weight, span.slot).T, out=y[span.start : span.stop]
-                )
+            self._multiply(y[start : span.start], x, start, weight)
+            if span.start < span.stop and isinstance(stack, TritonStack):
+                self._multiply(y[span.start : span.stop], x, span.start, stack.merged(weight, span.slot))
             start = span.stop
         stack.add_product(y, x, rows)
         return y
+
+    def _multiply(self, y: torch.Tensor, x: Activations, start: int, weight: BaseWeight) -> None:
+        """``y`` ``[rows, N]`` gets rows ``start`` and following of ``x`` times ``weight``."""
+        stop = start + len(y)
+        if start == stop:
+            return
+        if isinstance(weight, torch.Tensor):
+            self._product(y, x.values[start:stop], weight)
+        elif x.rounded is not None and x.rounded.fp8 is not None:
+            self._product.fp8(y, x.rounded.fp8.rows(start, stop), weight)
+        else:
+            raise ValueError("a base in fp8 takes activations in fp8: make these operations with fp8=True")
 
     def rms_norm(
         self,
@@ -162,7 +178,7 @@ class TritonOps(LayerOps):
     ) -> Activations:
         """See :meth:`LayerOps.rms_norm`."""
         first, residual = (x, None) if update is None else (update, x)
-        return Activations(*rms_norm_quantize(first, weights, rows.index, eps, residual, offset=offset))
+        return Activations(*rms_norm_quantize(first, weights, rows.index, eps, residual, offset=offset, fp8=self.fp8))
 
     def layer_norm(
         self,
@@ -175,15 +191,15 @@ class TritonOps(LayerOps):
     ) -> Activations:
         """See :meth:`LayerOps.layer_norm`."""
         first, residual = (x, None) if update is None else (update, x)
-        return Activations(*layer_norm_quantize(first, weights, biases, rows.index, eps, residual))
+        return Activations(*layer_norm_quantize(first, weights, biases, rows.index, eps, residual, fp8=self.fp8))
 
     def silu_mul(self, gate_up: torch.Tensor) -> Activations:
         """See :meth:`LayerOps.silu_mul`."""
-        return Activations(*silu_mul_quantize(gate_up))
+        return Activations(*silu_mul_quantize(gate_up, fp8=self.fp8))
 
     def gelu_mul(self, gate_up: torch.Tensor) -> Activations:
         """See :meth:`LayerOps.gelu_mul`."""
-        return Activations(*gelu_mul_quantize(gate_up))
+        return Activations(*gelu_mul_quantize(gate_up, fp8=self.fp8))
 
     def rotate(
         self,

@@ -6,7 +6,9 @@ from typing import Protocol
 
 import torch
 
-from deltazip_ray.errors import CheckpointInvalid
+from deltazip_kernels.fp8 import FP8_MULTIPLE, Fp8Matrix, empty_fp8
+from deltazip_ray.errors import CheckpointInvalid, ConfigError
+from deltazip_ray.layers.activations import BaseWeight, weight_rows
 from deltazip_ray.layers.linear import DeltaLinear
 from deltazip_ray.layers.norm import DeltaHeadNorm, DeltaLayerNorm, DeltaRMSNorm, Norm
 from deltazip_ray.layers.ops import LayerOps
@@ -34,6 +36,8 @@ class Placement:
     max_added: int
     """Rows that a version may add to the vocabulary."""
     ops: LayerOps = field(default_factory=LayerOps)
+    fp8: bool = False
+    """Whether the linears of the blocks are kept in fp8; all else, embedding and head included, is in ``dtype``."""
 
 
 @dataclass
@@ -45,13 +49,19 @@ class WeightReader:
     targets: dict[str, DeltaTarget] = field(default_factory=dict)
 
     def matrix(self, name: str, shape: tuple[int, int]) -> MatrixTarget:
-        """One matrix on its own. Raises CheckpointInvalid, as every method here does."""
-        _, (target,) = self._fused([name], [shape[0]], shape[1])
+        """One matrix on its own, in ``dtype``. Raises CheckpointInvalid, as every method here does."""
+        weight = self._empty(*shape)
+        (target,) = self._fused(weight, [name], [shape[0]])
         return target
 
     def linear(self, names: Sequence[str], outs: Sequence[int], inputs: int, *, bias: bool) -> DeltaLinear:
-        """Modules ``names`` with ``outs`` outputs each, fused into one weight ``[sum(outs), inputs]``."""
-        weight, targets = self._fused([f"{name}.weight" for name in names], outs, inputs)
+        """Modules ``names`` with ``outs`` outputs each, fused into one weight ``[sum(outs), inputs]``.
+
+        Raises ConfigError for a shape that fp8 does not do.
+        """
+        empty = self._empty_fp8 if self.placement.fp8 else self._empty
+        weight: BaseWeight = empty(sum(outs), inputs)
+        targets = self._fused(weight, [f"{name}.weight" for name in names], outs)
         stack, ops = targets[0].stack, self.placement.ops
         if not bias:
             return DeltaLinear(weight, stack, ops)
@@ -81,16 +91,21 @@ class WeightReader:
         self.targets[target.name] = target
         return target
 
-    def _fused(self, names: Sequence[str], outs: Sequence[int], inputs: int) -> tuple[torch.Tensor, list[MatrixTarget]]:
-        weight = self._empty(sum(outs), inputs)
+    def _fused(self, weight: BaseWeight, names: Sequence[str], outs: Sequence[int]) -> list[MatrixTarget]:
+        """Fill ``weight`` with matrices of ``outs`` rows, one below the other."""
+        inputs = weight.shape[1]
         stack = self.placement.ops.stack([(size, inputs) for size in outs], self.placement.slots)
         targets = []
         for part, (name, size) in enumerate(zip(names, outs, strict=True)):
-            rows = weight[stack.starts[part] : stack.starts[part + 1]]
-            rows.copy_(self._read(name, (size, inputs)))
+            rows = weight_rows(weight, stack.starts[part], stack.starts[part + 1])
+            values = self._read(name, (size, inputs))
+            if isinstance(rows, Fp8Matrix):
+                rows.fill(values)
+            else:
+                rows.copy_(values)
             targets.append(MatrixTarget(name, rows, stack, part))
             self.targets[name] = targets[-1]
-        return weight, targets
+        return targets
 
     def _whole_vector(self, name: str, size: int) -> VectorTarget:
         return self._vector(name, self._empty(self.placement.slots + 1, size))
@@ -107,6 +122,14 @@ class WeightReader:
                 "config.json belongs to another checkpoint"
             )
         return self.source.tensor(name)
+
+    def _empty_fp8(self, rows: int, columns: int) -> Fp8Matrix:
+        if rows % FP8_MULTIPLE or columns % FP8_MULTIPLE:
+            raise ConfigError(
+                f"engine.base_dtype fp8 wants linears of multiples of {FP8_MULTIPLE}, this base has {[rows, columns]}: "
+                "leave it out"
+            )
+        return empty_fp8(rows, columns, self.placement.device)
 
     def _empty(self, *size: int) -> torch.Tensor:
         return torch.empty(*size, dtype=self.placement.dtype, device=self.placement.device)

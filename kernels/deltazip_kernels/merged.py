@@ -5,6 +5,7 @@ from torch import Tensor
 
 from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta
 from deltazip_kernels.device.merge import merge
+from deltazip_kernels.fp8 import Fp8Matrix
 from deltazip_kernels.layout import GROUP, ROWS
 from deltazip_kernels.table import CODEC_IDS
 
@@ -13,31 +14,34 @@ MERGE_ROWS = 384
 H200, where every linear of an 8B model breaks even between 256 and 384 rows (``docs/kernels.md``)."""
 
 
-def merge_weight(base: Tensor, delta: PackedDelta, out: Tensor) -> None:
+def merge_weight(base: Tensor | Fp8Matrix, delta: PackedDelta, out: Tensor) -> None:
     """``out`` [N, K] = ``base`` + delta, rounded once to the type of ``out``; both contiguous, of the delta's shape.
 
-    Costs a read of base and codes and a write of ``out``: for a segment of many rows less than a second product.
+    Costs a read of base and codes and a write of ``out``: for a segment of many rows less than a second product. The
+    sum with a base in fp8 stays in the type of ``out``: rounded to fp8 it would lose much of the delta.
     Raises ValueError for tensors of another shape.
     """
-    if base.shape != delta.shape or out.shape != delta.shape or not (base.is_contiguous() and out.is_contiguous()):
+    values = base.values if isinstance(base, Fp8Matrix) else base
+    if values.shape != delta.shape or out.shape != delta.shape or not (values.is_contiguous() and out.is_contiguous()):
         raise ValueError(f"base and scratch must be contiguous and of shape {delta.shape}")
-    if delta.codec == RAW:
-        out.copy_(base + delta.tensors["values"])
-        return
-    if delta.codec == LOW_RANK:
-        out.copy_(base + delta.tensors["up"] @ delta.tensors["down"])
+    if delta.codec in (RAW, LOW_RANK):
+        dense = base.dequantize(out.dtype) if isinstance(base, Fp8Matrix) else base
+        parts = delta.tensors
+        out.copy_(dense + (parts["values"] if delta.codec == RAW else parts["up"] @ parts["down"]))
         return
     rows, columns = delta.shape
     extra = delta.tensors.get("index", delta.tensors.get("low", delta.tensors["codes"]))
     merge[(triton.cdiv(columns, 2 * GROUP), triton.cdiv(rows, ROWS))](
         out,
-        base,
+        values,
+        base.scales if isinstance(base, Fp8Matrix) else values,
         delta.tensors["codes"],
         delta.tensors["scales"],
         extra,
         rows,
         K=columns,
         CODEC=CODEC_IDS[delta.codec],
+        SCALED=isinstance(base, Fp8Matrix),
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=4,
     )

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from deltazip_kernels.device.quantize import gated, norm, quantize
+from deltazip_kernels.fp8 import FP8, Fp8Matrix
 from deltazip_kernels.launch import overlap
 from deltazip_kernels.layout import GROUP
 
@@ -28,24 +29,29 @@ class QuantizedRows:
     values: Tensor
     scales: Tensor
     columns: int
+    fp8: Fp8Matrix | None = None
+    """The same rows in fp8, where the launch that made these was asked for them."""
 
 
-def quantize_rows(x: Tensor) -> QuantizedRows:
-    """Quantize ``x`` [T, K] to int8, one scale a row (symmetric, round half up). ValueError beyond MAX_COLUMNS."""
-    rows, options = _empty(x, x.shape[1])
+def quantize_rows(x: Tensor, *, fp8: bool = False) -> QuantizedRows:
+    """Quantize ``x`` [T, K] to int8, one scale a row (symmetric, round half up). ValueError beyond MAX_COLUMNS.
+
+    With ``fp8``, here and below, to e4m3 too.
+    """
+    rows, arguments, options = _empty(x, x.shape[1], fp8)
     if len(x):
-        quantize[(len(x),)](x, x.stride(0), rows.values, rows.scales, rows.columns, **options)
+        quantize[(len(x),)](x, x.stride(0), *arguments, **options)
     return rows
 
 
-def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, QuantizedRows]:
+def silu_mul_quantize(gate_up: Tensor, *, fp8: bool = False) -> tuple[Tensor, QuantizedRows]:
     """``silu(gate) * up`` of ``gate_up`` [T, 2 K], in its type [T, K] and quantized."""
-    return _gated(gate_up, gelu=False)
+    return _gated(gate_up, gelu=False, fp8=fp8)
 
 
-def gelu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, QuantizedRows]:
+def gelu_mul_quantize(gate_up: Tensor, *, fp8: bool = False) -> tuple[Tensor, QuantizedRows]:
     """The same with the tanh approximation of gelu (Gemma)."""
-    return _gated(gate_up, gelu=True)
+    return _gated(gate_up, gelu=True, fp8=fp8)
 
 
 def rms_norm_quantize(
@@ -56,28 +62,36 @@ def rms_norm_quantize(
     residual: Tensor | None = None,
     *,
     offset: bool = False,
+    fp8: bool = False,
 ) -> tuple[Tensor, QuantizedRows]:
     """Llama's RMS norm of ``x`` [T, K] with row ``t`` scaled by ``weights[which[t]]``, in its type and quantized.
 
     ``weights`` is [versions, K], ``which`` [T] int32: every row has the norm of its version. With ``residual`` [T, K],
     ``x`` is first added to it in place and the sum is normed. With ``offset`` it is Gemma's: scaled by ``1 + weights``.
     """
-    return _norm(x, weights, None, which, epsilon, residual, offset)
+    return _norm(x, weights, None, which, epsilon, residual, offset=offset, fp8=fp8)
 
 
 def layer_norm_quantize(
-    x: Tensor, weights: Tensor, biases: Tensor, which: Tensor, epsilon: float, residual: Tensor | None = None
+    x: Tensor,
+    weights: Tensor,
+    biases: Tensor,
+    which: Tensor,
+    epsilon: float,
+    residual: Tensor | None = None,
+    *,
+    fp8: bool = False,
 ) -> tuple[Tensor, QuantizedRows]:
     """The layer norm likewise, with ``biases`` [versions, K] (GPT-NeoX)."""
-    return _norm(x, weights, biases, which, epsilon, residual, False)
+    return _norm(x, weights, biases, which, epsilon, residual, offset=False, fp8=fp8)
 
 
-def _gated(gate_up: Tensor, gelu: bool) -> tuple[Tensor, QuantizedRows]:
+def _gated(gate_up: Tensor, *, gelu: bool, fp8: bool) -> tuple[Tensor, QuantizedRows]:
     columns = gate_up.shape[1] // 2
-    rows, options = _empty(gate_up, columns)
+    rows, arguments, options = _empty(gate_up, columns, fp8)
     out = torch.empty((len(gate_up), columns), dtype=gate_up.dtype, device=gate_up.device)
     if len(out):
-        gated[(len(out),)](gate_up, gate_up.stride(0), out, rows.values, rows.scales, columns, GELU=gelu, **options)
+        gated[(len(out),)](gate_up, gate_up.stride(0), out, *arguments, GELU=gelu, **options)
     return out, rows
 
 
@@ -88,9 +102,11 @@ def _norm(
     which: Tensor,
     epsilon: float,
     residual: Tensor | None,
+    *,
     offset: bool,
+    fp8: bool,
 ) -> tuple[Tensor, QuantizedRows]:
-    rows, options = _empty(x, x.shape[1])
+    rows, arguments, options = _empty(x, x.shape[1], fp8)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if len(x):
         sums = x if residual is None else residual
@@ -104,9 +120,7 @@ def _norm(
             which,
             epsilon,
             out,
-            rows.values,
-            rows.scales,
-            rows.columns,
+            *arguments,
             RESIDUAL=residual is not None,
             CENTER=biases is not None,
             OFFSET=offset,
@@ -115,14 +129,19 @@ def _norm(
     return out, rows
 
 
-def _empty(x: Tensor, columns: int) -> tuple[QuantizedRows, dict[str, Any]]:
-    """Room for the rows of ``x``, and how to launch one program a row."""
+def _empty(x: Tensor, columns: int, fp8: bool) -> tuple[QuantizedRows, tuple[Tensor | int, ...], dict[str, Any]]:
+    """Room for the rows of ``x``, as arguments of a kernel too, and how to launch one program a row."""
     if columns > MAX_COLUMNS:
         raise ValueError(f"rows of {columns} columns are too long: at most {MAX_COLUMNS}")
     groups = -(-columns // GROUP)
     values = torch.empty((len(x), groups * GROUP), dtype=torch.int8, device=x.device)
     scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    other = None
+    if fp8:
+        other = Fp8Matrix(torch.empty((len(x), columns), dtype=FP8, device=x.device), torch.empty_like(scales))
     step = triton.next_power_of_2(groups)
     warps = next(warps for warps, most in ((4, 8), (8, 32), (16, 128), (32, 256)) if step <= most)
-    options = {"GROUPS": groups, "STEP": step, "num_warps": warps}
-    return QuantizedRows(values, scales, columns), options | overlap(x.device)
+    options = {"GROUPS": groups, "STEP": step, "FP8": fp8, "num_warps": warps}
+    fp8_arguments = (other.values, other.scales) if other else (scales, scales)
+    rows = QuantizedRows(values, scales, columns, other)
+    return rows, (values, scales, *fp8_arguments, columns), options | overlap(x.device)

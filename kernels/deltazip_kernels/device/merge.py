@@ -37,15 +37,20 @@ def columns(c, e, CODEC: tl.constexpr, ODD: tl.constexpr, PLAIN: tl.constexpr):
 def merge(
     out,
     base,
+    base_scales,
     codes,
     scales,
     extra,
     N,
     K: tl.constexpr,
     CODEC: tl.constexpr,
+    SCALED: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """``out`` [N, K] = ``base`` + delta, one tile of 64 rows and two groups a program."""
+    """``out`` [N, K] = ``base`` + delta, one tile of 64 rows and two groups a program.
+
+    With SCALED row ``n`` of the base is times ``base_scales[n]``.
+    """
     GROUPS: tl.constexpr = (K + 127) // 128
     PAIRS: tl.constexpr = (GROUPS + 1) // 2
     LANES: tl.constexpr = 64 if CODEC == INT4 else 32
@@ -59,6 +64,8 @@ def merge(
     lane = r[:, None] * LANES + tl.arange(0, 32)[None, :]
     shared = ((tile * PAIRS + pair) * 64 + r[:, None]) * 32 + tl.arange(0, 32)[None, :]
     n = tile * 64 + r
+    if SCALED:
+        base_scale = tl.load(base_scales + n, mask=n < N, other=0.0)
     for odd in tl.static_range(0, 2):
         group = 2 * pair + odd
         if group < GROUPS:
@@ -69,5 +76,8 @@ def merge(
             k = group * 128 + tl.arange(0, 128)
             at = n[:, None] * K + k[None, :]
             inside = (n < N)[:, None] & (k < K)[None, :]
-            w = tl.load(base + at, mask=inside, other=0.0).to(tl.float32) + levels * scale[:, None]
+            w = tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
+            if SCALED:
+                w = w * base_scale[:, None]
+            w += levels * scale[:, None]
             tl.store(out + at, w.to(out.dtype.element_ty), mask=inside)

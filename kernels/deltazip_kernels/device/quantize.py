@@ -1,15 +1,18 @@
 """The kernels behind ``deltazip_kernels.quantize``.
 
-A program holds one row in registers: GROUPS groups of 128 columns, padded to STEP, a power of two.
+A program holds one row in registers: GROUPS groups of 128 columns, padded to STEP, a power of two. With FP8 it writes
+the row in e4m3 too, for a base in fp8. Norms and activations let the next launch start with them: a GEMM uses the time
+to fetch weights. They read norm weights and ``which`` before they wait: these must be older than the launch ahead.
 """
 
 import triton
 import triton.language as tl
 
-from deltazip_kernels.device.locate import wait
+from deltazip_kernels.device.locate import let_next_start, wait
 
 SMALLEST = tl.constexpr(1e-30)
 """A row whose largest magnitude is below this counts as zero: its inverse scale would overflow."""
+FP8_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
@@ -19,8 +22,10 @@ def _columns(STEP: tl.constexpr):
 
 
 @triton.jit
-def _store_rounded(values, scales, v, GROUPS: tl.constexpr, STEP: tl.constexpr):
-    """Row ``v`` [STEP, 128], zero beyond its columns, to int8 in position order and its scale."""
+def _store_rounded(
+    values, scales, fp8, fp8_scales, v, K, GROUPS: tl.constexpr, STEP: tl.constexpr, FP8: tl.constexpr
+):  # fmt: skip
+    """Row ``v`` [STEP, 128], zero beyond its columns, to int8 in position order, and to e4m3 as it is; with scales."""
     row = tl.program_id(0).to(tl.int64)
     top = tl.max(tl.reshape(tl.abs(v), (STEP * 128,)), axis=0)
     live = top > SMALLEST
@@ -30,17 +35,31 @@ def _store_rounded(values, scales, v, GROUPS: tl.constexpr, STEP: tl.constexpr):
     q = tl.reshape(tl.permute(q, (0, 2, 1)), (STEP, 128))
     position = _columns(STEP)
     tl.store(values + row * (GROUPS * 128) + position, q, mask=position < GROUPS * 128)
+    if FP8:
+        inverse = tl.where(live, FP8_MAX / tl.where(live, top, 1.0), 0.0)
+        tl.store(fp8_scales + row, tl.where(live, top / FP8_MAX, 0.0))
+        tl.store(fp8 + row * K + position, (v * inverse).to(tl.float8e4nv), mask=position < K)
 
 
 @triton.jit
 def quantize(
-    x, x_stride, values, scales, K, GROUPS: tl.constexpr, STEP: tl.constexpr, OVERLAP: tl.constexpr
-):  # fmt: skip
+    x,
+    x_stride,
+    values,
+    scales,
+    fp8,
+    fp8_scales,
+    K,
+    GROUPS: tl.constexpr,
+    STEP: tl.constexpr,
+    FP8: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """``x`` as it is."""
     wait(OVERLAP)
     column = _columns(STEP)
     v = tl.load(x + tl.program_id(0).to(tl.int64) * x_stride + column, mask=column < K, other=0.0)
-    _store_rounded(values, scales, v.to(tl.float32), GROUPS, STEP)
+    _store_rounded(values, scales, fp8, fp8_scales, v.to(tl.float32), K, GROUPS, STEP, FP8)
 
 
 @triton.jit
@@ -50,16 +69,20 @@ def gated(
     out,
     values,
     scales,
+    fp8,
+    fp8_scales,
     K,
     GELU: tl.constexpr,
     GROUPS: tl.constexpr,
     STEP: tl.constexpr,
+    FP8: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """``out = act(x[:, :K]) * x[:, K:]``, each factor rounded to the type of ``x``, and ``out`` quantized.
 
     ``act`` is silu, or with GELU the tanh approximation of gelu: both are ``x * sigmoid(...)``.
     """
+    let_next_start(OVERLAP)
     wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = _columns(STEP)
@@ -74,7 +97,7 @@ def gated(
     gate = (gate / (1.0 + tl.exp(tl.minimum(-slope, 80.0)))).to(x.dtype.element_ty).to(tl.float32)
     product = (gate * up).to(x.dtype.element_ty)
     tl.store(out + row * K + column, product, mask=inside)
-    _store_rounded(values, scales, product.to(tl.float32), GROUPS, STEP)
+    _store_rounded(values, scales, fp8, fp8_scales, product.to(tl.float32), K, GROUPS, STEP, FP8)
 
 
 @triton.jit
@@ -95,12 +118,15 @@ def norm(
     out,
     values,
     scales,
+    fp8,
+    fp8_scales,
     K,
     RESIDUAL: tl.constexpr,
     CENTER: tl.constexpr,
     OFFSET: tl.constexpr,
     GROUPS: tl.constexpr,
     STEP: tl.constexpr,
+    FP8: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """``out`` is the norm of each row, quantized too; with RESIDUAL of ``residual += x`` instead of ``x``.
@@ -108,14 +134,15 @@ def norm(
     The RMS norm times ``weights[which[row]]``, or with OFFSET times one more; with CENTER the layer norm, which has
     biases. Llama's RMS norm alone rounds before it multiplies.
     """
-    wait(OVERLAP)
+    let_next_start(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = _columns(STEP)
     inside = column < K
     kind = x.dtype.element_ty
-    v = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     own = tl.load(which + row).to(tl.int64) * K + column
     w = tl.load(weights + own, mask=inside, other=0.0).to(tl.float32)
+    wait(OVERLAP)
+    v = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
         sums = residual + row * residual_stride + column
         total = (v + tl.load(sums, mask=inside, other=0.0).to(tl.float32)).to(kind)
@@ -132,4 +159,4 @@ def norm(
         normed = normed.to(kind).to(tl.float32) * w
     normed = normed.to(kind)
     tl.store(out + row * K + column, normed, mask=inside)
-    _store_rounded(values, scales, normed.to(tl.float32), GROUPS, STEP)
+    _store_rounded(values, scales, fp8, fp8_scales, normed.to(tl.float32), K, GROUPS, STEP, FP8)

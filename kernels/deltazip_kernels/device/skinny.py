@@ -1,0 +1,97 @@
+"""The kernel behind ``deltazip_kernels.skinny``: a GEMM with so few rows that reading the weight is all its time.
+
+A program multiplies BN rows of the weight, a part of their columns, with all rows of the activations: the weight is the
+left operand of the tensor cores' instruction, which wants 64 rows.
+"""
+
+import triton
+import triton.language as tl
+
+from deltazip_kernels.device.locate import let_next_start, wait
+
+
+@triton.jit
+def _prefetch(address, size):
+    """Fetch ``size`` bytes from each ``address`` on into L2."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [address, size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _store(y, y_stride, x_scales, w_scales, n, m, live, acc, SCALED: tl.constexpr):
+    if SCALED:
+        acc = acc * tl.load(w_scales + n)[:, None] * tl.load(x_scales + m, mask=live, other=0.0)[None, :]
+    tl.store(y + m.to(tl.int64)[None, :] * y_stride + n[:, None], acc.to(y.dtype.element_ty), mask=live[None, :])
+
+
+@triton.jit
+def skinny(
+    y,
+    y_stride,
+    x,
+    x_stride,
+    x_scales,
+    w,
+    w_scales,
+    partials,
+    arrived,
+    M,
+    K,
+    STEPS,
+    ahead,
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    SCALED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """``y`` [M, N] = ``x`` [M, K] ``w`` [N, K] transposed, with SCALED times ``x_scales`` [M] and ``w_scales`` [N].
+
+    K is cut into SPLIT parts of STEPS times BK columns. The program that is the last of a tile to arrive adds the parts
+    up in order, so that the sum does not depend on who that is, and sets ``arrived`` back to zero. Weights depend on
+    nothing: the first AHEAD columns of each row are on their way before the kernel ahead has ended.
+    """
+    block = tl.program_id(0)
+    part = tl.program_id(1)
+    n = block * BN + tl.arange(0, BN)
+    m = tl.arange(0, BM)
+    live = m < M
+    begin = part * STEPS * BK
+    rows = w + n.to(tl.int64) * K + begin
+    if OVERLAP:
+        if ahead > 0:
+            _prefetch(rows.to(tl.int64), tl.zeros((BN,), tl.int32) + ahead)
+    wait(OVERLAP)
+    k = tl.arange(0, BK)
+    w_tile = rows[:, None] + k[None, :]
+    x_tile = x + begin + m.to(tl.int64)[None, :] * x_stride + k[:, None]
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for _ in tl.range(0, STEPS, num_stages=STAGES):
+        left = tl.load(w_tile)
+        right = tl.load(x_tile, mask=live[None, :], other=0.0)
+        # The tensor cores add up fp8 products in fewer bits than float32 has: not beyond one step.
+        acc = tl.dot(left, right, acc, max_num_imprecise_acc=BK) if SCALED else tl.dot(left, right, acc)
+        w_tile += BK
+        x_tile += BK
+    let_next_start(OVERLAP)
+    if SPLIT == 1:
+        _store(y, y_stride, x_scales, w_scales, n, m, live, acc, SCALED)
+        return
+    at = tl.arange(0, BN)[:, None] * BM + m[None, :]
+    tiles = partials + block * (SPLIT * BN * BM) + at
+    tl.store(tiles + part * (BN * BM), acc, mask=live[None, :])
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    if tl.atomic_add(arrived + block, 1, sem="acq_rel") == SPLIT - 1:
+        total = tl.zeros((BN, BM), dtype=tl.float32)
+        for i in tl.static_range(0, SPLIT):
+            total += tl.load(tiles + i * (BN * BM), mask=live[None, :], other=0.0, cache_modifier=".cg")
+        tl.store(arrived + block, 0)
+        _store(y, y_stride, x_scales, w_scales, n, m, live, total, SCALED)
