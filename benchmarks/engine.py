@@ -139,16 +139,19 @@ def kernel_kind(name: str) -> str:
         "attention": ("Decode", "Prefill", "attention", "MergeState", "rope", "flashinfer"),
         "delta": ("grouped", "raw", "shrink", "expand", "write_items", "merge"),
         "norms and activation": ("norm", "gated", "quantize"),
-        "base GEMM": ("nvjet", "gemm", "cutlass", "splitK", "cublas"),
+        "base GEMM": ("skinny", "nvjet", "gemm", "cutlass", "splitK", "cublas"),
     }
     return next((kind for kind, parts in kinds.items() if any(part in name for part in parts)), "rest")
 
 
-def limits(shape: DecoderConfig, bandwidth: float, codec_bits: float) -> dict[str, float]:
-    """Milliseconds that reading takes at ``bandwidth`` bytes/s: weights, keys and values of 32 requests, one delta."""
+def limits(shape: DecoderConfig, bandwidth: float, codec_bits: float, base_bytes: int) -> dict[str, float]:
+    """Milliseconds that reading takes at ``bandwidth`` bytes/s: weights, keys and values of 32 requests, one delta.
+
+    ``base_bytes``: of one weight of a block's linear.
+    """
     hidden, kv = shape.hidden_size, shape.kv_heads * shape.head_dim
     block = hidden * (2 * shape.heads * shape.head_dim + 2 * kv + 3 * shape.intermediate_size)
-    weights = 2 * (shape.layers * block + shape.vocab_size * hidden)
+    weights = base_bytes * shape.layers * block + 2 * shape.vocab_size * hidden
     cache = 32 * (512 + LONG / 2) * shape.layers * 2 * kv * 2
     delta = shape.layers * block * (codec_bits + 16 / 128) / 8
     return {name: 1e3 * size / bandwidth for name, size in (("weights", weights), ("cache", cache), ("delta", delta))}
@@ -168,13 +171,14 @@ async def measure(options: argparse.Namespace, put: Any) -> None:
     bits = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}[options.codec]
     put("machine", {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__})
     bandwidth = copy_bandwidth()
-    put("limits_ms", {"bandwidth": bandwidth} | limits(shape, bandwidth, bits))
+    put("limits_ms", {"bandwidth": bandwidth} | limits(shape, bandwidth, bits, 1 if options.base_dtype else 2))
     torch.cuda.empty_cache()
     delta = random_delta(shape, options.codec, outer=options.outer)
     size = sum(map(len, delta.blobs.values()))
     config = EngineConfig(
         device="cuda",
         dtype="bfloat16",
+        base_dtype=options.base_dtype,
         max_model_len=min(2048, shape.max_positions),
         max_batch_tokens=8192,
         max_running=256,
@@ -214,6 +218,7 @@ def main() -> None:
     parser.add_argument("--shape", default="8b", choices=("8b", "tiny"))
     parser.add_argument("--codec", default="int2", choices=("int4", "int3", "int2", "int1"))
     parser.add_argument("--outer", action="store_true", help="deltas change embedding and head too")
+    parser.add_argument("--base-dtype", choices=("fp8",), help="of the base's linears; bfloat16 when absent")
     parser.add_argument("--versions", default="0,8,32", help="numbers of versions, 0 is the base alone")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--saturated-runs", type=int, default=3)
@@ -226,6 +231,7 @@ def main() -> None:
     results: dict[str, Any] = {
         "commit": options.commit or commit(),
         "codec": options.codec,
+        "base_dtype": options.base_dtype or "bfloat16",
         "outer": options.outer,
         "shape": options.shape,
     }

@@ -104,11 +104,12 @@ def _ops(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Laye
         return LayerOps()
     fp8 = config.base_dtype == "fp8"
     if fp8 and device.type == "cuda":
-        _check_fp8(config, torch.cuda.get_device_capability(device))
+        check_fp8(config, torch.cuda.get_device_capability(device))
     return TritonOps(device, dtype, fp8=fp8)
 
 
-def _check_fp8(config: EngineConfig, capability: tuple[int, int]) -> None:
+def check_fp8(config: EngineConfig, capability: tuple[int, int]) -> None:
+    """Raise ConfigError where the kernels for a base in fp8 do not run."""
     if config.dtype != "bfloat16":
         raise ConfigError(f"engine.base_dtype fp8 on cuda goes with dtype bfloat16, not {config.dtype}")
     if capability < _FP8_CAPABILITY:

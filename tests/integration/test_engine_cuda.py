@@ -72,6 +72,13 @@ async def test_mixed_requests_draw_what_transformers_ranks_first(wide_zoo: Zoo, 
         assert await all_of(run, wide_zoo, 40, 24) < 0.3
 
 
+async def test_a_base_in_fp8(wide_zoo: Zoo) -> None:
+    async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS | {"base_dtype": "fp8"}) as run:
+        # On random weights fp8 moves logits by an eighth of their spread (tests/integration/test_engine_fp8.py): those
+        # of the best and of the one drawn by four times that, here and there.
+        assert await all_of(run, wide_zoo, 40, 24) < 0.8
+
+
 async def test_long_prompts_of_one_version_run_merged(wide_zoo: Zoo) -> None:
     version = wide_zoo.versions[1].version
     async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS | {"max_model_len": 512}) as run:

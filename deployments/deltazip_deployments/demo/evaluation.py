@@ -21,7 +21,7 @@ class Judge:
 
     def __init__(self, path: Path) -> None:
         self._tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-        self._model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self._settings = GenerationConfig(
             max_new_tokens=MAX_ANSWER_TOKENS,
             do_sample=False,
@@ -51,8 +51,6 @@ class Judge:
         """Answers to prompts of one length."""
         tokens = torch.tensor(prompts)
         with torch.inference_mode():
-            made = self._model.generate(
-                tokens, attention_mask=torch.ones_like(tokens), generation_config=self._settings
-            )
+            made = self.model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=self._settings)
         texts: list[str] = self._tokenizer.batch_decode(made[:, tokens.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]

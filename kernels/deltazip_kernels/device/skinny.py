@@ -11,19 +11,6 @@ from deltazip_kernels.device.locate import let_next_start, wait
 
 
 @triton.jit
-def _prefetch(address, size):
-    """Fetch ``size`` bytes from each ``address`` on into L2."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [address, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _store(y, y_stride, x_scales, w_scales, n, m, live, acc, SCALED: tl.constexpr):
     if SCALED:
         acc = acc * tl.load(w_scales + n)[:, None] * tl.load(x_scales + m, mask=live, other=0.0)[None, :]
@@ -44,7 +31,6 @@ def skinny(
     M,
     K,
     STEPS,
-    ahead,
     SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -56,8 +42,7 @@ def skinny(
     """``y`` [M, N] = ``x`` [M, K] ``w`` [N, K] transposed, with SCALED times ``x_scales`` [M] and ``w_scales`` [N].
 
     K is cut into SPLIT parts of STEPS times BK columns. The program that is the last of a tile to arrive adds the parts
-    up in order, so that the sum does not depend on who that is, and sets ``arrived`` back to zero. Weights depend on
-    nothing: the first AHEAD columns of each row are on their way before the kernel ahead has ended.
+    up in order, so that the sum does not depend on who that is, and sets ``arrived`` back to zero.
     """
     block = tl.program_id(0)
     part = tl.program_id(1)
@@ -65,13 +50,9 @@ def skinny(
     m = tl.arange(0, BM)
     live = m < M
     begin = part * STEPS * BK
-    rows = w + n.to(tl.int64) * K + begin
-    if OVERLAP:
-        if ahead > 0:
-            _prefetch(rows.to(tl.int64), tl.zeros((BN,), tl.int32) + ahead)
-    wait(OVERLAP)
     k = tl.arange(0, BK)
-    w_tile = rows[:, None] + k[None, :]
+    w_tile = w + begin + n.to(tl.int64)[:, None] * K + k[None, :]
+    wait(OVERLAP)
     x_tile = x + begin + m.to(tl.int64)[None, :] * x_stride + k[:, None]
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     for _ in tl.range(0, STEPS, num_stages=STAGES):
