@@ -54,7 +54,7 @@ def cut(rows: int, shape: tuple[int, int], itemsize: int) -> Cut | None:
 
 def padded(rows: int) -> int:
     """Rows that a program computes: what the tensor cores take."""
-    return max(16, triton.next_power_of_2(rows))
+    return max(16, 1 << (rows - 1).bit_length())
 
 
 class BaseProduct:
