@@ -11,6 +11,7 @@ from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.core import EngineCore, build_core, check_fp8
 from deltazip_ray.errors import ConfigError
 from deltazip_ray.layers import triton_ops
+from deltazip_ray.layers.writes import Writes
 from tests.integration.test_engine_kernels import errors
 from tests.integration.test_engine_logits import last_logits, load
 from tests.support.engines import SETTINGS, random_prompt
@@ -59,19 +60,17 @@ def test_kernels_mean_the_same(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_low_rank_beside_full_deltas(zoo: Zoo) -> None:
-    core, adapted = core_of(zoo), Oracle(zoo.base)
+    core, adapted, writes = core_of(zoo), Oracle(zoo.base), Writes()
+    targets = core.slots.targets
+    for target in targets.values():
+        target.clear(3, writes)
     generator = torch.Generator().manual_seed(0)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         module = adapted.model.get_submodule(name)
         up, down = (torch.randn(size, 4, generator=generator) / 4 for size in module.weight.shape)
         module.weight.data += up @ down.T
-        core.slots.targets[f"{name}.weight"].install(3, LOW_RANK, {"up": up, "down": down.T.contiguous()})
-    core.slots.targets["model.layers.1.self_attn.o_proj.weight"].clear(3)
-    for target in core.slots.targets.values():
-        if not target.name.endswith(("q_proj.weight", "down_proj.weight")):
-            target.clear(3)
-    for name in ("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"):
-        core.slots.targets[f"{name}.weight"].clear(3)
+        targets[f"{name}.weight"].install(3, LOW_RANK, {"up": up, "down": down.T.contiguous()}, writes)
+    writes.send()
     prompts = [random_prompt(i, 9 + i) for i in range(4)]
     rows = last_logits(core, prompts, [-1, 0, 1, 3])
     oracles = [zoo.oracles[None], *(zoo.oracles[zoo.names[i]] for i in (1, 2)), adapted]
