@@ -14,7 +14,7 @@ MOST_ROWS = 64
 """Rows up to which reading the weight takes longer than multiplying it."""
 FASTER = {(6144, 4096): 32, (4096, 4096): 64, (28672, 4096): 64, (4096, 14336): 64}
 """Shapes ``[N, K]`` of 16-bit weights for which cuBLAS is slower, up to so many rows: the linears of an 8B model on an
-H200 (``docs/kernels.md``). In fp8 the library is slower for all."""
+H200 (``docs/engine.md``). In fp8 the library is slower for all."""
 _PART_COUNTS = (1, 2, 4, 8)
 _TILE_ROWS = 64
 _MAX_TILES = 4096
@@ -69,7 +69,8 @@ class BaseProduct:
         """Write ``y`` ``[T, N]`` for ``x`` ``[T, K]`` and ``weight`` ``[N, K]``, all of one type."""
         outputs, columns = weight.shape
         chosen = None
-        if self._hopper and x.dtype.itemsize == 2 and len(x) <= FASTER.get((outputs, columns), 0):
+        fits = x.dtype.itemsize == 2 and x.stride(1) == 1 and len(x) <= FASTER.get((outputs, columns), 0)
+        if fits and self._hopper:
             chosen = cut(len(x), (outputs, columns), 2)
         if chosen is None:
             torch.mm(x, weight.T, out=y)
