@@ -52,5 +52,15 @@ def breakdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def fp8_quality(report: dict[str, Any]) -> str:
+    """What a base in fp8 costs trained fine-tunes."""
+    ways = list(next(iter(report["tasks"].values())))[1:]
+    lines = ["| fine-tune | its exact match | " + " | ".join(ways) + " |", "|---|--:|" + "--:|" * len(ways)]
+    for name, found in report["tasks"].items():
+        cells = [f"{found[way]['exact_match']:.1%}, {found[way]['kl']:.0e}" for way in ways]
+        lines.append("| " + " | ".join([name, f"{found['fine-tune']['exact_match']:.1%}", *cells]) + " |")
+    return "\n".join(lines)
+
+
 def _ms(report: dict[str, Any], key: str) -> str:
     return f"{report[key]['ms']:.2f} ms" if key in report else "–"

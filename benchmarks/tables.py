@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine_table import breakdown, figures, growth
+from benchmarks.engine_table import breakdown, figures, fp8_quality, growth
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -51,10 +51,17 @@ def render(readme: str, name: str, table: str) -> str:
 
 def main() -> int:
     """Rewrite or check the pages."""
-    demo, engine = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("demo", "engine-h200"))
+    demo, engine, quality = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("demo", "engine-h200", "engine-fp8-quality")
+    )
     pages = {
         "README.md": {"demo": demo_table(demo), "engine": figures(engine)},
-        "docs/engine.md": {"engine": figures(engine), "growth": growth(engine), "breakdown": breakdown(engine)},
+        "docs/engine.md": {
+            "engine": figures(engine),
+            "growth": growth(engine),
+            "breakdown": breakdown(engine),
+            "fp8-quality": fp8_quality(quality),
+        },
     }
     stale = False
     for page, tables in pages.items():

@@ -48,14 +48,15 @@ def workspace_bytes(config: EngineConfig, shape: DecoderConfig, itemsize: int) -
     """The most that a step takes beside weights and cache: its widest activations, one merged weight, its logits."""
     attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     widest = max(3 * shape.intermediate_size, attention + shape.heads * shape.head_dim)
-    rows = config.max_batch_tokens * (4 * shape.hidden_size + widest) * (itemsize + 1)
+    rows = config.max_batch_tokens * (4 * shape.hidden_size + widest) * (itemsize + (2 if config.base_dtype else 1))
     merged = 2 * shape.intermediate_size * shape.hidden_size * itemsize
     logits = config.max_running * (shape.vocab_size + config.max_added_tokens) * (2 * itemsize + 3 * 4)
     return rows + merged + logits + _GRAPHS
 
 
 def measure(device: torch.device) -> DeviceMemory:
-    """A GPU's memory now."""
+    """A GPU's memory now, without what loading has left in torch's cache."""
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     return DeviceMemory(total, free, torch.cuda.memory_reserved(device))
 
