@@ -26,6 +26,8 @@ from deltazip_deployments.replica import EngineFactory, make_engine
 from deltazip_ray.config import AppConfig
 from deltazip_ray.errors import ConfigError, EngineError
 
+logger = logging.getLogger(__name__)
+
 APP_NAME = "deltazip"
 _HEALTH_PAUSE_S = 0.1
 _OUR_ERROR = re.compile(r"^deltazip_ray\.errors\.\w+: (.+)", re.MULTILINE)
@@ -107,6 +109,8 @@ def connect(config: AppConfig) -> bool:
             raise ConfigError(
                 f"no Ray answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: correct it, or unset it to start one here"
             ) from error
+        if missing := _missing_gpus(config):
+            logger.warning("%s: waiting until the cluster has grown", missing)
         return True
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # On Linux Ray listens on all interfaces and takes loopback addresses for a mistake, unless it is told, as on
@@ -123,19 +127,20 @@ def connect(config: AppConfig) -> bool:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    _check_gpus(config.replicas * config.resources.get("GPU", 0.0))
+    if missing := _missing_gpus(config):
+        # Serve would wait for ever.
+        raise ConfigError(
+            f"{missing}: lower replicas, share a GPU with replica_resources.GPU below 1, or set engine.device to cpu"
+        )
     return True
 
 
-def _check_gpus(wanted: float) -> None:
-    """Serve would wait for ever for GPUs that a cluster of one machine never gets. Raises ConfigError."""
+def _missing_gpus(config: AppConfig) -> str | None:
+    """What the replicas ask for and the cluster does not have; None when it does."""
+    wanted = config.replicas * config.resources.get("GPU", 0.0)
     resources: Any = ray.cluster_resources  # has no types
     there = resources().get("GPU", 0.0)
-    if wanted > there:
-        raise ConfigError(
-            f"the replicas ask for {wanted:g} GPUs, but Ray finds {there:g} here: lower replicas, "
-            "share a GPU with replica_resources.GPU below 1, or set engine.device to cpu"
-        )
+    return f"the replicas ask for {wanted:g} GPUs, but Ray finds {there:g}" if wanted > there else None
 
 
 def _deploy(config: AppConfig, host: str, port: int, engine_factory: EngineFactory) -> None:

@@ -1,4 +1,6 @@
-"""GPUs that this machine lacks: Serve would wait for them for ever."""
+"""GPUs that a machine lacks, Serve would wait for for ever; those of a cluster may come."""
+
+import logging
 
 import pytest
 import ray
@@ -8,19 +10,32 @@ from deltazip_ray.config import AppConfig
 from deltazip_ray.errors import ConfigError
 
 
-@pytest.mark.parametrize(("replicas", "share", "enough"), [(1, 1.0, True), (2, 0.5, True), (2, 1.0, False)])
-def test_more_gpus_than_the_machine_has(
-    monkeypatch: pytest.MonkeyPatch, replicas: int, share: float, enough: bool
-) -> None:
+@pytest.fixture(autouse=True)
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_ADDRESS", "RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+
+
+def on_cuda(replicas: int, share: float) -> AppConfig:
     settings = {"base": "/b", "store": {"url": "file:///d"}, "engine": {"device": "cuda"}}
-    config = AppConfig.model_validate(settings | {"replicas": replicas, "replica_resources": {"GPU": share}})
-    if enough:
-        assert connect(config)
-    else:
-        with pytest.raises(ConfigError, match="ask for 2 GPUs, but Ray finds 1 here"):
-            connect(config)
+    return AppConfig.model_validate(settings | {"replicas": replicas, "replica_resources": {"GPU": share}})
+
+
+@pytest.mark.parametrize(("replicas", "share"), [(1, 1.0), (2, 0.5)])
+def test_enough(replicas: int, share: float) -> None:
+    assert connect(on_cuda(replicas, share))
+
+
+def test_too_few_on_this_machine() -> None:
+    with pytest.raises(ConfigError, match="ask for 2 GPUs, but Ray finds 1: "):
+        connect(on_cuda(2, 1.0))
+
+
+def test_too_few_in_a_cluster_yet(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with caplog.at_level(logging.WARNING):
+        assert connect(on_cuda(2, 1.0))
+    assert "Ray finds 1: waiting" in caplog.text
