@@ -1,9 +1,11 @@
 """GPUs that a machine lacks, Serve would wait for for ever; those of a cluster may come."""
 
 import logging
+import os
 
 import pytest
 import ray
+from ray._private import ray_constants
 
 from deltazip_deployments.serving import connect
 from deltazip_ray.config import AppConfig
@@ -12,8 +14,11 @@ from deltazip_ray.errors import ConfigError
 
 @pytest.fixture(autouse=True)
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RAY_ADDRESS", "RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # What connecting changes is put back.
+    for name in ("RAY_USAGE_STATS_ENABLED", ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR):
+        monkeypatch.setenv(name, os.environ.get(name, "0"))
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", ray_constants.ENABLE_RAY_CLUSTER)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
