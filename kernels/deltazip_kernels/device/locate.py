@@ -24,7 +24,11 @@ def wait(OVERLAP: tl.constexpr):
 
 @triton.jit
 def let_next_start(OVERLAP: tl.constexpr):
-    """The next launch, if it overlaps, may start when all programs have come here. Comes after :func:`wait`."""
+    """The next launch, if it overlaps, may start when all programs have come here.
+
+    Before :func:`wait` it may start while the launches ahead of this one still run: it must not read what they write
+    before it has waited itself.
+    """
     if OVERLAP:
         gdc_launch_dependents()
 

@@ -1,13 +1,14 @@
 """The kernel behind ``deltazip_kernels.rope``.
 
 A program has BLOCK heads of one row of q|k|v. A head is three pieces: the two halves that rotate into each other, WIDTH
-columns of which HALF exist, and the columns behind them, which stay (REST of them, padded to TAIL).
+columns of which HALF exist, and the columns behind them, which stay (REST of them, padded to TAIL). ``positions``, the
+tables and ``where`` are read before it waits: these must be older than the launch ahead.
 """
 
 import triton
 import triton.language as tl
 
-from deltazip_kernels.device.locate import wait
+from deltazip_kernels.device.locate import let_next_start, wait
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def rope(
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Norms and rotates the H + G first heads of a row, writes q to ``q``, k and v to row ``where`` of the caches."""
-    wait(OVERLAP)
+    let_next_start(OVERLAP)
     REST: tl.constexpr = D - 2 * HALF
     KIND: tl.constexpr = qkv.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -50,12 +51,13 @@ def rope(
     exists = (h < H + 2 * G)[:, None]
     turned = (h < H + G)[:, None]
     c = tl.arange(0, WIDTH)
+    cosine = tl.load(cos + position * HALF + c, mask=c < HALF, other=0.0)[None, :]
+    sine = tl.load(sin + position * HALF + c, mask=c < HALF, other=0.0)[None, :]
+    wait(OVERLAP)
     inside = exists & (c < HALF)[None, :]
     at = qkv + row * qkv_stride + h[:, None] * D
     a = tl.load(at + c[None, :], mask=inside, other=0.0).to(tl.float32)
     b = tl.load(at + HALF + c[None, :], mask=inside, other=0.0).to(tl.float32)
-    cosine = tl.load(cos + position * HALF + c, mask=c < HALF, other=0.0)[None, :]
-    sine = tl.load(sin + position * HALF + c, mask=c < HALF, other=0.0)[None, :]
     if REST:
         d = tl.arange(0, TAIL)
         behind = exists & (d < REST)[None, :]
