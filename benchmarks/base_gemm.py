@@ -19,7 +19,13 @@ from deltazip_kernels.bench.timing import copy_bandwidth, graph_times
 from deltazip_kernels.fp8 import FP8, Fp8Matrix
 from deltazip_kernels.skinny import MOST_ROWS, BaseProduct, cut
 
-SHAPES = {"q|k|v": (6144, 4096), "o": (4096, 4096), "gate|up": (28672, 4096), "down": (4096, 14336)}
+SHAPES = {
+    "q|k|v": (6144, 4096),
+    "o": (4096, 4096),
+    "gate|up": (28672, 4096),
+    "down": (4096, 14336),
+    "head": (128256, 4096),
+}
 ROWS = (8, 32, 64, 128, 256, 1024, 8192)
 _BYTES = 800 << 20  # of weights, in turn
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltazip_kernels import PackedDelta
+from deltazip_kernels import PackedDelta, skinny
 from deltazip_kernels.fp8 import Fp8Matrix, fp8_matmul_torch, round_to_fp8
 from deltazip_kernels.merged import merge_weight
 from deltazip_kernels.quantize import quantize_rows, rms_norm_quantize, silu_mul_quantize
@@ -84,6 +84,39 @@ def test_product_in_fp8(shape: tuple[int, int], rows: int, device: torch.device)
     want = fp8_matmul_torch(x, weight, torch.float32)
     assert float((outputs[0].float() - want).norm() / want.norm()) < 4e-3
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("rows", [3, 20, MOST_ROWS, MOST_ROWS + 1])
+def test_product_in_16_bits(rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skinny, "FASTER", {(128, 512): MOST_ROWS})
+    launched: list[skinny.Cut] = []
+    launch = BaseProduct._launch
+    monkeypatch.setattr(BaseProduct, "_launch", lambda *args: (launched.append(args[4]), launch(*args)))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    wide, weight = (normal(size, 512, seed=size).to(device, dtype) for size in (rows, 128))
+    product, outputs = BaseProduct(device), []
+    for x in (wide, wide, wide.T.contiguous().T):  # columns that are not adjacent are left to torch
+        outputs.append(torch.full((rows, 128), torch.nan, dtype=dtype, device=device))
+        product(outputs[-1], x, weight)
+        torch.testing.assert_close(outputs[-1].float(), x.float() @ weight.float().T, rtol=2**-7, atol=0.05)
+    assert torch.equal(outputs[0], outputs[1])
+    assert launched == ([skinny.Cut(4, 128, 6)] * 2 if rows <= MOST_ROWS else [])
+
+
+@pytest.mark.parametrize("itemsize", [1, 2])
+@pytest.mark.parametrize("rows", [1, 17, 64])
+@pytest.mark.parametrize("shape", [*skinny.FASTER, (64, 128), (192, 1792), (4608, 3584), (128256, 4096)])
+def test_a_cut_covers_the_weight_and_fits_a_multiprocessor(shape: tuple[int, int], rows: int, itemsize: int) -> None:
+    chosen = skinny.cut(rows, shape, itemsize)
+    assert chosen is not None
+    assert shape[1] % (chosen.parts * chosen.columns) == 0
+    assert chosen.stages * chosen.columns * itemsize * (64 + skinny.padded(rows)) <= 227 << 10
+    assert shape not in skinny.FASTER or shape[0] // 64 * chosen.parts >= 128
+
+
+@pytest.mark.parametrize(("rows", "shape"), [(0, (64, 128)), (65, (64, 128)), (1, (80, 128)), (1, (64, 112))])
+def test_what_the_kernel_does_not_take(rows: int, shape: tuple[int, int]) -> None:
+    assert skinny.cut(rows, shape, 1) is None
 
 
 @pytest.mark.parametrize("codec", ["int4", "int2"])
