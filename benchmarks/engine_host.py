@@ -1,12 +1,13 @@
 """``python -m benchmarks.engine_host --json FILE``: CPU time of the engine's Python; its device is free.
 
-Everybody decodes, one step ahead, greedy; 16 versions. The engine is the real one but for its runner, which draws the
+Everybody decodes, one step ahead; 16 versions. The engine is the real one but for its runner, which draws the
 same token always. Times are CPU time of threads, so that a busy machine does not count: ``step`` of the thread that
 steps, by stage, and ``loop`` of the event loop, which hands the tokens to those who wait for them.
 """
 
 import argparse
 import asyncio
+import gc
 import json
 import platform
 import statistics
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +34,10 @@ from deltazip_ray.scheduler.batch import Batch
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 
 VERSIONS, PROMPT, STEP_S = 16, 64, 0.005
+KINDS = {
+    "greedy": SamplingParams(max_tokens=1900, temperature=0.0, ignore_eos=True),
+    "top-p": SamplingParams(max_tokens=1900, temperature=0.8, top_p=0.9, ignore_eos=True),
+}
 _T = TypeVar("_T")
 
 
@@ -111,7 +117,7 @@ async def take(engine: AsyncEngine, request: GenerateRequest) -> None:
         pass
 
 
-async def measure(running: int, seconds: float) -> dict[str, Any]:
+async def measure(running: int, sampling: SamplingParams, seconds: float) -> dict[str, Any]:
     """Microseconds of CPU time a step."""
     clock = Clock()
     config = EngineConfig(
@@ -122,7 +128,8 @@ async def measure(running: int, seconds: float) -> dict[str, Any]:
     source = RandomVersions(random_delta(shape, "int2", outer=False))
     engine = AsyncEngine(config, Path(), source, CollectorRegistry(), build=partial(core_of, running, clock))
     await engine.start()
-    sampling = SamplingParams(max_tokens=1900, temperature=0.0, ignore_eos=True)
+    gc.collect()
+    gc.freeze()  # as replicas do
     tasks = [
         asyncio.create_task(
             take(engine, GenerateRequest(str(i), f"{i % VERSIONS:064x}", tuple(range(i, i + PROMPT)), sampling))
@@ -164,11 +171,12 @@ def main() -> None:
         "step_s": STEP_S,
         "host": [],
     }
-    for running in (32, 64, 128, 256):
-        runs = [asyncio.run(measure(running, options.seconds)) for _ in range(options.runs)]
+    for (kind, sampling), running in product(KINDS.items(), (32, 64, 128, 256)):
+        runs = [asyncio.run(measure(running, sampling, options.seconds)) for _ in range(options.runs)]
         stages = {name: statistics.median(run["us"][name] for run in runs) for name in runs[0]["us"]}
-        report["host"].append({"running": running, "us": stages, "runs": runs})
-        sys.stdout.write(f"{running}: " + ", ".join(f"{name} {us:.0f} us" for name, us in stages.items()) + "\n")
+        report["host"].append({"kind": kind, "running": running, "us": stages, "runs": runs})
+        told = ", ".join(f"{name} {us:.0f} us" for name, us in stages.items())
+        sys.stdout.write(f"{kind}, {running}: {told}\n")
         sys.stdout.flush()
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 

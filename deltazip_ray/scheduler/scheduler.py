@@ -184,16 +184,15 @@ class Scheduler:
         if scores:
             self._take_scores(batch, scores)
         results = iter(drawn)
-        for chunk in batch.chunks:
-            one = next(results) if chunk.samples else None
-            sequence = chunk.sequence
+        for sequence, tokens, start, table, samples, *_ in batch.chunks:
+            one = next(results) if samples else None
             if sequence.over:
                 continue
-            if chunk.samples and one is None:
+            if samples and one is None:
                 self._end(sequence, _undrawable(sequence))
                 continue
-            full = (chunk.start + len(chunk.tokens)) // self._block_size
-            if full > sequence.named and chunk.block_table is sequence.table:
+            full = (start + len(tokens)) // self._block_size
+            if full > sequence.named and table is sequence.table:
                 self._name_blocks(sequence, full)
             if one is not None:
                 self._record(sequence, one)
@@ -310,6 +309,9 @@ class Scheduler:
     def _record(self, sequence: SequenceState, drawn: Drawn) -> None:
         """Take the next token of a request, and with the last one its end."""
         reason = sequence.append(drawn.token)
+        if reason is None and drawn.logprobs is None and not sequence.scores:
+            self._news.append((sequence.request.request_id, TokenChunk((drawn.token,))))  # nearly all of them
+            return
         chunk = drawn.chunk(reason)
         if sequence.scores:
             chunk = chunk._replace(prompt_logprobs=tuple(sequence.scores))

@@ -17,6 +17,7 @@ class SequenceState:
     __slots__ = (
         "_before",
         "_complete",
+        "_stops",
         "draw_state",
         "drawing",
         "in_flight",
@@ -77,6 +78,7 @@ class SequenceState:
         """Tokens that its version was charged for, or that it got for nothing."""
         self._before = request.output_offset - len(request.prompt)
         self._complete = request.sampling.max_tokens - self._before
+        self._stops = frozenset[int]() if request.sampling.ignore_eos else request.sampling.stop_token_ids
 
     def __len__(self) -> int:
         """Tokens so far: known ones, and those that are being drawn."""
@@ -116,9 +118,8 @@ class SequenceState:
 
     def append(self, token: int) -> FinishReason | None:
         """Take the token that was drawn; a stop token is not kept. Returns the reason when the sequence is finished."""
-        sampling = self.request.sampling
         self.drawing -= 1
-        if token in sampling.stop_token_ids and not sampling.ignore_eos:
+        if token in self._stops:
             return "stop"
         self.tokens.append(token)
         return "length" if len(self.tokens) == self._complete else None

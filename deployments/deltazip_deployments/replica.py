@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
@@ -92,6 +93,9 @@ class Replica:
         if not self._started:
             await self._engine.start()
             await self._engine.adopt(await self._source.connect())
+            # What is here now stays: looking through it for garbage again and again would hold up steps by 0.2 s.
+            gc.collect()
+            gc.freeze()
             self._beats = asyncio.create_task(self._beat())
             self._started = True
         if self._beats is not None and self._beats.done():
