@@ -42,7 +42,7 @@ def measure(rows: int) -> dict[str, Any]:
     logits = torch.randn(rows, VOCAB, device=device) * 3
     found: dict[str, Any] = {"rows": rows}
     for name, params in KINDS.items():
-        batch = SamplingBatch.of([Draw(params, row) for row in range(rows)], device)
+        batch = SamplingBatch.of([Draw.at(params, row) for row in range(rows)], device)
         found[name] = milliseconds(lambda batch=batch: sample(logits, batch))  # type: ignore[misc]
     top = logits.max(-1, keepdim=True).values
     weights = whole_weights(logits.clone(), top, torch.full_like(top, 0.8))

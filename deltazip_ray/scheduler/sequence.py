@@ -71,7 +71,7 @@ class SequenceState:
         self.sequential = request.sampling.sequential
         """Whether its next draw depends on all tokens before it."""
         self.draw_state: Any = None
-        """What the sampler remembers of the tokens before, if it must."""
+        """What the sampler remembers of the request, and of the tokens before, if it must."""
         self.order: tuple[float, int] | None = None
         """Its place among all requests, the least first: given when it is queued, and kept."""
         self.paid = 0

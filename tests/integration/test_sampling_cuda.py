@@ -41,7 +41,7 @@ def make_draws() -> list[Draw]:
         history = [row, 5, 9, row + 70_000, 9]
         state = DrawState(GenerateRequest("r", None, tuple(history), params, output_offset=2))
         state.advance(history)
-        draws.append(Draw(params, row % 5, state))
+        draws.append(Draw.at(params, row % 5, state))
     return draws
 
 

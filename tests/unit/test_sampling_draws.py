@@ -21,7 +21,7 @@ def sample(logits: torch.Tensor, draws: list[Draw]) -> list[int | None]:
 
 def frequencies(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """How often each token comes when ``logits`` ``[vocab]`` are drawn from at many positions."""
-    drawn = sample(logits.expand(DRAWS, -1), [Draw(params, position) for position in range(DRAWS)])
+    drawn = sample(logits.expand(DRAWS, -1), [Draw.at(params, position) for position in range(DRAWS)])
     counts = Counter(drawn)
     return torch.tensor([counts[token] / DRAWS for token in range(len(logits))], dtype=torch.float64)
 
@@ -78,7 +78,7 @@ def test_top_p_counts_what_top_k_left() -> None:
 )
 def test_what_leaves_one_token_is_greedy(params: SamplingParams) -> None:
     logits = random_logits(64, seed=2)
-    assert sample(logits, [Draw(params, i) for i in range(64)]) == logits.argmax(-1).tolist()
+    assert sample(logits, [Draw.at(params, i) for i in range(64)]) == logits.argmax(-1).tolist()
 
 
 def test_a_row_draws_the_same_whatever_shares_the_batch() -> None:
@@ -89,7 +89,7 @@ def test_a_row_draws_the_same_whatever_shares_the_batch() -> None:
         SamplingParams(temperature=0.7, top_k=8, seed=2),
         SamplingParams(temperature=1.3, top_p=0.8, seed=3),
     ]
-    draws = [Draw(kinds[i % 4], i) for i in range(40)]
+    draws = [Draw.at(kinds[i % 4], i) for i in range(40)]
     together = sample(logits, draws)
     assert together == [sample(logits[i : i + 1], draws[i : i + 1])[0] for i in range(40)]
     padded = torch.cat([logits, torch.full((40, 5), -torch.inf)], dim=1)
@@ -100,7 +100,7 @@ def test_the_seed_and_the_position_decide() -> None:
     logits = torch.zeros(200, 1000)
 
     def draw(seed: int, first: int) -> list[int | None]:
-        return sample(logits, [Draw(SamplingParams(seed=seed), first + i) for i in range(200)])
+        return sample(logits, [Draw.at(SamplingParams(seed=seed), first + i) for i in range(200)])
 
     assert draw(1, 0) == draw(1, 0)
     assert draw(1, 0)[50:] == draw(1, 50)[:150]
@@ -122,6 +122,6 @@ def test_uniform_numbers_are_below_one_for_any_seed() -> None:
 @pytest.mark.parametrize("params", [SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(top_p=0.5)])
 def test_only_the_row_that_is_not_finite_is_refused(broken: float, params: SamplingParams) -> None:
     logits = random_logits(3, seed=4)
-    alone = sample(logits, [Draw(params, i) for i in range(3)])
+    alone = sample(logits, [Draw.at(params, i) for i in range(3)])
     logits[1, 7] = broken
-    assert sample(logits, [Draw(params, i) for i in range(3)]) == [alone[0], None, alone[2]]
+    assert sample(logits, [Draw.at(params, i) for i in range(3)]) == [alone[0], None, alone[2]]

@@ -36,7 +36,7 @@ def draw(params: SamplingParams, tokens: Sequence[int] = HISTORY, output: int = 
     """A draw after ``tokens``, of which the last ``output`` are output."""
     state = DrawState(GenerateRequest("r", None, tuple(tokens), params, output_offset=output))
     state.advance(tokens)
-    return Draw(params, position, state)
+    return Draw.at(params, position, state)
 
 
 def edited(logits: torch.Tensor, *draws: Draw) -> torch.Tensor:
@@ -85,7 +85,7 @@ def test_a_state_that_grows_is_one_that_was_told_all_at_once() -> None:
     for end in (3, 4, 7):
         grown.advance(HISTORY[:end])
     logits = random_logits(seed=3)
-    found = edited(logits, Draw(params, 4, grown))
+    found = edited(logits, Draw.at(params, 4, grown))
     assert torch.equal(found, edited(logits, draw(params, output=4)))
 
 
@@ -127,7 +127,7 @@ def test_a_mask_leaves_what_is_allowed_in_its_own_rows(vocab: int) -> None:
     state.advance([5, 9, 5, 31, 7])
     assert matcher.seen == [5, 31, 7]
     logits = random_logits(3, seed=5)
-    found = edited(logits, Draw(SamplingParams(), 0), Draw(params, 0, state), Draw(SamplingParams(), 0))
+    found = edited(logits, Draw.at(SamplingParams(), 0), Draw.at(params, 0, state), Draw.at(SamplingParams(), 0))
     assert torch.equal(found[[0, 2]], logits[[0, 2]])
     assert found[1].isfinite().nonzero()[:, 0].tolist() == allowed
     assert torch.equal(found[1, allowed], logits[1, allowed])
@@ -148,7 +148,7 @@ def test_a_mask_leaves_what_is_allowed_in_its_own_rows(vocab: int) -> None:
 def test_tokens_come_as_often_as_transformers_says(params: SamplingParams, warpers: list[object]) -> None:
     logits, count = random_logits(seed=6), 20_000
     oracle = LogitsProcessorList(warpers)(torch.tensor([HISTORY]), logits.clone()).softmax(-1)[0].double()
-    draws = [Draw(params, position) for position in range(count)]
+    draws = [Draw.at(params, position) for position in range(count)]
     drawn = sample(logits.repeat(count, 1), SamplingBatch.of(draws, logits.device)).tokens.tolist()
     counts = Counter(drawn)
     found = torch.tensor([counts[token] / count for token in range(VOCAB)], dtype=torch.float64)
@@ -181,7 +181,7 @@ def test_logprobs_are_the_models_own_whatever_is_done_to_the_logits() -> None:
 def test_the_least_logprob_can_be_written_as_json() -> None:
     logits = torch.full((1, 8), -torch.inf)
     logits[0, 3] = 1.0
-    draws = [Draw(SamplingParams(temperature=0.0, logprobs=20), 0)]
+    draws = [Draw.at(SamplingParams(temperature=0.0, logprobs=20), 0)]
     (one,) = sample(logits, SamplingBatch.of(draws, logits.device)).fetch()
     assert one is not None
     assert one.logprobs is not None

@@ -1,11 +1,14 @@
 """One token to draw, and what its request remembers of those before it."""
 
+import math
 from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from deltazip_ray.scheduler.batch import Chunk
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
+
+_COLDEST = 1e-30  # a lower temperature is no different, and would not be a float32
 
 
 class DrawState:
@@ -41,21 +44,46 @@ class DrawState:
         self.counts[place] += made
 
 
+class Traits(NamedTuple):
+    """What all draws of a request have in common, worked out once."""
+
+    random: tuple[bool, bool] | None
+    """None for greedy ones; else whether top-k or top-p cut anything off, and whether min-p does."""
+    edits: bool
+    seed: int
+    numbers: tuple[float, float, float, float]
+    """Temperature, top-k (infinite for all), top-p, min-p."""
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> "Traits":
+        """Those of a request with these parameters."""
+        random = None if params.greedy else (params.top_k > 0 or params.top_p < 1, params.min_p > 0)
+        numbers = (max(params.temperature, _COLDEST), params.top_k or math.inf, params.top_p, params.min_p)
+        return cls(random, params.edits, params.seed, numbers)
+
+
 class Draw(NamedTuple):
     """One token to draw: the parameters of its request and its position in the request's whole output."""
 
     params: SamplingParams
     position: int
+    traits: Traits
     state: DrawState | None = None
     """Needed where ``params.sequential``."""
 
     @classmethod
+    def at(cls, params: SamplingParams, position: int, state: DrawState | None = None) -> "Draw":
+        """A single draw."""
+        return cls(params, position, Traits.of(params), state)
+
+    @classmethod
     def of(cls, chunk: Chunk) -> "Draw":
-        """The draw of a chunk that samples. Its sequence keeps the state."""
+        """The draw of a chunk that samples. Its sequence keeps what the next one needs."""
         sequence, params = chunk.sequence, chunk.sampling
-        if not sequence.sequential:
-            return cls(params, chunk.output_index)
         if sequence.draw_state is None:
-            sequence.draw_state = DrawState(sequence.request)
-        sequence.draw_state.advance(sequence.tokens)
-        return cls(params, chunk.output_index, sequence.draw_state)
+            state = DrawState(sequence.request) if sequence.sequential else None
+            sequence.draw_state = Traits.of(params), state
+        traits, state = sequence.draw_state
+        if state is not None:
+            state.advance(sequence.tokens)
+        return cls(params, chunk.output_index, traits, state)

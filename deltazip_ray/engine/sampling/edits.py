@@ -106,7 +106,7 @@ Edit = Biases | Penalties | Masks
 
 def edits(draws: Sequence[Draw], device: torch.device) -> tuple[Edit, ...]:
     """What the draws ask for, in the order in which it is applied."""
-    if not any(one.params.edits for one in draws):
+    if not any(one.traits.edits for one in draws):
         return ()
     made = (kind.of(draws, device) for kind in (Biases, Penalties, Masks))
     return tuple(edit for edit in made if edit is not None)

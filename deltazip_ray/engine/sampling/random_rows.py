@@ -12,7 +12,7 @@ from deltazip_ray.engine.sampling.weights import cut_probability, cut_ranks, kee
 from deltazip_ray.layers.staging import to_device
 
 _GOLDEN = 0x9E3779B97F4A7C15
-_COLDEST = 1e-30  # a lower temperature is no different, and would not be a float32
+_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,29 +43,25 @@ def random_rows(draws: Sequence[Draw], device: torch.device) -> tuple[RandomRows
     """All rows that are not greedy, by what has to be done for them."""
     groups: dict[tuple[bool, bool], list[int]] = {}
     for row, one in enumerate(draws):
-        if not one.params.greedy:
-            ranked = one.params.top_k > 0 or one.params.top_p < 1
-            groups.setdefault((ranked, one.params.min_p > 0), []).append(row)
+        if one.traits.random is not None:
+            groups.setdefault(one.traits.random, []).append(row)
     return tuple(_stage(draws, rows, device, *kind) for kind, rows in groups.items())
 
 
 def uniform(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
     """Numbers in [0, 1) that are functions of seed and position (splitmix64, 48 bits kept)."""
-    low = np.array([seed & ((1 << 64) - 1) for seed in seeds], dtype=np.uint64)
+    low = np.array([seed & _MASK for seed in seeds], dtype=np.uint64)
     steps = (np.array(positions, dtype=np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
     return (_mix(_mix(low) + steps) >> np.uint64(16)).astype(np.float64) * 2.0**-48
 
 
 def _stage(draws: Sequence[Draw], rows: list[int], device: torch.device, ranked: bool, cut: bool) -> RandomRows:
-    params = [draws[row].params for row in rows]
+    traits = [draws[row].traits for row in rows]
     columns = np.empty((6, len(rows), 1))
     columns[0, :, 0] = rows
-    columns[1, :, 0] = [max(p.temperature, _COLDEST) for p in params]
-    columns[2, :, 0] = uniform([p.seed for p in params], [draws[row].position for row in rows])
-    columns[3, :, 0] = [p.top_k or np.inf for p in params]
-    columns[4, :, 0] = [p.top_p for p in params]
-    columns[5, :, 0] = [p.min_p for p in params]
-    index, temperature, point, top_k, top_p, min_p = to_device(columns, device)
+    columns[1, :, 0] = uniform([one.seed for one in traits], [draws[row].position for row in rows])
+    columns[2:, :, 0] = np.array([one.numbers for one in traits]).T
+    index, point, temperature, top_k, top_p, min_p = to_device(columns, device)
     return RandomRows(
         rows=index[:, 0].long(),
         ranked=ranked,
