@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -98,12 +98,14 @@ class RandomCheckpoint(Checkpoint):
 
 
 class Stopwatch:
-    """Seconds by stage; a stage's clock stops while another that it calls runs."""
+    """Seconds and largest GPU memory by stage; a stage's clock stops while another that it calls runs."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._running: list[str] = ["the rest"]
         self.seconds: dict[str, float] = defaultdict(float)
+        self.peaks: dict[str, int] = defaultdict(int)
+        """Bytes."""
         self._since = time.perf_counter()
 
     @contextmanager
@@ -117,10 +119,13 @@ class Stopwatch:
             self._running.pop()
 
     def _note(self) -> None:
+        running = self._running[-1]
         if self._device.type == "cuda":
             torch.cuda.synchronize()
+            self.peaks[running] = max(self.peaks[running], torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
         now = time.perf_counter()
-        self.seconds[self._running[-1]] += now - self._since
+        self.seconds[running] += now - self._since
         self._since = now
 
     def watch(self, owner: Any, function: str, name: str) -> Callable[[], None]:
@@ -189,8 +194,19 @@ def write_text(path: Path, vocab: int, tokens: int) -> Path:
     return path
 
 
-def measure(pair: Pair, options: CompressOptions, out: Path) -> tuple[Manifest, dict[str, float], float]:
-    """The manifest, seconds by stage, and seconds in all."""
+class Measured(NamedTuple):
+    """One compression."""
+
+    manifest: Manifest
+    stages: dict[str, float]
+    """Seconds."""
+    peaks: dict[str, int]
+    """Bytes on the GPU at most, by stage."""
+    seconds: float
+
+
+def measure(pair: Pair, options: CompressOptions, out: Path) -> Measured:
+    """Compress, with a clock on every stage."""
     if options.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -207,8 +223,8 @@ def measure(pair: Pair, options: CompressOptions, out: Path) -> tuple[Manifest, 
             each()
         # Also of a run that was stopped.
         for name, seconds in sorted(watch.seconds.items(), key=lambda item: -item[1]):
-            print(f"{seconds:8.2f} s  {name}")
-    return manifest, dict(watch.seconds), time.perf_counter() - start
+            print(f"{seconds:8.2f} s  {watch.peaks[name] / 1e9:6.2f} GB  {name}")
+    return Measured(manifest, dict(watch.seconds), dict(watch.peaks), time.perf_counter() - start)
 
 
 def progress_to_stdout() -> Callable[[str, float], None]:
@@ -224,25 +240,24 @@ def progress_to_stdout() -> Callable[[str, float], None]:
     return tell
 
 
-def memory(pair: Pair, options: CompressOptions) -> dict[str, int]:
-    """Bytes: the peak on the GPU, and what it is compared with."""
+def memory(pair: Pair, options: CompressOptions, peaks: dict[str, int]) -> dict[str, Any]:
+    """Bytes on the GPU: the peaks, and what bounds them."""
     prefix = f"{pair.skeleton.block_name(0)}."
     block = sum(2 * pair.base.tensor(name).nbytes for name in pair.base.names if name.startswith(prefix))
     width = torch.finfo(options.torch_dtype).bits // 8
     hidden = pair.skeleton.config.hidden_size
     states = 2 * options.samples * options.sequence_length * hidden * width
     return {
-        "peak": torch.cuda.max_memory_allocated() if options.device == "cuda" else 0,
+        "peak": max(peaks.values(), default=0),
+        "peaks": dict(sorted(peaks.items(), key=lambda item: -item[1])),
         "two_blocks_of_both": 2 * block,
         "calibration_states": states,
         "embedding_and_head_of_both": 4 * pair.base.tensor(pair.skeleton.embedding).nbytes,
     }
 
 
-def report(
-    pair: Pair, options: CompressOptions, found: tuple[Manifest, dict[str, float], float], args: argparse.Namespace
-) -> dict[str, Any]:
-    manifest, stages, seconds = found
+def report(pair: Pair, options: CompressOptions, found: Measured, args: argparse.Namespace) -> dict[str, Any]:
+    manifest = found.manifest
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     codecs = Counter(entry.codec for blob in manifest.blobs for entry in blob.tensors.values())
     return {
@@ -253,9 +268,9 @@ def report(
         "shape": args.shape,
         "layers": pair.skeleton.blocks,
         "options": options.model_dump(mode="json", exclude_defaults=True, exclude={"calibration"}),
-        "seconds": seconds,
-        "stages": dict(sorted(stages.items(), key=lambda item: -item[1])),
-        "memory": memory(pair, options),
+        "seconds": found.seconds,
+        "stages": dict(sorted(found.stages.items(), key=lambda item: -item[1])),
+        "memory": memory(pair, options, found.peaks),
         "bytes_finetuned": manifest.bytes_finetuned,
         "bytes_artifact": manifest.bytes_artifact,
         "codecs": codecs,

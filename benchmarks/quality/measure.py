@@ -129,18 +129,18 @@ class Bench:
             "ours, bytes of 2:4 int2": partial(shop.targeted, target_ratio=sizes["2:4 int2"]),
             "ours, bytes of 2:4 int4": partial(shop.targeted, target_ratio=sizes["2:4 int4"]),
             "ours, ratio 10": partial(shop.targeted, target_ratio=10),
+            "ours, ratio 16": partial(shop.targeted, target_ratio=16),
             "ours, 2 bits": partial(shop.targeted, target_bits=2),
-            "ours, 4 bits": partial(shop.targeted, target_bits=4),
+            "ours, error 1%": partial(shop.compressed, max_error=0.01),
             "ours, 3 bits": partial(shop.targeted, target_bits=3),
             "ours, 1.5 bits": partial(shop.targeted, target_bits=1.5),
-            "ours, ratio 16": partial(shop.targeted, target_ratio=16),
-            "ours, error 1%": partial(shop.compressed, max_error=0.01),
+            "ours, 4 bits": partial(shop.targeted, target_bits=4),
             "ours, int2 for all": partial(shop.compressed, codec="int2"),
+            "no descent, int2": partial(self._without_descent, "int2"),
             "ours, int1 for all": partial(shop.compressed, codec="int1"),
+            "no descent, int1": partial(self._without_descent, "int1"),
             "ours, int3 for all": partial(shop.compressed, codec="int3"),
             "ours, int4 for all": partial(shop.compressed, codec="int4"),
-            "no descent, int2": partial(self._without_descent, "int2"),
-            "no descent, int1": partial(self._without_descent, "int1"),
         }
 
     def others(self) -> dict[str, Callable[[], Made]]:

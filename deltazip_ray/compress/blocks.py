@@ -1,20 +1,20 @@
 """Compresses one decoder block (the ΔCompress of DeltaZip, arXiv 2312.05215)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from deltazip_ray.artifact.manifest import TensorEntry
-from deltazip_ray.compress.coding import Plan, code
+from deltazip_ray.compress.coding import Outcome, Plan, code
 from deltazip_ray.compress.hessian import Hessian
 from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.compress.pairing import Pair
 from deltazip_ray.compress.parts import Parts, rebuild
 from deltazip_ray.compress.quality import relative
 from deltazip_ray.compress.runner import Runner
-from deltazip_ray.compress.skeleton import Skeleton, load_tensors
+from deltazip_ray.compress.skeleton import Skeleton, check_tensor
 from deltazip_ray.compress.solver import Solver
 
 
@@ -28,7 +28,7 @@ class States:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """The weights of one block on both sides, in their dtypes as stored, on one device."""
+    """The weights of one block on both sides, in their dtypes as stored, on the host: one at a time is placed."""
 
     prefix: str
     base: dict[str, Tensor]
@@ -36,25 +36,33 @@ class BlockWeights:
     finetuned: dict[str, Tensor]
     changed: frozenset[str]
     """Names inside the block of the weights that differ."""
+    device: torch.device
 
     def full(self, name: str) -> str:
         """The full name of ``name``."""
         return f"{self.prefix}.{name}"
 
+    def placed(self, name: str) -> Tensor:
+        """The fine-tune's ``name``, float32 on the device."""
+        return self.finetuned[self.full(name)].to(self.device).float()
+
     def delta(self, name: str) -> Tensor:
-        """Fine-tune minus base of ``name``, float32."""
-        full = self.full(name)
-        return self.finetuned[full].float() - self.base[full].float()
+        """Fine-tune minus base of ``name``, float32 on the device."""
+        return self.placed(name) - self.base[self.full(name)].to(self.device)
 
 
 def read_block(pair: Pair, index: int, device: torch.device) -> BlockWeights:
-    """Load block ``index`` of both checkpoints to ``device``. Raises CheckpointInvalid."""
+    """Read block ``index`` of both checkpoints, and check it on ``device``. Raises CheckpointInvalid."""
     prefix = pair.skeleton.block_name(index)
-    names = pair.skeleton.block_weights(index)
-    full = [f"{prefix}.{name}" for name in names]
-    finetuned, base = load_tensors(pair.finetuned, full, device), load_tensors(pair.base, full, device)
-    differs = (name for name in names if not same(base[f"{prefix}.{name}"], finetuned[f"{prefix}.{name}"]))
-    return BlockWeights(prefix, base, finetuned, frozenset(differs))
+    weights = BlockWeights(prefix, {}, {}, frozenset(), device)
+    changed = set()
+    for name in pair.skeleton.block_weights(index):
+        full = weights.full(name)
+        base, finetuned = pair.base.tensor(full), pair.finetuned.tensor(full)
+        if not same(check_tensor(pair.base, full, base, device), check_tensor(pair.finetuned, full, finetuned, device)):
+            changed.add(name)
+        weights.base[full], weights.finetuned[full] = base, finetuned
+    return replace(weights, changed=frozenset(changed))
 
 
 def same(base: Tensor, finetuned: Tensor) -> bool:
@@ -63,7 +71,7 @@ def same(base: Tensor, finetuned: Tensor) -> bool:
 
 
 def place_block(weights: BlockWeights, skeleton: Skeleton, runner: Runner) -> nn.Module:
-    """The block of the fine-tune as a module."""
+    """The block of the fine-tune as a module on the runner's device."""
     start = len(weights.prefix) + 1
     placed = {name[start:]: runner.place(tensor) for name, tensor in weights.finetuned.items()}
     return skeleton.part(weights.prefix, placed)
@@ -107,26 +115,35 @@ class BlockCompressor:
         if not weights.changed and states.compressed is states.finetuned:
             return States(reference, reference)
         rebuilt = {
-            name: self._runner.place(rebuild(weights.full(name), weights.base[weights.full(name)], entries, tensors))
+            name: self._runner.place(
+                rebuild(weights.full(name), weights.base[weights.full(name)].to(weights.device), entries, tensors)
+            )
             for name in skeleton.block_weights(index)
         }
         return States(reference, self._runner.run(skeleton.part(weights.prefix, rebuilt), states.compressed))
 
     def _stage(self, block: nn.Module, linears: list[str], weights: BlockWeights, hidden: Tensor, parts: Parts) -> None:
         """Code linears that share their input, and put their reconstruction into ``block`` for what follows."""
-        full = {weights.full(f"{linear}.weight"): linear for linear in linears}
-        hessian = Hessian(weights.base[next(iter(full))].shape[1], hidden.device)
-        self._runner.visit_inputs(block, linears[0], hidden, hessian.add)
+        first = f"{linears[0]}.weight"
+        hessian = Hessian(weights.base[weights.full(first)].shape[1], weights.device)
+        self._runner.visit_inputs(block, linears[0], hidden[: self._runner.fitted], hessian.add)
         hessian.check(weights.full(linears[0]))
-        norms = {name: hessian.squared_norm(weights.finetuned[name].float()) for name in full}
-        outcomes = code(
-            {name: weights.delta(f"{linear}.weight") for name, linear in full.items()},
+        solver = Solver(hessian.damp(self._options.damping))
+        for linear in linears:
+            name = weights.full(f"{linear}.weight")
+            outcome = self._code(f"{linear}.weight", weights, hessian, solver)
+            rebuilt = self._runner.place(outcome.added.add_(weights.base[name].to(weights.device)))
+            block.get_submodule(linear).weight = nn.Parameter(rebuilt, requires_grad=False)
+            parts.add(name, outcome, weights.finetuned[name])
+
+    def _code(self, name: str, weights: BlockWeights, hessian: Hessian, solver: Solver) -> Outcome:
+        """Code the delta of one matrix."""
+        norm = hessian.squared_norm(weights.placed(name))
+        return code(
+            weights.full(name),
+            weights.delta(name),
             self._plan,
             self._options.codec,
-            lambda: Solver(hessian.damped(self._options.damping)).solve,
-            lambda name, lost: relative(hessian.squared_norm(lost), norms[name]),
+            solver.solve,
+            lambda delta, added: relative(hessian.squared_norm(delta, added), norm),
         )
-        for name, linear in full.items():
-            rebuilt = self._runner.place(weights.base[name].float() + outcomes[name].added)
-            block.get_submodule(linear).weight = nn.Parameter(rebuilt, requires_grad=False)
-            parts.add(name, outcomes[name], weights.finetuned[name])

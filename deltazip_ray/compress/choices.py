@@ -1,17 +1,15 @@
 """The choices that bit allocation has, and the budget that it must keep."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite, prod
 
-import torch
 from torch import Tensor
 
 from deltazip_kernels.layout import packed_layout
 from deltazip_ray.compress.adapter import LowRank
 from deltazip_ray.compress.allocation import Choice
-from deltazip_ray.compress.coding import LADDER, Encode, attempt
 from deltazip_ray.compress.options import Coding, CompressOptions
 from deltazip_ray.errors import CompressionError
 
@@ -72,14 +70,6 @@ class Survey:
                 f"{options.target_ratio:g} allows: ask for a lower one"
             )
         return room
-
-
-def lost_by_coding(deltas: Mapping[str, Tensor], encode: Encode) -> Iterator[tuple[Coding, dict[str, Tensor]]]:
-    """What each coding but raw loses of each of ``deltas`` ``[N, K]``, which share their inputs."""
-    for coding in LADDER[:-1]:
-        found = attempt(deltas, coding, encode)
-        # In place: a head has half a billion weights.
-        yield coding, {name: torch.sub(deltas[name], added, out=added) for name, (_, added) in found.items()}
 
 
 def stored_bytes(name: str, values: Tensor, coding: Coding) -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,56 +74,36 @@ def kept_products(products: Mapping[str, LowRank], options: CompressOptions) -> 
     }
 
 
-def attempt(deltas: Mapping[str, Tensor], coding: Coding, encode: Encode) -> dict[str, tuple[Coded | None, Tensor]]:
-    """Code ``deltas`` ``[N, K]`` that share their inputs; for each its codes and what they stand for."""
+def attempt(delta: Tensor, coding: Coding, encode: Encode) -> tuple[Coded | None, Tensor]:
+    """Codes for ``delta`` ``[N, K]`` and what they stand for."""
     if coding == "absent":
-        return {name: (None, torch.zeros_like(delta)) for name, delta in deltas.items()}
+        return None, torch.zeros_like(delta)
     if coding == "raw":
-        return {name: (None, delta) for name, delta in deltas.items()}
-    codec = CODECS[coding]
-    first, *others = deltas.values()
-    together = encode(torch.cat([first, *others]) if others else first, codec)
-    found: dict[str, tuple[Coded | None, Tensor]] = {}
-    start = 0
-    for name, delta in deltas.items():
-        coded = together.rows(slice(start, start := start + delta.shape[0]))
-        found[name] = (coded, coded.dequantized(codec))
-    return found
+        return None, delta
+    coded = encode(delta, CODECS[coding])
+    return coded, coded.dequantized(CODECS[coding])
 
 
 def code(
-    deltas: Mapping[str, Tensor],
-    plan: Plan,
-    uniform: Coding,
-    solver: Callable[[], Encode],
-    measure: Callable[[str, Tensor], float],
-) -> dict[str, Outcome]:
-    """Keep products, and climb each other delta's ladder until the plan accepts its error, or to its end.
+    name: str, delta: Tensor, plan: Plan, uniform: Coding, encode: Encode, measure: Callable[[Tensor, Tensor], float]
+) -> Outcome:
+    """Keep ``delta`` ``[N, K]`` if it is a product, else climb its ladder until the plan accepts the error.
 
-    ``deltas`` ``[N, K]`` by weight share their inputs; ``uniform`` is the coding of their kind without a goal,
-    ``solver`` makes what codes them. ``measure`` gives the relative output error of a matrix from what its codes lose.
+    ``name`` is that of its weight, ``uniform`` the coding of its kind without a goal. ``measure`` gives the relative
+    output error from the delta and what its codes stand for.
     """
-    done = {
-        name: _as_product(delta, plan.products[name], partial(measure, name))
-        for name, delta in deltas.items()
-        if name in plan.products
-    }
-    ladders = {name: plan.ladder(name, uniform) for name in deltas if name not in done}
-    if not ladders:
-        return done
-    encode = solver()
-    for step in range(max(map(len, ladders.values()))):
-        here = {name: ladder[step] for name, ladder in ladders.items() if name not in done}
-        for coding in sorted(set(here.values())):
-            same = {name: deltas[name] for name in here if here[name] == coding}
-            for name, (coded, added) in attempt(same, coding, encode).items():
-                error = measure(name, deltas[name] - added)
-                if plan.accepts(error) or step == len(ladders[name]) - 1:
-                    done[name] = Outcome(coding, coded, added, error)
-    return done
+    if name in plan.products:
+        return _as_product(delta, plan.products[name], measure)
+    ladder = plan.ladder(name, uniform)
+    for coding in ladder:
+        coded, added = attempt(delta, coding, encode)
+        error = measure(delta, added)
+        if plan.accepts(error):
+            break
+    return Outcome(coding, coded, added, error)
 
 
-def _as_product(delta: Tensor, product: LowRank, measure: Callable[[Tensor], float]) -> Outcome:
+def _as_product(delta: Tensor, product: LowRank, measure: Callable[[Tensor, Tensor], float]) -> Outcome:
     stored = product.stored(delta.device)
     added = stored.product()
-    return Outcome("low_rank", None, added, measure(delta - added), stored)
+    return Outcome("low_rank", None, added, measure(delta, added), stored)

@@ -1,16 +1,19 @@
 """The second-order statistics of a linear's inputs."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
+from deltazip_kernels.layout import GROUP
+from deltazip_ray.compress.aside import aside
 from deltazip_ray.compress.precision import float32_products
 from deltazip_ray.errors import CompressionError
 
-COLUMNS = 2048
-"""Columns of an inverse that are held in float64 at a time."""
-
-PIECE = 16384
-"""Rows whose products are held at a time."""
+PANEL = 1024
+"""Columns of a factor, in float64, that are found at a time: a multiple of a group."""
+PIECE = 2**24
+"""Numbers of a matrix whose products are held at a time."""
 JITTER = 1e-6
 """First addition to the diagonal of an indefinite matrix, above the rounding of float32 sums of squares."""
 
@@ -20,6 +23,7 @@ class Hessian:
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.matrix = torch.zeros(columns, columns, device=device)
+        self._damping = 0.0
 
     @float32_products("highest")
     def add(self, inputs: Tensor) -> None:
@@ -35,52 +39,121 @@ class Hessian:
                 "and check that the fine-tune itself gives finite outputs"
             )
 
-    def damped(self, damping: float) -> Tensor:
-        """The matrix scaled to mean diagonal 1, plus ``damping`` on the diagonal: positive definite, float64.
+    def damp(self, damping: float) -> Tensor:
+        """Scale the matrix to mean diagonal 1 and put ``damping`` on the diagonal: positive definite. Once, at the end.
 
+        In place, for it is the largest tensor of all: the result is the matrix itself.
         The damping bounds what compensation may put on directions that few calibration tokens span, and makes a
         column that was never active (a zero row and column) an independent one, so that it is rounded to nearest.
         """
-        matrix = self.matrix.double()
-        mean = matrix.diagonal().mean()
+        mean = self.matrix.diagonal().double().mean().float()
         if mean > 0:
-            matrix /= mean
-        matrix.diagonal().add_(damping)
-        return matrix
+            self.matrix /= mean
+        self.matrix.diagonal().add_(damping)
+        self._damping = damping
+        return self.matrix
 
     @float32_products("highest")
-    def squared_norm(self, rows: Tensor) -> Tensor:
-        """``‖x rowᵀ‖²`` summed over the inputs and all ``rows`` ``[N, columns]``: a scalar."""
-        # In pieces: a head has many rows.
-        return torch.stack([((part @ self.matrix) * part).sum() for part in torch.split(rows, PIECE)]).sum()
+    def squared_norm(self, rows: Tensor, less: Tensor | None = None) -> Tensor:
+        """``‖x rowᵀ‖²`` summed over the inputs and all of ``rows`` minus ``less`` ``[N, columns]``.
+
+        A scalar, scaled as the matrix is.
+        """
+        found = torch.zeros((), device=rows.device)
+        for at in _pieces(rows):
+            part = rows[at] if less is None else rows[at] - less[at]
+            products = (part @ self.matrix).sub_(part, alpha=self._damping)
+            found += products.mul_(part).sum()
+        return found
 
 
-def inverse_factor(damped: Tensor, order: Tensor) -> Tensor:
-    """Upper triangular ``U`` with ``Uᵀ U = H⁻¹``, float32, where H is ``damped`` with rows and columns in ``order``.
+Factor = tuple[Tensor, ...]
+"""An upper triangular matrix ``[K, K]``: for each group its rows, from the group's first column on."""
+
+
+def inverse_factor(damped: Tensor, order: Tensor) -> Factor:
+    """``U`` with ``Uᵀ U = H⁻¹``, float32, where H is ``damped`` ``[K, K]`` with rows and columns in ``order``.
 
     Its row ``i`` is that of the inverse Hessian of the columns from ``i`` on, divided by the root of its first
     element: all that the elimination of the columns in order needs (GPTQ, arXiv 2210.17323, step 3).
     A matrix that rounding has left indefinite gets more on its diagonal until it is not.
+    Found in float64, of which it holds half a matrix and one panel at a time.
     """
     # With M Mᵀ = H for an upper triangular M (the Cholesky factor of H in reverse order), U = M⁻¹.
-    reverse = order.flip(0)
-    lower = _cholesky(damped[reverse[:, None], reverse])
-    inverse = torch.empty(lower.shape, device=lower.device)
-    for columns in torch.split(torch.arange(len(lower), device=lower.device), COLUMNS):
-        unit = lower.new_zeros(len(lower), len(columns))
-        unit[columns, torch.arange(len(columns), device=lower.device)] = 1
-        inverse[:, columns] = torch.linalg.solve_triangular(lower, unit, upper=False).float()
-    return inverse.flip(0, 1)
+    panels = _cholesky(damped, order.flip(0))
+    # Beside the panels it would be the peak of a whole compression.
+    with aside(damped):
+        return _inverse(panels)
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor of ``matrix``, or of it plus as little on the diagonal as makes it positive definite."""
-    lower: Tensor
-    lower, failed = torch.linalg.cholesky_ex(matrix)
-    extra = JITTER
-    while bool(failed):
-        raised = matrix.clone()
-        raised.diagonal().add_(extra)
-        lower, failed = torch.linalg.cholesky_ex(raised)
-        extra *= 10
-    return lower
+def _inverse(panels: Sequence[Tensor]) -> Factor:
+    """The inverse of the lower triangular matrix of these panels, with rows and columns in reverse order."""
+    columns = len(panels[0])
+    starts = range(0, columns, GROUP)
+    factor = tuple(torch.empty(min(GROUP, columns - at), columns - at, device=panels[0].device) for at in starts)
+    end = columns
+    for first in range(len(panels)):
+        begin = end - panels[first].shape[1]
+        inverse = _inverse_columns(panels[first:]).flip(0, 1)
+        # Rows up to ``end`` of U, its columns from ``begin`` to ``end``.
+        for rows, start in zip(factor, starts, strict=True):
+            if start < end:
+                left = max(start, begin)
+                rows[:, left - start : end - start] = inverse[start : start + len(rows), left - begin :]
+        end = begin
+    return factor
+
+
+def _pieces(rows: Tensor) -> Iterator[slice]:
+    """Rows of at most PIECE numbers."""
+    count = max(1, PIECE // rows.shape[1])
+    return (slice(start, start + count) for start in range(0, len(rows), count))
+
+
+def _inverse_columns(lower: Sequence[Tensor]) -> Tensor:
+    """The first columns of the inverse of a lower triangular matrix, as many as its first panel has, from the top."""
+    rows, columns = lower[0].shape
+    found = lower[0].new_zeros(rows, columns)
+    found.diagonal().fill_(1)
+    start = 0
+    for panel in lower:
+        width = panel.shape[1]
+        here = torch.linalg.solve_triangular(panel[:width], found[start : start + width], upper=False)
+        found[start : start + width] = here
+        start += width
+        found[start:].addmm_(panel[width:], here, alpha=-1)
+    return found
+
+
+def _cholesky(matrix: Tensor, order: Tensor) -> list[Tensor]:
+    """Lower Cholesky factor of ``matrix`` with rows and columns in ``order``, float64, in panels of its columns.
+
+    Each panel begins at its diagonal; all but the first are of PANEL columns. Of a matrix that is not positive
+    definite, with as little more on the diagonal as makes it so.
+    """
+    panels, extra = _attempt(matrix, order, 0.0), JITTER
+    while panels is None:
+        panels, extra = _attempt(matrix, order, extra), 10 * extra
+    return panels
+
+
+def _attempt(matrix: Tensor, order: Tensor, extra: float) -> list[Tensor] | None:
+    """:func:`_cholesky` with ``extra`` on the diagonal, or None."""
+    panels: list[Tensor] = []
+    start = 0
+    while start < len(order):
+        width = (len(order) - start - 1) % PANEL + 1
+        panel = matrix[order[start:, None], order[start : start + width]].double()
+        panel.diagonal().add_(extra)
+        for before in panels:
+            left = before[start - len(order) :]
+            panel.addmm_(left, left[:width].T, alpha=-1)
+        top, failed = torch.linalg.cholesky_ex(panel[:width])
+        if bool(failed):
+            return None
+        panel[:width] = top
+        if len(panel) > width:
+            panel[width:] = torch.linalg.solve_triangular(top.T, panel[width:], upper=True, left=False)
+        panels.append(panel)
+        start += width
+    return panels

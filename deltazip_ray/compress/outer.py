@@ -1,21 +1,23 @@
 """What surrounds the decoder blocks: embedding, final norm and head."""
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Iterator
 
-from deltazip_kernels.layout import CODECS
+import torch
+from torch import Tensor, nn
+
 from deltazip_ray.compress.blocks import States, same
 from deltazip_ray.compress.calibration import Calibration
-from deltazip_ray.compress.coding import Plan, code
+from deltazip_ray.compress.coding import Encode, Plan, attempt, code
 from deltazip_ray.compress.grid import Coded
 from deltazip_ray.compress.hessian import Hessian
-from deltazip_ray.compress.options import Coding, CompressOptions
+from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.compress.pairing import Pair
-from deltazip_ray.compress.parts import ADDED, Parts, rebuild, rebuild_rows
-from deltazip_ray.compress.quality import divergence, relative
+from deltazip_ray.compress.parts import ADDED, Parts, rebuild_rows, rebuild_slice
+from deltazip_ray.compress.quality import relative
 from deltazip_ray.compress.runner import Runner
 from deltazip_ray.compress.skeleton import load_tensor, load_tensors
-from deltazip_ray.compress.solver import ROWS, Solver, round_to_nearest
+from deltazip_ray.compress.solver import Solver, nearest
+from deltazip_ray.compress.vocabulary import Divergence, row_pieces
 
 
 class OuterCompressor:
@@ -39,88 +41,95 @@ class OuterCompressor:
         kept = finetuned[: base.shape[0]]
         changed = not same(base, kept)
         if changed:
-            self._embedding(name, base, kept)
+            self._code(name, base, kept, nearest, lambda rows: rows.square().sum())
         self._add_rows(name, finetuned, base.shape[0])
         flat, where = torch.unique(calibration.tokens, return_inverse=True)
         embed = self._pair.skeleton.embed
-        ours = embed(self._runner.place(finetuned[flat]))[where]
+        ours = embed(self._runner.place(finetuned[flat]))[where].cpu()
         if not changed and not self.parts.entries:
             return States(ours, ours)
-        return States(ours, embed(self._runner.place(rebuild_rows(name, base, flat, self.parts)))[where])
+        return States(ours, embed(self._runner.place(rebuild_rows(name, base, flat, self.parts)))[where].cpu())
 
     def finish(self, states: States) -> float:
         """Code norm and head; returns the mean KL(fine-tune ‖ reconstruction) per held-out token, in nats."""
-        skeleton = self._pair.skeleton
+        skeleton, runner = self._pair.skeleton, self._runner
         norms = load_tensors(self._pair.finetuned, skeleton.norms)
         for name, values in norms.items():
             if not same(load_tensor(self._pair.base, name), values):
                 self.parts.add_raw(name, values)
-        module = skeleton.final_norm({name: self._runner.place(values) for name, values in norms.items()})
-        ours, theirs = module(states.finetuned), module(states.compressed)
+        norm = skeleton.final_norm({name: runner.place(values) for name, values in norms.items()})
         base, finetuned = load_tensor(self._pair.base, skeleton.head), load_tensor(self._pair.finetuned, skeleton.head)
         if not skeleton.tied:
-            self._head(base, finetuned, theirs)
-        place = self._runner.place
-        placed = base.to(self._runner.mask.device)
-        rebuilt = place(rebuild(skeleton.head, placed, self.parts.entries, self.parts.tensors))
-        held_out = self._runner.mask[self._runner.fitted :]
-        return divergence(
-            ours[self._runner.fitted :][held_out],
-            place(finetuned),
-            theirs[self._runner.fitted :][held_out],
-            rebuilt,
-            skeleton.logits_softcap,
+            if not same(base, finetuned[: len(base)]):
+                self._head(base, finetuned[: len(base)], norm, states.compressed)
+            self._add_rows(skeleton.head, finetuned, len(base))
+        ours, theirs = (
+            norm(runner.place(hidden[runner.fitted :]))[runner.mask[runner.fitted :]]
+            for hidden in (states.finetuned, states.compressed)
         )
+        found = Divergence(len(ours), ours.device, skeleton.logits_softcap)
+        for head, rebuilt in self._head_pieces(base, finetuned):
+            found.add(ours, head, theirs, rebuilt)
+        return found.mean()
 
-    def _head(self, base: Tensor, finetuned: Tensor, inputs: Tensor) -> None:
+    def _head_pieces(self, base: Tensor, finetuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows of the fine-tune's head and of its reconstruction; added rows are kept as they are."""
+        place = self._runner.place
+        for rows in row_pieces(len(base)):
+            here = base[rows].to(self._runner.mask.device)
+            rebuilt = rebuild_slice(self._pair.skeleton.head, here, rows, self.parts)
+            yield place(finetuned[rows]), place(rebuilt)
+        for rows in row_pieces(len(finetuned) - len(base)):
+            added = place(finetuned[len(base) :][rows])
+            yield added, added
+
+    def _head(self, base: Tensor, finetuned: Tensor, norm: nn.Module, hidden: Tensor) -> None:
         """Code an untied head, calibrated on the compressed model's final states."""
-        name = self._pair.skeleton.head
-        kept = finetuned[: base.shape[0]]
-        if not same(base, kept):
-            hessian = Hessian(base.shape[1], inputs.device)
-            hessian.add(inputs[: self._runner.fitted][self._runner.mask[: self._runner.fitted]])
-            hessian.check(name)
-            target = kept.to(inputs.device).float()
-            norm = hessian.squared_norm(target)
-            outcomes = code(
-                {name: target - base.to(inputs.device).float()},
-                self._plan,
-                self._options.outer_codec,
-                lambda: Solver(hessian.damped(self._options.damping)).solve,
-                lambda name, lost: relative(hessian.squared_norm(lost), norm),
-            )
-            self.parts.add(name, outcomes[name], kept)
-        self._add_rows(name, finetuned, base.shape[0])
+        name, device = self._pair.skeleton.head, self._runner.mask.device
+        hessian = Hessian(base.shape[1], device)
+        for part, mask in self._runner.batches(hidden[: self._runner.fitted]):
+            hessian.add(norm(part)[mask])
+        hessian.check(name)
+        solver = Solver(hessian.damp(self._options.damping))
+        if name not in self._plan.products:
+            self._code(name, base, finetuned, solver.solve, hessian.squared_norm)
+            return
+        target = finetuned.to(device).float()
+        size = hessian.squared_norm(target)
+        outcome = code(
+            name,
+            target - base.to(device),
+            self._plan,
+            self._options.outer_codec,
+            solver.solve,
+            lambda delta, added: relative(hessian.squared_norm(delta, added), size),
+        )
+        self.parts.add(name, outcome, finetuned)
 
-    def _embedding(self, name: str, base: Tensor, finetuned: Tensor) -> None:
-        """Round the embedding's delta with the first codec of its ladder that is accurate enough."""
-        ladder = self._plan.ladder(name, self._options.outer_codec)
-        for step, coding in enumerate(ladder):
-            coded, error = _nearest(base, finetuned, coding, self._runner.mask.device)
-            if self._plan.accepts(error) or step == len(ladder) - 1:
+    def _code(
+        self, name: str, base: Tensor, finetuned: Tensor, encode: Encode, squared_norm: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Code the rows that both have with the first codec of the ladder that is accurate enough, a piece at a time.
+
+        ``squared_norm`` of rows ``[N, K]`` is what their outputs sum up to.
+        """
+        for coding in self._plan.ladder(name, self._options.outer_codec):
+            pieces, lost, whole = [], 0.0, 0.0
+            for rows in row_pieces(len(base)):
+                target = finetuned[rows].to(self._runner.mask.device).float()
+                delta = target - base[rows].to(target.device)
+                coded, added = attempt(delta, coding, encode)
+                whole += float(squared_norm(target))
+                lost += float(squared_norm(delta - added))
+                pieces += [] if coded is None else [coded]
+            error = relative(lost, whole)
+            if self._plan.accepts(error):
                 break
         if coding == "raw":
             self.parts.add_raw(name, finetuned)
-        elif coded is not None:
-            self.parts.add_coded(name, coded, coding, error)
+        elif pieces:
+            self.parts.add_coded(name, Coded.join(pieces), coding, error)
 
     def _add_rows(self, name: str, finetuned: Tensor, start: int) -> None:
         if finetuned.shape[0] > start:
             self.parts.add_raw(name + ADDED, finetuned[start:])
-
-
-def _nearest(base: Tensor, finetuned: Tensor, coding: Coding, device: torch.device) -> tuple[Coded | None, float]:
-    """The rounded delta and its relative error, computed on ``device`` a bounded number of rows at a time."""
-    if coding == "raw":
-        return None, 0.0
-    weights = torch.ones(base.shape[1], device=device)
-    pieces, error, norm = [], torch.zeros((), device=device), torch.zeros((), device=device)
-    for before, after in zip(torch.split(base, ROWS), torch.split(finetuned, ROWS), strict=True):
-        after = after.to(device).float()
-        lost = after - before.to(device).float()
-        if coding != "absent":
-            pieces.append(round_to_nearest(lost, weights, CODECS[coding]))
-            lost = lost - pieces[-1].dequantized(CODECS[coding])
-        error += lost.square().sum()
-        norm += after.square().sum()
-    return Coded.join(pieces) if pieces else None, relative(error, norm)

@@ -106,6 +106,21 @@ def rebuild_rows(name: str, base: Tensor, rows: Tensor, parts: Parts) -> Tensor:
     return values
 
 
+def rebuild_slice(name: str, base: Tensor, rows: slice, parts: Parts) -> Tensor:
+    """Rows of :func:`rebuild` that the base has too, ``base`` being just those, from a multiple of a tile's rows on."""
+    entry = parts.entries.get(name)
+    if entry is None:
+        return base
+    if entry.codec == "raw":
+        return parts.tensors[name][rows].to(base.device)
+    found = packed(name, parts.tensors, entry)
+    if entry.rank is None:
+        at = slice(rows.start // ROWS, -(-rows.stop // ROWS))
+        here = {part: tensor[at].to(base.device) for part, tensor in found.items()}
+        return base.float() + unpack(entry.codec, here, (len(base), base.shape[1]))
+    return base.float() + LowRank(found["down"].to(base.device), found["up"][rows].to(base.device)).product()
+
+
 def packed(name: str, tensors: Mapping[str, Tensor], entry: TensorEntry) -> dict[str, Tensor]:
     """The packed tensors of one coded weight."""
     return {part: tensors[f"{name}.{part}"] for part in coded_layout(entry)}

@@ -53,8 +53,8 @@ def compress_checkpoint(
 
     A run that broke off goes on where it was, when inputs and options are the same. An artifact that ``out`` holds is
     only replaced when that is asked for.
-    Holds the weights of one block of either checkpoint at a time, besides embedding and head and the calibration
-    states ``2 × [sequences, tokens, hidden]``. Equal inputs give an equal version.
+    Reads the weights block by block; the calibration states ``2 × [sequences, tokens, hidden]`` are on the host. Equal
+    inputs give an equal version.
     Raises CheckpointInvalid, CheckpointMismatch, CompressionError, ConfigError, StoreError, and QualityTooLow before a
     manifest is written: what it leaves is no artifact.
     """
@@ -194,7 +194,7 @@ def _state_error(states: States, runner: Runner) -> float:
     """Relative difference of the two states on the held-out sequences."""
 
     def held_out(hidden: Tensor) -> Tensor:
-        return hidden[runner.fitted :][runner.mask[runner.fitted :]].float()
+        return runner.place(hidden[runner.fitted :])[runner.mask[runner.fitted :]].float()
 
     ours = held_out(states.finetuned)
     return relative((held_out(states.compressed) - ours).square().sum(), ours.square().sum())

@@ -1,9 +1,7 @@
 """Runs one decoder block after another over the calibration sequences."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +11,10 @@ from deltazip_ray.compress.calibration import Calibration
 from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.compress.skeleton import Skeleton
 
-
-@dataclass(frozen=True)
-class Flow:
-    """What went through a block forth and back."""
-
-    slopes: Tensor
-    """Gradient by the block's inputs ``[sequences, tokens, hidden]``."""
-    inputs: dict[str, Tensor]
-    """Of the first linear of each stage, ``[sequences, tokens, columns]``."""
-    gradients: dict[str, Tensor]
-    """By the outputs of each linear, ``[sequences, tokens, rows]``."""
+TOKENS = 1024
+"""Whose gradients go through a block at a time: all that the block computes for them is held."""
+Watch = Callable[[str, Tensor, Tensor], None]
+"""Is given a linear, its inputs ``[sequences, tokens, columns]`` and the gradient by its outputs, of some sequences."""
 
 
 class _Reached(Exception):
@@ -50,22 +41,28 @@ class Runner:
 
     def place(self, tensor: Tensor) -> Tensor:
         """A weight as the forward passes want it: their device and dtype."""
-        return tensor.to(self._device, self._dtype)
+        # On the device first: a host takes long to convert a head.
+        return tensor.to(self._device).to(self._dtype)
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Outputs of ``block`` for all sequences."""
-        return torch.cat([self._forward(block, part) for part in torch.split(hidden, self._batch)])
+        """Outputs of ``block`` for all sequences. They stay on the host, as ``hidden`` may: only a batch is placed."""
+        found = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=self._device.type == "cuda")
+        for part, into in zip(torch.split(hidden, self._batch), torch.split(found, self._batch), strict=True):
+            into.copy_(self._forward(block, part.to(self._device)))
+        return found
 
     def visit_inputs(self, block: nn.Module, linear: str, hidden: Tensor, take: Callable[[Tensor], None]) -> None:
-        """Give ``take`` the inputs ``[tokens, columns]`` of one linear of ``block``, over the calibrated sequences."""
+        """Give ``take`` the inputs ``[tokens, columns]`` of one linear of ``block``, padding left out.
+
+        ``hidden`` are the states of the first sequences before the block.
+        """
 
         def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             raise _Reached(inputs[0])
 
         handle = block.get_submodule(linear).register_forward_pre_hook(stop)
-        masks = torch.split(self.mask[: self.fitted], self._batch)
         try:
-            for part, mask in zip(torch.split(hidden[: self.fitted], self._batch), masks, strict=True):
+            for part, mask in self.batches(hidden):
                 try:
                     self._forward(block, part)
                 except _Reached as reached:
@@ -73,26 +70,33 @@ class Runner:
         finally:
             handle.remove()
 
-    def backward(self, block: nn.Module, stages: Sequence[Sequence[str]], hidden: Tensor, slopes: Tensor) -> Flow:
-        """Gradients for the first sequences, whose states before the block are ``hidden``, from those behind it.
+    def backward(
+        self, block: nn.Module, linears: Sequence[str], hidden: Tensor, slopes: Tensor, watch: Watch
+    ) -> Tensor:
+        """Gradient by ``hidden``, the states of the first sequences before the block, from ``slopes``, that behind it.
 
-        ``stages`` are linears that share their inputs.
+        ``watch`` gets what goes through each of ``linears``, a batch of sequences at a time.
         """
-        linears = [linear for stage in stages for linear in stage]
-        firsts = [stage[0] for stage in stages if stage]
-        before, inputs, gradients = [], defaultdict(list), defaultdict(list)
-        for part, slope in zip(torch.split(hidden, self._batch), torch.split(slopes, self._batch), strict=True):
+        before = torch.empty_like(hidden)
+        count = max(1, min(self._batch, TOKENS // hidden.shape[1]))
+        parts = (torch.split(tensor, count) for tensor in (hidden, slopes, before))
+        for part, slope, into in zip(*parts, strict=True):
             passed: dict[str, tuple[Tensor, Tensor]] = {}
             with torch.enable_grad(), _recorded(block, linears, passed):
-                leaf = part.detach().requires_grad_()
+                leaf = part.to(self._device).requires_grad_()
                 outputs = self._forward(block, leaf)
-            first, *others = torch.autograd.grad(outputs, [leaf, *(passed[linear][1] for linear in linears)], slope)
-            before.append(first)
+            wanted = [leaf, *(passed[linear][1] for linear in linears)]
+            first, *others = torch.autograd.grad(outputs, wanted, slope.to(self._device))
+            into.copy_(first)
             for linear, gradient in zip(linears, others, strict=True):
-                gradients[linear].append(gradient)
-            for linear in firsts:
-                inputs[linear].append(passed[linear][0].detach())
-        return Flow(torch.cat(before), _joined(inputs), _joined(gradients))
+                watch(linear, passed[linear][0].detach(), gradient)
+        return before
+
+    def batches(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The states of the first sequences on the device with their masks, some sequences at a time."""
+        masks = torch.split(self.mask[: len(hidden)], self._batch)
+        for part, mask in zip(torch.split(hidden, self._batch), masks, strict=True):
+            yield part.to(self._device), mask
 
     def _forward(self, block: nn.Module, hidden: Tensor) -> Tensor:
         output: Tensor = block(
@@ -118,7 +122,3 @@ def _recorded(block: nn.Module, linears: Sequence[str], passed: dict[str, tuple[
         for linear in linears:
             stack.callback(hook(linear).remove)
         yield
-
-
-def _joined(pieces: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat(parts) for name, parts in pieces.items()}

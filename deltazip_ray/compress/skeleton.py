@@ -141,26 +141,31 @@ class Skeleton:
         return module
 
 
-def load_tensor(checkpoint: Checkpoint, name: str, device: torch.device | None = None) -> Tensor:
-    """The tensor ``name`` on ``device``, or on the CPU, perhaps mapped from the file.
+def load_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """The tensor ``name`` on the host, perhaps mapped from the file.
 
     Raises CheckpointInvalid when it is not finite.
     """
-    tensor = checkpoint.tensor(name).to(device or "cpu")
+    return check_tensor(checkpoint, name, checkpoint.tensor(name), torch.device("cpu"))
+
+
+def check_tensor(checkpoint: Checkpoint, name: str, tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor``, the checkpoint's ``name``, on ``device``. Raises CheckpointInvalid when it is not finite."""
     if tensor.dtype not in WEIGHT_DTYPES:
         raise CheckpointInvalid(
             f"{checkpoint.path}: {name} is {tensor.dtype}: save the checkpoint in float32, bfloat16 or float16"
         )
-    if not tensor.isfinite().all():
+    placed = tensor.to(device)
+    if not placed.isfinite().all():
         raise CheckpointInvalid(
             f"{checkpoint.path}: {name} holds NaN or Inf: save the checkpoint of an earlier training step"
         )
-    return tensor
+    return placed
 
 
-def load_tensors(checkpoint: Checkpoint, names: Iterable[str], device: torch.device | None = None) -> dict[str, Tensor]:
+def load_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
     """Several of :func:`load_tensor`."""
-    return {name: load_tensor(checkpoint, name, device) for name in names}
+    return {name: load_tensor(checkpoint, name) for name in names}
 
 
 def _family(checkpoint: Checkpoint) -> Family:

@@ -16,13 +16,13 @@ from torch.nn.functional import pad
 from deltazip_kernels.layout import GROUP, Codec
 from deltazip_ray.compress import grid as torch_grid
 from deltazip_ray.compress.grid import Coded
-from deltazip_ray.compress.hessian import inverse_factor
+from deltazip_ray.compress.hessian import Factor, inverse_factor
 from deltazip_ray.compress.precision import float32_products
 
 SWEEPS = 4
 """Rounds of coordinate descent over all groups; a sixth still takes away some percent of the divergence."""
-ROWS = 16384
-"""Rows coded at a time; bounds the memory that a head of many tokens takes."""
+PIECE = 2**25
+"""Numbers of a matrix that are coded at a time: bounds the working memory, a few float32 copies of them."""
 
 
 class Grid(Protocol):
@@ -56,8 +56,15 @@ def round_to_nearest(delta: Tensor, weights: Tensor, codec: Codec) -> Coded:
     return grid_for(delta.device, codec).round_to_nearest(delta, weights, codec)
 
 
+def nearest(delta: Tensor, codec: Codec) -> Coded:
+    """``delta`` rounded, all columns alike: for lookups, which have no cross terms to compensate with."""
+    return round_to_nearest(delta, torch.ones(delta.shape[1], device=delta.device), codec)
+
+
 class Solver:
     """Codes matrices whose inputs have one Hessian, ``damped``, ``[K, K]``: it is factorized once for dense codecs.
+
+    Holds ``damped`` itself in float32 and half as much for the factor.
 
     Compensation is greedy and may lose to plain rounding on single rows; those rows are rounded, so that no row's
     error in the norm of the damped Hessian is larger than by :func:`round_to_nearest`.
@@ -72,25 +79,30 @@ class Solver:
         order, factor = self._as_stored if codec.sparse else self._by_energy
         grid = self._grid or grid_for(delta.device, codec)
         pieces = []
-        for rows in torch.split(delta, ROWS):
+        for rows in torch.split(delta, max(1, PIECE // delta.shape[1])):
             nearest = grid.round_to_nearest(rows, self._metric.diagonal(), codec)
             compensated, errors = compensate(rows[:, order], factor, codec, grid)
-            lost = rows - nearest.dequantized(codec)
-            better = errors < ((lost @ self._metric) * lost).sum(1)
+            better = errors < self._squared_errors(rows, nearest, codec)
             coded = _by_row(better[:, None], _reordered(compensated, order), nearest)
             # The 2:4 codecs are kept as published, to compare with.
             pieces.append(coded if codec.sparse else descend(rows, coded, self._metric, codec, grid))
         return Coded.join(pieces)
 
-    @cached_property
-    def _by_energy(self) -> tuple[Tensor, Tensor]:
-        order = coding_order(self._metric.diagonal())
-        return order, inverse_factor(self._metric.double(), order)
+    def _squared_errors(self, delta: Tensor, coded: Coded, codec: Codec) -> Tensor:
+        """Of each row ``[N]``, in the norm of the damped Hessian."""
+        lost = coded.dequantized(codec)
+        torch.sub(delta, lost, out=lost)
+        return (lost @ self._metric).mul_(lost).sum(1)
 
     @cached_property
-    def _as_stored(self) -> tuple[Tensor, Tensor]:
+    def _by_energy(self) -> tuple[Tensor, Factor]:
+        order = coding_order(self._metric.diagonal())
+        return order, inverse_factor(self._metric, order)
+
+    @cached_property
+    def _as_stored(self) -> tuple[Tensor, Factor]:
         order = torch.arange(len(self._metric), device=self._metric.device)
-        return order, inverse_factor(self._metric.double(), order)
+        return order, inverse_factor(self._metric, order)
 
 
 def coding_order(energy: Tensor) -> Tensor:
@@ -107,7 +119,7 @@ def coding_order(energy: Tensor) -> Tensor:
     return order[sums[order // GROUP].argsort(descending=True, stable=True)]
 
 
-def compensate(delta: Tensor, factor: Tensor, codec: Codec, grid: Grid = torch_grid) -> tuple[Coded, Tensor]:
+def compensate(delta: Tensor, factor: Factor, codec: Codec, grid: Grid = torch_grid) -> tuple[Coded, Tensor]:
     """Code the columns of ``delta`` ``[N, K]``, which is overwritten, from left to right.
 
     ``factor`` is :func:`inverse_factor` of their Hessian. Also returns each row's squared error ``[N]`` in the norm of
@@ -116,15 +128,15 @@ def compensate(delta: Tensor, factor: Tensor, codec: Codec, grid: Grid = torch_g
     codes = torch.zeros_like(delta, dtype=torch.uint8)
     kept = torch.ones_like(delta, dtype=torch.bool) if codec.sparse else None
     scales, squared = [], torch.zeros(delta.shape[0], device=delta.device)
-    for start in range(0, delta.shape[1], GROUP):
-        end = min(start + GROUP, delta.shape[1])
+    end = 0
+    for panel in factor:
+        start, end = end, end + len(panel)
+        here, later = panel[:, : len(panel)], panel[:, len(panel) :]
         part = None if kept is None else kept[:, start:end]
-        group_scales, errors = grid.code_group(
-            delta[:, start:end], codes[:, start:end], part, factor[start:end, start:end], codec
-        )
+        group_scales, errors = grid.code_group(delta[:, start:end], codes[:, start:end], part, here, codec)
         scales.append(group_scales)
         squared += errors.square().sum(1)
-        delta[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+        delta[:, end:].addmm_(errors, later, alpha=-1)
     return Coded(codes, torch.stack(scales, 1), kept), squared
 
 
@@ -134,7 +146,8 @@ def descend(delta: Tensor, coded: Coded, metric: Tensor, codec: Codec, grid: Gri
     ``metric`` ``[K, K]`` is the damped Hessian, in whose norm the error counts.
     """
     codes, scales = coded.codes.clone(), coded.scales.clone()
-    lost = delta - coded.dequantized(codec)
+    lost = coded.dequantized(codec)
+    torch.sub(delta, lost, out=lost)
     groups = [slice(start, min(start + GROUP, delta.shape[1])) for start in range(0, delta.shape[1], GROUP)]
     for _ in range(SWEEPS):
         for index, group in enumerate(groups):

@@ -7,25 +7,24 @@ weights by its diagonal; the errors here are neither small nor independent (at f
 all products count.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from deltazip_kernels.layout import Codec
 from deltazip_ray.compress.blocks import BlockWeights, place_block, read_block, same
 from deltazip_ray.compress.calibration import Calibration
-from deltazip_ray.compress.choices import BLOB_HEADER, Survey, lost_by_coding
-from deltazip_ray.compress.grid import Coded
+from deltazip_ray.compress.choices import BLOB_HEADER, Survey
+from deltazip_ray.compress.coding import Encode
 from deltazip_ray.compress.hessian import Hessian
 from deltazip_ray.compress.options import Coding, CompressOptions
 from deltazip_ray.compress.pairing import Pair
 from deltazip_ray.compress.parts import ADDED
-from deltazip_ray.compress.quality import TOKENS as LOGITS
-from deltazip_ray.compress.quality import divergence, logits
-from deltazip_ray.compress.runner import Flow, Runner
+from deltazip_ray.compress.runner import Runner
 from deltazip_ray.compress.skeleton import load_tensor, load_tensors
-from deltazip_ray.compress.solver import Solver, round_to_nearest
+from deltazip_ray.compress.solver import Solver, nearest
+from deltazip_ray.compress.trials import TRIED, Trials
+from deltazip_ray.compress.vocabulary import Divergence, row_pieces, sampled_slopes
 
 TOKENS = 16384
 """Tokens, padding included, of the calibrated sequences that are looked at; bounds the memory for the states of all
@@ -53,15 +52,15 @@ class Surveyor:
         blocks = self._pair.skeleton.blocks
         skeleton = self._pair.skeleton
         rows = load_tensor(self._pair.finetuned, skeleton.embedding)[self._tokens.cpu()]
-        # The states before every block wait on the host: they would fill a GPU.
+        # The states before every block wait on the host, as pages that may be swapped: there are many.
         states = [skeleton.embed(self._runner.place(rows)).cpu()]
         for index in range(blocks):
             block = place_block(read_block(self._pair, index, self._mask.device), skeleton, self._runner)
-            states.append(self._runner.run(block, self._runner.place(states[-1])).cpu())
+            states.append(self._runner.run(block, states[-1]).clone())
             progress(FORWARD * (index + 1) / blocks)
-        slopes = self._outer(self._runner.place(states.pop()))
+        slopes = self._outer(states.pop())
         for index in reversed(range(blocks)):
-            slopes = self._block(index, self._runner.place(states.pop()), slopes)
+            slopes = self._block(index, states.pop(), slopes)
             progress(1 - (1 - FORWARD) * index / blocks)
         self._embedding(slopes)
         return self._survey
@@ -74,68 +73,80 @@ class Surveyor:
         for name, product in products.items():
             self._survey.add_product(name, product)
         coded = {name for name in weights.changed if weights.full(name) not in products}
-        stages = [
-            [linear for linear in stage if f"{linear}.weight" in coded] for stage in self._pair.skeleton.family.stages
-        ]
-        flow = self._runner.backward(block, stages, hidden, slopes)
-        for stage in stages:
-            if stage:
-                self._stage(stage, weights, flow)
-        for name in sorted(coded - {f"{linear}.weight" for stage in stages for linear in stage}):
+        for stage in self._pair.skeleton.family.stages:
+            linears = [linear for linear in stage if f"{linear}.weight" in coded]
+            if linears:
+                self._stage(block, linears, weights, hidden, slopes)
+            coded -= {f"{linear}.weight" for linear in stage}
+        for name in sorted(coded):
             self._survey.add_rest(weights.full(name), weights.finetuned[weights.full(name)])
-        return flow.slopes
+        return self._runner.backward(block, [], hidden, slopes, lambda *_: None)
 
-    def _stage(self, linears: Sequence[str], weights: BlockWeights, flow: Flow) -> None:
-        """Try every coding on linears that share their input."""
-        inputs = flow.inputs[linears[0]]
-        hessian = Hessian(inputs.shape[2], inputs.device)
-        batch = self._options.batch_sequences
-        for part, mask in zip(torch.split(inputs, batch), torch.split(self._mask, batch), strict=True):
-            hessian.add(part[mask])
-        hessian.check(weights.full(linears[0]))
-        deltas = {linear: weights.delta(f"{linear}.weight") for linear in linears}
-        costs: dict[str, dict[Coding, float]] = {linear: {} for linear in linears}
-        for coding, lost in lost_by_coding(deltas, Solver(hessian.damped(self._options.damping)).solve):
-            for linear in linears:
-                # Padding has no gradient, for nothing before it looks at it.
-                parts = zip(torch.split(inputs, batch), torch.split(flow.gradients[linear], batch), strict=True)
-                products = [
-                    ((part.float() @ lost[linear].T) * gradient.float()).sum((1, 2)) for part, gradient in parts
-                ]
-                costs[linear][coding] = self._cost(torch.cat(products))
+    def _stage(
+        self, block: nn.Module, linears: Sequence[str], weights: BlockWeights, hidden: Tensor, slopes: Tensor
+    ) -> None:
+        """Try every coding on linears that share their input.
+
+        Each stage has a pass of its own, so that only its deltas are held beside what goes through the block.
+        """
+        trials = self._trials(block, linears, weights, hidden)
+
+        def watch(linear: str, inputs: Tensor, gradient: Tensor) -> None:
+            # Padding has no gradient, for nothing before it looks at it.
+            trials[linear].add(inputs.float(), gradient.float())
+
+        self._runner.backward(block, linears, hidden, slopes, watch)
         for linear in linears:
             name = weights.full(f"{linear}.weight")
-            self._survey.add(name, weights.finetuned[name], costs[linear])
+            costs = {coding: self._cost(found) for coding, found in trials[linear].products.items()}
+            self._survey.add(name, weights.finetuned[name], costs)
+
+    def _trials(
+        self, block: nn.Module, linears: Sequence[str], weights: BlockWeights, hidden: Tensor
+    ) -> dict[str, Trials]:
+        """Code the deltas of linears that share their input in every way."""
+        columns = weights.base[weights.full(f"{linears[0]}.weight")].shape[1]
+        hessian = Hessian(columns, self._mask.device)
+        self._runner.visit_inputs(block, linears[0], hidden, hessian.add)
+        hessian.check(weights.full(linears[0]))
+        solver = Solver(hessian.damp(self._options.damping))
+        return {linear: Trials(weights.delta(f"{linear}.weight"), solver.solve) for linear in linears}
 
     def _cost(self, products: Tensor) -> float:
         """The divergence per token that goes with products ⟨Γ, E⟩ of single sequences."""
         return float(products.square().sum()) / 2 / int(self._mask.sum())
 
     def _outer(self, hidden: Tensor) -> Tensor:
-        """Measure an untied head and count the norm; returns the gradient by the last block's outputs."""
+        """Measure an untied head and count the norm; returns the gradient by the last block's outputs ``hidden``."""
         skeleton = self._pair.skeleton
         norms = load_tensors(self._pair.finetuned, skeleton.norms)
         for name, values in norms.items():
             if not same(load_tensor(self._pair.base, name), values):
                 self._survey.add_rest(name, values)
         module = skeleton.final_norm({name: self._runner.place(values) for name, values in norms.items()})
+        states = torch.cat([module(part)[mask] for part, mask in self._runner.batches(hidden)])
+        self._head(states)
         head = load_tensor(self._pair.finetuned, skeleton.head)
-        placed = self._runner.place(head)
-        self._head(module(hidden)[self._mask], placed)
-        few = max(1, LOGITS // hidden.shape[1])
-        parts = zip(torch.split(hidden, few), torch.split(self._mask, few), strict=True)
-        return torch.cat([self._slopes(module, part, mask, placed) for part, mask in parts])
 
-    def _slopes(self, norm: torch.nn.Module, hidden: Tensor, mask: Tensor, head: Tensor) -> Tensor:
-        """Gradient by ``hidden`` of the log-likelihood of tokens drawn from the model's own predictions."""
-        with torch.enable_grad():
-            leaf = hidden.detach().requires_grad_()
-            logs = logits(norm(leaf)[mask], head, self._pair.skeleton.logits_softcap).log_softmax(-1)
-            drawn = torch.multinomial(logs.detach().exp(), 1, generator=self._generator)
-            (slopes,) = torch.autograd.grad(logs.gather(1, drawn).sum(), leaf)
-        return slopes
+        def pieces() -> Iterator[Tensor]:
+            return (self._runner.place(head[rows]) for rows in row_pieces(len(head)))
 
-    def _head(self, states: Tensor, placed: Tensor) -> None:
+        gradient = sampled_slopes(states, pieces, self._generator, skeleton.logits_softcap)
+        return self._through(module, hidden, gradient)
+
+    def _through(self, norm: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient by ``hidden`` on the host, from that by what ``norm`` makes of its unpadded tokens."""
+        slopes, start = [], 0
+        for part, mask in self._runner.batches(hidden):
+            with torch.enable_grad():
+                leaf = part.detach().requires_grad_()
+                outputs = norm(leaf)[mask]
+            end = start + len(outputs)
+            slopes.append(torch.autograd.grad(outputs, leaf, gradient[start:end])[0].cpu())
+            start = end
+        return torch.cat(slopes)
+
+    def _head(self, states: Tensor) -> None:
         """Measure what each coding of the head adds to the divergence, all else being the fine-tune's own."""
         name = self._pair.skeleton.head
         base, finetuned = load_tensor(self._pair.base, name), load_tensor(self._pair.finetuned, name)
@@ -145,21 +156,31 @@ class Surveyor:
         if name in self._pair.products:
             self._survey.add_product(name, self._pair.products[name])
             return
-        hessian = Hessian(base.shape[1], states.device)
-        hessian.add(states)
-        hessian.check(name)
         tied = self._pair.skeleton.tied
-        encode = nearest if tied else Solver(hessian.damped(self._options.damping)).solve
-        delta = kept.to(states.device).float() - base.to(states.device).float()
-        costs = {}
-        for coding, lost in lost_by_coding({name: delta}, encode):
-            rebuilt = placed.clone()
-            rebuilt[: len(base)] -= lost[name]
-            costs[coding] = divergence(states, placed, states, rebuilt, self._pair.skeleton.logits_softcap)
+        costs = self._divergences(states, base, finetuned, nearest if tied else self._solver(name, states).solve)
         if tied:
             self._tied_costs = costs
         else:
             self._survey.add(name, kept, costs)
+
+    def _solver(self, name: str, states: Tensor) -> Solver:
+        hessian = Hessian(states.shape[1], states.device)
+        hessian.add(states)
+        hessian.check(name)
+        return Solver(hessian.damp(self._options.damping))
+
+    def _divergences(self, states: Tensor, base: Tensor, finetuned: Tensor, encode: Encode) -> dict[Coding, float]:
+        """From the logits of the head ``finetuned`` to those of each coding of it; added rows stay."""
+        found = {coding: Divergence(len(states), states.device, self._pair.skeleton.logits_softcap) for coding in TRIED}
+        for rows in row_pieces(len(finetuned)):
+            placed = self._runner.place(finetuned[rows])
+            before = base[rows].to(states.device)
+            delta = finetuned[rows][: len(before)].to(states.device).float() - before
+            for coding, lost in Trials(delta, encode).lost():
+                rebuilt = placed.clone()
+                rebuilt[: len(before)] -= lost
+                found[coding].add(states, placed, states, rebuilt)
+        return {coding: divergence.mean() for coding, divergence in found.items()}
 
     def _embedding(self, slopes: Tensor) -> None:
         """Measure the lookups by the gradient by the first block's inputs; a tied head's costs come on top."""
@@ -175,16 +196,11 @@ class Surveyor:
         known = self._mask & (self._tokens < len(base))
         sequences = torch.arange(len(self._tokens), device=known.device)[:, None].expand_as(known)
         seen, row = torch.unique(self._tokens[known], return_inverse=True)
-        delta = (kept[seen.cpu()].float() - base[seen.cpu()].float()).to(slopes.device)
-        gradient = slopes[known].float() * self._pair.skeleton.embedding_scale
+        delta = (kept[seen.cpu()].float() - base[seen.cpu()].float()).to(known.device)
+        gradient = slopes.to(known.device)[known].float() * self._pair.skeleton.embedding_scale
         costs = {}
-        for coding, lost in lost_by_coding({name: delta}, nearest):
+        for coding, lost in Trials(delta, nearest).lost():
             products = gradient.new_zeros(len(self._tokens))
-            products.index_add_(0, sequences[known], (gradient * lost[name][row]).sum(1))
+            products.index_add_(0, sequences[known], (gradient * lost[row]).sum(1))
             costs[coding] = self._cost(products) + self._tied_costs.get(coding, 0.0)
         self._survey.add(name, kept, costs)
-
-
-def nearest(delta: Tensor, codec: Codec) -> Coded:
-    """An :data:`Encode` for lookups, which have no cross terms to compensate with."""
-    return round_to_nearest(delta, torch.ones(delta.shape[1], device=delta.device), codec)

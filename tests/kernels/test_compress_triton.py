@@ -26,7 +26,7 @@ def damped(columns: int, device: torch.device) -> Tensor:
     mixing = torch.randn(columns, columns, generator=generator) * torch.logspace(0, -2, columns)[:, None]
     hessian = Hessian(columns, device)
     hessian.add((torch.randn(3 * columns, columns, generator=generator) @ mixing).to(device))
-    return hessian.damped(0.01)
+    return hessian.damp(0.01).double()
 
 
 def same_rows(ours: Coded, reference: Coded) -> int:

@@ -19,7 +19,7 @@ def correlated(columns: int, tokens: int) -> Tensor:
     hessian = Hessian(columns, torch.device("cpu"))
     mixing = torch.randn(columns, columns, generator=generator) * torch.logspace(0, -2, columns)[:, None]
     hessian.add(torch.randn(tokens, columns, generator=generator) @ mixing)
-    return hessian.damped(0.01)
+    return hessian.damp(0.01).double()
 
 
 def squared_errors(delta: Tensor, coded: Coded, metric: Tensor, codec: Codec) -> Tensor:

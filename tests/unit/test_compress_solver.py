@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from deltazip_kernels.layout import CODECS, GROUP, Codec, pack, unpack
+from deltazip_ray.compress import hessian
 from deltazip_ray.compress.grid import Coded, choose_scales, round_to_nearest, to_codes
 from deltazip_ray.compress.hessian import Hessian, inverse_factor
 from deltazip_ray.compress.solver import Solver, coding_order, compensate
@@ -81,7 +82,7 @@ def eliminated(delta: Tensor, damped: Tensor, codec: Codec) -> Tensor:
 
 @EVERY_CODEC
 def test_compensation_equals_the_elimination_of_the_papers(codec: Codec) -> None:
-    delta, damped = random_delta(6, 136), hessian_of(correlated(400, 136)).damped(DAMPING)
+    delta, damped = random_delta(6, 136), hessian_of(correlated(400, 136)).damp(DAMPING).double()
     fast, squared = compensate(delta.clone(), inverse_factor(damped, torch.arange(136)), codec)
     reference = eliminated(delta, damped, codec)
     # float32 against float64 may tip a value that lies between two codes; then the rest of that row differs.
@@ -90,10 +91,30 @@ def test_compensation_equals_the_elimination_of_the_papers(codec: Codec) -> None
     torch.testing.assert_close(squared.double(), errors(delta, fast, codec, damped), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("columns", [5, 128, 256, 300, 640])
+def test_the_factor_in_panels_is_that_of_the_inverse(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian, "PANEL", 2 * GROUP)
+    damped = hessian_of(correlated(columns // 2 + 1, columns)).damp(DAMPING).double()
+    order = coding_order(damped.diagonal())
+    upper = torch.zeros_like(damped)
+    for start, rows in zip(range(0, columns, GROUP), inverse_factor(damped, order), strict=True):
+        upper[start : start + len(rows), start:] = rows
+    assert upper.equal(upper.triu())
+    reference = torch.linalg.cholesky(damped[order[:, None], order].inverse(), upper=True)
+    torch.testing.assert_close(upper, reference, rtol=1e-5, atol=1e-5 * float(reference.abs().max()))
+
+
+def test_an_indefinite_matrix_is_raised_until_it_has_a_factor() -> None:
+    matrix = torch.ones(200, 200)
+    matrix.diagonal().sub_(1e-4)
+    factor = inverse_factor(matrix, torch.arange(200))
+    assert all(bool(rows.isfinite().all()) for rows in factor)
+
+
 @EVERY_CODEC
 @pytest.mark.parametrize("shape", [(5, 128), (70, 256), (33, 96), (8, 130), (1, 5)], ids=str)
 def test_no_row_is_worse_than_rounding_to_nearest(codec: Codec, shape: tuple[int, int]) -> None:
-    delta, damped = random_delta(*shape), hessian_of(correlated(64, shape[1])).damped(DAMPING)
+    delta, damped = random_delta(*shape), hessian_of(correlated(64, shape[1])).damp(DAMPING).double()
     solved = Solver(damped).solve(delta, codec)
     nearest = round_to_nearest(delta, damped.diagonal().float(), codec)
     check_on_grid(solved, codec, delta)
@@ -103,7 +124,7 @@ def test_no_row_is_worse_than_rounding_to_nearest(codec: Codec, shape: tuple[int
 @EVERY_CODEC
 def test_compensation_lowers_the_output_error_of_correlated_inputs(codec: Codec) -> None:
     delta, inputs = random_delta(64, 256), correlated(2048, 256)
-    damped = hessian_of(inputs).damped(DAMPING)
+    damped = hessian_of(inputs).damp(DAMPING).double()
     solved = Solver(damped).solve(delta, codec).dequantized(codec)
     nearest = round_to_nearest(delta, damped.diagonal().float(), codec).dequantized(codec)
     assert (inputs @ (delta - solved).T).norm() < 0.75 * (inputs @ (delta - nearest).T).norm()
@@ -120,13 +141,13 @@ def test_a_delta_on_the_grid_is_kept_exactly(codec: Codec) -> None:
         delta = delta.unflatten(1, (-1, 4)).clone()
         delta[..., 1::2] = 0
         delta = delta.flatten(1)
-    solved = Solver(hessian_of(correlated(600, 256)).damped(DAMPING)).solve(delta, codec)
+    solved = Solver(hessian_of(correlated(600, 256)).damp(DAMPING).double()).solve(delta, codec)
     assert torch.equal(solved.dequantized(codec), delta)
 
 
 @EVERY_CODEC
 def test_few_tokens_leave_a_rank_deficient_hessian(codec: Codec) -> None:
-    delta, damped = random_delta(16, 128), hessian_of(correlated(3, 128)).damped(DAMPING)
+    delta, damped = random_delta(16, 128), hessian_of(correlated(3, 128)).damp(DAMPING).double()
     solved = Solver(damped).solve(delta, codec)
     check_on_grid(solved, codec, delta)
     # Directions that no token spans must not be used as a dump for errors.
@@ -135,7 +156,7 @@ def test_few_tokens_leave_a_rank_deficient_hessian(codec: Codec) -> None:
 
 @EVERY_CODEC
 def test_without_tokens_no_row_is_worse_than_rounded_to_nearest(codec: Codec) -> None:
-    delta, damped = random_delta(16, 128), Hessian(128, torch.device("cpu")).damped(DAMPING)
+    delta, damped = random_delta(16, 128), Hessian(128, torch.device("cpu")).damp(DAMPING).double()
     solved = Solver(damped).solve(delta, codec).dequantized(codec)
     nearest = round_to_nearest(delta, torch.ones(128), codec).dequantized(codec)
     assert bool(((delta - solved).norm(dim=1) <= (delta - nearest).norm(dim=1) * (1 + 1e-6)).all())
@@ -146,7 +167,7 @@ def test_dead_columns_are_rounded_and_disturb_nobody(codec: Codec) -> None:
     inputs = correlated(512, 128)
     inputs[:, 10:30] = 0
     delta = random_delta(16, 128)
-    solved = Solver(hessian_of(inputs).damped(DAMPING)).solve(delta, codec)
+    solved = Solver(hessian_of(inputs).damp(DAMPING).double()).solve(delta, codec)
     check_on_grid(solved, codec, delta)
     step = solved.scales.amax(1, keepdim=True)
     dead = slice(10, 30)
@@ -158,7 +179,7 @@ def test_dead_columns_are_rounded_and_disturb_nobody(codec: Codec) -> None:
 @EVERY_CODEC
 def test_an_ill_conditioned_hessian(codec: Codec) -> None:
     inputs = torch.randn(256, 1, generator=torch.Generator().manual_seed(0)) * torch.logspace(4, -6, 128)
-    delta, damped = random_delta(16, 128), hessian_of(inputs).damped(1e-6)
+    delta, damped = random_delta(16, 128), hessian_of(inputs).damp(1e-6).double()
     solved = Solver(damped).solve(delta, codec)
     check_on_grid(solved, codec, delta)
     nearest = round_to_nearest(delta, damped.diagonal().float(), codec)
@@ -170,7 +191,7 @@ def test_an_ill_conditioned_hessian(codec: Codec) -> None:
 def test_constant_rows(codec: Codec, value: float) -> None:
     delta = random_delta(4, 128)
     delta[2] = value
-    solved = Solver(hessian_of(correlated(300, 128)).damped(DAMPING)).solve(delta, codec)
+    solved = Solver(hessian_of(correlated(300, 128)).damp(DAMPING).double()).solve(delta, codec)
     check_on_grid(solved, codec, delta)
     rebuilt = solved.dequantized(codec)[2]
     assert bool(rebuilt.isfinite().all())
@@ -192,7 +213,7 @@ def test_scales_of_a_group_beat_the_largest_magnitude() -> None:
 
 @EVERY_CODEC
 def test_rows_do_not_depend_on_each_other(codec: Codec) -> None:
-    delta, damped = random_delta(24, 192), hessian_of(correlated(500, 192)).damped(DAMPING)
+    delta, damped = random_delta(24, 192), hessian_of(correlated(500, 192)).damp(DAMPING).double()
     together = Solver(damped).solve(delta, codec).dequantized(codec)
     apart = torch.cat([Solver(damped).solve(part, codec).dequantized(codec) for part in delta.split(8)])
     assert float(((together - apart).abs().amax(1) > 0).float().mean()) < 0.1
@@ -223,7 +244,7 @@ def test_columns_are_coded_by_energy_and_groups_stay_together(columns: int) -> N
 @DENSE
 def test_energy_first_loses_less_than_left_to_right(codec: Codec) -> None:
     inputs = correlated(1024, 384) * torch.linspace(0.2, 2, 384)
-    delta, damped = random_delta(32, 384), hessian_of(inputs).damped(DAMPING)
+    delta, damped = random_delta(32, 384), hessian_of(inputs).damp(DAMPING).double()
     left_to_right, _ = compensate(delta.clone(), inverse_factor(damped, torch.arange(384)), codec)
     solved = Solver(damped).solve(delta, codec)
     lost = [float(errors(delta, coded, codec, damped).sum()) for coded in (solved, left_to_right)]
