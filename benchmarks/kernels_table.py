@@ -1,58 +1,81 @@
-"""The tables of ``docs/kernels.md``: ``python benchmarks/kernels_table.py benchmarks/results/kernels-h200.json``."""
+"""The tables of ``docs/kernels.md``, from what ``python -m deltazip_kernels.bench --json FILE`` measured."""
 
-import json
-import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
+Row = dict[str, Any]
+_EIGHT_B = ("qkv", "o", "gate_up", "down")
+_NUMBERS = ("raw", "low_rank")
+_ONCE = ("plan", "quantize", "rms_norm_quantize", "silu_mul_quantize")
 
-def shares(results: list[dict[str, Any]]) -> str:
+
+def tables(data: dict[str, Any]) -> dict[str, str]:
+    """All of them by the names of their markers."""
+    results: list[Row] = data["results"]
+    products = [row for row in results if row["kind"] == "product"]
+    linears = [row for row in products if row["linear"] in _EIGHT_B]
+    packed = [row for row in linears if row["codec"] not in _NUMBERS]
+    many = {f"{versions}x{rows}" for versions in (8, 32) for rows in (1, 4, 16)}
+    return {
+        "machine": _machine(data),
+        "products": shares([row for row in packed if row["segments"] in many]),
+        "busy": shares([row for row in packed if row["segments"] not in many]),
+        "numbers": shares([row for row in linears if row["codec"] in _NUMBERS]),
+        "others": shares([row for row in products if row["linear"] not in _EIGHT_B]),
+        "mixtures": shares([row for row in results if row["kind"] == "mixture"]),
+        "layers": layers([row for row in results if row["kind"] == "layer"], data["copy_bandwidth"]),
+        "long": long_segments(results, "int2"),
+        "once": once(results),
+    }
+
+
+def shares(rows: Sequence[Row]) -> str:
     """Microseconds and share of the copy bandwidth, for each codec and linear."""
-    columns = list(dict.fromkeys(r["segments"] for r in results))
+    columns = list(dict.fromkeys(row["segments"] for row in rows))
     lines = ["| codec | linear | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
-    for codec, linear in dict.fromkeys((r["codec"], r["linear"]) for r in results):
-        cells = []
-        for column in columns:
-            found = [r for r in results if (r["codec"], r["linear"], r["segments"]) == (codec, linear, column)]
-            cells.append(
-                f"{found[0]['seconds'] * 1e6:.1f} ({found[0]['share_of_copy_bandwidth']:.2f})" if found else ""
-            )
-        lines.append(f"| {codec} | {linear} | " + " | ".join(cells) + " |")
+    cells = {(row["codec"], row["linear"], row["segments"]): _share(row) for row in rows}
+    for codec, linear in dict.fromkeys((row["codec"], row["linear"]) for row in rows):
+        found = [cells.get((codec, linear, column), "") for column in columns]
+        lines.append(f"| {codec} | {linear} | " + " | ".join(found) + " |")
     return "\n".join(lines)
 
 
-def long_segments(results: list[dict[str, Any]], codec: str) -> str:
+def layers(rows: Sequence[Row], bandwidth: float) -> str:
+    """Microseconds of a decoder layer, and what of it the deltas add."""
+    lines = ["| | without deltas | with them | they add | copying their bytes |", "|---|--:|--:|--:|--:|"]
+    for row in rows:
+        times = (row["reference"], row["seconds"], row["seconds"] - row["reference"], row["bytes"] / bandwidth)
+        lines.append(f"| {row['segments']} | " + " | ".join(f"{1e6 * seconds:.0f}" for seconds in times) + " |")
+    return "\n".join(lines)
+
+
+def long_segments(rows: Sequence[Row], codec: str) -> str:
     """Total time over that of the base GEMM alone: beside / merged."""
-    mine = [r for r in results if r["codec"] == codec]
-    rows = list(dict.fromkeys(r["rows"] for r in mine))
-    lines = ["| linear | " + " | ".join(f"{n} rows" for n in rows) + " |", "|---|" + "---|" * len(rows)]
-    for linear in dict.fromkeys(r["linear"] for r in mine):
+    mine = [row for row in rows if row["codec"] == codec and row["kind"] in ("beside", "merged")]
+    lengths = list(dict.fromkeys(row["rows"] for row in mine))
+    lines = ["| linear | " + " | ".join(f"{n} rows" for n in lengths) + " |", "|---|" + "---|" * len(lengths)]
+    for linear in dict.fromkeys(row["linear"] for row in mine):
         ratio = {(r["kind"], r["rows"]): r["seconds"] / r["reference"] for r in mine if r["linear"] == linear}
-        cells = [f"{ratio['beside', n]:.2f} / {ratio['merged', n]:.2f}" for n in rows]
+        cells = [f"{ratio['beside', n]:.2f} / {ratio['merged', n]:.2f}" for n in lengths]
         lines.append(f"| {linear} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def main() -> None:
-    data = json.loads(Path(sys.argv[1]).read_text())
-    results = data["results"]
-    of = {kind: [r for r in results if r["kind"] == kind] for kind in {r["kind"] for r in results}}
-    print(f"{data['machine']}, torch {data['torch']}, triton {data['triton']}, commit {data['commit'][:12]}, ")
-    print(f"copy bandwidth {data['copy_bandwidth'] / 1e12:.2f} TB/s\n")
-    eight_b = {"qkv", "o", "gate_up", "down"}
-    print(shares([r for r in of["product"] if r["linear"] in eight_b and r["codec"] not in {"raw", "low_rank"}]))
-    print("\n" + shares([r for r in of["product"] if r["codec"] in {"raw", "low_rank"}]))
-    print("\n" + shares([r for r in of["product"] if r["linear"] not in eight_b]))
-    print("\n" + shares(of["mixture"]) + "\n")
-    print(long_segments(of["beside"] + of["merged"], "int2"))
-    for r in of["layer"]:
-        times = f"{r['reference'] * 1e6:.0f} us without deltas, {r['seconds'] * 1e6:.0f} us with them"
-        limit = r["bytes"] / data["copy_bandwidth"] * 1e6
-        print(f"\nlayer, {r['codec']} {r['segments']}: {times}, {limit:.0f} us to copy their bytes")
-    for kind in ("plan", "quantize", "rms_norm_quantize", "silu_mul_quantize"):
-        times = [f"{r['linear']} {r['rows']} rows {r['seconds'] * 1e6:.1f} us" for r in of.get(kind, [])]
-        print(f"\n{kind}: " + ", ".join(times))
+def once(rows: Sequence[Row]) -> str:
+    """Microseconds of what is launched once a step or an input."""
+    lines = []
+    for kind in _ONCE:
+        times = [f"{r['linear']} {r['rows']} rows {r['seconds'] * 1e6:.1f} us" for r in rows if r["kind"] == kind]
+        lines.append(f"- {kind}: " + ", ".join(time.strip() for time in times))
+    return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    main()
+def _machine(data: dict[str, Any]) -> str:
+    return (
+        f"{data['machine']}, torch {data['torch']}, triton {data['triton']}, copy bandwidth "
+        f"{data['copy_bandwidth'] / 1e12:.2f} TB/s, commit `{data['commit'][:12]}`."
+    )
+
+
+def _share(row: Row) -> str:
+    return f"{row['seconds'] * 1e6:.1f} ({row['share_of_copy_bandwidth']:.2f})"

@@ -1,4 +1,4 @@
-"""Put the tables of README.md and docs/engine.md between their markers, from the JSON in benchmarks/results.
+"""Put the tables of README.md and docs/ between their markers, from the JSON in benchmarks/results.
 
 python -m benchmarks.tables            # rewrite them
 python -m benchmarks.tables --check    # exit 1 when they do not show the results
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine_table import breakdown, figures, fp8_quality, growth
+from benchmarks.kernels_table import tables as kernel_tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -51,9 +52,8 @@ def render(readme: str, name: str, table: str) -> str:
 
 def main() -> int:
     """Rewrite or check the pages."""
-    demo, engine, quality = (
-        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("demo", "engine-h200", "engine-fp8-quality")
-    )
+    names = ("demo", "engine-h200", "engine-fp8-quality", "kernels-h200")
+    demo, engine, quality, kernels = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
     pages = {
         "README.md": {"demo": demo_table(demo), "engine": figures(engine)},
         "docs/engine.md": {
@@ -62,6 +62,7 @@ def main() -> int:
             "breakdown": breakdown(engine),
             "fp8-quality": fp8_quality(quality),
         },
+        "docs/kernels.md": kernel_tables(kernels),
     }
     stale = False
     for page, tables in pages.items():

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from deltazip_kernels import Segments
-from deltazip_kernels.plan import SHORT, SOME
+from deltazip_kernels.plan import MORE, SOME
 from deltazip_ray.engine.step_inputs import StepBuffer
 from deltazip_ray.layers.attention.backend import SequenceRows
 from deltazip_ray.layers.attention.flashinfer import FlashInferBackend, FlashInferPlan
@@ -179,5 +179,5 @@ def _shape(rows: int, versions: int, longest: int, slots: int) -> _Shape:
     """The least shape for such a batch of which there is a graph."""
     if versions == 0:
         return _Shape(rows, 0, 0)
-    steps = (SOME, SHORT, rows)
+    steps = (SOME, MORE, rows)
     return _Shape(rows, min(1 << (versions - 1).bit_length(), rows, slots), next(n for n in steps if n >= longest))

@@ -9,10 +9,11 @@ from torch import Tensor
 from deltazip_kernels.delta import Segments
 from deltazip_kernels.device.plan import write_items
 
-SOME, MANY = 16, 64
-"""Rows of a work item."""
-SHORT = 32
-"""Segments of up to SHORT rows are cut into items of SOME rows, longer ones into items of MANY."""
+SOME, MORE, MANY = 16, 32, 64
+"""Rows of a work item. Segments of up to MORE rows are cut into items of SOME rows where most are much shorter and else
+kept whole; longer ones are cut into items of MANY."""
+COUNTERS, PARTIALS = 1024, 1 << 20
+"""Of each list: tiles that programs can share, and floats in which these leave their sums."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,14 @@ class Work:
 
     ``turn`` is 0 for the only list of a plan, 1 and 2 for the first and the second: as no row is in both, the second's
     launch runs beside the first's, which it must follow with nothing between that makes what both read. ``sparse`` says
-    that segments have few rows on average.
+    that segments have few rows on average. Programs that share a tile along K count themselves in ``arrived``
+    [COUNTERS] int32, zero between launches, and leave their sums in ``partials`` [PARTIALS] float32.
     """
 
     items: Tensor
     batch: int
+    arrived: Tensor
+    partials: Tensor
     turn: int = 0
     sparse: bool = False
 
@@ -40,13 +44,32 @@ def plan(segments: Segments, rows: int, longest: int | None = None) -> tuple[Wor
     longest = rows if longest is None else min(rows, longest)
     if count == 0 or longest == 0:
         return ()
-    # Each segment adds at most one item that is not full; at most rows // n segments have n rows or more.
-    short = min(count + (rows // SOME if longest > SOME else 0), rows)
-    long = min(count, rows // (SHORT + 1)) + rows // MANY if longest > SHORT else 0
-    items = torch.empty((short + long, 4), dtype=torch.int32, device=segments.slots.device)
-    width = max(2, triton.next_power_of_2(count))
-    write_items[(1,)](segments.starts, segments.slots, items, count, short, long, width, SOME, MANY, SHORT, num_warps=4)
+    device = segments.slots.device
     sparse = 4 * rows <= SOME * count
+    batch = SOME if sparse or longest <= SOME else MORE
+    # Each segment adds at most one item that is not full; at most rows // n segments have n rows or more.
+    short = min(count + (rows // SOME if batch < longest else 0), rows)
+    long = min(count, rows // (MORE + 1)) + rows // MANY if longest > MORE else 0
+    items = torch.empty((short + long, 4), dtype=torch.int32, device=device)
+    arrived = torch.empty((2, COUNTERS), dtype=torch.int32, device=device)
+    partials = torch.empty((2 if long else 1, PARTIALS), dtype=torch.float32, device=device)
+    width = max(2, triton.next_power_of_2(count))
+    write_items[(1,)](
+        segments.starts,
+        segments.slots,
+        items,
+        arrived,
+        count,
+        short,
+        long,
+        WIDTH=width,
+        SHORT=batch,
+        LONG=MANY,
+        CUT=MORE,
+        COUNTERS=2 * COUNTERS,
+        num_warps=4,
+    )
     if not long:
-        return (Work(items, SOME, sparse=sparse),)
-    return Work(items[:short], SOME, 1, sparse), Work(items[short:], MANY, 2)
+        return (Work(items, batch, arrived[0], partials[0], sparse=sparse),)
+    first = Work(items[:short], batch, arrived[0], partials[0], 1, sparse)
+    return first, Work(items[short:], MANY, arrived[1], partials[1], 2)

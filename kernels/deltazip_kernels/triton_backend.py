@@ -1,7 +1,7 @@
 """The Triton backend of the grouped delta product: launches, and the operator over them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -13,7 +13,7 @@ from deltazip_kernels.device.dense import expand, raw, shrink
 from deltazip_kernels.device.grouped import grouped
 from deltazip_kernels.launch import overlap
 from deltazip_kernels.layout import CODECS, GROUP
-from deltazip_kernels.plan import MANY, Work, plan
+from deltazip_kernels.plan import COUNTERS, MANY, MORE, PARTIALS, SOME, Work, plan
 from deltazip_kernels.quantize import QuantizedRows, quantize_rows
 from deltazip_kernels.table import CODEC_IDS, DeltaTable, table_of
 
@@ -24,20 +24,28 @@ _EXPAND_ROWS, _EXPAND_WARPS = 512, 8
 
 @dataclass(frozen=True)
 class Tile:
-    """How a launch is cut: ``rows`` of the weight for each program, warps, and the depth of the pipeline along K."""
+    """How a launch is cut: ``rows`` of the weight for each program, its warps, the depth of its pipeline along K, and
+    how many programs share K."""
 
     rows: int
     warps: int
     stages: int
+    splits: int = 1
 
 
 SPARSE, DENSE, LONG = Tile(64, 2, 4), Tile(128, 4, 4), Tile(64, 4, 3)
 """The best or nearly the best tiles on an H200 for every codec and linear of an 8B model: for items of few rows, of
-up to ``SOME`` and of up to ``MANY``."""
+up to ``MORE`` and of up to ``MANY``."""
 _THIN = Tile(64, 1, 3)
 _THIN_CODECS = frozenset({"int1", "sparse24_int2"})
 _PLENTY = 2048  # programs
-_NARROW = 8  # rows
+_FEW = Tile(64, 4, 4)
+"""Where wider tiles would leave multiprocessors without work."""
+_BATCHES = {SOME: (8, 16), MORE: (8, 32), MANY: (32, 64)}
+"""By rows that an item may have: the widths of tiles that a launch has code for."""
+_SHARED = {SOME: (512, 4), MORE: (256, 8), MANY: (256, 8)}
+"""Likewise: programs up to which K is split, and steps of two groups that each is left at least."""
+_MOST_SPLITS = 4
 
 
 def grouped_matmul(
@@ -50,21 +58,26 @@ def grouped_matmul(
     _check(y, table)
     tile = tile or _tile(table, work, codecs)
     rows, tiles = _cut(table, tile.rows)
-    grouped[(sum(tiles), work.items.shape[0])](
+    shared = sum(tiles) * len(work.items) if tile.splits > 1 else 0
+    if shared > COUNTERS or shared * tile.splits * tile.rows * work.batch > PARTIALS:
+        raise ValueError(f"{shared} tiles are too many to be shared by {tile.splits} programs each")
+    grouped[(sum(tiles), len(work.items), tile.splits)](
         y,
         y.stride(0),
         x.values,
         x.scales,
         work.items,
         table.entries,
+        work.partials,
+        work.arrived,
         ROWS=rows,
         TILES=tiles,
         GROUPS=-(-x.columns // GROUP),
         CODECS=tuple(CODEC_IDS[name] for name in codecs),
+        SPLITS=tile.splits,
         BN=tile.rows,
-        BM=work.batch,
+        BATCHES=_BATCHES[work.batch],
         STAGES=tile.stages,
-        NARROW=_NARROW if work.batch < MANY else 0,
         TURN=work.turn,
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=tile.warps,
@@ -167,12 +180,24 @@ def delta_matmul_triton(y: Tensor, x: Tensor, deltas: Sequence[PackedDelta | Non
 
 def _tile(table: DeltaTable, work: Work, codecs: Sequence[str]) -> Tile:
     """One warp a program costs the fewest instructions, which bound the thinnest codecs once programs fill the GPU."""
-    if work.batch == MANY:
-        return LONG
     programs = sum(_cut(table, SPARSE.rows)[1]) * len(work.items)
-    if work.sparse and programs >= _PLENTY and _THIN_CODECS.issuperset(codecs):
-        return _THIN
-    return SPARSE if work.sparse else DENSE
+    few = programs <= _SHARED[work.batch][0] // 2
+    if work.batch == MANY:
+        tile = LONG
+    elif work.sparse:
+        tile = _THIN if programs >= _PLENTY and _THIN_CODECS.issuperset(codecs) else SPARSE
+    else:
+        tile = _FEW if few else DENSE
+    return replace(tile, splits=_splits(programs, table.shapes[0][1], work.batch))
+
+
+def _splits(programs: int, columns: int, batch: int) -> int:
+    """Programs that share a tile along K: where there are few, each would walk for long beside idle multiprocessors."""
+    most, steps = _SHARED[batch]
+    splits = 1
+    while splits < _MOST_SPLITS and 2 * splits * programs <= most and columns >= 2 * splits * steps * 2 * GROUP:
+        splits *= 2
+    return splits
 
 
 def _check(y: Tensor, table: DeltaTable) -> None:

@@ -13,7 +13,7 @@ from deltazip_kernels.layout import from_positions
 from deltazip_kernels.plan import plan
 from deltazip_kernels.quantize import quantize_rows
 from deltazip_kernels.table import CODEC_IDS, DeltaTable
-from deltazip_kernels.triton_backend import grouped_matmul, low_rank_matmul, raw_matmul
+from deltazip_kernels.triton_backend import Tile, grouped_matmul, low_rank_matmul, raw_matmul
 from tests.support.deltas import random_coded, random_low_rank, random_raw
 
 NAMES = [None, *CODECS, RAW, LOW_RANK]
@@ -171,6 +171,25 @@ def test_stacked_raw_and_low_rank(dtype: torch.dtype, ranks: tuple[int, int], de
     assert float((y.double() - want).abs().max()) <= tolerance * float(want.abs().max())
 
 
+@pytest.mark.parametrize(("splits", "columns"), [(2, 900), (4, 388), (3, 1152)])
+@pytest.mark.parametrize("codec", ["int2", "sparse24_int2"])
+def test_programs_share_a_tile_along_k(codec: str, splits: int, columns: int, device: torch.device) -> None:
+    """Odd numbers of groups, shares without any; the counters are left as they were found."""
+    coded = random_coded(codec, (100, columns), seed=3)
+    deltas = DeltaTable([(100, columns)], 1, device)
+    deltas.set(0, [to_device(coded.delta(), device)])
+    x = torch.randn(45, columns, generator=torch.Generator().manual_seed(5)).to(device)
+    y, again = torch.zeros(2, 45, 100, device=device)
+    rows_of_x = quantize_rows(x)
+    for work in plan(table([5, 40], [0, 0], device), 45):
+        for out in (y, again):
+            grouped_matmul(out, rows_of_x, deltas, work, [codec], Tile(64, 4, 3, splits))
+            assert not bool(work.arrived.any())
+    want = rounded(x) @ coded.dense().to(device).T
+    assert float((y.double() - want).abs().max()) <= 1e-6 * float(want.abs().max())
+    assert torch.equal(y, again)
+
+
 def test_kernels_and_table_name_codecs_alike() -> None:
     ids = {"int4": grouped.INT4, "int3": grouped.INT3, "int2": grouped.INT2, "int1": grouped.INT1}
     ids |= {
@@ -201,7 +220,7 @@ def test_outputs_must_have_adjacent_columns(device: torch.device) -> None:
         delta_matmul(y, x, [delta], table([3], [0], device), backend="triton")
 
 
-@pytest.mark.parametrize("longest", [None, 8, 16])
+@pytest.mark.parametrize("longest", [None, 8, 16, 32])
 def test_plan_covers_every_row_of_a_slot_once(longest: int | None, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(2)
     for _ in range(3):

@@ -19,15 +19,18 @@ from deltazip_kernels.delta import LOW_RANK, RAW
 from deltazip_kernels.layout import CODECS, LAYOUT_VERSION
 
 BATCHES = {8: [1, 4, 16], 32: [1, 4, 16]}
+BUSY = {1: [8, 32, 64], 2: [16, 32], 8: [32, 64]}
+"""Few versions, and versions of many rows."""
 
 
 def cases(quick: bool) -> Iterator[Result]:
     """All measurements, or a few of each kind."""
     yield from products(["int2"] if quick else list(CODECS), {8: [4]} if quick else BATCHES)
     yield from products(["sparse24_int4", "int4", "int2"], {8: [1], 1: [512]}, OTHERS)
+    yield from products(["int2"] if quick else ["int4", "int2"], {1: [32]} if quick else BUSY)
     yield from mixtures("int2", ["o"] if quick else ["o", "gate_up"])
     yield from overheads()
-    yield from layers("int2", [(8, 4), (32, 1)])
+    yield from layers("int2", [(8, 4), (32, 1)] if quick else [(8, 4), (32, 1), (1, 32), (2, 16), (8, 32)])
     if quick:
         return
     yield from products([RAW], {8: [1, 16]})

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from deltazip_kernels.bench.data import DEVICE, SHAPES, make_tables, segments_of
 from deltazip_kernels.bench.result import Result
 from deltazip_kernels.bench.timing import graph_times
-from deltazip_kernels.plan import Work, plan
+from deltazip_kernels.plan import MORE, SOME, Work, plan
 from deltazip_kernels.quantize import QuantizedRows, quantize_rows, rms_norm_quantize, silu_mul_quantize
 from deltazip_kernels.rope import RotaryTables, rope_and_cache
 from deltazip_kernels.triton_backend import grouped_matmul
@@ -59,7 +59,8 @@ def layers(codec: str, batches: Sequence[tuple[int, int]]) -> Iterator[Result]:
     """``(versions, rows of each)``; ``reference`` is the same layer without deltas."""
     for count, each in batches:
         rows = count * each
-        works = plan(segments_of([each] * count), rows)  # for any mixture of so many rows, as a captured step has it
+        longest = next(limit for limit in (SOME, MORE, rows) if limit >= each)
+        works = plan(segments_of([each] * count), rows, longest)  # for any mixture like it, as a captured step has it
         stack = [Layer(rows, count, codec, works) for _ in range(_LAYERS)]
         state = _random(rows, _HIDDEN), _random(rows, _HIDDEN)
         times = graph_times([partial(layer.step, *state) for layer in stack] * 3)

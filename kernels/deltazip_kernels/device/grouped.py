@@ -90,26 +90,32 @@ def _product(
     scale_tile,
     CODEC: tl.constexpr,
     GROUPS: tl.constexpr,
+    SPLITS: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """float32 [BN, BM]: the walk of one tile along K."""
+    """float32 [BN, BM]: the walk of one tile along this program's share of K, one of SPLITS."""
     LANES: tl.constexpr = 64 if CODEC == INT4 else 32
     SHARED: tl.constexpr = CODEC == INT1 or CODEC == SPARSE2  # codes of two groups in one byte
     EXTRA: tl.constexpr = CODEC == INT3 or CODEC == SPARSE4 or CODEC == SPARSE2
     UNIT: tl.constexpr = unit(CODEC)
     PAIRS: tl.constexpr = (GROUPS + 1) // 2
     STEPS: tl.constexpr = PAIRS if SHARED else GROUPS
+    C_STEP: tl.constexpr = 64 * LANES if SHARED else 128 * LANES
+    EACH: tl.constexpr = (GROUPS // 2 + SPLITS - 1) // SPLITS  # steps of two groups
+    split = tl.program_id(2)
+    begin = tl.minimum(split * EACH, GROUPS // 2) if SPLITS > 1 else 0
+    end = tl.minimum(begin + EACH, GROUPS // 2) if SPLITS > 1 else GROUPS // 2
     row = n & 63
     lane = tl.arange(0, LANES)
-    c = codes + (tile * (STEPS * 64 * LANES) + row * LANES)[:, None] + lane[None, :]
-    e = extra + (tile * (PAIRS * 2048) + row * 32)[:, None] + tl.arange(0, 32)[None, :]
-    s = scales + scale_tile * (GROUPS * 32) + scale_word
-    x += tl.arange(0, 128)[:, None]
+    c = codes + begin * C_STEP + (tile * (STEPS * 64 * LANES) + row * LANES)[:, None] + lane[None, :]
+    e = extra + begin * 2048 + (tile * (PAIRS * 2048) + row * 32)[:, None] + tl.arange(0, 32)[None, :]
+    s = scales + begin * 64 + scale_tile * (GROUPS * 32) + scale_word
+    x += begin * 256 + tl.arange(0, 128)[:, None]
     acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for _ in tl.range(0, GROUPS // 2, num_stages=STAGES):
+    for _ in tl.range(begin, end, num_stages=STAGES):
         even = tl.load(c)
         odd = even if SHARED else tl.load(c + 64 * LANES)
         both = tl.load(e) if EXTRA else even
@@ -117,11 +123,11 @@ def _product(
         x1 = tl.load(x + 128, mask=live[None, :], other=0)
         acc = _add_group(acc, _weights(even, both, CODEC, False, BN, PLAIN), x0, tl.load(s), BN)
         acc = _add_group(acc, _weights(odd, both, CODEC, True, BN, PLAIN), x1, tl.load(s + 32), BN)
-        c += 64 * LANES if SHARED else 128 * LANES
+        c += C_STEP
         e += 2048
         s += 64
         x += 256
-    if GROUPS % 2:
+    if GROUPS % 2 and split == SPLITS - 1:
         even = tl.load(c)
         both = tl.load(e) if EXTRA else even
         x0 = tl.load(x, mask=live[None, :], other=0)
@@ -130,11 +136,31 @@ def _product(
 
 
 @triton.jit
+def _sum_splits(acc, partials, arrived, SPLITS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """The sum of ``acc`` over the programs of one tile, in the order of their shares, and whether this one came last:
+    in the others it is not complete."""
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    at = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+    mine = partials + program * (SPLITS * BN * BM) + at
+    tl.store(mine + tl.program_id(2) * (BN * BM), acc)
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived + program, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    if last:
+        acc = tl.zeros((BN, BM), dtype=tl.float32)
+        for i in tl.static_range(0, SPLITS):
+            acc += tl.load(mine + i * (BN * BM), cache_modifier=".cg")
+        tl.store(arrived + program, 0)
+    return acc, last
+
+
+@triton.jit
 def _add_rows(
     y,
     y_stride,
     values,
     x_scales,
+    partials,
+    arrived,
     first,
     end,
     column,
@@ -146,6 +172,7 @@ def _add_rows(
     extra,
     GROUPS: tl.constexpr,
     CODECS: tl.constexpr,
+    SPLITS: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
@@ -162,7 +189,7 @@ def _add_rows(
     live = m < end
     x = values + m.to(tl.int64)[None, :] * (GROUPS * 128)
     x_scale = tl.load(x_scales + m, mask=live, other=0.0)
-    EARLY: tl.constexpr = BM <= 16  # more rows would hold too many registers through the walk
+    EARLY: tl.constexpr = BM <= 16 and SPLITS == 1  # more rows would hold too many registers through the walk
     if EARLY:
         before = load_outputs(y, y_stride, m, column + n, live, n < width)
     acc = tl.zeros((BN, BM), dtype=tl.float32)
@@ -170,12 +197,16 @@ def _add_rows(
         if codec == CODECS[i]:
             acc = _product(
                 pointer(codes, tl.uint8), pointer(extra, tl.uint8), pointer(scales, tl.int32), x, live,
-                n, tile, words & 31, scale_tile, CODECS[i], GROUPS, BN, BM, STAGES, PLAIN,
+                n, tile, words & 31, scale_tile, CODECS[i], GROUPS, SPLITS, BN, BM, STAGES, PLAIN,
             )  # fmt: skip
     let_next_start(OVERLAP)
-    if not EARLY:
-        before = load_outputs(y, y_stride, m, column + n, live, n < width)
-    add_outputs(y, y_stride, m, column + n, live, n < width, before, acc * x_scale[None, :])
+    complete = True
+    if SPLITS > 1:
+        acc, complete = _sum_splits(acc, partials, arrived, SPLITS, BN, BM)
+    if complete:
+        if not EARLY:
+            before = load_outputs(y, y_stride, m, column + n, live, n < width)
+        add_outputs(y, y_stride, m, column + n, live, n < width, before, acc * x_scale[None, :])
 
 
 @triton.jit
@@ -186,22 +217,26 @@ def grouped(
     x_scales,
     items,
     table,
+    partials,
+    arrived,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     GROUPS: tl.constexpr,
     CODECS: tl.constexpr,
+    SPLITS: tl.constexpr,
     BN: tl.constexpr,
-    BM: tl.constexpr,
+    BATCHES: tl.constexpr,
     STAGES: tl.constexpr,
-    NARROW: tl.constexpr,
     TURN: tl.constexpr,
     PLAIN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Adds the products of quantized rows with packed deltas; CODECS are the ids that may occur.
 
-    Items of up to NARROW rows take a way of their own. The first launch of a plan (TURN 1) lets the second (TURN 2)
-    start with it, which reads what the first may read and adds to other rows, and so waits only at its end.
+    An item takes the narrowest of BATCHES, ascending, that holds its rows. The first launch of a plan (TURN 1) lets the
+    second (TURN 2) start with it, which reads what the first may read and adds to other rows, and so waits only at its
+    end. Where SPLITS programs share a tile, the last one to come adds up what they left in ``partials``; the counters
+    ``arrived`` are zero before and after.
     """
     slot, first, end = load_item(items)
     part, block, column, width = part_of(tl.program_id(0), ROWS, TILES)
@@ -209,21 +244,16 @@ def grouped(
     served = False
     for i in tl.static_range(0, len(CODECS)):
         served = served | (codec == CODECS[i])
-    served = served & (slot >= 0)
+    rows = tl.where(served & (slot >= 0), end - first, 0)
     if TURN != 2:
         wait(OVERLAP)
     if TURN == 1:
         let_next_start(OVERLAP)
-    if served:
-        if NARROW > 0 and end - first <= NARROW:
+    for i in tl.static_range(0, len(BATCHES)):
+        if rows <= BATCHES[i] and rows > (BATCHES[i - 1] if i > 0 else 0):
             _add_rows(
-                y, y_stride, values, x_scales, first, end, column, width, block, codec, codes, scales, extra,
-                GROUPS, CODECS, BN, NARROW, STAGES, PLAIN, OVERLAP,
-            )  # fmt: skip
-        else:
-            _add_rows(
-                y, y_stride, values, x_scales, first, end, column, width, block, codec, codes, scales, extra,
-                GROUPS, CODECS, BN, BM, STAGES, PLAIN, OVERLAP,
+                y, y_stride, values, x_scales, partials, arrived, first, end, column, width, block,
+                codec, codes, scales, extra, GROUPS, CODECS, SPLITS, BN, BATCHES[i], STAGES, PLAIN, OVERLAP,
             )  # fmt: skip
     if TURN == 2:
         wait(OVERLAP)

@@ -30,6 +30,7 @@ def write_items(
     starts,
     slots,
     items,
+    arrived,
     S,
     short_limit,
     long_limit,
@@ -37,8 +38,11 @@ def write_items(
     SHORT: tl.constexpr,
     LONG: tl.constexpr,
     CUT: tl.constexpr,
+    COUNTERS: tl.constexpr,
 ):
-    """Segments of up to CUT rows to ``items[:short_limit]``, longer ones to the ``long_limit`` items after them."""
+    """Segments of up to CUT rows to ``items[:short_limit]``, longer ones to the ``long_limit`` items after them; zeroes
+    to the COUNTERS ``arrived``."""
+    tl.store(arrived + tl.arange(0, COUNTERS), 0)
     s = tl.arange(0, WIDTH)
     slot = tl.load(slots + s, mask=s < S, other=-1)
     first = tl.load(starts + s, mask=s < S, other=0)
