@@ -27,7 +27,7 @@ LOUD = "model.layers.1.self_attn.v_proj.weight"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("base") / "base", hidden=128)
+    return make_base(tmp_path_factory.mktemp("base") / "base")
 
 
 @pytest.fixture(scope="module")
