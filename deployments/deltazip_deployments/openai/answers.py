@@ -9,7 +9,7 @@ from typing import Any
 
 from deltazip_deployments.http_errors import error_body
 from deltazip_deployments.openai.logprobs import TokenText, Told, chat_logprobs, completion_logprobs, prompt_logprobs
-from deltazip_deployments.router.choices import Choices
+from deltazip_deployments.text.choices import Choices
 from deltazip_ray.errors import DeltaZipError
 
 

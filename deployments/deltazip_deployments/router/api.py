@@ -16,11 +16,11 @@ from deltazip_deployments.http_errors import answer_for, error_response, plain_e
 from deltazip_deployments.openai.answers import CHAT, COMPLETION, Answer, Form
 from deltazip_deployments.openai.body import parse_request, read_body
 from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
-from deltazip_deployments.router.choices import Choices
 from deltazip_deployments.router.keys import ApiKeys, Grant
 from deltazip_deployments.router.metrics import RouterMetrics
 from deltazip_deployments.router.scrape import Labels, merge
 from deltazip_deployments.router.service import RouterService
+from deltazip_deployments.text.choices import Choices
 from deltazip_ray.errors import DeltaZipError, UnknownVariant
 
 _CLIENT_LEFT = 499

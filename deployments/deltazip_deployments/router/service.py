@@ -11,11 +11,11 @@ from typing import Any
 from deltazip_deployments.openai.models import model_list
 from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
 from deltazip_deployments.router.backend import Backend, ReplicaDescription
-from deltazip_deployments.router.choices import Asked, Choices, nth
 from deltazip_deployments.router.directory import Directory
-from deltazip_deployments.router.generation import Generation
 from deltazip_deployments.router.health import Health
 from deltazip_deployments.router.resume import generate_resuming, without_output
+from deltazip_deployments.text.choices import Asked, Choices, nth
+from deltazip_deployments.text.generation import Generation
 from deltazip_deployments.text.output import OutputText
 from deltazip_deployments.text.text_cache import TextCache
 from deltazip_deployments.text.version_files import version_files

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from deltazip_deployments.router.generation import Generation, Piece
+from deltazip_deployments.text.generation import Generation, Piece
 from deltazip_deployments.text.version_text import VersionText
 from deltazip_ray.errors import DeltaZipError
 from deltazip_ray.residency.tiers import Tier
