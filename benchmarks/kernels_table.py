@@ -20,6 +20,7 @@ def tables(data: dict[str, Any]) -> dict[str, str]:
         "machine": _machine(data),
         "products": shares([row for row in packed if row["segments"] in many]),
         "busy": shares([row for row in packed if row["segments"] not in many]),
+        "reading": shares([row for row in results if row["kind"] == "reading"]),
         "numbers": shares([row for row in linears if row["codec"] in _NUMBERS]),
         "others": shares([row for row in products if row["linear"] not in _EIGHT_B]),
         "mixtures": shares([row for row in results if row["kind"] == "mixture"]),

@@ -1,6 +1,7 @@
 """The Triton backend against float64. Its only approximation is the rounding of activations to int8, which the first
 test bounds; the others compare with the product of the rounded activations, to the rounding of the output."""
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from deltazip_kernels import CODECS, LOW_RANK, RAW, PackedDelta, Segments, delta_matmul, quantize, triton_backend
 from deltazip_kernels.device import dense, grouped
 from deltazip_kernels.layout import from_positions
-from deltazip_kernels.plan import plan
+from deltazip_kernels.plan import SOME, Work, plan
 from deltazip_kernels.quantize import quantize_rows
 from deltazip_kernels.table import CODEC_IDS, DeltaTable
 from deltazip_kernels.triton_backend import Tile, grouped_matmul, low_rank_matmul, raw_matmul
@@ -220,6 +221,18 @@ def test_outputs_must_have_adjacent_columns(device: torch.device) -> None:
         delta_matmul(y, x, [delta], table([3], [0], device), backend="triton")
 
 
+def owners(works: Sequence[Work], rows: int) -> list[int]:
+    """The slot that takes each row, -1 for none; no row is taken twice."""
+    covered = [-1] * rows
+    for work in works:
+        for slot, first, end, _ in work.items.tolist():
+            if slot >= 0:
+                assert 0 < end - first <= work.batch
+                assert covered[first:end] == [-1] * (end - first)
+                covered[first:end] = [slot] * (end - first)
+    return covered
+
+
 @pytest.mark.parametrize("longest", [None, 8, 16, 32])
 def test_plan_covers_every_row_of_a_slot_once(longest: int | None, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(2)
@@ -227,15 +240,15 @@ def test_plan_covers_every_row_of_a_slot_once(longest: int | None, device: torch
         lengths = torch.randint(0, (longest or 150) + 1, (7,), generator=generator).tolist()
         slots = torch.randint(-1, 4, (7,), generator=generator).tolist()
         rows = sum(lengths) + 4
-        covered = torch.full((rows,), -1)
-        for work in plan(table(lengths, slots, device), rows, longest):
-            for slot, first, end, _ in work.items.tolist():
-                if slot >= 0:
-                    assert 0 < end - first <= work.batch
-                    assert bool((covered[first:end] == -1).all())
-                    covered[first:end] = slot
         want = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)] + [-1] * 4
-        assert covered.tolist() == want
+        assert owners(plan(table(lengths, slots, device), rows, longest), rows) == want
+
+
+@pytest.mark.parametrize("longest", [32, 40])
+def test_plan_cuts_the_one_long_segment_among_short_ones(longest: int, device: torch.device) -> None:
+    works = plan(table([1] * 15 + [25], [*range(16)], device), 40, longest)
+    assert works[0].batch == SOME, "single rows do not pay for programs of many"
+    assert owners(works, 40) == [*range(15), *[15] * 25]
 
 
 def test_plan_of_nothing_is_empty(device: torch.device) -> None:

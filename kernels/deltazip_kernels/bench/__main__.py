@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 import triton
 
-from deltazip_kernels.bench.cases import long_segments, mixtures, overheads, products
+from deltazip_kernels.bench.cases import POOL, long_segments, mixtures, overheads, products
 from deltazip_kernels.bench.data import OTHERS
 from deltazip_kernels.bench.layer import layers
+from deltazip_kernels.bench.reading import readings
 from deltazip_kernels.bench.result import Result
 from deltazip_kernels.bench.timing import copy_bandwidth
 from deltazip_kernels.delta import LOW_RANK, RAW
@@ -27,6 +28,7 @@ def cases(quick: bool) -> Iterator[Result]:
     """All measurements, or a few of each kind."""
     yield from products(["int2"] if quick else list(CODECS), {8: [4]} if quick else BATCHES)
     yield from products(["sparse24_int4", "int4", "int2"], {8: [1], 1: [512]}, OTHERS)
+    yield from readings("int2", [1, 2, 8, 32], POOL)
     yield from products(["int2"] if quick else ["int4", "int2"], {1: [32]} if quick else BUSY)
     yield from mixtures("int2", ["o"] if quick else ["o", "gate_up"])
     yield from overheads()
