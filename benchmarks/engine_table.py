@@ -19,7 +19,7 @@ def figures(report: dict[str, Any]) -> str:
     for count, (name, few, many, rate) in VLLM.items():
         mine = "base alone" if count == 0 else f"{count} full fine-tunes, {report['codec']}"
         cells = [_ms(report, f"{count}.step_8"), _ms(report, f"{count}.step_32"), f"{limit(report, count):.1f} ms"]
-        cells += [f"{report[f'{count}.{what}']['tokens_per_s']:,.0f} tok/s" for what in ("saturated", "prefill")]
+        cells += [_rate(report, f"{count}.{what}") for what in ("saturated", "prefill")]
         theirs = [name, f"{few} ms" if few else "–", f"{many} ms", f"{rate:,} tok/s"]
         lines.append("| " + " | ".join([mine, *cells, *theirs]) + " |")
     return "\n".join(lines)
@@ -52,6 +52,28 @@ def breakdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def own_figures(report: dict[str, Any]) -> str:
+    """Step times and throughput of one report beside the memory's limit."""
+    heads = ["versions", "step, 8 requests", "step, 32 requests", "its limit", "saturated", "prompts"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * 5 + "|"]
+    for count in sorted(int(key.split(".")[0]) for key in report if key.endswith(".step_32")):
+        cells = [_ms(report, f"{count}.step_8"), _ms(report, f"{count}.step_32"), f"{limit(report, count):.1f} ms"]
+        cells += [_rate(report, f"{count}.{what}") for what in ("saturated", "prefill")]
+        lines.append("| " + " | ".join([str(count), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def gemm(report: dict[str, Any]) -> str:
+    """The base's products, ours and torch's, in microseconds."""
+    kinds = ["bfloat16, torch", "bfloat16, ours", "fp8, torch", "fp8, ours"]
+    lines = ["| linear | rows | " + " | ".join(kinds) + " |", "|---|--:|" + "--:|" * len(kinds)]
+    for name, by_rows in report["microseconds"].items():
+        for rows, found in by_rows.items():
+            cells = [f"{found[kind]:.1f}" if kind in found else "–" for kind in kinds]
+            lines.append("| " + " | ".join([name.replace("|", "\\|"), rows, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def fp8_quality(report: dict[str, Any]) -> str:
     """What a base in fp8 costs trained fine-tunes."""
     ways = list(next(iter(report["tasks"].values())))[1:]
@@ -60,6 +82,10 @@ def fp8_quality(report: dict[str, Any]) -> str:
         cells = [f"{found[way]['exact_match']:.1%}, {found[way]['kl']:.0e}" for way in ways]
         lines.append("| " + " | ".join([name, f"{found['fine-tune']['exact_match']:.1%}", *cells]) + " |")
     return "\n".join(lines)
+
+
+def _rate(report: dict[str, Any], key: str) -> str:
+    return f"{report[key]['tokens_per_s']:,.0f} tok/s" if key in report else "–"
 
 
 def _ms(report: dict[str, Any], key: str) -> str:
