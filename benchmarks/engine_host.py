@@ -164,14 +164,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--running", default="32,64,128,256", help="numbers of requests")
+    parser.add_argument("--commit", help="of this tree, where it is no checkout")
     options = parser.parse_args()
     report: dict[str, Any] = {
-        "commit": commit(),
+        "commit": options.commit or commit(),
         "machine": {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()},
         "step_s": STEP_S,
         "host": [],
     }
-    for (kind, sampling), running in product(KINDS.items(), (32, 64, 128, 256)):
+    for (kind, sampling), running in product(KINDS.items(), map(int, options.running.split(","))):
         runs = [asyncio.run(measure(running, sampling, options.seconds)) for _ in range(options.runs)]
         stages = {name: statistics.median(run["us"][name] for run in runs) for name in runs[0]["us"]}
         report["host"].append({"kind": kind, "running": running, "us": stages, "runs": runs})
