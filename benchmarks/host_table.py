@@ -1,0 +1,24 @@
+"""The tables of what the host spends on a step, and of what drawing takes on the device."""
+
+from typing import Any
+
+
+def host(report: dict[str, Any]) -> str:
+    """CPU time of a step by stage, in milliseconds."""
+    stages = list(report["host"][0]["us"])
+    lines = ["| draws | running | " + " | ".join(stages) + " |", "|---|--:|" + "--:|" * len(stages)]
+    for row in report["host"]:
+        cells = [f"{row['us'][stage] / 1e3:.2f}" for stage in stages]
+        lines.append(f"| {row['kind']} | {row['running']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sampling(report: dict[str, Any]) -> str:
+    """Device time of drawing, in milliseconds."""
+    kinds = [name for name in report["ms"][0] if name != "rows" and not name.startswith(("cut", "sort"))]
+    cuts = [name for name in report["ms"][0] if name.startswith(("cut", "sort"))]
+    names = [*kinds, *(name.replace("cut ", "the cut of ").replace("sort ", "by sorting, ") for name in cuts)]
+    lines = ["| rows | " + " | ".join(names) + " |", "|--:|" + "--:|" * len(names)]
+    for row in report["ms"]:
+        lines.append(f"| {row['rows']} | " + " | ".join(f"{row[name]:.2f}" for name in (*kinds, *cuts)) + " |")
+    return "\n".join(lines)
