@@ -19,6 +19,6 @@ def sampling(report: dict[str, Any]) -> str:
     cuts = [name for name in report["ms"][0] if name.startswith(("cut", "sort"))]
     names = [*kinds, *(name.replace("cut ", "the cut of ").replace("sort ", "by sorting, ") for name in cuts)]
     lines = ["| rows | " + " | ".join(names) + " |", "|--:|" + "--:|" * len(names)]
-    for row in report["ms"]:
-        lines.append(f"| {row['rows']} | " + " | ".join(f"{row[name]:.2f}" for name in (*kinds, *cuts)) + " |")
+    rows = [[f"{row[name]:.2f}" for name in (*kinds, *cuts)] for row in report["ms"]]
+    lines += [f"| {row['rows']} | " + " | ".join(cells) + " |" for row, cells in zip(report["ms"], rows, strict=True)]
     return "\n".join(lines)
