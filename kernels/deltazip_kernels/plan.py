@@ -12,7 +12,7 @@ from deltazip_kernels.device.plan import write_items
 SOME, MORE, MANY = 16, 32, 64
 """Rows of a work item. Segments of up to MORE rows are cut into items of SOME rows where most are much shorter and else
 kept whole; longer ones are cut into items of MANY."""
-COUNTERS, PARTIALS = 1024, 1 << 20
+COUNTERS, PARTIALS = 256, 1 << 21
 """Of each list: tiles that programs can share, and floats in which these leave their sums."""
 
 

@@ -43,9 +43,10 @@ _FEW = Tile(64, 4, 4)
 """Where wider tiles would leave multiprocessors without work."""
 _BATCHES = {SOME: (8, 16), MORE: (8, 32), MANY: (32, 64)}
 """By rows that an item may have: the widths of tiles that a launch has code for."""
-_SHARED = {SOME: (512, 4), MORE: (256, 8), MANY: (256, 8)}
-"""Likewise: programs up to which K is split, and steps of two groups that each is left at least."""
-_MOST_SPLITS = 4
+_CROWD, _ENOUGH = 512, 128
+"""Programs up to which K is split: with items of up to ``SOME`` rows or long walks, and else, as sums cost more."""
+_LONG_WALK, _LEAST_WALK, _MOST_SPLITS = 28, 4, 4
+"""Steps of two groups that a program walks."""
 
 
 def grouped_matmul(
@@ -181,21 +182,22 @@ def delta_matmul_triton(y: Tensor, x: Tensor, deltas: Sequence[PackedDelta | Non
 def _tile(table: DeltaTable, work: Work, codecs: Sequence[str]) -> Tile:
     """One warp a program costs the fewest instructions, which bound the thinnest codecs once programs fill the GPU."""
     programs = sum(_cut(table, SPARSE.rows)[1]) * len(work.items)
-    few = programs <= _SHARED[work.batch][0] // 2
     if work.batch == MANY:
         tile = LONG
     elif work.sparse:
         tile = _THIN if programs >= _PLENTY and _THIN_CODECS.issuperset(codecs) else SPARSE
     else:
-        tile = _FEW if few else DENSE
+        tile = _FEW if 2 * programs <= _CROWD else DENSE
     return replace(tile, splits=_splits(programs, table.shapes[0][1], work.batch))
 
 
 def _splits(programs: int, columns: int, batch: int) -> int:
     """Programs that share a tile along K: where there are few, each would walk for long beside idle multiprocessors."""
-    most, steps = _SHARED[batch]
-    splits = 1
-    while splits < _MOST_SPLITS and 2 * splits * programs <= most and columns >= 2 * splits * steps * 2 * GROUP:
+    steps, splits = columns // (2 * GROUP), 1
+    while splits < _MOST_SPLITS and steps // (2 * splits) >= _LEAST_WALK:
+        most = _CROWD if batch == SOME or steps // splits >= _LONG_WALK else _ENOUGH
+        if 2 * splits * programs > most:
+            break
         splits *= 2
     return splits
 
