@@ -172,14 +172,15 @@ class Surveyor:
     def _divergences(self, states: Tensor, base: Tensor, finetuned: Tensor, encode: Encode) -> dict[Coding, float]:
         """From the logits of the head ``finetuned`` to those of each coding of it; added rows stay."""
         found = {coding: Divergence(len(states), states.device, self._pair.skeleton.logits_softcap) for coding in TRIED}
-        for rows in row_pieces(len(finetuned)):
+        for rows in row_pieces(len(base)):
             placed = self._runner.place(finetuned[rows])
-            before = base[rows].to(states.device)
-            delta = finetuned[rows][: len(before)].to(states.device).float() - before
+            delta = finetuned[rows].to(placed.device).float() - base[rows].to(placed.device)
             for coding, lost in Trials(delta, encode).lost():
-                rebuilt = placed.clone()
-                rebuilt[: len(before)] -= lost
-                found[coding].add(states, placed, states, rebuilt)
+                found[coding].add(states, placed, states, (placed - lost).to(placed.dtype))
+        for rows in row_pieces(len(finetuned) - len(base)):
+            added = self._runner.place(finetuned[len(base) :][rows])
+            for divergence in found.values():
+                divergence.add(states, added, states, added)
         return {coding: divergence.mean() for coding, divergence in found.items()}
 
     def _embedding(self, slopes: Tensor) -> None:

@@ -65,7 +65,7 @@ def sampled_slopes(states: Tensor, head: Pieces, generator: torch.Generator, sof
             drawn[at] = torch.where(highest > best[at], where + first, drawn[at])
             best[at] = torch.maximum(best[at], highest)
         first += len(rows)
-    slopes = torch.zeros_like(states)
+    slopes = torch.zeros(states.shape, device=states.device)
     first = 0
     for rows in head():
         for at, found in _tokens(states, rows, softcap):
@@ -76,7 +76,7 @@ def sampled_slopes(states: Tensor, head: Pieces, generator: torch.Generator, sof
                 weights *= 1 - (found / softcap).square()
             slopes[at] += weights.to(rows.dtype) @ rows
         first += len(rows)
-    return slopes
+    return slopes.to(states.dtype)
 
 
 def logits(states: Tensor, head: Tensor, softcap: float | None) -> Tensor:

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from deltazip_kernels.layout import ROWS as TILE
 from deltazip_ray.artifact.manifest import Manifest, TensorEntry
+from deltazip_ray.compress import vocabulary
 from deltazip_ray.compress.calibration import load_calibration
 from deltazip_ray.compress.choices import Survey
 from deltazip_ray.compress.merge import merge
@@ -125,6 +127,24 @@ def test_what_hardly_changed_costs_nothing(base: Path, tmp_path: Path) -> None:
     manifest = compress(base, nearly, tmp_path / "artifact", max_error=0.005)
     assert all("norm" in name for name in entries(manifest))
     assert 0 < kl(manifest) < 1e-4
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_vocabulary_in_pieces_is_the_same_vocabulary(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    letters = "".join(map(chr, range(0x4E00, 0x4E00 + 2 * TILE - 3)))
+    start = make_base(tmp_path / "base", tied=tied, layers=1, alphabet=letters)
+    tuned = make_finetune(start, tmp_path / "tuned", added=("<a>", "<b>"))
+    head, found = EMBEDDING if tied else HEAD, []
+    for rows in (vocabulary.ROWS, TILE):
+        monkeypatch.setattr(vocabulary, "ROWS", rows)
+        manifest = compress(start, tuned, tmp_path / f"of {rows}", outer_codec="int2")
+        errors = [entries(manifest)[name].relative_error for name in {EMBEDDING, head}]
+        # Draws of tokens, and so the costs of lookups, depend on the pieces.
+        costs = [] if tied else [choice.cost for choice in survey(start, tuned).choices[head]]
+        found.append([kl(manifest), *errors, *costs])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
