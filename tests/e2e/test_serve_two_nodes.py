@@ -63,9 +63,9 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
                 port = free_ports(1)[0]
                 starting = pool.submit(serving.start, config, port=port, engine_factory=Script(step_s=0.03))
                 # The router takes its place on the head: its node must outlive the other one here.
-                wait_until(lambda: any("#router#" in actor["name"] for actor in _named_actors()))
+                wait_until(lambda: any("#router#" in actor["name"] for actor in _named_actors()), timeout_s=120)
                 cluster.add_node(**node)
-                server = starting.result(timeout=60)
+                server = starting.result(timeout=180)
             yield TwoNodes(ServeApp(server.url), cluster, version, folder, store)
             server.stop()
         finally:
