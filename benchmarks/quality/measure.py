@@ -149,11 +149,11 @@ class Bench:
         sparse = {name: partial(shop.compressed, codec=codec) for name, codec in SPARSE.items()}
         return {
             "rounded int2": partial(shop.rounded, "int2"),
-            "rounded int1": partial(shop.rounded, "int1"),
-            "rounded int4": partial(shop.rounded, "int4"),
-            "BitDelta": self._bitdelta,
-            "GPTQ int4": partial(direct, codec="int4"),
             **sparse,
+            "rounded int1": partial(shop.rounded, "int1"),
+            "BitDelta": self._bitdelta,
+            "rounded int4": partial(shop.rounded, "int4"),
+            "GPTQ int4": partial(direct, codec="int4"),
             "GPTQ int2": partial(direct, codec="int2"),
             "GPTQ int3": partial(direct, codec="int3"),
             "SparseGPT 2:4 int4": partial(direct, codec="sparse24_int4"),
