@@ -43,6 +43,7 @@ def serve(
         preflight.check_host(settings, *address)
     if problem := preflight.store_problem(settings.store):
         typer.echo(f"warning: {problem}", err=True)
+    typer.echo(f"Starting {settings.replicas} × {settings.base} on {settings.engine.device} …", err=True)
     with serving.running(settings, *address) as url:
         typer.echo(
             f"Serving {settings.base_name} and the variants of {settings.store.url} at {url}/v1 (Ctrl-C ends it)"
