@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from deltazip_kernels import PackedDelta
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.async_engine import AsyncEngine
+from deltazip_ray.engine.step_loop import MOST_FAILURES
 from deltazip_ray.errors import (
     BaseMismatch,
     BlobCorrupt,
@@ -236,6 +238,7 @@ async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(zoo: Zoo
         await run.generate(PROMPT, version)
         target = parts_of(run).core.slots.targets["model.layers.1.mlp.down_proj.weight"]
         assert isinstance(target, MatrixTarget)
+        assert isinstance(target.base, torch.Tensor)
         slot, good = next((i, delta) for i, delta in enumerate(target.deltas) if delta is not None)
         target.deltas[slot] = PackedDelta("raw", (1, 1), {"values": target.base[:1, :1]})
         with pytest.raises(EngineError, match="the step failed"):
@@ -295,6 +298,26 @@ async def test_stopped_while_it_starts(zoo: Zoo) -> None:
         await start
 
 
+async def test_a_device_that_fails_every_step_turns_the_health_check_red_and_everybody_is_answered(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = unstarted(zoo, MemorySource(), max_running=2)
+    await run.engine.start()
+
+    def launch(batch: object) -> None:
+        raise RuntimeError("CUDA error: out of luck")
+
+    monkeypatch.setattr(parts_of(run).core.runner, "launch", launch)
+    tasks = [asyncio.create_task(run.generate(PROMPT, None, LONG)) for _ in range(2 * MOST_FAILURES + 5)]
+    results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+    kinds = [type(result) for result in results]
+    assert set(kinds) == {EngineError, EngineStopped}
+    assert kinds.count(EngineError) <= 2 * MOST_FAILURES
+    with pytest.raises(EngineStopped):
+        await run.engine.check()
+    await run.engine.stop()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_when_the_loop_itself_breaks_nobody_hangs(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     run = unstarted(zoo, MemorySource())
@@ -344,9 +367,9 @@ async def test_random_requests_with_random_cancellations_leak_nothing(zoo: Zoo) 
     assert not any(source.held.values())
 
 
-def unstarted(zoo: Zoo, source: MemorySource) -> RunningEngine:
+def unstarted(zoo: Zoo, source: MemorySource, **settings: int) -> RunningEngine:
     registry = CollectorRegistry()
-    return RunningEngine(AsyncEngine(EngineConfig(**SETTINGS), zoo.base, source, registry), registry)
+    return RunningEngine(AsyncEngine(EngineConfig(**SETTINGS | settings), zoo.base, source, registry), registry)
 
 
 def parts_of(run: RunningEngine) -> Any:
