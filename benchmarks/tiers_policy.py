@@ -3,6 +3,8 @@
 200 versions, 32 slots, a host with room for 64. The slot table and the blob table of the product are driven, one
 request after the other, by seeded traces; only the bytes are small. The optimum knows the whole trace and keeps what
 is wanted soonest (Belady 1966); for the host it is that of a single tier of as many places as slots and host have.
+Requests are independent draws, so that nobody who cannot see the future does better than to keep the versions that are
+drawn most often (Coffman and Denning 1973, the policy A0): the informed policy does that, and is told the weights.
 """
 
 import argparse
@@ -29,26 +31,30 @@ VERSIONS, SLOTS, HOST, REQUESTS = 200, 32, 64, 20_000
 _TENSORS = {"model.layers.0.mlp.up_proj.weight": TensorEntry(codec="raw", shape=(1,), bytes_finetuned=2)}
 
 Trace = Sequence[int]
+Ranks = Sequence[Sequence[int]]
+"""The versions in the order of their weights, the heaviest first, at each request."""
 
 
-def zipf(exponent: float, seed: int, moving: int | None = None) -> Trace:
+def zipf(exponent: float, seed: int, moving: int | None = None) -> tuple[Trace, Ranks]:
     """Independent draws, version ``i`` with weight ``(i + 1) ** -exponent``.
 
     ``moving``: after so many requests a tenth of the versions swap their popularity, again and again.
     """
     rng = random.Random(seed)
     bounds = list(itertools.accumulate((rank + 1) ** -exponent for rank in range(VERSIONS)))
-    names, trace = list(range(VERSIONS)), []
+    names, trace, ranks = list(range(VERSIONS)), [], []
     for number in range(REQUESTS):
         if moving and number and number % moving == 0:
             some = rng.sample(range(VERSIONS), VERSIONS // 10)
+            names = names.copy()
             for place, name in zip(some, [names[place] for place in some[1:] + some[:1]], strict=True):
                 names[place] = name
         trace.append(names[bisect.bisect(bounds, rng.random() * bounds[-1])])
-    return trace
+        ranks.append(names)
+    return trace, ranks
 
 
-TRACES: dict[str, Callable[[int], Trace]] = {
+TRACES: dict[str, Callable[[int], tuple[Trace, Ranks]]] = {
     "zipf 0.8": lambda seed: zipf(0.8, seed),
     "zipf 1.0": lambda seed: zipf(1.0, seed),
     "zipf 1.2": lambda seed: zipf(1.2, seed),
@@ -70,6 +76,18 @@ def belady(trace: Trace, places: int) -> float:
         if version not in inside and len(inside) == places:
             del inside[max(inside, key=inside.__getitem__)]
         inside[version] = uses[version][-1] if uses[version] else len(trace)
+    return hits / len(trace)
+
+
+def informed(trace: Trace, ranks: Ranks, places: int) -> float:
+    """Share of hits of the policy that knows the weights of the moment, and evicts the lightest but what it serves."""
+    inside: set[int] = set()
+    hits = 0
+    for version, rank in zip(trace, ranks, strict=True):
+        hits += version in inside
+        if version not in inside and len(inside) == places:
+            inside.remove(next(name for name in reversed(rank) if name in inside))
+        inside.add(version)
     return hits / len(trace)
 
 
@@ -131,14 +149,16 @@ def rows(seeds: Sequence[int]) -> Iterator[dict[str, object]]:
     """One for each trace and policy."""
     for name, make in TRACES.items():
         for policy, half_life in (("cost-aware", HALF_LIFE), ("recency alone", 1.0)):
-            device, host, best_device, best_host = [], [], [], []
+            device, host, best_device, best_host, told_device, told_host = [], [], [], [], [], []
             for seed in seeds:
-                trace = make(seed)
+                trace, ranks = make(seed)
                 found = asyncio.run(run(trace, half_life))
                 device.append(found["device"] / REQUESTS)
                 host.append((found["device"] + found["host"]) / REQUESTS)
                 best_device.append(belady(trace, SLOTS))
                 best_host.append(belady(trace, SLOTS + HOST))
+                told_device.append(informed(trace, ranks, SLOTS))
+                told_host.append(informed(trace, ranks, SLOTS + HOST))
             yield {
                 "trace": name,
                 "policy": policy,
@@ -146,6 +166,12 @@ def rows(seeds: Sequence[int]) -> Iterator[dict[str, object]]:
                 "device_or_host": host,
                 "optimum_device": best_device,
                 "optimum_device_or_host": best_host,
+                "informed_device": told_device,
+                "informed_device_or_host": told_host,
+                "informed_of_optimum": sum(told_device) / sum(best_device),
+                "informed_of_optimum_or_host": sum(told_host) / sum(best_host),
+                "device_of_informed": sum(device) / sum(told_device),
+                "device_or_host_of_informed": sum(host) / sum(told_host),
                 "device_of_optimum": sum(device) / sum(best_device),
                 "device_or_host_of_optimum": sum(host) / sum(best_host),
             }

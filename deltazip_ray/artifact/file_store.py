@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from deltazip_ray.artifact.object_store import MAX_OBJECT, PART, Arrived, ObjectStore, check_key, check_prefix
+from deltazip_ray.artifact.object_store import MAX_OBJECT, PART, Arrived, ObjectStore, check_key, check_prefix, ignore
 from deltazip_ray.errors import (
     BlobCorrupt,
     ConfigError,
@@ -59,7 +59,7 @@ class FileStore(ObjectStore):
         with self._reading(key), self._path(key).open("rb") as file:
             return os.fstat(file.fileno()).st_size
 
-    def read_into(self, key: str, buffer: memoryview, arrived: Arrived = len) -> None:
+    def read_into(self, key: str, buffer: memoryview, arrived: Arrived = ignore) -> None:
         with self._reading(key), self._path(key).open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             position = 0

@@ -10,7 +10,7 @@ import zstandard
 
 from deltazip_ray.artifact.digests import sha256_hex, verify_blob
 from deltazip_ray.artifact.manifest import BlobEntry, FileEntry, StoredForm
-from deltazip_ray.artifact.object_store import Arrived, ObjectStore
+from deltazip_ray.artifact.object_store import Arrived, ObjectStore, ignore
 from deltazip_ray.errors import BlobCorrupt
 
 LEVEL = 3
@@ -32,7 +32,7 @@ class Decoding:
     Nothing is written beyond ``buffer``, whatever the stored form says of itself. The digest is not checked.
     """
 
-    def __init__(self, buffer: memoryview, entry: BlobEntry, arrived: Arrived = len) -> None:
+    def __init__(self, buffer: memoryview, entry: BlobEntry, arrived: Arrived = ignore) -> None:
         """``buffer`` has ``entry.size`` bytes; ``arrived`` is told of those that are there."""
         self._buffer = buffer
         self._entry = entry

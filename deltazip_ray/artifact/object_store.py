@@ -16,6 +16,11 @@ PART = 8 << 20
 Arrived = Callable[[memoryview], object]
 """Is told of a piece of a buffer that is there, in the order of the bytes, while others are on their way."""
 
+
+def ignore(piece: memoryview) -> None:
+    """For who wants all of a buffer only."""
+
+
 _MAX_KEY = 900
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
@@ -47,7 +52,7 @@ class ObjectStore(ABC):
         """An object's size in bytes; raises ObjectNotFound."""
 
     @abstractmethod
-    def read_into(self, key: str, buffer: memoryview, arrived: Arrived = len) -> None:
+    def read_into(self, key: str, buffer: memoryview, arrived: Arrived = ignore) -> None:
         """Fill ``buffer`` with an object of exactly its size, in parallel where that helps.
 
         ``arrived`` is called in this thread; together its pieces are all of ``buffer``. What it raises ends the read.

@@ -31,6 +31,7 @@ from deltazip_ray.artifact.object_store import (
     ObjectStore,
     check_key,
     check_prefix,
+    ignore,
     is_key,
 )
 from deltazip_ray.artifact.s3_errors import PROVIDER_FAULTS, provider_fault, translated
@@ -88,7 +89,7 @@ class S3Store(ObjectStore):
         with translated(self.url, key):
             return self._client.head_object(Bucket=self._bucket, Key=where)["ContentLength"]
 
-    def read_into(self, key: str, buffer: memoryview, arrived: Arrived = len) -> None:
+    def read_into(self, key: str, buffer: memoryview, arrived: Arrived = ignore) -> None:
         where = self._where(key)
         parts = [(start, buffer[start : start + PART]) for start in range(0, len(buffer), PART)]
         if len(parts) == 1:

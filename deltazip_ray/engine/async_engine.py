@@ -111,7 +111,7 @@ class AsyncEngine:
             threads=self._config.threads,
         )
         slots, half_life = self._config.slots, self._config.eviction_half_life
-        versions = Versions(self._source, core.slots, slots, self._metrics, half_life)
+        versions = Versions(self._source, core.slots, slots, self._metrics, half_life, self._break)
         self._parts = self._to_stop = _Running(core, versions, steps, Delivery(here))
         steps.start()
 
@@ -227,6 +227,8 @@ class AsyncEngine:
         tier = "device" if pin is None else pin.tier
         try:
             chunk = await stream.get()
+            if pin is not None:
+                await parts.versions.confirm(pin)
             self._metrics.first_token_seconds.labels(tier).observe(time.perf_counter() - arrived)
             chunk = chunk._replace(tier=tier)
             while True:
@@ -289,6 +291,10 @@ class AsyncEngine:
                 active.stream.fail(item)
             self._forget(key)
         delivery.settle()
+
+    def _break(self) -> None:
+        """Nothing that this engine computes can be trusted any more."""
+        self._stopping = asyncio.create_task(self.stop())
 
     def _end(self) -> None:
         """The loop of steps is over, on purpose or not: nobody waits for it any longer."""

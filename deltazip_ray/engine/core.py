@@ -88,7 +88,7 @@ def assemble(
     attention.allocate(_blocks(config, shape, attention, slots))
     start.end("KV cache")
     settled = config.model_copy(update={"max_model_len": max_model_len, "kv_blocks": attention.blocks})
-    runner = _runner(settled, decoder, attention, placement)
+    runner = _runner(settled, decoder, attention, placement, slots)
     if config.warm_up:
         run_steps(runner, settled)
         start.end("warm-up")
@@ -96,7 +96,9 @@ def assemble(
         start.end("graphs")
         slots.warm_up.codecs(config.warm_codecs)
         start.end("codecs")
-    return EngineCore(identity, max_model_len, slots, runner, Scheduler(settled), start)
+    scheduler = Scheduler(settled)
+    slots.idle = lambda: not scheduler.has_work
+    return EngineCore(identity, max_model_len, slots, runner, scheduler, start)
 
 
 def _ops(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> LayerOps:
@@ -159,18 +161,22 @@ def _blocks(config: EngineConfig, shape: DecoderConfig, attention: AttentionBack
 
 
 def _runner(
-    config: EngineConfig, decoder: Decoder, attention: AttentionBackend[Any], placement: Placement
+    config: EngineConfig,
+    decoder: Decoder,
+    attention: AttentionBackend[Any],
+    placement: Placement,
+    slots: DeviceSlots,
 ) -> ModelRunner:
     ops = placement.ops
     drawn = torch.zeros(config.max_running, dtype=torch.int64, device=placement.device)
     if isinstance(attention, SdpaBackend) or not isinstance(ops, TritonOps) or not config.cuda_graphs:
-        return ModelRunner(decoder, attention, ops, drawn, None)
+        return ModelRunner(decoder, attention, ops, drawn, None, slots.arriving)
     from deltazip_ray.engine.decode_graphs import DecodeGraphs  # needs flashinfer
 
     paged = cast("FlashInferBackend", attention)
     pages = config.max_running * -(-config.max_model_len // config.block_size)
     graphs = DecodeGraphs(decoder, paged, ops, drawn, config.slots, pages)
-    return ModelRunner(decoder, attention, ops, drawn, graphs)
+    return ModelRunner(decoder, attention, ops, drawn, graphs, slots.arriving)
 
 
 def _cache_shape(config: EngineConfig, shape: DecoderConfig) -> CacheShape:

@@ -1,6 +1,6 @@
 """Device memory for deltas: one preallocated buffer, cut into slots, into which blobs are copied as they are."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from deltazip_kernels import LAYOUT_VERSION, LOW_RANK, RAW
 from deltazip_ray.artifact.blob import coded_layout, read_blob
 from deltazip_ray.artifact.manifest import BlobEntry, Manifest, TensorEntry
+from deltazip_ray.engine.arrivals import Arrival, Mark, layer_of
 from deltazip_ray.engine.codec_warm_up import CodecWarmUp
 from deltazip_ray.engine.slot_layout import aligned, fill, room
 from deltazip_ray.engine.uploads import Upload, Uploads
@@ -53,12 +54,20 @@ class DeviceSlots:
         self.slot_bytes = slot_bytes or default_slot_bytes(targets)
         self.memory = torch.empty(placement.slots, aligned(self.slot_bytes), dtype=torch.uint8, device=placement.device)
         self.uploads = Uploads(placement.device, copy_bytes_per_s)
+        self.idle: Callable[[], bool] = lambda: True
+        """Whether no step runs. Set by who steps."""
         self._vocab = [base.vocab_size] * placement.slots
+        self._arriving: dict[int, Arrival] = {}
         self.warm_up = CodecWarmUp(targets, base.vocab_size)
 
     def vocab_size(self, slot: int) -> int:
         """Tokens that the version in ``slot`` knows."""
         return self._vocab[slot]
+
+    def arriving(self, slots: Iterable[int]) -> list[Arrival]:
+        """Versions that are on their way to some of these slots, for steps that use them already. Any thread."""
+        found = (self._arriving.get(slot) for slot in slots)
+        return [arrival for arrival in found if arrival is not None]
 
     def check(self, manifest: Manifest) -> None:
         """Raise unless a version belongs to this base, names its weights and fits a slot.
@@ -90,22 +99,30 @@ class DeviceSlots:
                 "raise engine.slot_bytes, or compress it with fewer bits"
             )
 
-    def load(self, slot: int, delta: HostDelta) -> None:
+    def load(self, slot: int, delta: HostDelta, usable: Callable[[], object] | None = None) -> None:
         """Copy a checked version into ``slot`` and publish it there; returns when the device has all of it.
 
-        Nothing of the version is visible before all of it was read, and what its codecs need was compiled. No step that
-        was launched may read the slot. Raises BlobCorrupt.
+        What its codecs need is compiled first. No step that was launched may read the slot. Where no step runs,
+        ``usable`` is called before the end: from then on steps may be launched that wait for :meth:`arriving`. Raises
+        BlobCorrupt, but not after that.
         """
         if delta.memory is not None:
             self.uploads.lock_pages(delta.memory)
-        with self.uploads.beside_steps() as upload:
-            try:
-                self.warm_up.version(delta.manifest)
-                self._fill(slot, delta, upload)
-            except BaseException:
-                self.clear(slot)
-                raise
-        self._vocab[slot] = self.base.vocab_size + delta.manifest.added_tokens
+        alone = self.idle() and self.uploads.unbounded
+        try:
+            with self.uploads.beside_steps(gently=not alone) as upload:
+                try:
+                    self.warm_up.version(delta.manifest)
+                    arrival = self._fill(slot, delta, upload)
+                except BaseException:
+                    self.clear(slot)
+                    raise
+                self._vocab[slot] = self.base.vocab_size + delta.manifest.added_tokens
+                if alone and usable is not None:
+                    self._arriving[slot] = arrival
+                    usable()
+        finally:
+            self._arriving.pop(slot, None)
 
     def clear(self, slot: int) -> None:
         """Leave nothing of a version in ``slot``, which no step that was launched may read."""
@@ -114,14 +131,16 @@ class DeviceSlots:
             target.clear(slot, writes)
         writes.send()
 
-    def _fill(self, slot: int, delta: HostDelta, upload: Upload) -> None:
-        """Copy a version's weights to where each belongs; those that it does not change are the base's."""
+    def _fill(self, slot: int, delta: HostDelta, upload: Upload) -> Arrival:
+        """Have a version's weights copied to where each belongs; those that it does not change are the base's."""
         untouched = dict(self.targets)
         late: list[_Weight] = []
         writes = Writes()
+        marks: dict[int | None, Mark] = {}
         start = 0
-        for blob in delta.manifest.blobs:
+        for blob in sorted(delta.manifest.blobs, key=_is_of_layers):
             weights, start = self._place(slot, start, blob, delta.blobs[blob.block], upload)
+            marks |= dict.fromkeys(map(layer_of, blob.tensors), upload.mark())
             for target, codec, tensors in weights:
                 del untouched[target.name]
                 if target.in_slot and codec == RAW:
@@ -135,6 +154,7 @@ class DeviceSlots:
         for target, codec, tensors in late:
             target.install(slot, codec, tensors, writes)
         writes.send()
+        return Arrival(marks, self.uploads.event())
 
     def _place(
         self, slot: int, start: int, blob: BlobEntry, data: memoryview, upload: Upload
@@ -175,6 +195,11 @@ class DeviceSlots:
         ]
         if added and missing:
             raise ManifestInvalid(f"the version adds {added} tokens but has no rows {missing[0]}: compress it again")
+
+
+def _is_of_layers(blob: BlobEntry) -> bool:
+    """Whether all its weights belong to layers; other blobs are needed before those."""
+    return all(layer_of(name) is not None for name in blob.tensors)
 
 
 def _parts(name: str, entry: TensorEntry, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,13 +1,14 @@
 """Runs the batches that the scheduler makes."""
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from deltazip_ray.engine.arrivals import Arrival, wait_for_layer
 from deltazip_ray.engine.sampling import PromptScores, SampledTokens, SamplingBatch, sample
 from deltazip_ray.layers.attention.backend import AttentionBackend, SequenceRows
 from deltazip_ray.layers.ops import LayerOps
@@ -64,14 +65,19 @@ class ModelRunner:
         ops: LayerOps,
         drawn: torch.Tensor,
         graphs: StepGraphs | None,
+        arriving: Callable[[Iterable[int]], Sequence[Arrival]],
     ) -> None:
-        """``drawn`` ``[most running]`` int64 keeps the tokens of the last step; ``graphs`` run decodes, where given."""
+        """``drawn`` ``[most running]`` int64 keeps the tokens of the last step; ``graphs`` run decodes, where given.
+
+        ``arriving`` finds versions that are on their way to slots.
+        """
         self.decoder = decoder
         self.attention = attention
         self.ops = ops
         self.device = drawn.device
         self._drawn = drawn
         self._graphs = graphs
+        self._arriving = arriving
 
     @property
     def graph_sizes(self) -> tuple[int, ...]:
@@ -120,9 +126,12 @@ class ModelRunner:
         )
 
     def _run(self, batch: Batch) -> tuple[SampledTokens | None, PromptScores | None]:
+        arrivals = self._arriving({chunk.slot for chunk in batch.chunks})
         if self._graphs is not None and self._graphs.fits(batch):
+            for arrival in arrivals:
+                arrival.wait_for_all()
             return self._sample(self._graphs.run(batch), batch), None
-        inputs = self.prepare(batch)
+        inputs = replace(self.prepare(batch), before_layer=functools.partial(wait_for_layer, arrivals))
         states = self.decoder.states(inputs)
         prompts = None
         if batch.scoring_chunks:

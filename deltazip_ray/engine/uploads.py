@@ -2,10 +2,13 @@
 
 One thread makes the large copies of all loads, in chunks and on a stream of its own, while each load's own thread goes
 on to its next blob and does the rest on another stream. No more chunks are under way than keep the wire busy; the
-thread sleeps meanwhile instead of holding the interpreter. A load ends when the device has done all of it, which its
-thread waits for. So what is published after that is complete for every step launched later, on whatever stream, without
-an event between the streams. What was launched before does not use the slot, for the slot's pins are back. On a CPU
-the same thread makes plain copies.
+thread sleeps meanwhile instead of holding the interpreter. A copy engine that always finds work on one stream lets
+others wait without end (docs/tiers.md), so the wire is left free for a moment after each run of chunks: after each
+chunk while steps run, whose own copies are small.
+
+A load ends when the device has done all of it, which its thread waits for. So what is published after that is complete
+for every step launched later, on whatever stream, without an event between the streams. What was launched before does
+not use the slot, for the slot's pins are back. On a CPU the same thread makes plain copies.
 """
 
 from collections import deque
@@ -16,6 +19,7 @@ from contextlib import contextmanager
 import torch
 
 from deltazip_ray.config import MIB
+from deltazip_ray.engine.arrivals import Mark
 from deltazip_ray.engine.page_locks import PageLocks
 from deltazip_ray.residency.pace import Pace
 from deltazip_ray.residency.tiers import HostMemory
@@ -23,7 +27,9 @@ from deltazip_ray.residency.tiers import HostMemory
 CHUNK = 4 * MIB
 """Bytes of one copy: 80 microseconds; smaller ones are slower (docs/tiers.md)."""
 DEPTH = 4
-"""Copies under way at once. A step's own small copy waits for them."""
+"""Copies under way at once."""
+RUN = 128 * MIB
+"""Bytes after which the wire is left free for a moment, when nobody else needs it."""
 
 
 class Copier:
@@ -35,28 +41,46 @@ class Copier:
         self._pace = pace
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="deltazip-copy")
         self._under_way: deque[torch.cuda.Event] = deque()
+        self._run = 0
+        """Bytes since the wire was free."""
 
-    def submit(self, target: torch.Tensor, source: torch.Tensor) -> Future[None]:
-        """Have ``source`` copied to ``target``, both ``[bytes]`` uint8. Done means: the device has been told."""
-        return self._thread.submit(self._copy, target, source)
+    def submit(self, target: torch.Tensor, source: torch.Tensor, *, gently: bool) -> Future[None]:
+        """Have ``source`` copied to ``target``, both ``[bytes]`` uint8; ``gently``: beside steps.
 
-    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        Done means: the device has been told.
+        """
+        return self._thread.submit(self._copy, target, source, self.chunk if gently else RUN)
+
+    def mark(self) -> Mark:
+        """A mark behind all copies that were asked for so far."""
+        return self._thread.submit(lambda: None if self.stream is None else _mark(self.stream))
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, run: int) -> None:
         with torch.cuda.stream(self.stream):
             for start in range(0, source.numel(), self.chunk):
                 part = slice(start, start + self.chunk)
                 self._pace.take(min(self.chunk, source.numel() - start))
-                if len(self._under_way) == DEPTH:
-                    self._under_way.popleft().synchronize()
+                self._leave_room(run)
                 target[part].copy_(source[part], non_blocking=True)
+                self._run += self.chunk
                 if self.stream is not None:
                     self._under_way.append(_mark(self.stream))
+
+    def _leave_room(self, run: int) -> None:
+        """Before a chunk: wait until there are few others, and when they are a long run, until there are none."""
+        most = DEPTH - 1
+        if self._run >= run:
+            self._run = most = 0
+        while len(self._under_way) > most:
+            self._under_way.popleft().synchronize()
 
 
 class Upload:
     """The device work of one load, in one thread."""
 
-    def __init__(self, copier: Copier) -> None:
+    def __init__(self, copier: Copier, *, gently: bool = False) -> None:
         self._copier = copier
+        self._gently = gently
         self._copies: list[Future[None]] = []
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -64,7 +88,11 @@ class Upload:
 
         What is launched in the same block sees the bytes after :meth:`join` only.
         """
-        self._copies.append(self._copier.submit(target, source))
+        self._copies.append(self._copier.submit(target, source, gently=self._gently))
+
+    def mark(self) -> Mark:
+        """What comes when the copies so far, and those of other loads, have been ordered."""
+        return self._copier.mark()
 
     def join(self) -> None:
         """Let what is launched from now on wait for the copies so far."""
@@ -85,6 +113,7 @@ class Uploads:
     def __init__(self, device: torch.device, bytes_per_s: float | None = None, chunk: int = CHUNK) -> None:
         """``bytes_per_s`` bounds all loads together; None: as fast as the wires."""
         self.copier = Copier(device, Pace(bytes_per_s), chunk)
+        self.unbounded = bytes_per_s is None
         self._device = device
         self._locks = PageLocks()
 
@@ -93,10 +122,17 @@ class Uploads:
         if self._device.type == "cuda":
             self._locks.ensure(memory)
 
+    def event(self) -> torch.cuda.Event | None:
+        """An event behind what is on the current stream; None on a CPU."""
+        return _mark(torch.cuda.current_stream(self._device)) if self._device.type == "cuda" else None
+
     @contextmanager
-    def beside_steps(self) -> Iterator[Upload]:
-        """Around one load: what the block does on the device is done when the block ends, however it ends."""
-        upload = Upload(self.copier)
+    def beside_steps(self, *, gently: bool = False) -> Iterator[Upload]:
+        """Around one load: what the block does on the device is done when the block ends, however it ends.
+
+        ``gently``: steps run meanwhile, and come first.
+        """
+        upload = Upload(self.copier, gently=gently)
         rest = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         with torch.cuda.stream(rest):
             try:

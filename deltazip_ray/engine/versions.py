@@ -5,6 +5,7 @@ import contextlib
 import functools
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from deltazip_ray.engine.device_slots import DeviceSlots
@@ -29,10 +30,17 @@ class Versions:
         count: int,
         metrics: EngineMetrics,
         half_life: float = HALF_LIFE,
+        broken: Callable[[], None] = lambda: None,
     ) -> None:
-        """``count`` slots; ``half_life`` of a request, in requests, for what stays in them."""
+        """``count`` slots; ``half_life`` of a request, in requests, for what stays in them.
+
+        ``broken`` is called when a slot turns out to have had wrong bytes while steps used it.
+        """
         self.table = SlotTable(count, cost=self._seconds_away, half_life=half_life)
         self._copy_s: dict[str, float] = {}
+        self._unconfirmed: dict[int, asyncio.Task[None]] = {}
+        """By slot: copies into slots that are in use."""
+        self._broken = broken
         self._source = source
         self._slots = slots
         self._metrics = metrics
@@ -71,9 +79,19 @@ class Versions:
         """Tokens that a pinned version knows."""
         return self._slots.vocab_size(pin.slot)
 
+    async def confirm(self, pin: Pin) -> None:
+        """Wait until all of a pinned version is in its slot; before that, nothing that it made may be given away.
+
+        Raises StoreError and EngineError: then the slot may hold anything.
+        """
+        copy = self._unconfirmed.get(pin.slot)
+        if copy is not None:
+            await asyncio.shield(copy)
+
     async def close(self) -> None:
         """Fail those who wait for a slot, and end the loads."""
         await self.table.close()
+        await asyncio.gather(*self._unconfirmed.values(), return_exceptions=True)
         self._copiers.shutdown()
 
     async def _load(self, version: str, ask_slot: AskSlot) -> Tier:
@@ -85,30 +103,64 @@ class Versions:
                 self._slots.check(delta.manifest)
                 self._metrics.fetch_seconds.labels(delta.tier).observe(time.perf_counter() - began)
                 slot = await ask_slot()
-                began = time.perf_counter()
-                await self._copy(slot, delta)
-                copied = time.perf_counter() - began
-            finally:
+            except BaseException:
                 await self._source.release(version)
+                raise
+            await self._until_usable(slot, version, delta)
         except DeltaZipError as error:
             self._metrics.load_failures.labels(type(error).__name__).inc()
             raise
+        return delta.tier
+
+    async def _until_usable(self, slot: int, version: str, delta: HostDelta) -> None:
+        """Fill a slot; on an idle engine this ends when steps may be launched that wait for the rest."""
+        usable = asyncio.Event()
+        copy = asyncio.create_task(self._copy(slot, version, delta, usable))
+        waiting = asyncio.create_task(usable.wait())
+        try:
+            await asyncio.wait({copy, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            await _ended(copy)
+            raise
+        finally:
+            waiting.cancel()
+        if copy.done():
+            copy.result()
+        else:
+            self._unconfirmed[slot] = copy
+            copy.add_done_callback(functools.partial(self._confirmed, slot))
+
+    async def _copy(self, slot: int, version: str, delta: HostDelta, usable: asyncio.Event) -> None:
+        """Copy a version that is held, and let go of it."""
+        began = time.perf_counter()
+        tell = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, usable.set)
+        try:
+            if slot in self._unconfirmed:
+                await _ended(self._unconfirmed[slot])
+            await _ended(asyncio.wrap_future(self._copiers.submit(self._slots.load, slot, delta, tell)))
+        except RuntimeError as error:
+            raise EngineError(f"a delta could not be copied to the device ({error}): send the request again") from error
+        finally:
+            await self._source.release(version)
+        copied = time.perf_counter() - began
         self._metrics.load_seconds.labels(delta.tier).observe(copied)
         resident = self.table.resident
         self._copy_s = {one: seconds for one, seconds in self._copy_s.items() if one in resident} | {version: copied}
-        return delta.tier
 
-    async def _copy(self, slot: int, delta: HostDelta) -> None:
-        try:
-            await _settled(asyncio.wrap_future(self._copiers.submit(self._slots.load, slot, delta)))
-        except RuntimeError as error:
-            raise EngineError(f"a delta could not be copied to the device ({error}): send the request again") from error
+    def _confirmed(self, slot: int, copy: asyncio.Task[None]) -> None:
+        """The end of a copy into a slot that is in use already."""
+        error = None if copy.cancelled() else copy.exception()
+        if error is None:
+            del self._unconfirmed[slot]
+        else:
+            logger.critical("slot %d was used, but its bytes cannot be trusted: the engine stops", slot, exc_info=error)
+            self._broken()
 
     def _seconds_away(self, version: str) -> float:
         return self._copy_s.get(version, 0.0) + self._source.seconds_away(version)
 
 
-async def _settled(copy: asyncio.Future[None]) -> None:
+async def _ended(copy: asyncio.Future[None]) -> None:
     """Wait for a copy, even when cancelled: until it has ended it reads the host's bytes and writes the slot."""
     try:
         await asyncio.shield(copy)

@@ -1,5 +1,6 @@
 """The decoder: one forward pass over a flat batch whose rows belong to any mixture of versions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,10 @@ from deltazip_ray.models.block import LlamaBlock, StepContext
 from deltazip_ray.models.decoder_config import DecoderConfig
 from deltazip_ray.models.neox_block import NeoXBlock
 from deltazip_ray.models.weights import WeightReader
+
+
+def _go_on(layer: int | None) -> None:
+    """All weights are there."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class StepInputs:
     """``[sampled]`` int64: rows whose logits are wanted, in order; None: all."""
     last_rows: Rows
     """The versions of those."""
+    before_layer: Callable[[int | None], None] = _go_on
+    """Is told which layer's weights are needed next; None, at the beginning: those that belong to no layer."""
 
 
 _BLOCKS: dict[str, type[LlamaBlock] | type[NeoXBlock]] = {"llama": LlamaBlock, "gpt_neox": NeoXBlock}
@@ -64,11 +71,14 @@ class Decoder:
     def states(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """What the last block leaves, ``[rows, hidden]``, and what is to be added to that; writes the KV cache."""
         step = StepContext(inputs.rows, inputs.positions, inputs.plan)
+        inputs.before_layer(None)
         stream = self.embedding(inputs.tokens, inputs.rows)
         if self.embedding_scale != 1:
             stream *= self.embedding_scale
+        inputs.before_layer(0)
         update = self.blocks[0](stream, None, step)
-        for block in self.blocks[1:]:
+        for index, block in enumerate(self.blocks[1:], 1):
+            inputs.before_layer(index)
             update = block(stream, update, step)
         return stream, update
 

@@ -4,6 +4,7 @@ import asyncio
 import math
 import random
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -179,10 +180,10 @@ async def test_copying_into_a_slot_does_not_hold_up_the_others(zoo: Zoo, monkeyp
         slots = parts_of(run).core.slots
         load = slots.load
 
-        def slow_load(slot: int, delta: HostDelta) -> None:
+        def slow_load(slot: int, delta: HostDelta, usable: Callable[[], object]) -> None:
             copying.set()
             assert may_copy.wait(20)
-            load(slot, delta)
+            load(slot, delta, usable)
 
         monkeypatch.setattr(slots, "load", slow_load)
         waiting = asyncio.create_task(run.generate(PROMPT, cold))

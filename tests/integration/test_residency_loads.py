@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -92,10 +93,10 @@ async def test_bytes_stay_while_a_copy_reads_them_though_its_waiters_leave(
         slots = run.engine._parts.core.slots
         load = slots.load
 
-        def slow_load(slot: int, delta: HostDelta) -> None:
+        def slow_load(slot: int, delta: HostDelta, usable: Callable[[], object]) -> None:
             copying.set()
             assert may_copy.wait(20)
-            load(slot, delta)
+            load(slot, delta, usable)
 
         monkeypatch.setattr(slots, "load", slow_load)
         waiting = [asyncio.create_task(run.generate(PROMPT, version)) for _ in range(2)]

@@ -50,11 +50,13 @@ class ByteSlots:
     def vocab_size(self, slot: int) -> int:
         return 1
 
-    def load(self, slot: int, delta: HostDelta) -> None:
+    def load(self, slot: int, delta: HostDelta, usable: Callable[[], object]) -> None:
         if not self._writing[slot].acquire(blocking=False):
             raise AssertionError(f"two loads write to slot {slot}")
         try:
             self.contents[slot] = None
+            if random.random() < 0.5:
+                usable()
             time.sleep(random.choice((0.0, 0.0005)))
             copied = {block: bytes(view) for block, view in delta.blobs.items()}
             if copied != self._truth[delta.manifest.version()]:
@@ -250,8 +252,9 @@ class ChaosHost:
             pin = await self.versions.pin(client.version, timeout_s)
         except DeltaZipError as error:
             return type(error).__name__
-        client.pin = pin
         try:
+            await self.versions.confirm(pin)
+            client.pin = pin
             await client.may_go.wait()
         finally:
             client.pin = None

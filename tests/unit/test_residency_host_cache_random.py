@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deltazip_ray.artifact.catalog import Catalog
-from deltazip_ray.artifact.object_store import Arrived
+from deltazip_ray.artifact.object_store import Arrived, ignore
 from deltazip_ray.config import MIB, BreakerConfig, NodeStoreConfig
 from deltazip_ray.errors import BlobCorrupt, StoreFull, StoreUnavailable
 from deltazip_ray.residency.arena import ALIGNMENT
@@ -28,7 +28,7 @@ class Mischief(FaultyStore):
         self.rng = rng
         self.active = True
 
-    def read_into(self, key: str, buffer: memoryview, arrived: Arrived = len) -> None:
+    def read_into(self, key: str, buffer: memoryview, arrived: Arrived = ignore) -> None:
         if self.active and self.rng.random() < 0.12:
             kind = self.rng.choice(["unavailable", "wrong bytes", "truncated"])
             self.faults.append(Fault(kind, key, 1))  # type: ignore[arg-type]
