@@ -10,7 +10,6 @@ import json
 import mmap
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 import warnings
@@ -340,6 +339,7 @@ def copies(shape: DecoderConfig, config: EngineConfig, delta: HostDelta, memory:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--commit", default="", help="of this tree")
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--no-engine", action="store_true")
@@ -352,9 +352,7 @@ def main() -> None:
     )
     result: dict[str, Any] = {
         "machine": {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cores": os.cpu_count()},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": options.commit,
         "shape": options.shape,
     }
     _arena, mapped = in_shared_memory(delta)

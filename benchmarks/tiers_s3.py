@@ -1,8 +1,8 @@
-"""``python -m benchmarks.tiers_s3 --rclone PATH --json FILE``: a cold version from a real S3 server on loopback.
+"""``python -m benchmarks.tiers_s3 [--rclone PATH] --json FILE``: a cold version from a real S3 server on loopback.
 
 Compared with a bare downloader: as many threads and requests of the same ranges into the same memory, and nothing
 else: no digests, no arena, no books. The server is ``rclone serve s3`` over files, which are in the page cache.
-Also what the lossless stage gains on coded normal deltas, and what undoing it costs.
+Without ``--rclone``: what the lossless stage gains on coded normal deltas, and what undoing it costs.
 """
 
 import argparse
@@ -76,16 +76,17 @@ def make_version(
         weight = f"model.layers.{block}.mlp.up_proj.weight"
         codec, parts = make(block)
         tensors = {weight if part == "values" else f"{weight}.{part}": tensor for part, tensor in parts.items()}
-        entry = TensorEntry(codec=codec, shape=SHAPE, bytes_finetuned=2 * SHAPE[0] * SHAPE[1])
+        shape = tuple(parts["values"].shape) if "values" in parts else SHAPE
+        entry = TensorEntry(codec=codec, shape=shape, bytes_finetuned=2 * shape[0] * shape[1])
         writer.add_blob(f"layers.{block}", tensors, {weight: entry})
     base = BaseRef(digest=BASE, architecture="LlamaForCausalLM", vocab_size=1)
     return writer.finish(layout_version=LAYOUT_VERSION, base=base, bytes_finetuned=0)
 
 
 def noise(block: int) -> tuple[CodecName, dict[str, torch.Tensor]]:
-    """32 MB that nothing compresses."""
+    """As many bytes as a block of an 8B model has in int2, 59 MB, that nothing compresses."""
     generator = torch.Generator().manual_seed(block)
-    values = torch.randint(-(1 << 15), 1 << 15, SHAPE, generator=generator, dtype=torch.int16)
+    values = torch.randint(-(1 << 15), 1 << 15, (7168, 4096), generator=generator, dtype=torch.int16)
     return "raw", {"values": values.view(torch.bfloat16)}
 
 
@@ -221,20 +222,31 @@ def lossless(codec: CodecName) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rclone", type=Path, required=True)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--runs", type=int, default=5)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    result: dict[str, Any] = {"cores": os.cpu_count(), "lossless": [lossless(codec) for codec in CODED]}
-    with tempfile.TemporaryDirectory() as name, s3_server(options.rclone, Path(name) / "s3") as config:
-        for kind, blocks, make in (("noise", 8, noise), ("int2", 16, int2)):
+def from_server(rclone: Path, runs: int) -> dict[str, Any]:
+    """Both kinds of versions."""
+    result = {}
+    with tempfile.TemporaryDirectory() as name, s3_server(rclone, Path(name) / "s3") as config:
+        for kind, blocks, make in (("noise", 16, noise), ("int2", 16, int2)):
             source = FileStore(Path(name) / kind)
             source.create()
             manifest = make_version(source, blocks, make)
-            result[kind] = compare(config, source, manifest, options.runs)
+            result[kind] = compare(config, source, manifest, runs)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rclone", type=Path)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--commit", default="", help="of this tree")
+    parser.add_argument("--runs", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {"cores": os.cpu_count(), "commit": options.commit}
+    if options.rclone is None:
+        result["lossless"] = [lossless(codec) for codec in CODED]
+    else:
+        result |= from_server(options.rclone, options.runs)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

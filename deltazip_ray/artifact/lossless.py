@@ -5,6 +5,7 @@ Codes are nearly random, so what there is to gain is what entropy coding gains; 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import IO, cast
 
 import zstandard
 
@@ -38,7 +39,7 @@ class Decoding:
         self._entry = entry
         self._arrived = arrived
         self._position = 0
-        self._decompressor = zstandard.ZstdDecompressor().stream_writer(self, closefd=False)
+        self._decompressor = zstandard.ZstdDecompressor().stream_writer(cast("IO[bytes]", self), closefd=False)
 
     def update(self, piece: memoryview) -> None:
         """The next bytes of the stored form. Raises BlobCorrupt."""

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PARALLEL = 8
+PARALLEL = 16
 """Ranged requests of one store under way at once, whatever the number of readers."""
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 _CHUNK = MIB

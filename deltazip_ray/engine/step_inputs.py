@@ -31,5 +31,5 @@ class StepBuffer:
         """Copy everything, and of the last field ``last`` entries, behind what the device has yet to do."""
         start, size = self._last
         stop = start + last * size
-        # Copied to page-locked memory of its own first: the arrays may change at once.
-        self._device[:stop].copy_(torch.from_numpy(self._host[:stop]).pin_memory(), non_blocking=True)
+        # Not page-locked, see layers/staging.py: the arrays may change at once.
+        self._device[:stop].copy_(torch.from_numpy(self._host[:stop]), non_blocking=True)

@@ -11,6 +11,7 @@ for every step launched later, on whatever stream, without an event between the 
 not use the slot, for the slot's pins are back. On a CPU the same thread makes plain copies.
 """
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,12 +25,16 @@ from deltazip_ray.engine.page_locks import PageLocks
 from deltazip_ray.residency.pace import Pace
 from deltazip_ray.residency.tiers import HostMemory
 
-CHUNK = 4 * MIB
-"""Bytes of one copy: 80 microseconds; smaller ones are slower (docs/tiers.md)."""
+CHUNK = 16 * MIB
+"""Bytes of one copy."""
 DEPTH = 4
-"""Copies under way at once."""
-RUN = 128 * MIB
-"""Bytes after which the wire is left free for a moment, when nobody else needs it."""
+"""Copies under way at once: 1.2 ms, so that the wire stays busy while other threads have the interpreter."""
+RUN = 256 * MIB
+"""Bytes after which the wire is left free for a moment."""
+GENTLE = 8 * MIB
+"""Bytes of one copy beside steps, and of one run."""
+_SWITCH_S = 0.0005
+"""Threads take turns at the interpreter. Loads are Python for some milliseconds; Python's own 5 would delay steps."""
 
 
 class Copier:
@@ -49,20 +54,21 @@ class Copier:
 
         Done means: the device has been told.
         """
-        return self._thread.submit(self._copy, target, source, self.chunk if gently else RUN)
+        return self._thread.submit(self._copy, target, source, gently=gently)
 
     def mark(self) -> Mark:
         """A mark behind all copies that were asked for so far."""
         return self._thread.submit(lambda: None if self.stream is None else _mark(self.stream))
 
-    def _copy(self, target: torch.Tensor, source: torch.Tensor, run: int) -> None:
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, *, gently: bool) -> None:
+        chunk = min(self.chunk, GENTLE) if gently else self.chunk
         with torch.cuda.stream(self.stream):
-            for start in range(0, source.numel(), self.chunk):
-                part = slice(start, start + self.chunk)
-                self._pace.take(min(self.chunk, source.numel() - start))
-                self._leave_room(run)
+            for start in range(0, source.numel(), chunk):
+                part = slice(start, start + chunk)
+                self._pace.take(min(chunk, source.numel() - start))
+                self._leave_room(chunk if gently else RUN)
                 target[part].copy_(source[part], non_blocking=True)
-                self._run += self.chunk
+                self._run += chunk
                 if self.stream is not None:
                     self._under_way.append(_mark(self.stream))
 
@@ -113,6 +119,8 @@ class Uploads:
     def __init__(self, device: torch.device, bytes_per_s: float | None = None, chunk: int = CHUNK) -> None:
         """``bytes_per_s`` bounds all loads together; None: as fast as the wires."""
         self.copier = Copier(device, Pace(bytes_per_s), chunk)
+        if device.type == "cuda":
+            sys.setswitchinterval(min(_SWITCH_S, sys.getswitchinterval()))
         self.unbounded = bytes_per_s is None
         self._device = device
         self._locks = PageLocks()

@@ -39,9 +39,7 @@ def _sent(writes: Sequence[tuple[torch.Tensor, Values]]) -> Sequence[torch.Tenso
         return []
     first = writes[0][0]
     flat = [(v if isinstance(v, torch.Tensor) else torch.tensor(v)).view(-1).to(first.dtype) for _, v in writes]
-    sizes = [v.numel() for v in flat]
-    # Page-locked, so that the host does not wait for the copy.
-    host = torch.empty(sum(sizes), dtype=first.dtype, pin_memory=first.is_cuda)
-    torch.cat(flat, out=host)
-    pieces: Sequence[torch.Tensor] = host.to(first.device, non_blocking=True).split(sizes)
+    # Not page-locked, see staging.py.
+    sent = torch.cat(flat).to(first.device, non_blocking=True)
+    pieces: Sequence[torch.Tensor] = sent.split([v.numel() for v in flat])
     return pieces
