@@ -82,6 +82,7 @@ class AsyncEngine:
         self._parts: _Running | None = None
         self._to_stop: _Running | None = None
         self._stopped = False
+        self._breaking: asyncio.Task[None] | None = None
         self._ids = itertools.count()
         self._active: dict[str, _Active] = {}
         self._pinning = 0
@@ -123,6 +124,8 @@ class AsyncEngine:
             await parts.versions.close()
             await asyncio.to_thread(parts.steps.stop)
             self._end()
+        elif self._breaking is not None:
+            await self._breaking
 
     async def adopt(self, memory: HostMemory) -> None:
         """Prepare for loads from ``memory``, so that not the first one has to. Raises EngineStopped."""
@@ -294,7 +297,7 @@ class AsyncEngine:
 
     def _break(self) -> None:
         """Nothing that this engine computes can be trusted any more."""
-        self._stopping = asyncio.create_task(self.stop())
+        self._breaking = asyncio.create_task(self.stop())
 
     def _end(self) -> None:
         """The loop of steps is over, on purpose or not: nobody waits for it any longer."""
