@@ -180,6 +180,7 @@ def rows(seeds: Sequence[int]) -> Iterator[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--commit", default="", help="of this tree")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     found = []
@@ -187,7 +188,9 @@ def main() -> None:
         found.append(row)
         print(row["trace"], row["policy"], f"{row['device_of_optimum']:.3f} {row['device_or_host_of_optimum']:.3f}")
     settings = {"versions": VERSIONS, "slots": SLOTS, "host": HOST, "requests": REQUESTS, "seeds": options.seeds}
-    options.json.write_text(json.dumps({"settings": settings, "rows": found}, indent=1) + "\n")
+    options.json.write_text(
+        json.dumps({"commit": options.commit, "settings": settings, "rows": found}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from deltazip_ray.artifact.s3_store import S3Store
 from deltazip_ray.artifact.store import ObjectStore, open_store
 from deltazip_ray.config import AppConfig, StoreConfig
 from deltazip_ray.errors import ConfigError, StoreUnavailable
@@ -155,11 +156,18 @@ def test_a_bundle_that_is_not_there(s3_environment: S3Server, tmp_path: Path) ->
 def test_the_region_is_that_of_settings_environment_or_server(
     s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store_of(s3_environment).put("k", b"v")
+    assert_works(store_of(s3_environment), s3_environment.region)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
-    store_of(s3_environment, region=s3_environment.region).put("k", b"v")
+    assert_works(store_of(s3_environment, region=s3_environment.region), s3_environment.region)
     # A server that says where the bucket is, is asked again in that region.
-    store_of(s3_environment).put("k", b"v")
+    assert_works(store_of(s3_environment), "eu-west-1")
+
+
+def assert_works(store: ObjectStore, region: str) -> None:
+    assert isinstance(store, S3Store)
+    assert store._client.meta.region_name == region
+    store.put("k", b"v")
+    assert store.get("k") == b"v"
 
 
 def test_an_endpoint_of_a_profile(s3_environment: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +180,7 @@ def test_an_endpoint_of_a_profile(s3_environment: S3Server, tmp_path: Path, monk
         f"[services ours]\ns3 =\n  endpoint_url = {s3_environment.endpoint}\n"
     )
     monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
-    store_of(s3_environment, profile="ours", endpoint_url=None).put("k", b"v")
+    assert_works(store_of(s3_environment, profile="ours", endpoint_url=None), s3_environment.region)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import gc
 import logging
 import mmap
 import tempfile
+import time
 import warnings
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from deltazip_ray.engine.uploads import Uploads
+from deltazip_ray.layers.staging import to_device
 from deltazip_ray.residency.tiers import HostMemory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -49,15 +51,38 @@ def test_all_bytes_are_there_for_every_stream_when_the_block_ends(
     assert caplog.messages == []
 
 
-def test_memory_is_let_go_before_it_is_unmapped() -> None:
+def test_memory_is_let_go_before_it_is_unmapped(caplog: pytest.LogCaptureFixture) -> None:
     uploads = Uploads(torch.device("cuda"))
     for seed in range(3):  # mappings get the same address again, and register again
         memory = read_only_mapping(np.random.default_rng(seed).bytes(SIZE))
-        uploads.lock_pages(memory)
-        uploads.lock_pages(memory)
+        with caplog.at_level(logging.WARNING):
+            uploads.lock_pages(memory)
+            uploads.lock_pages(memory)
+        assert _tensor(memory).is_pinned()
         del memory
         gc.collect()
     torch.cuda.synchronize()
+    assert caplog.messages == [], "what cannot be registered, or let go, is told"
+
+
+def test_steps_inputs_pass_a_load(caplog: pytest.LogCaptureFixture) -> None:
+    """A small array is there while a delta is on its way, though each alone has the copy engine to itself."""
+    device = torch.device("cuda")
+    memory = read_only_mapping(bytes(4 * SIZE))
+    uploads, target = Uploads(device), torch.zeros(4 * SIZE, dtype=torch.uint8, device=device)
+    uploads.lock_pages(memory)
+    values = np.arange(4096, dtype=np.int64)
+    with uploads.beside_steps() as upload:
+        for _ in range(8):
+            upload.copy(target, _tensor(memory))
+        waits = []
+        while not upload.mark().done() and len(waits) < 50:
+            began = time.perf_counter()
+            there = to_device(values, device)
+            torch.cuda.current_stream().synchronize()
+            waits.append(time.perf_counter() - began)
+        assert there.tolist() == values.tolist()
+    assert max(waits[1:]) < 0.02, "the load takes 60 ms"
 
 
 def _tensor(memory: HostMemory) -> torch.Tensor:
