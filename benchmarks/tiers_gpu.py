@@ -32,6 +32,7 @@ from deltazip_ray.artifact.file_store import FileStore
 from deltazip_ray.config import EngineConfig, NodeStoreConfig
 from deltazip_ray.engine.async_engine import AsyncEngine
 from deltazip_ray.engine.core import EngineCore
+from deltazip_ray.engine.device_slots import DeviceSlots
 from deltazip_ray.engine.step_loop import Launched
 from deltazip_ray.engine.uploads import CHUNK, Uploads
 from deltazip_ray.models.decoder_config import DecoderConfig
@@ -178,7 +179,7 @@ async def from_disk(engine: AsyncEngine, source: Source, folder: Path, runs: int
         out_of_page_cache(folder / "disk" if run else folder)
         source.cache = HostCache(catalog, arena.buffer, settings, CollectorRegistry())
         began = time.perf_counter()
-        seconds = await first_token(engine, version)
+        seconds, _ = await first_token(engine, version)
         samples.append({"host_s": source.came - began, "first_token_s": seconds})
         engine.retire(version)
         while len(list((folder / "disk").glob("*-*"))) <= len(delta.blobs):  # noqa: ASYNC110
@@ -276,20 +277,18 @@ async def with_engine(
 ) -> dict[str, Any]:
     """What needs an engine: first tokens, and decode steps with and without loads of other versions."""
     timed = Timed(None)
+    slots: list[DeviceSlots] = []
 
     def timed_build(config: EngineConfig, base: Path) -> EngineCore:
         core = build(shape, config, base)
         timed.runner = core.runner
+        slots.append(core.slots)
         return replace(core, runner=timed)  # type: ignore[arg-type]
 
     engine = AsyncEngine(config, Path(), source, CollectorRegistry(), build=timed_build)
     await engine.start()
     found: dict[str, Any] = {"beside": await beside_traffic(engine, timed, config.max_model_len - 80, 8, rounds)}
-    for version in [f"{2000 + index:064x}" for index in range(7)]:
-        found.setdefault("first_token_s", []).append(await first_token(engine, version))
-    steps = len(timed.launch_ms)
-    found["first_token_warm_s"] = [await first_token(engine, version) for _ in range(6)]
-    found["first_token_launch_ms"] = timed.launch_ms[steps:]
+    found |= await first_tokens(engine, timed, slots[0])
     found["disk"] = await from_disk(engine, source, folder, runs=5)
     await engine.stop()
     return found
@@ -313,13 +312,35 @@ async def beside_traffic(engine: AsyncEngine, timed: Timed, length: int, cold: i
     return {"quiet_ms": spread(quiet), "loading_ms": spread(loading), "load_s": seconds}
 
 
-async def first_token(engine: AsyncEngine, version: str) -> float:
-    """Seconds to the only token of a request."""
-    sampling = SamplingParams(max_tokens=1, temperature=0.0)
-    began = time.perf_counter()
-    async for _ in engine.generate(GenerateRequest("first", version, tuple(range(1, 65)), sampling)):
-        pass
-    return time.perf_counter() - began
+async def first_tokens(engine: AsyncEngine, timed: Timed, slots: DeviceSlots) -> dict[str, Any]:
+    """Seconds to the first tokens of versions that are in the arena, and of others that are in their slots.
+
+    The slots are wiped before: a step that does not wait for its weights makes other numbers than a later one.
+    """
+    cold, warm = ([f"{first + index:064x}" for index in range(7)] for first in (2000, 3000))
+    slots.memory.zero_()
+    torch.cuda.synchronize()
+    found = [await first_token(engine, version, told=True) for version in cold]
+    for version in warm:
+        await engine.prefetch(version)
+    await asyncio.sleep(0.2)
+    steps = len(timed.launch_ms)
+    again = [await first_token(engine, version, told=True) for version in warm]
+    return {
+        "first_token_s": [seconds for seconds, _ in found],
+        "first_token_warm_s": [seconds for seconds, _ in again],
+        "first_token_launch_ms": timed.launch_ms[steps:],
+        "first_tokens_equal": len({told for _, told in found + again}) == 1,
+    }
+
+
+async def first_token(engine: AsyncEngine, version: str, *, told: bool = False) -> tuple[float, str]:
+    """Seconds to the only token of a request; if ``told``, its log-probability with all digits."""
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, logprobs=0 if told else None)
+    began, logprobs = time.perf_counter(), ""
+    async for chunk in engine.generate(GenerateRequest("first", version, tuple(range(1, 65)), sampling)):
+        logprobs += f"{chunk.tokens}{chunk.logprobs}"
+    return time.perf_counter() - began, logprobs
 
 
 def copies(shape: DecoderConfig, config: EngineConfig, delta: HostDelta, memory: HostMemory) -> dict[str, Any]:
