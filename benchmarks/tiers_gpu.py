@@ -223,6 +223,10 @@ class TimedStep:
         self.times.append(time.perf_counter())
         return drawn
 
+    def scores(self) -> Any:
+        """As the step."""
+        return self.launched.scores()
+
 
 def spread(gaps: Sequence[float]) -> dict[str, float]:
     """Of milliseconds between the ends of neighbouring steps."""
