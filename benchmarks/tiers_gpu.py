@@ -321,20 +321,25 @@ async def first_tokens(engine: AsyncEngine, timed: Timed, slots: DeviceSlots) ->
 
     The slots are wiped before: a step that does not wait for its weights makes other numbers than a later one.
     """
-    cold, warm = ([f"{first + index:064x}" for index in range(7)] for first in (2000, 3000))
+    cold = {overlap: [f"{2000 + 100 * overlap + index:064x}" for index in range(5)] for overlap in (False, True)}
+    warm = [f"{3000 + index:064x}" for index in range(5)]
+    found: dict[bool, list[tuple[float, str]]] = {False: [], True: []}
     slots.memory.zero_()
     torch.cuda.synchronize()
-    found = [await first_token(engine, version, told=True) for version in cold]
+    for overlap in (False, True):
+        slots.overlap = overlap
+        found[overlap] += [await first_token(engine, version, told=True) for version in cold[overlap]]
     for version in warm:
         await engine.prefetch(version)
     await asyncio.sleep(0.2)
     steps = len(timed.launch_ms)
     again = [await first_token(engine, version, told=True) for version in warm]
     return {
-        "first_token_s": [seconds for seconds, _ in found],
+        "first_token_s": [seconds for seconds, _ in found[False]],
+        "first_token_overlapped_s": [seconds for seconds, _ in found[True]],
         "first_token_warm_s": [seconds for seconds, _ in again],
         "first_token_launch_ms": timed.launch_ms[steps:],
-        "first_tokens_equal": len({told for _, told in found + again}) == 1,
+        "first_tokens_equal": len({told for _, told in found[False] + found[True] + again}) == 1,
     }
 
 

@@ -98,6 +98,7 @@ def assemble(
         start.end("codecs")
     scheduler = Scheduler(settled)
     slots.idle = lambda: not scheduler.has_work
+    slots.overlap = config.overlap_loads
     return EngineCore(identity, max_model_len, slots, runner, scheduler, start)
 
 

@@ -56,6 +56,8 @@ class DeviceSlots:
         self.uploads = Uploads(placement.device, copy_bytes_per_s)
         self.idle: Callable[[], bool] = lambda: True
         """Whether no step runs. Set by who steps."""
+        self.overlap = False
+        """Whether steps may use a version that is on its way, where no other step runs."""
         self._vocab = [base.vocab_size] * placement.slots
         self._arriving: dict[int, Arrival] = {}
         self.warm_up = CodecWarmUp(targets, base.vocab_size)
@@ -102,13 +104,13 @@ class DeviceSlots:
     def load(self, slot: int, delta: HostDelta, usable: Callable[[], object] | None = None) -> None:
         """Copy a checked version into ``slot`` and publish it there; returns when the device has all of it.
 
-        What its codecs need is compiled first. No step that was launched may read the slot. Where no step runs,
-        ``usable`` is called before the end: from then on steps may be launched that wait for :meth:`arriving`. Raises
-        BlobCorrupt, but not after that.
+        What its codecs need is compiled first. No step that was launched may read the slot. Where it may be
+        overlapped, ``usable`` is called before the end: from then on steps may be launched that wait for
+        :meth:`arriving`. Raises BlobCorrupt, but not after that.
         """
         if delta.memory is not None:
             self.uploads.lock_pages(delta.memory)
-        alone = self.idle() and self.uploads.unbounded
+        alone = self.idle()
         try:
             with self.uploads.beside_steps(gently=not alone) as upload:
                 try:
@@ -118,7 +120,7 @@ class DeviceSlots:
                     self.clear(slot)
                     raise
                 self._vocab[slot] = self.base.vocab_size + delta.manifest.added_tokens
-                if alone and usable is not None:
+                if alone and self.overlap and self.uploads.unbounded and usable is not None:
                     self._arriving[slot] = arrival
                     usable()
         finally:

@@ -4,6 +4,7 @@ import logging
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,11 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class PageLocks:
-    """Memories registered with CUDA, each once, until it is unmapped. Thread-safe."""
+    """Memories registered with CUDA, each once in a process, until it is unmapped. Thread-safe."""
 
-    def __init__(self) -> None:
-        self._seen: weakref.WeakSet[HostMemory] = weakref.WeakSet()
-        self._lock = threading.Lock()
+    _seen: ClassVar[weakref.WeakSet[HostMemory]] = weakref.WeakSet()
+    _lock: ClassVar = threading.Lock()
 
     def ensure(self, memory: HostMemory) -> None:
         """Register ``memory`` unless that was tried before. Copies work without it, at a fraction of the speed."""

@@ -50,7 +50,7 @@ def gate(run: RunningEngine, open_: int = 1) -> Gate:
 async def test_a_step_begins_while_later_layers_are_copied(zoo: Zoo) -> None:
     version = zoo.versions[0].version
     source = MemorySource(*zoo.versions)
-    async with running(zoo.base, source) as run:
+    async with running(zoo.base, source, overlap_loads=True) as run:
         pace = gate(run)
         waiting = asyncio.create_task(run.generate(PROMPT, version))
         await until(lambda: pace.reached.is_set() and run.engine.stats().running == 1)
@@ -64,7 +64,7 @@ async def test_a_step_begins_while_later_layers_are_copied(zoo: Zoo) -> None:
 async def test_steps_of_others_are_not_held_up(zoo: Zoo) -> None:
     """With a request that runs, a version is published when all of it is there."""
     cold = zoo.versions[0].version
-    async with running(zoo.base, MemorySource(*zoo.versions)) as run:
+    async with running(zoo.base, MemorySource(*zoo.versions), overlap_loads=True) as run:
         slots = slots_of(run.engine)
         slots.idle = lambda: False
         pace = gate(run)
@@ -78,7 +78,7 @@ async def test_steps_of_others_are_not_held_up(zoo: Zoo) -> None:
 
 async def test_a_slot_that_is_left_is_not_filled_again_before_its_copies_end(zoo: Zoo) -> None:
     first, second = (version.version for version in zoo.versions[:2])
-    async with running(zoo.base, MemorySource(*zoo.versions), slots=1) as run:
+    async with running(zoo.base, MemorySource(*zoo.versions), slots=1, overlap_loads=True) as run:
         pace = gate(run, 0)
         leaving = asyncio.create_task(run.generate(PROMPT, first))
         await until(lambda: pace.reached.is_set() and run.engine.stats().running == 1)
@@ -97,7 +97,9 @@ async def test_no_token_of_bytes_that_were_not_held(zoo: Zoo, caplog: pytest.Log
             await super().release(version)
             raise StoreUnavailable("the node store took it for abandoned: load it again")
 
-    engine = AsyncEngine(EngineConfig(**SETTINGS), zoo.base, Forgetful(*zoo.versions), CollectorRegistry())
+    engine = AsyncEngine(
+        EngineConfig(**SETTINGS | {"overlap_loads": True}), zoo.base, Forgetful(*zoo.versions), CollectorRegistry()
+    )
     await engine.start()
     run = RunningEngine(engine, CollectorRegistry())
     pace = gate(run)

@@ -41,13 +41,15 @@ class _Staging:
 
     def __init__(self, device: torch.device) -> None:
         self._integers = torch.empty(_INTEGERS, dtype=torch.uint8, device=device)
-        # Not page-locked, see layers/staging.py: a plan may be overwritten as soon as its copy is ordered.
-        self._staged = torch.empty(_INTEGERS, dtype=torch.uint8)
+        # A plan is copied from page-locked memory when the device comes to it. At most one step is launched ahead, so
+        # with two of them in turn none is overwritten before it was read.
+        self._staged = [torch.empty(_INTEGERS, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
 
     def prepare(self, wrapper: Any) -> Any:
         """``wrapper``, about to plan."""
+        self._staged.reverse()
         wrapper._int_workspace_buffer = self._integers
-        wrapper._pin_memory_int_workspace_buffer = self._staged
+        wrapper._pin_memory_int_workspace_buffer = self._staged[0]
         return wrapper
 
 
