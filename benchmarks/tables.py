@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine_table import breakdown, figures, fp8_quality, growth
+from benchmarks.host_table import sampling
 from benchmarks.kernels_table import tables as kernel_tables
 
 ROOT = Path(__file__).parents[1]
@@ -52,8 +53,8 @@ def render(readme: str, name: str, table: str) -> str:
 
 def main() -> int:
     """Rewrite or check the pages."""
-    names = ("demo", "engine-h200", "engine-fp8-quality", "kernels-h200")
-    demo, engine, quality, kernels = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
+    names = ("demo", "engine-h200", "engine-fp8-quality", "kernels-h200", "sampling-h200")
+    demo, engine, quality, kernels, drawn = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
     pages = {
         "README.md": {"demo": demo_table(demo), "engine": figures(engine)},
         "docs/engine.md": {
@@ -61,6 +62,7 @@ def main() -> int:
             "growth": growth(engine),
             "breakdown": breakdown(engine),
             "fp8-quality": fp8_quality(quality),
+            "sampling": sampling(drawn),
         },
         "docs/kernels.md": kernel_tables(kernels),
     }
