@@ -5,13 +5,23 @@ import triton
 
 from deltazip_kernels import CODECS, PackedDelta, Segments, packed_layout
 from deltazip_kernels.merged import merge_weight
-from deltazip_kernels.plan import MANY, SOME, plan
+from deltazip_kernels.plan import MORE, SOME, plan
 from deltazip_ray.layers.activations import Activations
 from deltazip_ray.layers.rows import Rows
 from deltazip_ray.layers.triton_ops import TritonStack
 
-_BATCHES = ((1, 1), (SOME, 1), (MANY, 1), (MANY, SOME))
-"""Rows and segments of steps that together need every launch there is: few rows, some, many, and both at once."""
+_BATCHES = (
+    (SOME, 1, SOME),
+    (32, 32, MORE),
+    (8 * SOME, SOME, SOME),
+    (MORE, 1, MORE),
+    (2 * MORE, 2, MORE),
+    (SOME * MORE, SOME, MORE),
+    (40, 1, 40),
+    (64, 1, 64),
+)
+"""Rows, segments and rows of the longest of steps that together need every launch there is: items of some rows, of more
+and of many, each by few programs that share K, by few, and by plenty; single rows of many versions."""
 _ROWS = 64
 
 
@@ -29,10 +39,10 @@ def launch_all(stack: TritonStack, codecs: tuple[str, ...], rank: int, *, looked
     twin = TritonStack(stack.shapes, 1, stack.ops)  # its only slot is empty: kernels find nothing to do
     twin.codecs, twin.rank = codecs, rank
     device, dtype, columns = stack.ops.device, stack.ops.dtype, stack.shapes[0][1]
-    for rows, segments in _BATCHES:
+    for rows, segments, longest in _BATCHES:
         starts = torch.linspace(0, rows, segments + 1, device=device).int()
         index = torch.ones(rows, dtype=torch.int32, device=device)
-        batch = Rows(index, work=plan(Segments(starts, torch.zeros_like(starts[1:])), rows))
+        batch = Rows(index, work=plan(Segments(starts, torch.zeros_like(starts[1:])), rows, longest))
         x = torch.zeros(rows, columns, dtype=dtype, device=device)
         twin.add_product(torch.empty(rows, twin.starts[-1], dtype=dtype, device=device), Activations(x), batch)
         if looked_up:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta, Segments
 from deltazip_kernels.device.dense import expand, raw, shrink
-from deltazip_kernels.device.grouped import grouped
+from deltazip_kernels.device.grouped import MOST_SPLITS, grouped
 from deltazip_kernels.launch import overlap
 from deltazip_kernels.layout import CODECS, GROUP
 from deltazip_kernels.plan import COUNTERS, MANY, MORE, PARTIALS, SOME, Work, plan
@@ -45,7 +45,7 @@ _BATCHES = {SOME: (8, 16), MORE: (8, 32), MANY: (32, 64)}
 """By rows that an item may have: the widths of tiles that a launch has code for."""
 _CROWD, _ENOUGH = 512, 128
 """Programs up to which K is split: with items of up to ``SOME`` rows or long walks, and else, as sums cost more."""
-_LONG_WALK, _LEAST_WALK, _MOST_SPLITS = 28, 4, 4
+_LONG_WALK, _LEAST_WALK = 28, 4
 """Steps of two groups that a program walks."""
 
 
@@ -60,7 +60,7 @@ def grouped_matmul(
     tile = tile or _tile(table, work, codecs)
     rows, tiles = _cut(table, tile.rows)
     shared = sum(tiles) * len(work.items) if tile.splits > 1 else 0
-    if shared > COUNTERS or shared * tile.splits * tile.rows * work.batch > PARTIALS:
+    if tile.splits > MOST_SPLITS.value or shared > COUNTERS or shared * tile.splits * tile.rows * work.batch > PARTIALS:
         raise ValueError(f"{shared} tiles are too many to be shared by {tile.splits} programs each")
     grouped[(sum(tiles), len(work.items), tile.splits)](
         y,
@@ -71,15 +71,15 @@ def grouped_matmul(
         table.entries,
         work.partials,
         work.arrived,
+        work.turn,
         ROWS=rows,
         TILES=tiles,
         GROUPS=-(-x.columns // GROUP),
         CODECS=tuple(CODEC_IDS[name] for name in codecs),
-        SPLITS=tile.splits,
+        SPLIT=tile.splits > 1,
         BN=tile.rows,
         BATCHES=_BATCHES[work.batch],
         STAGES=tile.stages,
-        TURN=work.turn,
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=tile.warps,
         **overlap(y.device, starts_early=work.turn == 2),
@@ -184,17 +184,19 @@ def _tile(table: DeltaTable, work: Work, codecs: Sequence[str]) -> Tile:
     programs = sum(_cut(table, SPARSE.rows)[1]) * len(work.items)
     if work.batch == MANY:
         tile = LONG
-    elif work.sparse:
-        tile = _THIN if programs >= _PLENTY and _THIN_CODECS.issuperset(codecs) else SPARSE
+    elif 2 * programs <= _CROWD:
+        tile = _FEW
+    elif not work.sparse:
+        tile = DENSE
     else:
-        tile = _FEW if 2 * programs <= _CROWD else DENSE
+        tile = _THIN if programs >= _PLENTY and _THIN_CODECS.issuperset(codecs) else SPARSE
     return replace(tile, splits=_splits(programs, table.shapes[0][1], work.batch))
 
 
 def _splits(programs: int, columns: int, batch: int) -> int:
     """Programs that share a tile along K: where there are few, each would walk for long beside idle multiprocessors."""
     steps, splits = columns // (2 * GROUP), 1
-    while splits < _MOST_SPLITS and steps // (2 * splits) >= _LEAST_WALK:
+    while splits < MOST_SPLITS.value and steps // (2 * splits) >= _LEAST_WALK:
         most = _CROWD if batch == SOME or steps // splits >= _LONG_WALK else _ENOUGH
         if 2 * splits * programs > most:
             break

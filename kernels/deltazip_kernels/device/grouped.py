@@ -34,6 +34,9 @@ INT1 = tl.constexpr(4)
 SPARSE4 = tl.constexpr(5)
 SPARSE2 = tl.constexpr(6)
 
+MOST_SPLITS = tl.constexpr(4)
+"""Programs that may share a tile along K."""
+
 
 @triton.constexpr_function
 def unit(codec):
@@ -90,13 +93,13 @@ def _product(
     scale_tile,
     CODEC: tl.constexpr,
     GROUPS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """float32 [BN, BM]: the walk of one tile along this program's share of K, one of SPLITS."""
+    """float32 [BN, BM]: the walk of one tile along K, or with SPLIT along this program's share of it."""
     LANES: tl.constexpr = 64 if CODEC == INT4 else 32
     SHARED: tl.constexpr = CODEC == INT1 or CODEC == SPARSE2  # codes of two groups in one byte
     EXTRA: tl.constexpr = CODEC == INT3 or CODEC == SPARSE4 or CODEC == SPARSE2
@@ -104,10 +107,12 @@ def _product(
     PAIRS: tl.constexpr = (GROUPS + 1) // 2
     STEPS: tl.constexpr = PAIRS if SHARED else GROUPS
     C_STEP: tl.constexpr = 64 * LANES if SHARED else 128 * LANES
-    EACH: tl.constexpr = (GROUPS // 2 + SPLITS - 1) // SPLITS  # steps of two groups
-    split = tl.program_id(2)
-    begin = tl.minimum(split * EACH, GROUPS // 2) if SPLITS > 1 else 0
-    end = tl.minimum(begin + EACH, GROUPS // 2) if SPLITS > 1 else GROUPS // 2
+    begin = 0
+    end = GROUPS // 2
+    if SPLIT:
+        each = tl.cdiv(GROUPS // 2, tl.num_programs(2))  # steps of two groups
+        begin = tl.minimum(tl.program_id(2) * each, GROUPS // 2)
+        end = tl.minimum(begin + each, GROUPS // 2)
     row = n & 63
     lane = tl.arange(0, LANES)
     c = codes + begin * C_STEP + (tile * (STEPS * 64 * LANES) + row * LANES)[:, None] + lane[None, :]
@@ -127,7 +132,7 @@ def _product(
         e += 2048
         s += 64
         x += 256
-    if GROUPS % 2 and split == SPLITS - 1:
+    if GROUPS % 2 and (not SPLIT or tl.program_id(2) == tl.num_programs(2) - 1):
         even = tl.load(c)
         both = tl.load(e) if EXTRA else even
         x0 = tl.load(x, mask=live[None, :], other=0)
@@ -136,19 +141,21 @@ def _product(
 
 
 @triton.jit
-def _sum_splits(acc, partials, arrived, SPLITS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+def _sum_splits(acc, partials, arrived, BN: tl.constexpr, BM: tl.constexpr):
     """The sum of ``acc`` over the programs of one tile, in the order of their shares, and whether this one came last:
     in the others it is not complete."""
+    splits = tl.num_programs(2)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     at = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-    mine = partials + program * (SPLITS * BN * BM) + at
+    mine = partials + program * splits * (BN * BM) + at
     tl.store(mine + tl.program_id(2) * (BN * BM), acc)
     tl.debug_barrier()
-    last = tl.atomic_add(arrived + program, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    last = tl.atomic_add(arrived + program, 1, sem="acq_rel", scope="gpu") == splits - 1
     if last:
         acc = tl.zeros((BN, BM), dtype=tl.float32)
-        for i in tl.static_range(0, SPLITS):
-            acc += tl.load(mine + i * (BN * BM), cache_modifier=".cg")
+        for i in tl.static_range(0, MOST_SPLITS):  # unrolled: the loads go out together
+            there = tl.full((BN, BM), i, tl.int32) < splits
+            acc += tl.load(mine + i * (BN * BM), mask=there, other=0.0, cache_modifier=".cg")
         tl.store(arrived + program, 0)
     return acc, last
 
@@ -172,7 +179,7 @@ def _add_rows(
     extra,
     GROUPS: tl.constexpr,
     CODECS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
@@ -189,7 +196,7 @@ def _add_rows(
     live = m < end
     x = values + m.to(tl.int64)[None, :] * (GROUPS * 128)
     x_scale = tl.load(x_scales + m, mask=live, other=0.0)
-    EARLY: tl.constexpr = BM <= 16 and SPLITS == 1  # more rows would hold too many registers through the walk
+    EARLY: tl.constexpr = BM <= 16 and not SPLIT  # more rows would hold too many registers through the walk
     if EARLY:
         before = load_outputs(y, y_stride, m, column + n, live, n < width)
     acc = tl.zeros((BN, BM), dtype=tl.float32)
@@ -197,19 +204,19 @@ def _add_rows(
         if codec == CODECS[i]:
             acc = _product(
                 pointer(codes, tl.uint8), pointer(extra, tl.uint8), pointer(scales, tl.int32), x, live,
-                n, tile, words & 31, scale_tile, CODECS[i], GROUPS, SPLITS, BN, BM, STAGES, PLAIN,
+                n, tile, words & 31, scale_tile, CODECS[i], GROUPS, SPLIT, BN, BM, STAGES, PLAIN,
             )  # fmt: skip
     let_next_start(OVERLAP)
     complete = True
-    if SPLITS > 1:
-        acc, complete = _sum_splits(acc, partials, arrived, SPLITS, BN, BM)
+    if SPLIT:
+        acc, complete = _sum_splits(acc, partials, arrived, BN, BM)
     if complete:
         if not EARLY:
             before = load_outputs(y, y_stride, m, column + n, live, n < width)
         add_outputs(y, y_stride, m, column + n, live, n < width, before, acc * x_scale[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["turn"])
 def grouped(
     y,
     y_stride,
@@ -219,23 +226,23 @@ def grouped(
     table,
     partials,
     arrived,
+    turn,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     GROUPS: tl.constexpr,
     CODECS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BN: tl.constexpr,
     BATCHES: tl.constexpr,
     STAGES: tl.constexpr,
-    TURN: tl.constexpr,
     PLAIN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Adds the products of quantized rows with packed deltas; CODECS are the ids that may occur.
 
-    An item takes the narrowest of BATCHES, ascending, that holds its rows. The first launch of a plan (TURN 1) lets the
-    second (TURN 2) start with it, which reads what the first may read and adds to other rows, and so waits only at its
-    end. Where SPLITS programs share a tile, the last one to come adds up what they left in ``partials``; the counters
+    An item takes the narrowest of BATCHES, ascending, that holds its rows. The first launch of a plan (``turn`` 1) lets
+    the second (2) start with it, which reads what the first may read and adds to other rows, and so waits only at its
+    end. Where programs share a tile (SPLIT), the last one to come adds up what they left in ``partials``; the counters
     ``arrived`` are zero before and after.
     """
     slot, first, end = load_item(items)
@@ -245,15 +252,15 @@ def grouped(
     for i in tl.static_range(0, len(CODECS)):
         served = served | (codec == CODECS[i])
     rows = tl.where(served & (slot >= 0), end - first, 0)
-    if TURN != 2:
+    if turn != 2:
         wait(OVERLAP)
-    if TURN == 1:
+    if turn == 1:
         let_next_start(OVERLAP)
     for i in tl.static_range(0, len(BATCHES)):
         if rows <= BATCHES[i] and rows > (BATCHES[i - 1] if i > 0 else 0):
             _add_rows(
                 y, y_stride, values, x_scales, partials, arrived, first, end, column, width, block,
-                codec, codes, scales, extra, GROUPS, CODECS, SPLITS, BN, BATCHES[i], STAGES, PLAIN, OVERLAP,
+                codec, codes, scales, extra, GROUPS, CODECS, SPLIT, BN, BATCHES[i], STAGES, PLAIN, OVERLAP,
             )  # fmt: skip
-    if TURN == 2:
+    if turn == 2:
         wait(OVERLAP)
