@@ -15,7 +15,7 @@ from deltazip_deployments.router.backend import ReplicaDescription
 from deltazip_deployments.text.vocabulary import Vocabularies
 from deltazip_ray.config import AppConfig
 from deltazip_ray.engine.async_engine import AsyncEngine, EngineStats
-from deltazip_ray.engine.structures import Structures
+from deltazip_ray.engine.structure import Structures
 from deltazip_ray.errors import StoreUnavailable
 from deltazip_ray.residency.tiers import DeltaSource, HostMemory, PrefetchTier
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import xgrammar
 
-from deltazip_ray.engine.grammars import MAX_STRUCTURE_CHARS, GrammarMatcher, Vocabulary, compile_structure
-from deltazip_ray.engine.json_schemas import check_schema
-from deltazip_ray.engine.regexes import check_regex
-from deltazip_ray.engine.structures import Structures
+from deltazip_ray.engine.structure import Structures
+from deltazip_ray.engine.structure.grammars import MAX_STRUCTURE_CHARS, GrammarMatcher, Vocabulary, compile_structure
+from deltazip_ray.engine.structure.json_schemas import check_schema
+from deltazip_ray.engine.structure.regexes import check_regex
 from deltazip_ray.errors import InvalidRequest, RequestTimeout
 from deltazip_ray.scheduler.request import Structure
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deltazip_deployments.text.detokenizer import Detokenizer
 from deltazip_deployments.text.vocabulary import make_vocabulary
-from deltazip_ray.engine.grammars import GrammarMatcher, Vocabulary, compile_structure
+from deltazip_ray.engine.structure.grammars import GrammarMatcher, Vocabulary, compile_structure
 from deltazip_ray.errors import InvalidRequest
 from deltazip_ray.scheduler.request import Structure
 

@@ -6,7 +6,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 from urllib.parse import unquote
 
-from deltazip_ray.engine.regexes import check_regex
+from deltazip_ray.engine.structure.regexes import check_regex
 from deltazip_ray.errors import InvalidRequest
 
 _MOST_NESTED = 32

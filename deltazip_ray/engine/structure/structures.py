@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import xgrammar
 
-from deltazip_ray.engine.grammars import Compiled, GrammarMatcher, Vocabulary, compile_structure
+from deltazip_ray.engine.structure.grammars import Compiled, GrammarMatcher, Vocabulary, compile_structure
 from deltazip_ray.errors import RequestTimeout
 from deltazip_ray.scheduler.request import Matcher, Structure
 

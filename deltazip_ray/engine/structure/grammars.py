@@ -11,8 +11,8 @@ import numpy as np
 import xgrammar
 from numpy.typing import NDArray
 
-from deltazip_ray.engine.json_schemas import check_schema
-from deltazip_ray.engine.regexes import check_regex
+from deltazip_ray.engine.structure.json_schemas import check_schema
+from deltazip_ray.engine.structure.regexes import check_regex
 from deltazip_ray.errors import InvalidRequest
 from deltazip_ray.scheduler.request import Structure
 
