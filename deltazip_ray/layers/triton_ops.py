@@ -142,13 +142,15 @@ class TritonOps(LayerOps):
 
     def linear(self, weight: BaseWeight, x: Activations, stack: DeltaStack, rows: Rows) -> torch.Tensor:
         """See :meth:`LayerOps.linear`."""
+        if not isinstance(stack, TritonStack):
+            raise TypeError("TritonOps multiply with the stacks that they made")
         if isinstance(weight, Fp8Matrix) and x.rounded is None:
             x = Activations(x.values, quantize_rows(x.values, fp8=True))
         y = torch.empty((len(x.values), weight.shape[0]), dtype=x.values.dtype, device=x.values.device)
         start = 0
         for span in (*rows.merged, Span(-1, len(y), len(y))):
             self._multiply(y[start : span.start], x, start, weight)
-            if span.start < span.stop and isinstance(stack, TritonStack):
+            if span.start < span.stop:
                 self._multiply(y[span.start : span.stop], x, span.start, stack.merged(weight, span.slot))
             start = span.stop
         stack.add_product(y, x, rows)
