@@ -6,7 +6,6 @@ from statistics import median
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from deltazip_kernels.bench.data import DEVICE, SHAPES, make_tables, segments_of
 from deltazip_kernels.bench.result import Result
@@ -14,6 +13,7 @@ from deltazip_kernels.bench.timing import graph_times
 from deltazip_kernels.plan import MORE, SOME, Work, plan
 from deltazip_kernels.quantize import QuantizedRows, quantize_rows, rms_norm_quantize, silu_mul_quantize
 from deltazip_kernels.rope import RotaryTables, rope_and_cache
+from deltazip_kernels.skinny import BaseProduct
 from deltazip_kernels.triton_backend import grouped_matmul
 
 _HIDDEN, _GROUPS, _HEAD = 4096, 8, 128
@@ -24,6 +24,7 @@ class Layer:
     """Weights of one layer and a table of ``codec`` deltas for each linear; ``works`` empty: the base alone."""
 
     def __init__(self, rows: int, slots: int, codec: str, works: Sequence[Work]) -> None:
+        self.product = BaseProduct(DEVICE)
         self.works = works
         self.codec = codec
         self.weights = {name: _random(sum(n for n, _ in shapes), shapes[0][1]) for name, shapes in SHAPES.items()}
@@ -49,7 +50,9 @@ class Layer:
         self._linear("down", x, rounded)
 
     def _linear(self, name: str, x: Tensor, rounded: QuantizedRows) -> Tensor:
-        y = linear(x, self.weights[name])
+        weight = self.weights[name]
+        y = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
+        self.product(y, x, weight)
         for work in self.works:
             grouped_matmul(y, rounded, self.tables[name], work, [self.codec])
         return y
