@@ -29,7 +29,7 @@ class StoreConfig(Settings):
 
     url: str = Field(description="file:///path or s3://bucket/prefix", pattern=r"^(file|s3)://.+")
     endpoint_url: str | None = Field(None, description="S3 endpoint; boto3's own default when absent")
-    region: str | None = None
+    region: str | None = Field(None, description="region of the bucket; boto3's own when absent")
     profile: str | None = Field(None, description="a profile of the AWS configuration files")
     ca_bundle: Path | None = Field(
         None, description="PEM file of the authorities that sign the endpoint's certificate; boto3's own when absent"
@@ -146,8 +146,10 @@ class RouterConfig(Settings):
     heir_wait_s: float = Field(
         20.0, ge=0, description="an alias of a version in use moves when the new one is on a replica, or after this"
     )
-    max_ongoing_requests: int = Field(1024, ge=1)
-    request_timeout_s: float = Field(300.0, gt=0)
+    max_ongoing_requests: int = Field(
+        1024, ge=1, description="requests that the router answers at once; eight times as many may wait for that"
+    )
+    request_timeout_s: float = Field(300.0, gt=0, description="until an answer must be complete, else it is a 504")
     resume_attempts: int = Field(2, ge=0, description="times a request moves on when its replica dies")
     api_keys_file: Path | None = Field(
         None, description="JSON of who may use what (docs/api.md), read again when it changes; absent: everybody, all"
@@ -168,7 +170,7 @@ class AppConfig(Settings):
     base: str = Field(description="path of the base checkpoint on every host")
     base_name: str = Field("base", description="what clients put in `model` to get the base itself")
     store: StoreConfig
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1, description="engines, each with its own copy of the base")
     replica_resources: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default={"CPU": 1.0},
         description="Ray resources of one replica; a GPU is added on cuda where none is named: share one with 0.5",

@@ -7,6 +7,7 @@ from deltazip_ray.cli.evaluate import evaluate
 from deltazip_ray.cli.inspect import inspect
 from deltazip_ray.cli.merge import merge
 from deltazip_ray.cli.publish import publish
+from deltazip_ray.cli.settings import settings
 from deltazip_ray.cli.variants import variants
 
 app = typer.Typer(
@@ -24,3 +25,4 @@ app.command()(inspect)
 app.command()(merge)
 app.command()(publish)
 app.add_typer(variants, name="variants")
+app.command()(settings)
