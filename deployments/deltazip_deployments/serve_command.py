@@ -13,6 +13,7 @@ from deltazip_ray.config import AppConfig
 from deltazip_ray.errors import ConfigError
 
 IMPORT_PATH = "deltazip_deployments.app:build"
+_UNKNOWN = "there is no such setting: `deltazip settings` lists those that there are"
 
 
 def serve(
@@ -73,7 +74,7 @@ def read_config(path: Path) -> tuple[AppConfig, dict[str, Any]]:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "args"
-        problem = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"]
+        problem = _UNKNOWN if first["type"] == "extra_forbidden" else first["msg"]
         raise ConfigError(f"{path}: {field}: {problem}") from error
 
 
