@@ -12,6 +12,7 @@ from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine import codec_warm_up
 from deltazip_ray.engine.core import EngineCore, build_core
 from deltazip_ray.engine.start_up import keep_kernels
+from deltazip_ray.layers import warm_up
 from deltazip_ray.layers.targets import MatrixTarget
 from deltazip_ray.layers.triton_ops import TritonStack
 from deltazip_ray.layers.warm_up import launch_all
@@ -89,7 +90,8 @@ def test_codecs_of_the_settings_are_compiled_and_seen_by_no_step(
     assert stack.codecs == ()
 
 
-def test_every_launch_of_a_codec_finds_nothing_to_do(core: EngineCore) -> None:
+def test_every_launch_of_a_codec_finds_nothing_to_do(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm_up, "_BATCHES", ((1, 1), (18, 2)))  # the interpreter is slow
     stack = stack_of(core, "model.embed_tokens.weight")
     with torch.inference_mode():
         launch_all(stack, ("int4", "raw", "low_rank"), 16, looked_up=True)
