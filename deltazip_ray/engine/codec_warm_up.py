@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -11,8 +10,6 @@ from deltazip_ray.artifact.manifest import Manifest
 from deltazip_ray.layers.targets import DeltaTarget, MatrixTarget
 from deltazip_ray.layers.triton_ops import TritonStack, ordered
 from deltazip_ray.layers.warm_up import warm_stack
-
-_COMPILERS = 8  # threads; a compiler lets go of the interpreter for most of its time
 
 
 @dataclass
@@ -40,9 +37,10 @@ class CodecWarmUp:
     def codecs(self, codecs: Sequence[str]) -> None:
         """Be ready for versions with all matrices in one of ``codecs``; before the first step."""
         stacks = {stack.shapes: stack for stack in self._stacks.values()}.values()
-        with ThreadPoolExecutor(_COMPILERS, thread_name_prefix="deltazip-warm-up") as pool:
-            for codec in codecs:
-                list(pool.map(lambda stack, codec=codec: self._compile(stack, (codec,), 0), stacks))
+        # One after the other: Triton is not made for several threads that compile.
+        for codec in codecs:
+            for stack in stacks:
+                self._compile(stack, (codec,), 0)
 
     def version(self, manifest: Manifest) -> None:
         """Be ready for a version beside those that are there; from the thread that loads it, before it is published."""
