@@ -115,3 +115,19 @@ def test_sampled_tokens_follow_their_seed(wide_zoo: Zoo, tmp_path: Path) -> None
             return [await run.generate(random_prompt(1, 20), name, drawn) for name in wide_zoo.names]
 
     assert asyncio.run(outputs()) == asyncio.run(outputs())
+
+
+async def test_a_version_that_is_used_while_it_arrives_says_what_it_says_later(wide_zoo: Zoo) -> None:
+    """Each request finds an idle engine and another slot; what was in the slot before is wiped."""
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, logprobs=0)
+    found: dict[bool, list[str]] = {}
+    for overlap in (True, False):
+        settings = SETTINGS | {"overlap_loads": overlap}
+        async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **settings) as run:
+            assert run.engine._parts is not None
+            run.engine._parts.core.slots.memory.zero_()
+            for version in wide_zoo.versions:
+                request = GenerateRequest("one", version.version, tuple(range(1, 40)), sampling)
+                chunks = [str((c.tokens, c.logprobs)) async for c in run.engine.generate(request)]
+                found.setdefault(overlap, []).extend(chunks)
+    assert found[True] == found[False]
