@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,8 +45,8 @@ class Job:
     """What one process measures."""
 
     task: str
-    side: str
-    """``ours`` or ``others``."""
+    forms: tuple[str, ...]
+    """Measured in this order; a name that ends in * stands for all of one side, ``ours*`` or ``others*``."""
     scale: str
     cache: Path
     out: Path
@@ -63,7 +63,7 @@ def measure(job: Job) -> None:
     known = _measured(job)
     bench = Bench(job)
     slowest = 0.0
-    for name, make in (bench.ours() if job.side == "ours" else bench.others()).items():
+    for name, make in bench.forms(job.forms).items():
         if name in known:
             continue
         if time.time() + slowest > job.deadline:
@@ -117,6 +117,16 @@ class Bench:
         self._shop = Workshop(
             job.cache / BASE, job.cache / job.task, self._chats, self._scale.calibration, job.device, job.scratch
         )
+
+    def forms(self, names: Sequence[str]) -> dict[str, Callable[[], Made]]:
+        """The named ones, in their order."""
+        ours, others = self.ours(), self.others()
+        sides = {"ours*": ours, "others*": others}
+        return {
+            each: make
+            for name in names
+            for each, make in (sides[name] if name in sides else {name: (ours | others)[name]}).items()
+        }
 
     def ours(self) -> dict[str, Callable[[], Made]]:
         """The fine-tune, the base, and what the product makes of the one given the other."""

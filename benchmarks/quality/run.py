@@ -36,7 +36,9 @@ from deltazip_deployments.demo.checkpoints import CheckpointCache
 
 SOURCES = ("data", "models", "prepare", "scales", "tasks", "text", "training")
 """What the models follow from."""
-SIDES = ("ours", "others")
+SIDES = (("ours*",), ("others*",))
+"""Forms that one process measures; there are as many for each task."""
+ADAPTER = {"LoRA", "others*"}
 TAIL_S = 15.0
 """Seconds before the deadline at which the measuring ends."""
 
@@ -73,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _write(given.out, {"trained": name} | trained(path))
         _log(began, f"{name} is trained")
     with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
+        sides = [tuple(given.forms)] if given.forms else SIDES
         jobs = [
             Job(
                 task,
@@ -80,17 +83,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 given.scale,
                 cache.folder,
                 given.out,
-                Path(scratch, f"{task}-{side}"),
+                Path(scratch, f"{task}-{index}"),
                 given.device,
                 deadline,
             )
             for task in given.tasks
-            for side in given.sides
+            for index, side in enumerate(sides)
         ]
         running = [context.Process(target=measure, args=(job,)) for job in jobs]
         for process in running:
             process.start()
-        for name in given.tasks:
+        for name in given.tasks if any(ADAPTER & {*side} for side in sides) else ():
             _write(given.out, {"trained": f"{name}-lora"} | trained(trainer.adapter(name)))
         _log(began, "the adapters are trained")
         _join(running)
@@ -144,7 +147,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, help="folder for artifacts while they are measured")
     parser.add_argument("--deadline-s", type=float, default=3600, help="begin nothing that would not be done by then")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--sides", nargs="*", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--forms", nargs="*", help="only these, in this order, in one process a task")
     parser.add_argument("--processes", type=int, default=8, help="that prepare data")
     parser.add_argument("--commit", default="unknown", help="of the code, for the record")
     parser.add_argument("--compile", action="store_true", help="compile the layers for training")

@@ -41,7 +41,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> CheckpointCache:
 
 
 def test_every_form_is_measured(cache: CheckpointCache, tmp_path: Path) -> None:
-    bench = Bench(Job(TASK, "ours", "tiny", cache.folder, tmp_path / "rows", tmp_path, "cpu", deadline=float("inf")))
+    bench = Bench(
+        Job(TASK, ("ours*",), "tiny", cache.folder, tmp_path / "rows", tmp_path, "cpu", deadline=float("inf"))
+    )
     forms = bench.ours() | bench.others()
     rows = {name: bench.row(name, forms[name]) for name in MEASURED}
     for row in rows.values():
@@ -63,19 +65,19 @@ def test_every_form_is_measured(cache: CheckpointCache, tmp_path: Path) -> None:
 
 
 def test_nothing_is_begun_after_the_deadline(cache: CheckpointCache, tmp_path: Path) -> None:
-    job = Job(TASK, "others", "tiny", cache.folder, tmp_path / "rows", tmp_path / "scratch", "cpu", deadline=0.0)
+    job = Job(TASK, ("others*",), "tiny", cache.folder, tmp_path / "rows", tmp_path / "scratch", "cpu", deadline=0.0)
     measure.measure(job)
     assert not job.out.exists()
 
 
 def test_a_second_run_measures_what_the_first_has_not(cache: CheckpointCache, tmp_path: Path) -> None:
-    job = Job(TASK, "ours", "tiny", cache.folder, tmp_path / "rows", tmp_path / "scratch", "cpu", deadline=float("inf"))
-    forms = ["base", "fine-tune", "other"]
+    forms = ("base", "fine-tune", "other")
+    job = Job(TASK, forms, "tiny", cache.folder, tmp_path / "rows", tmp_path / "scratch", "cpu", deadline=float("inf"))
     job.out.write_text("".join(json.dumps({"task": TASK, "variant": name}) + "\n" for name in forms[:1]))
     with patch.object(Bench, "ours", lambda bench: {name: partial(bench._whole, TASK) for name in forms}):
         measure.measure(job)
     rows = [json.loads(line) for line in job.out.read_text().splitlines()]
-    assert [row["variant"] for row in rows] == forms
+    assert tuple(row["variant"] for row in rows) == forms
 
 
 @pytest.mark.parametrize(
