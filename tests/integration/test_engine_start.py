@@ -91,7 +91,7 @@ def test_codecs_of_the_settings_are_compiled_and_seen_by_no_step(
 
 
 def test_every_launch_of_a_codec_finds_nothing_to_do(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm_up, "_BATCHES", ((1, 1), (18, 2)))  # the interpreter is slow
+    monkeypatch.setattr(warm_up, "_BATCHES", ((1, 1, 1), (18, 2, 18)))  # the interpreter is slow
     stack = stack_of(core, "model.embed_tokens.weight")
     with torch.inference_mode():
         launch_all(stack, ("int4", "raw", "low_rank"), 16, looked_up=True)
