@@ -12,7 +12,7 @@ from deltazip_kernels.launch import overlap
 
 MOST_ROWS = 64
 """Rows up to which reading the weight takes longer than multiplying it."""
-FASTER = {(6144, 4096): 32, (4096, 4096): 64, (28672, 4096): 64, (4096, 14336): 64}
+FASTER = {(6144, 4096): 32, (4096, 4096): 32, (28672, 4096): 64, (4096, 14336): 64, (128256, 4096): 64}
 """Shapes ``[N, K]`` of 16-bit weights for which cuBLAS is slower, up to so many rows: the linears of an 8B model on an
 H200 (``docs/engine.md``). In fp8 the library is slower for all."""
 _PART_COUNTS = (1, 2, 4, 8)
@@ -83,8 +83,9 @@ class BaseProduct:
         if chosen is not None:
             self._launch(y, x.values, weight.values, chosen, (x.scales, weight.scales))
         elif y.device.type == "cuda":
-            scales = x.scales[:, None], weight.scales[None]
-            torch._scaled_mm(x.values, weight.values.T, *scales, out_dtype=y.dtype, out=y)
+            # cuBLAS refuses scales that do not start at a multiple of 16 bytes, as those of some rows of a batch do not.
+            scales = x.scales if x.scales.data_ptr() % 16 == 0 else x.scales.clone()
+            torch._scaled_mm(x.values, weight.values.T, scales[:, None], weight.scales[None], out_dtype=y.dtype, out=y)
         else:
             y.copy_(fp8_matmul_torch(x, weight, y.dtype))
 

@@ -86,6 +86,17 @@ def test_product_in_fp8(shape: tuple[int, int], rows: int, device: torch.device)
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("stop", [9, 3 + MOST_ROWS + 7])
+def test_product_of_some_rows_of_a_batch(stop: int, device: torch.device) -> None:
+    x, weight = round_to_fp8(normal(90, 512).to(device)), round_to_fp8(normal(128, 512, seed=1).to(device))
+    y = torch.zeros((90, 128), dtype=torch.bfloat16, device=device)
+    BaseProduct(device).fp8(y[3:stop], x.rows(3, stop), weight)
+    want = fp8_matmul_torch(x, weight, torch.float32)
+    assert float((y[3:stop].float() - want[3:stop]).norm() / want[3:stop].norm()) < 4e-3
+    assert not y[:3].any()
+    assert not y[stop:].any()
+
+
 @pytest.mark.parametrize("rows", [3, 20, MOST_ROWS, MOST_ROWS + 1])
 def test_product_in_16_bits(rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skinny, "FASTER", {(128, 512): MOST_ROWS})
