@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine_table import breakdown, figures, fp8_quality, growth
+from benchmarks.engine_table import breakdown, figures, fp8_quality, gemm, growth, own_figures
 from benchmarks.host_table import sampling
 from benchmarks.kernels_table import tables as kernel_tables
 
@@ -53,8 +53,10 @@ def render(readme: str, name: str, table: str) -> str:
 
 def main() -> int:
     """Rewrite or check the pages."""
-    names = ("demo", "engine-h200", "engine-fp8-quality", "kernels-h200", "sampling-h200")
-    demo, engine, quality, kernels, drawn = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
+    names = ["demo", "engine-h200", "engine-fp8-quality", "engine-h200-fp8", "base-gemm-h200"]
+    names += ["kernels-h200", "sampling-h200"]
+    reports = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
+    demo, engine, quality, in_fp8, products, kernels, drawn = reports
     pages = {
         "README.md": {"demo": demo_table(demo), "engine": figures(engine)},
         "docs/engine.md": {
@@ -62,6 +64,8 @@ def main() -> int:
             "growth": growth(engine),
             "breakdown": breakdown(engine),
             "fp8-quality": fp8_quality(quality),
+            "engine-fp8": own_figures(in_fp8),
+            "gemm": gemm(products),
             "sampling": sampling(drawn),
         },
         "docs/kernels.md": kernel_tables(kernels),

@@ -83,7 +83,7 @@ class BaseProduct:
         if chosen is not None:
             self._launch(y, x.values, weight.values, chosen, (x.scales, weight.scales))
         elif y.device.type == "cuda":
-            # cuBLAS refuses scales that do not start at a multiple of 16 bytes, as those of some rows of a batch do not.
+            # cuBLAS wants scales that start at a multiple of 16 bytes, which those of some rows of a batch do not.
             scales = x.scales if x.scales.data_ptr() % 16 == 0 else x.scales.clone()
             torch._scaled_mm(x.values, weight.values.T, scales[:, None], weight.scales[None], out_dtype=y.dtype, out=y)
         else:
