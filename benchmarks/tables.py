@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine_table import breakdown, figures, fp8_quality, gemm, growth, own_figures
-from benchmarks.host_table import sampling
+from benchmarks.host_table import host, sampling
 from benchmarks.kernels_table import tables as kernel_tables
 
 ROOT = Path(__file__).parents[1]
@@ -54,9 +54,9 @@ def render(readme: str, name: str, table: str) -> str:
 def main() -> int:
     """Rewrite or check the pages."""
     names = ["demo", "engine-h200", "engine-fp8-quality", "engine-h200-fp8", "base-gemm-h200"]
-    names += ["kernels-h200", "sampling-h200"]
+    names += ["kernels-h200", "sampling-h200", "engine-host"]
     reports = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
-    demo, engine, quality, in_fp8, products, kernels, drawn = reports
+    demo, engine, quality, in_fp8, products, kernels, drawn, spent = reports
     pages = {
         "README.md": {"demo": demo_table(demo), "engine": figures(engine)},
         "docs/engine.md": {
@@ -68,6 +68,7 @@ def main() -> int:
             "gemm": gemm(products),
             "sampling": sampling(drawn),
         },
+        "docs/scheduling.md": {"engine host": host(spent)},
         "docs/kernels.md": kernel_tables(kernels),
     }
     stale = False
