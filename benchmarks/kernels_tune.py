@@ -5,6 +5,7 @@ The winners stand in ``deltazip_kernels.triton_backend``.
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,9 +21,18 @@ from deltazip_kernels.quantize import quantize_rows
 from deltazip_kernels.triton_backend import Tile, grouped_matmul
 
 CODECS = ["int4", "int2", "sparse24_int4", "int1"]
-BATCHES = {8: [(8, 4), (32, 1)], 16: [(8, 16), (32, 16)], 64: [(1, 128), (1, 512)]}
+BATCHES = {
+    16: [(8, 4), (32, 1), (1, 16), (2, 16), (8, 16), (32, 16)],
+    32: [(1, 32), (2, 32), (8, 32)],
+    64: [(1, 64), (8, 64), (1, 512)],
+}
 """By rows that an item may have: segments and rows of each."""
-TILES = [Tile(*sizes) for sizes in product((64, 128, 256), (1, 2, 4, 8), (3, 4, 5)) if 16 <= sizes[0] // sizes[1] <= 64]
+SPLITS = (1, 2, 4)
+TILES = [
+    Tile(*sizes)
+    for sizes in product((64, 128, 256), (1, 2, 4, 8), (3, 4, 5), SPLITS)
+    if 16 <= sizes[0] // sizes[1] <= 64
+]
 
 
 def times(codec: str, linear: str, segments: int, rows: int) -> dict[Tile, float]:
@@ -31,6 +41,7 @@ def times(codec: str, linear: str, segments: int, rows: int) -> dict[Tile, float
     tables, _ = make_tables(shapes, [codec] * segments, POOL)
     x, y = random_batch(segments * rows, shapes[0][1], sum(n for n, _ in shapes))
     (*_, work) = plan(segments_of([rows] * segments), len(x), rows)
+    work = replace(work, turn=0)  # by itself
     rounded = quantize_rows(x)
     found = {}
     for tile in TILES:

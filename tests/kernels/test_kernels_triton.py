@@ -191,6 +191,15 @@ def test_programs_share_a_tile_along_k(codec: str, splits: int, columns: int, de
     assert torch.equal(y, again)
 
 
+@pytest.mark.parametrize("tile", [Tile(64, 4, 3, 8), Tile(64, 4, 3, 2)])
+def test_no_more_programs_share_tiles_than_there_is_room_for(tile: Tile, device: torch.device) -> None:
+    deltas = DeltaTable([(64 * 60, 128)], 1, device)
+    (work,) = plan(table([1] * 5, [0] * 5, device), 5)
+    y, rows = torch.zeros(5, 64 * 60, device=device), quantize_rows(torch.zeros(5, 128, device=device))
+    with pytest.raises(ValueError, match="300 tiles are too many to be shared"):
+        grouped_matmul(y, rows, deltas, work, ["int2"], tile)
+
+
 def test_kernels_and_table_name_codecs_alike() -> None:
     ids = {"int4": grouped.INT4, "int3": grouped.INT3, "int2": grouped.INT2, "int1": grouped.INT1}
     ids |= {
@@ -321,6 +330,7 @@ def test_a_captured_graph_serves_other_mixtures_and_slots(device: torch.device) 
 def test_overlapping_launches_change_no_bit(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chains in which each launch needs what the one ahead wrote, with single rows beside a long segment."""
     shape = (1024, 1024)
+    tile = Tile(64, 4, 3, 2)  # both launches of a plan have programs that share K
     names = ["int2", LOW_RANK]
     deltas = DeltaTable([shape], 2, device)
     deltas.set(0, [to_device(random_coded("int2", shape).delta(), device)])
@@ -338,7 +348,7 @@ def test_overlapping_launches_change_no_bit(device: torch.device, monkeypatch: p
             x, rows = quantize.rms_norm_quantize(x, ones, zeros, 1e-5)
             y = torch.nn.functional.linear(x, weight)
             for work in works:
-                grouped_matmul(y, rows, deltas, work, names[:1])
+                grouped_matmul(y, rows, deltas, work, names[:1], tile)
                 low_rank_matmul(y, x, deltas, work, 16)
             x = y
         return x
