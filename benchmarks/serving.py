@@ -66,7 +66,7 @@ def settings(run: Run, slots: int) -> dict[str, Any]:
     """The application's: fewer slots than variants."""
     engine = {"device": run.device, "slots": slots, "max_model_len": 1024, "max_running": 64}
     if run.device == "cuda":
-        engine |= {"dtype": "bfloat16", "kv_blocks": 8192, "max_batch_tokens": 2048, "warm_up": True}
+        engine |= {"dtype": "bfloat16", "kv_blocks": 8192, "max_batch_tokens": 2048}
     return {
         "base": str(run.folder / "base"),
         "base_name": "base",

@@ -3,6 +3,18 @@
 from typing import Any
 
 
+def page(report: dict[str, Any]) -> str:
+    """All of one run; what it did not come to is left out."""
+    parts = [caption(report)]
+    if "regret" in report:
+        parts.append(served(report))
+    if "replay" in report:
+        parts.append(load(report))
+    if "kill" in report:
+        parts.append(killed(report))
+    return "\n\n".join(parts)
+
+
 def served(report: dict[str, Any]) -> str:
     """What was served, and how far its answers are from those of the merged weights."""
     codecs = {one["name"]: one for one in report["variants"]}
@@ -28,6 +40,18 @@ def load(report: dict[str, Any]) -> str:
         cells += [f"{1000 * each[p]:.1f} ms" for p in ("p50", "p90")]
         lines.append("| " + " | ".join([kind, *cells]) + " |")
     return "\n".join(lines)
+
+
+def killed(report: dict[str, Any]) -> str:
+    """The replica's death and what clients saw of it."""
+    kill = report["kill"]
+    outcomes = ", ".join(f"{count} {what}" for what, count in kill["outcomes"].items())
+    text = (
+        f"`kill -9` of the replica under load: {outcomes}; the next answer came after {kill['first_answer_after_s']} s"
+    )
+    if "regret" in kill:
+        text += f"; the largest regret of an answer is {max(one['own'] for one in kill['regret'].values()):.3f}"
+    return f"{text}. Exit code after SIGTERM {report['exit_code']}, processes left {report['processes_left']}."
 
 
 def caption(report: dict[str, Any]) -> str:

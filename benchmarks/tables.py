@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import serving_table
 from benchmarks.engine_table import breakdown, figures, fp8_quality, gemm, growth, own_figures
 from benchmarks.host_table import host, sampling
 from benchmarks.kernels_table import tables as kernel_tables
@@ -71,6 +72,10 @@ def main() -> int:
         "docs/scheduling.md": {"engine host": host(spent)},
         "docs/kernels.md": kernel_tables(kernels),
     }
+    for machine in ("cpu", "h200"):
+        if (found := RESULTS / f"serving-{machine}.json").exists():
+            serving = serving_table.page(json.loads(found.read_text()))
+            pages.setdefault("docs/serving.md", {})[f"serving-{machine}"] = serving
     stale = False
     for page, tables in pages.items():
         path = ROOT / page
