@@ -120,11 +120,10 @@ def test_given_answers_are_scored_by_their_likelihood(zoo: Zoo, tmp_path: Path) 
         logprobs = oracle.logits([*asked, *tokens]).log_softmax(-1)[len(asked) - 1 : -1]
         return float(logprobs.gather(1, torch.tensor(tokens)[:, None]).sum())
 
-    rows = []
+    choices, rows = ["ab", "cd", "ef", "gh"], []
     for question in QUESTIONS:
-        choices = ["ab", "cd", "ef", "gh"]
-        rows.append({"question": question, "choices": choices})
-        rows[-1]["gold"] = max(range(4), key=lambda i: likelihood(question, choices[i]))
+        found = [likelihood(question, choice) for choice in choices]
+        rows.append({"question": question, "choices": choices, "gold": found.index(max(found))})
     write_task(tmp_path / "tasks", "pairs", CHOICE, rows)
     config = AppConfig(
         base=str(zoo.base), store=StoreConfig(url=zoo.store.root.as_uri()), engine=EngineConfig(**SETTINGS)
