@@ -66,7 +66,8 @@ def settings(run: Run, slots: int) -> dict[str, Any]:
     """The application's: fewer slots than variants."""
     engine = {"device": run.device, "slots": slots, "max_model_len": 1024, "max_running": 64}
     if run.device == "cuda":
-        engine |= {"dtype": "bfloat16", "kv_blocks": 8192, "max_batch_tokens": 2048}
+        # The first of each codec waits for compilers.
+        engine |= {"dtype": "bfloat16", "kv_blocks": 8192, "max_batch_tokens": 2048, "load_timeout_s": 170}
     return {
         "base": str(run.folder / "base"),
         "base_name": "base",
