@@ -46,23 +46,27 @@ def wide_zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     return Zoo(base, FileStore(path / "store"), versions, oracles)
 
 
-def regret(oracle: Oracle, prompt: Sequence[int], output: Sequence[int]) -> float:
-    """How far the drawn tokens lie below the best ones at most, in units of the logits' spread."""
+def regrets(oracle: Oracle, prompt: Sequence[int], output: Sequence[int]) -> torch.Tensor:
+    """How far each drawn token lies below the best one, in units of the logits' spread."""
     logits = oracle.logits([*prompt, *output])[len(prompt) - 1 : -1]
     drawn = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
-    return float(((logits.amax(1) - drawn) / logits.std(1)).max())
+    return (logits.amax(1) - drawn) / logits.std(1)
 
 
 async def all_of(run: RunningEngine, zoo: Zoo, count: int, tokens: int) -> float:
     """The largest regret of ``count`` greedy requests, all versions mixed, all at once."""
+    return float((await regrets_of_all(run, zoo, count, tokens)).max())
+
+
+async def regrets_of_all(run: RunningEngine, zoo: Zoo, count: int, tokens: int) -> torch.Tensor:
+    """Of those requests ``[count, tokens]``."""
     names = zoo.names
     sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     prompts = [random_prompt(i, 5 + 7 * i % 90) for i in range(count)]
     jobs = [run.generate(prompt, names[i % len(names)], sampling) for i, prompt in enumerate(prompts)]
     outputs = await asyncio.gather(*jobs)
     assert {len(output) for output in outputs} == {tokens}
-    found = [regret(zoo.oracles[names[i % len(names)]], prompts[i], outputs[i]) for i in range(count)]
-    return max(found)
+    return torch.stack([regrets(zoo.oracles[names[i % len(names)]], prompts[i], outputs[i]) for i in range(count)])
 
 
 @pytest.mark.parametrize("settings", [{}, {"cuda_graphs": False}, {"attention": "sdpa"}, {"async_steps": False}])
@@ -74,17 +78,24 @@ async def test_mixed_requests_draw_what_transformers_ranks_first(wide_zoo: Zoo, 
 
 async def test_a_base_in_fp8(wide_zoo: Zoo) -> None:
     async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS | {"base_dtype": "fp8"}) as run:
-        # On random weights fp8 moves logits by an eighth of their spread (tests/integration/test_engine_fp8.py): those
-        # of the best and of the one drawn by four times that, here and there.
-        assert await all_of(run, wide_zoo, 40, 24) < 0.8
+        found = await regrets_of_all(run, wide_zoo, 40, 24)
+        # On random weights fp8 moves logits by a sixth of their spread (tests/integration/test_engine_fp8.py): far for
+        # some token, little for most. Drawn by chance, tokens would lie 2.5 below the best.
+        assert found.mean() < 0.15
 
 
-async def test_long_prompts_of_one_version_run_merged(wide_zoo: Zoo) -> None:
-    version = wide_zoo.versions[1].version
-    async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS | {"max_model_len": 512}) as run:
-        prompt = random_prompt(1, 450)
-        output = await run.generate(prompt, version, SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True))
-        assert regret(wide_zoo.oracles[version], prompt, output) < 0.3
+@pytest.mark.parametrize(("base_dtype", "most"), [(None, 0.1), ("fp8", 0.3)])
+async def test_long_prompts_of_one_version_run_merged(wide_zoo: Zoo, base_dtype: str | None, most: float) -> None:
+    """Beside prompts of the base and of another version, whose rows begin anywhere."""
+    settings = SETTINGS | {"max_model_len": 512, "max_batch_tokens": 1024, "base_dtype": base_dtype}
+    jobs = [(wide_zoo.names[i], random_prompt(i, length)) for i, length in ((0, 71), (2, 450), (3, 77))]
+    sampling = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **settings) as run:
+        for name, _ in jobs:
+            await run.generate([1, 2, 3], name, sampling)  # then all are loaded, and the prompts share a step
+        outputs = await asyncio.gather(*(run.generate(prompt, name, sampling) for name, prompt in jobs))
+        for (name, prompt), output in zip(jobs, outputs, strict=True):
+            assert regrets(wide_zoo.oracles[name], prompt, output).mean() < most
 
 
 async def test_versions_come_and_go_under_graphs(wide_zoo: Zoo) -> None:
