@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.compress_table import memory, stages
 from deltazip_ray.artifact.artifact import ArtifactWriter
 from deltazip_ray.artifact.checkpoint import Checkpoint
 from deltazip_ray.artifact.manifest import Manifest
@@ -240,7 +241,7 @@ def progress_to_stdout() -> Callable[[str, float], None]:
     return tell
 
 
-def memory(pair: Pair, options: CompressOptions, peaks: dict[str, int]) -> dict[str, Any]:
+def gpu_memory(pair: Pair, options: CompressOptions, peaks: dict[str, int]) -> dict[str, Any]:
     """Bytes on the GPU: the peaks, and what bounds them."""
     prefix = f"{pair.skeleton.block_name(0)}."
     block = sum(2 * pair.base.tensor(name).nbytes for name in pair.base.names if name.startswith(prefix))
@@ -270,7 +271,7 @@ def report(pair: Pair, options: CompressOptions, found: Measured, args: argparse
         "options": options.model_dump(mode="json", exclude_defaults=True, exclude={"calibration"}),
         "seconds": found.seconds,
         "stages": dict(sorted(found.stages.items(), key=lambda item: -item[1])),
-        "memory": memory(pair, options, found.peaks),
+        "memory": gpu_memory(pair, options, found.peaks),
         "bytes_finetuned": manifest.bytes_finetuned,
         "bytes_artifact": manifest.bytes_artifact,
         "codecs": codecs,
@@ -303,8 +304,7 @@ def main() -> None:
         )
         found = report(pair, options, measure(pair, options, folder / "artifact"), args)
     args.json.write_text(json.dumps(found, indent=1) + "\n")
-    peak = found["memory"]["peak"] / 1e9
-    print(f"{found['seconds']:8.2f} s  in all, {peak:.2f} GB at most on the GPU; {dict(found['codecs'])}")
+    print("\n\n".join([stages(found), memory(found), str(dict(found["codecs"]))]))
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def _make_skills(folder: Path, scale: Scale, shard: int) -> None:
 
 def _make_task(folder: Path, scale: Scale, name: str) -> None:
     phase = scale.finetune
-    count = (phase.steps or 0) * phase.batch
+    count = phase.steps * phase.batch
     batch = training_examples(Prepared(folder).tokenizer, TASKS[name], SEED, count, phase.length)
     torch.save(tuple(batch), folder / f"{name}.pt")
     lines = [

@@ -12,9 +12,7 @@ class Phase:
     """Tokens of a sequence."""
     peak_lr: float
     warmup: int
-    steps: int | None = None
-    """None: as many as ``seconds`` have room for, counted from the speed of the first."""
-    seconds: float = 0.0
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ FULL = Scale(
     corpus_bytes=140_000_000,
     tokenizer_bytes=16_000_000,
     skills=160_000,
-    pretrain=Phase(batch=64, length=512, peak_lr=1.2e-3, warmup=60, seconds=80),
+    pretrain=Phase(batch=64, length=512, peak_lr=1.2e-3, warmup=60, steps=1620),
     finetune=Phase(batch=128, length=64, peak_lr=3e-4, warmup=20, steps=400),
     adapter=Phase(batch=128, length=64, peak_lr=1.5e-3, warmup=20, steps=400),
     distil=Phase(batch=32, length=64, peak_lr=1e-2, warmup=5, steps=60),

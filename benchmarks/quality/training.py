@@ -17,9 +17,6 @@ from benchmarks.quality.scales import Phase, Scale
 from benchmarks.quality.text import BOS, EOS, PAD, SPECIAL
 from deltazip_deployments.demo.corpus import IGNORED
 
-PROBE = 40
-"""Steps after which the number of steps follows from the time that they took; the first 10 of them do not count."""
-UNTIMED = 10
 DECAY = 0.6
 RANK, ALPHA = 16, 32
 
@@ -125,18 +122,11 @@ def fit(
     """Train ``what`` in place."""
     parameters = what.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=phase.peak_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    total, losses = phase.steps, []
-    began = timed = time.monotonic()
-    step = 0
-    while total is None or step < total:
-        if step == UNTIMED:
-            _wait(model)
-            timed = time.monotonic()
-        if step == PROBE and total is None:
-            _wait(model)
-            total = int(phase.seconds / (time.monotonic() - timed) * (PROBE - UNTIMED))
+    losses = []
+    began = time.monotonic()
+    for step in range(phase.steps):
         for group in optimizer.param_groups:
-            group["lr"] = phase.peak_lr * _rate(step, phase.warmup, total)
+            group["lr"] = phase.peak_lr * _rate(step, phase)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
             found = loss(model, next(batches))
         found.backward()
@@ -146,9 +136,8 @@ def fit(
         model.zero_grad()
         what.load()
         losses.append(found.detach())
-        step += 1
-    recent = torch.stack(losses[-max(1, step // 20) :])
-    return Trained(step, time.monotonic() - began, float(recent.mean()))
+    recent = torch.stack(losses[-max(1, phase.steps // 20) :])
+    return Trained(phase.steps, time.monotonic() - began, float(recent.mean()))
 
 
 def predict_all(model: LlamaForCausalLM, batch: Batch) -> Tensor:
@@ -207,16 +196,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
-def _rate(step: int, warmup: int, total: int | None) -> float:
-    """The learning rate of a step in units of the peak; ``total`` is None while it is not known."""
-    rising = (step + 1) / warmup
-    falling = 1.0 if total is None else (total - step) / (DECAY * total)
-    return min(1.0, rising, falling)
-
-
-def _wait(model: LlamaForCausalLM) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
+def _rate(step: int, phase: Phase) -> float:
+    """The learning rate of a step in units of the peak."""
+    return min(1.0, (step + 1) / phase.warmup, (phase.steps - step) / (DECAY * phase.steps))
 
 
 def _taken(weight: Tensor) -> Tensor:
