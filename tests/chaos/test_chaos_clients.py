@@ -49,7 +49,7 @@ CASES = {
     "one SlowDown": Case(refused(503, "SlowDown", retry_after="1"), 1, **SERVED),
     "resets": Case(reset(), reason="does not answer"),
     "truncated": Case(truncated(), reason="does not answer"),
-    "stalls": Case(stalled(), reason="ReadTimeoutError", store_timeout_s=0.4),
+    "stalls": Case(stalled(), reason="ReadTimeoutError", store_timeout_s=1.5),
     "SlowDown": Case(refused(503, "SlowDown"), reason="SlowDown"),
     "SlowDown, 7 s": Case(refused(503, "SlowDown", retry_after="7"), reason="SlowDown", retry_after="7"),
     "internal errors": Case(refused(500, "InternalError"), reason="InternalError"),
