@@ -14,6 +14,7 @@ from benchmarks import serving_table
 from benchmarks.engine_table import breakdown, figures, fp8_quality, gemm, growth, own_figures
 from benchmarks.host_table import host, sampling
 from benchmarks.kernels_table import tables as kernel_tables
+from benchmarks.kv_table import fp8_cache
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -55,9 +56,9 @@ def render(readme: str, name: str, table: str) -> str:
 def main() -> int:
     """Rewrite or check the pages."""
     names = ["demo", "engine-h200", "engine-fp8-quality", "engine-h200-fp8", "base-gemm-h200"]
-    names += ["kernels-h200", "sampling-h200", "engine-host"]
+    names += ["kernels-h200", "sampling-h200", "engine-host", "kv-fp8"]
     reports = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
-    demo, engine, quality, in_fp8, products, kernels, drawn, spent = reports
+    demo, engine, quality, in_fp8, products, kernels, drawn, spent, cached = reports
     pages = {
         "README.md": {"demo": demo_table(demo), "engine": figures(engine)},
         "docs/engine.md": {
@@ -68,6 +69,7 @@ def main() -> int:
             "engine-fp8": own_figures(in_fp8),
             "gemm": gemm(products),
             "sampling": sampling(drawn),
+            "fp8-cache": fp8_cache(cached),
         },
         "docs/scheduling.md": {"engine host": host(spent)},
         "docs/kernels.md": kernel_tables(kernels),

@@ -74,10 +74,15 @@ class EngineConfig(Settings):
     priority_step_tokens: int = Field(8192, ge=0, description="tokens of service that one more of priority is worth")
     memory_fraction: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory that the engine takes")
     kernels: Literal["auto", "torch", "triton"] = Field("auto", description="auto: triton on cuda, else torch")
-    attention: Literal["auto", "sdpa", "flashinfer"] = Field(
-        "auto", description="auto: flashinfer on cuda for the head sizes and types that it has, else sdpa"
+    kv_dtype: Literal["auto", "fp8"] = Field(
+        "auto", description="of cached keys and values; auto: dtype; fp8: e4m3 with a scale for each token and head"
     )
-    cuda_graphs: bool = Field(True, description="run decode steps as CUDA graphs, where attention is flashinfer's")
+    attention: Literal["auto", "sdpa", "triton", "flashinfer"] = Field(
+        "auto",
+        description="auto: on cuda flashinfer for the head sizes and types that it has, without windows and soft caps, "
+        "else our kernels (triton); sdpa elsewhere",
+    )
+    cuda_graphs: bool = Field(True, description="run decode steps as CUDA graphs, unless attention is sdpa")
     slots: int = Field(8, ge=1, description="deltas on the device at once")
     slot_bytes: int | None = Field(None, ge=1, description="room of one slot; sized for a dense int4 delta when absent")
     copy_bytes_per_s: float | None = Field(None, gt=0, description="bound on copies to the device; none when absent")

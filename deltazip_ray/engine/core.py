@@ -3,21 +3,24 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 
 from deltazip_ray.artifact.checkpoint import Checkpoint
 from deltazip_ray.artifact.digest_cache import known_base_digest
 from deltazip_ray.config import CPU_KV_BLOCKS, EngineConfig
+from deltazip_ray.engine.decode_graphs import DecodeGraphs
 from deltazip_ray.engine.device_slots import BaseIdentity, DeviceSlots
 from deltazip_ray.engine.memory import measure, plan_memory, workspace_bytes
 from deltazip_ray.engine.runner import ModelRunner
 from deltazip_ray.engine.start_up import StartUp, keep_kernels
 from deltazip_ray.engine.warm_up import record_graphs, run_steps
 from deltazip_ray.errors import ConfigError
-from deltazip_ray.layers.attention.backend import AttentionBackend, CacheShape
-from deltazip_ray.layers.attention.sdpa import SdpaBackend
+from deltazip_ray.layers.attention.backend import AttentionBackend
+from deltazip_ray.layers.attention.cache import CacheShape
+from deltazip_ray.layers.attention.capture import CapturableBackend
+from deltazip_ray.layers.attention.choose import make_attention
 from deltazip_ray.layers.device import check_device
 from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.layers.triton_ops import TritonOps
@@ -26,14 +29,9 @@ from deltazip_ray.models.decoder_config import DecoderConfig, read_decoder_confi
 from deltazip_ray.models.weights import Placement, WeightReader, WeightSource
 from deltazip_ray.scheduler.scheduler import Scheduler
 
-if TYPE_CHECKING:
-    from deltazip_ray.layers.attention.flashinfer import FlashInferBackend
-
 logger = logging.getLogger(__name__)
 
 _FP8_CAPABILITY = (8, 9)
-_FLASHINFER_HEADS = (64, 128, 256)
-_FLASHINFER_DTYPES = (torch.bfloat16, torch.float16)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,7 +76,7 @@ def assemble(
     fp8 = config.base_dtype == "fp8"
     placement = Placement(dtype, device, config.slots, config.max_added_tokens, _ops(config, device, dtype), fp8)
     reader = WeightReader(weights, placement)
-    attention = make_attention(config, _cache_shape(config, shape), dtype, device)
+    attention = make_attention(config, _cache_shape(config, shape, max_model_len), dtype, device)
     start.end("attention")
     decoder = Decoder(shape, reader, attention, max_model_len)
     start.end("base")
@@ -122,29 +120,6 @@ def check_fp8(config: EngineConfig, capability: tuple[int, int]) -> None:
         )
 
 
-def make_attention(
-    config: EngineConfig, shape: CacheShape, dtype: torch.dtype, device: torch.device
-) -> AttentionBackend[Any]:
-    """The backend that the settings and the model's heads allow, without a cache yet. Raises ConfigError."""
-    known = device.type == "cuda" and shape.head_dim in _FLASHINFER_HEADS and dtype in _FLASHINFER_DTYPES
-    if config.attention == "sdpa" or (config.attention == "auto" and not known):
-        return SdpaBackend(shape, dtype, device)
-    if not known:
-        raise ConfigError(
-            f"flashinfer has no kernels for {config.device}, {config.dtype} and heads of {shape.head_dim}: "
-            "set engine.attention to auto"
-        )
-    try:
-        from deltazip_ray.layers.attention.flashinfer import FlashInferBackend  # installed where there is a GPU
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"attention on cuda needs {error.name}: pip install 'deltazip-ray[gpu]', or set engine.attention to sdpa "
-            "(slower, without CUDA graphs)"
-        ) from error
-
-    return FlashInferBackend(shape, dtype, device)
-
-
 def _blocks(config: EngineConfig, shape: DecoderConfig, attention: AttentionBackend[Any], slots: DeviceSlots) -> int:
     """Blocks of the KV cache, once base and slots are allocated."""
     if attention.device.type != "cuda":
@@ -170,17 +145,16 @@ def _runner(
 ) -> ModelRunner:
     ops = placement.ops
     drawn = torch.zeros(config.max_running, dtype=torch.int64, device=placement.device)
-    if isinstance(attention, SdpaBackend) or not isinstance(ops, TritonOps) or not config.cuda_graphs:
-        return ModelRunner(decoder, attention, ops, drawn, None, slots.arriving)
-    from deltazip_ray.engine.decode_graphs import DecodeGraphs  # needs flashinfer
-
-    paged = cast("FlashInferBackend", attention)
-    pages = config.max_running * -(-config.max_model_len // config.block_size)
-    graphs = DecodeGraphs(decoder, paged, ops, drawn, config.slots, pages)
+    graphs = None
+    wanted = config.cuda_graphs and drawn.is_cuda
+    if wanted and isinstance(attention, CapturableBackend) and isinstance(ops, TritonOps):
+        pages = config.max_running * -(-config.max_model_len // config.block_size)
+        graphs = DecodeGraphs(decoder, attention, ops, drawn, config.slots, pages)
     return ModelRunner(decoder, attention, ops, drawn, graphs, slots.arriving)
 
 
-def _cache_shape(config: EngineConfig, shape: DecoderConfig) -> CacheShape:
+def _cache_shape(config: EngineConfig, shape: DecoderConfig, max_model_len: int) -> CacheShape:
+    windows = [None if window is None or window >= max_model_len else window for window in shape.windows]
     return CacheShape(
         layers=shape.layers,
         block_size=config.block_size,
@@ -189,5 +163,5 @@ def _cache_shape(config: EngineConfig, shape: DecoderConfig) -> CacheShape:
         head_dim=shape.head_dim,
         scale=shape.attention_scale,
         softcap=shape.attention_softcap,
-        windows=shape.windows,
+        windows=tuple(windows),
     )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +11,7 @@ from deltazip_kernels import Segments
 from deltazip_kernels.plan import MORE, SOME
 from deltazip_ray.engine.step_inputs import StepBuffer
 from deltazip_ray.layers.attention.backend import SequenceRows
-from deltazip_ray.layers.attention.flashinfer import FlashInferBackend, FlashInferPlan
-from deltazip_ray.layers.attention.paged import page_tables
+from deltazip_ray.layers.attention.capture import CapturableBackend
 from deltazip_ray.layers.rows import Rows
 from deltazip_ray.layers.triton_ops import TritonOps
 from deltazip_ray.models.decoder import Decoder, StepInputs
@@ -50,7 +50,7 @@ class DecodeGraphs:
     def __init__(
         self,
         decoder: Decoder,
-        attention: FlashInferBackend,
+        attention: CapturableBackend[Any],
         ops: TritonOps,
         drawn: torch.Tensor,
         slots: int,
@@ -63,26 +63,23 @@ class DecodeGraphs:
         self._drawn = drawn
         most = len(drawn)
         self.sizes = _sizes(most)
-        self._inputs = StepBuffer(
-            {
-                "tokens": (most, np.int64),
-                "positions": (most, np.int64),
-                "drawn_rows": (most, np.int64),
-                "where": (most, np.int64),
-                "index": (most, np.int32),
-                "starts": (slots + 2, np.int32),
-                "slots": (slots + 1, np.int32),
-                "page_starts": (most + 1, np.int32),
-                "last": (most, np.int32),
-                "pages": (pages + most, np.int32),
-            },
-            ops.device,
-        )
+        fields: dict[str, tuple[int, type[np.generic]]] = {
+            "tokens": (most, np.int64),
+            "positions": (most, np.int64),
+            "drawn_rows": (most, np.int64),
+            "where": (most, np.int64),
+            "index": (most, np.int32),
+            "starts": (slots + 2, np.int32),
+            "slots": (slots + 1, np.int32),
+        }
+        for name, size in attention.graph_inputs(most, pages + most).items():
+            fields[name] = (size, np.int32)
+        self._inputs = StepBuffer(fields, ops.device)
         vocab = len(decoder.head.target.base) + decoder.head.added.table.shape[1]
         self._logits = torch.empty((most, vocab), dtype=torch.float32, device=ops.device)
         self._slots = slots
         self._pool = torch.cuda.graph_pool_handle()
-        self._plans: dict[int, FlashInferPlan] = {}
+        self._plans: dict[int, Any] = {}
         self._graphs: dict[_Shape, _Captured] = {}
 
     def fits(self, batch: Batch) -> bool:
@@ -108,11 +105,10 @@ class DecodeGraphs:
     def _vocab(self) -> int:
         return len(self._decoder.head.target.base) + self._width
 
-    def _plan(self, rows: int) -> FlashInferPlan:
+    def _plan(self, rows: int) -> Any:
         if rows not in self._plans:
             inputs = self._inputs.tensors
-            where, starts, last = inputs["where"][:rows], inputs["page_starts"][: rows + 1], inputs["last"][:rows]
-            self._plans[rows] = self._attention.capture_plan(where, starts, inputs["pages"], last)
+            self._plans[rows] = self._attention.captured_plan(inputs["where"][:rows], inputs)
         return self._plans[rows]
 
     def _fill(self, batch: Batch, rows: int) -> _Shape:
@@ -131,16 +127,12 @@ class DecodeGraphs:
         starts, slots = batch.segments()
         arrays["starts"][:] = starts + [count] * (self._slots + 2 - len(starts))
         arrays["slots"][:] = slots + [-1] * (self._slots + 1 - len(slots))
-        tables = page_tables(sequences, size)
-        arrays["page_starts"][: rows + 1] = tables.starts
-        arrays["last"][:rows] = tables.last
-        arrays["pages"][: len(tables.pages)] = tables.pages
-        self._inputs.send(len(tables.pages))
-        self._attention.plan_decode(rows, tables)
+        self._inputs.send(self._attention.fill(sequences, arrays))
+        self._attention.replan(rows)
         lengths = [stop - start for (start, stop), slot in zip(pairwise(starts), slots, strict=True) if slot >= 0]
         return _shape(rows, len(lengths), max(lengths, default=0), self._slots)
 
-    def _capture(self, shape: _Shape, plan: FlashInferPlan) -> _Captured:
+    def _capture(self, shape: _Shape, plan: Any) -> _Captured:
         """Run the step once, which compiles kernels and writes nothing that its replay would not, and record it."""
         # Read first: a load that changes them meanwhile makes this graph an old one.
         width, generation = self._width, self._ops.generation
@@ -156,7 +148,7 @@ class DecodeGraphs:
         here.wait_stream(stream)
         return _Captured(graph, width, generation)
 
-    def _step(self, shape: _Shape, plan: FlashInferPlan) -> None:
+    def _step(self, shape: _Shape, plan: Any) -> None:
         inputs = {name: tensor[: shape.rows] for name, tensor in self._inputs.tensors.items()}
         rows = Rows(inputs["index"])
         if shape.versions:

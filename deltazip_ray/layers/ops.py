@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from deltazip_kernels.fp8 import Fp8Matrix, fp8_matmul_torch, round_to_fp8
 from deltazip_kernels.rope import HeadNorm
 from deltazip_ray.layers.activations import Activations, BaseWeight
-from deltazip_ray.layers.attention.backend import KVLayer
+from deltazip_ray.layers.attention.cache import KVLayer
 from deltazip_ray.layers.rope import Rotary
 from deltazip_ray.layers.rows import Rows, join_runs, send_index, send_segments
 from deltazip_ray.layers.stack import DeltaStack
@@ -104,6 +104,5 @@ class LayerOps:
                 for x, weights in ((q, norm.q), (k, norm.k))
             )
         tables = rotary.select(positions)
-        cache.keys[where] = rotary(k, tables)
-        cache.values[where] = v
+        cache.write(where, rotary(k, tables), v)
         return rotary(q, tables)

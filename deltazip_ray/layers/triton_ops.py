@@ -23,7 +23,7 @@ from deltazip_kernels.skinny import BaseProduct
 from deltazip_kernels.table import CODEC_IDS, DeltaTable
 from deltazip_kernels.triton_backend import grouped_matmul, low_rank_matmul, raw_matmul
 from deltazip_ray.layers.activations import Activations, BaseWeight, dense, weight_rows
-from deltazip_ray.layers.attention.backend import KVLayer
+from deltazip_ray.layers.attention.cache import KVLayer
 from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.layers.rope import Rotary
 from deltazip_ray.layers.rows import Rows, Span, join_runs, send_index, send_segments
@@ -213,7 +213,7 @@ class TritonOps(LayerOps):
         norm: HeadNorm | None = None,
     ) -> torch.Tensor:
         """See :meth:`LayerOps.rotate`."""
-        return rope_and_cache(qkv, positions, rotary.tables, cache.keys, cache.values, where, norm)
+        return rope_and_cache(qkv, positions, rotary.tables, cache.keys, cache.values, where, norm, cache.scales)
 
 
 def _without(span: Span, merged: Sequence[Span]) -> Span:

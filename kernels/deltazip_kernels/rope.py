@@ -38,13 +38,15 @@ def rope_and_cache(
     v_cache: Tensor,
     where: Tensor,
     norm: HeadNorm | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """q [T, H, D], normed and rotated; k, likewise, and v go to rows ``where`` of ``k_cache`` and ``v_cache``.
 
     ``qkv`` is [T, (H + 2 G) D], its rows contiguous; ``positions`` and ``where`` are [T] int64; the caches are
     [rows, G, D], each row contiguous (FlashInfer's ``[pages, page, G, D]`` seen as rows). Where ``where`` is -1
     nothing is cached; no other value may occur twice. Rotation is in float32 and leaves the columns behind the rotated
-    ones alone (GPT-NeoX). Raises ValueError for shapes that do not fit.
+    ones alone (GPT-NeoX). With ``scales`` [blocks, 2, G, page] float32, of k and v in row ``r`` at block
+    ``r // page``, token ``r % page``, the caches are in float8_e4m3fn. Raises ValueError for shapes that do not fit.
     """
     rows, width = qkv.shape
     groups, dim = k_cache.shape[1:]
@@ -73,10 +75,13 @@ def rope_and_cache(
             k_cache.stride(0),
             v_cache,
             v_cache.stride(0),
+            qkv if scales is None else scales,
+            0 if scales is None else scales.stride(0),
             norm.q if norm else qkv,
             norm.k if norm else qkv,
             norm.which if norm else where,
             norm.epsilon if norm else 0.0,
+            PAGE=0 if scales is None else scales.shape[3],
             H=heads,
             G=groups,
             D=dim,

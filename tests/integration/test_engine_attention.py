@@ -1,11 +1,13 @@
-"""The paged attention backend against plain attention over each sequence, and with rubbish in free blocks."""
+"""Attention backends against plain attention over each sequence, and with rubbish in free blocks."""
 
 from typing import Any
 
 import pytest
 import torch
 
-from deltazip_ray.layers.attention.backend import CacheShape, SequenceRows
+from deltazip_ray.layers.attention.backend import AttentionBackend, SequenceRows
+from deltazip_ray.layers.attention.cache import CacheShape
+from deltazip_ray.layers.attention.paged import PagedBackend
 from deltazip_ray.layers.attention.sdpa import SdpaBackend
 
 BLOCK, HEAD_DIM, WINDOW = 4, 8, 5
@@ -31,18 +33,40 @@ def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Ca
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).flatten(1)
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_chunks_and_decodes_share_a_step(kv_heads: int, settings: dict[str, Any]) -> None:
+def make_backend(name: str, shape: CacheShape, kv_dtype: torch.dtype) -> AttentionBackend[Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "sdpa":
+        return SdpaBackend(shape, torch.float32, device, kv_dtype)
+    return PagedBackend(shape, torch.float32, device, kv_dtype, decodes=8)
+
+
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("name", ["sdpa", "paged"])
+@pytest.mark.parametrize(
+    ("kind", "kv_heads", "kv_dtype"),
+    [
+        ("plain", 1, torch.float32),
+        ("plain", 2, FP8),
+        ("window", 2, torch.float32),
+        ("capped", 4, torch.float32),
+        ("both", 2, torch.float32),
+        ("both", 1, FP8),
+    ],
+)
+def test_chunks_and_decodes_share_a_step(kind: str, kv_heads: int, kv_dtype: torch.dtype, name: str) -> None:
+    settings = SETTINGS[kind]
     generator = torch.Generator().manual_seed(kv_heads)
     lengths = [1, 4, 11, 17, 9]
     shape = CacheShape(layers=2, block_size=BLOCK, heads=4, kv_heads=kv_heads, head_dim=HEAD_DIM, **settings)
-    backend = SdpaBackend(shape, torch.float32, torch.device("cpu"))
+    backend = make_backend(name, shape, kv_dtype)
     backend.allocate(40)
-    # Memory that was never written, or belonged to a broken version, must not reach anybody.
+    # Memory that was never written, or belonged to a broken version, must not reach anybody: all ones are a NaN.
     for layer in backend.layers:
-        layer.keys.fill_(torch.nan)
-        layer.values.fill_(torch.nan)
+        for memory in (layer.keys, layer.values, layer.scales):
+            if memory is not None:
+                memory.view(torch.uint8).fill_(255)
     q, k, v = (
         [torch.randn(n, heads, HEAD_DIM, generator=generator) for n in lengths] for heads in (4, kv_heads, kv_heads)
     )
@@ -55,13 +79,16 @@ def test_chunks_and_decodes_share_a_step(kv_heads: int, settings: dict[str, Any]
         parts = {i: slice(done[i], done[i] + step[i]) for i in running}
         plan = backend.plan([SequenceRows(step[i], done[i] + step[i], tables[i]) for i in running])
         queries, keys, values = (torch.cat([whole[i][parts[i]] for i in running]) for whole in (q, k, v))
-        backend.layers[1].keys[plan.where] = keys
-        backend.layers[1].values[plan.where] = values
-        out = backend.attend(1, queries, plan)
+        layer = backend.layers[1]
+        layer.write(plan.where, keys.to(backend.device), values.to(backend.device))
+        out = backend.attend(1, queries.to(backend.device), plan).cpu()
         expected = torch.cat(
             [plain_attention(q[i][parts[i]], k[i][: parts[i].stop], v[i][: parts[i].stop], shape) for i in running]
         )
-        torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+        if kv_dtype == torch.float32:
+            torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+        else:  # three bits behind the point, of keys and of values
+            assert (out.double() - expected).norm() < 0.06 * expected.norm()
         done = [a + b for a, b in zip(done, step, strict=True)]
     assert done == lengths
-    assert backend.layers[0].keys.isnan().all(), "the other layer was not touched"
+    assert (backend.layers[0].keys.view(torch.uint8) == 255).all(), "the other layer was not touched"

@@ -71,7 +71,7 @@ async def test_compressed_and_served(architecture: str, tmp_path: Path) -> None:
 def test_the_kernels_compute_every_family(architecture: str, tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", CONFIGS[architecture])
     built = build_version(base, save_model(tmp_path / "tuned", CONFIGS[architecture], moved=0.02))
-    core = build_core(EngineConfig(**SETTINGS, kernels="triton"), base)
+    core = build_core(EngineConfig(**SETTINGS, kernels="triton", attention="triton"), base)
     load(core, 0, built)
     prompts = [random_prompt(i, 3 + 2 * i) for i in range(4)]
     logits = last_logits(core, prompts, [-1, -1, 0, 0])

@@ -14,7 +14,7 @@ from tests.support.zoo import Zoo
 @pytest.fixture(scope="module")
 def core(zoo: Zoo) -> EngineCore:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    core = build_core(EngineConfig(**SETTINGS, device=device, kernels="triton"), zoo.base)
+    core = build_core(EngineConfig(**SETTINGS, device=device, kernels="triton", attention="triton"), zoo.base)
     for slot, built in enumerate(zoo.versions):
         load(core, slot, built)
     return core

@@ -17,9 +17,10 @@ from transformers import (
 )
 
 from deltazip_ray.config import EngineConfig
-from deltazip_ray.engine.core import EngineCore, build_core, make_attention
+from deltazip_ray.engine.core import EngineCore, build_core
 from deltazip_ray.errors import CheckpointInvalid, ConfigError
-from deltazip_ray.layers.attention.backend import CacheShape
+from deltazip_ray.layers.attention.cache import CacheShape
+from deltazip_ray.layers.attention.choose import make_attention
 from deltazip_ray.models.decoder_config import read_decoder_config
 from deltazip_ray.residency.tiers import HostDelta
 from deltazip_ray.scheduler.batch import Batch, Chunk
@@ -147,6 +148,16 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(zoo: Zoo, tmp_path: P
     assert error < 0.05 * zoo.oracles[None].logits(random_prompt(0, 30)).std()
 
 
+def test_a_cache_in_fp8_costs_little(zoo: Zoo) -> None:
+    core = build_core(EngineConfig(**SETTINGS, kv_dtype="fp8"), zoo.base)
+    errors = []
+    for row, version, prompt in mixed_logits(core, zoo):
+        exact = zoo.oracles[version].logits(prompt)[-1]
+        errors.append(((row[: len(exact)] - exact) / exact.std()).square().mean())
+    # e4m3 rounds a number by 1/16 of it at most. Attention of these models, which learned nothing, is a mean of values.
+    assert 0.01 < torch.stack(errors).mean().sqrt() < 0.1
+
+
 @dataclass(frozen=True)
 class Family:
     """A base and a version of it."""
@@ -228,6 +239,6 @@ def test_a_gpu_without_flashinfer_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     monkeypatch.delitem(sys.modules, "deltazip_ray.layers.attention.flashinfer", raising=False)
     shape = CacheShape(layers=1, block_size=16, heads=4, kv_heads=2, head_dim=128)
-    config = EngineConfig(device="cuda", dtype="bfloat16")
+    config = EngineConfig(device="cuda", dtype="bfloat16", attention="flashinfer")
     with pytest.raises(ConfigError, match=r"pip install 'deltazip-ray\[gpu\]'"):
         make_attention(config, shape, torch.bfloat16, torch.device("cuda"))

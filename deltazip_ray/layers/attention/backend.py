@@ -3,37 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
-
-@dataclass(frozen=True)
-class CacheShape:
-    """The paged KV cache of all layers."""
-
-    layers: int
-    block_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float | None = None
-    """Factor on the scores; None: the root of ``1 / head_dim``."""
-    softcap: float | None = None
-    """Scores ``s`` become ``cap * tanh(s / cap)``."""
-    windows: tuple[int | None, ...] = ()
-    """By layer, the tokens that a query sees, its own included; None: all before it. Empty: None for every layer."""
-
-    def window(self, layer: int) -> int | None:
-        """That of ``layer``."""
-        return self.windows[layer] if self.windows else None
-
-
-class KVLayer(NamedTuple):
-    """One layer's part of the cache, each ``[positions, kv_heads, head_dim]``."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
+from deltazip_ray.layers.attention.cache import CacheShape, KVLayer, block_bytes, make_layers
 
 
 @dataclass(frozen=True)
@@ -52,7 +26,7 @@ class AttentionPlan(Protocol):
 
     @property
     def where(self) -> torch.Tensor:
-        """``[rows]`` int64: the position of the cache where each row's key and value go."""
+        """``[rows]`` int64: the positions of the cache where each row's key and value go."""
 
 
 PlanT = TypeVar("PlanT", bound=AttentionPlan)
@@ -61,10 +35,16 @@ PlanT = TypeVar("PlanT", bound=AttentionPlan)
 class AttentionBackend(ABC, Generic[PlanT]):
     """Owns the KV cache. A step makes one plan on the host and uses it in every layer."""
 
-    def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
-        """Without a cache, which takes what memory is left once the weights are there."""
+    def __init__(
+        self, shape: CacheShape, dtype: torch.dtype, device: torch.device, kv_dtype: torch.dtype | None = None
+    ) -> None:
+        """Without a cache, which takes what memory is left once the weights are there.
+
+        ``kv_dtype`` is that of cached numbers: ``dtype`` when absent, or float8_e4m3fn.
+        """
         self.shape = shape
         self.dtype = dtype
+        self.kv_dtype = kv_dtype or dtype
         self.device = device
         self.blocks = 0
         self.layers: list[KVLayer] = []
@@ -72,15 +52,12 @@ class AttentionBackend(ABC, Generic[PlanT]):
     @property
     def block_bytes(self) -> int:
         """Memory of one block in all layers."""
-        shape = self.shape
-        return 2 * shape.layers * shape.block_size * shape.kv_heads * shape.head_dim * self.dtype.itemsize
+        return block_bytes(self.shape, self.kv_dtype)
 
     def allocate(self, blocks: int) -> None:
         """A cache of ``blocks`` blocks of zeros, and one more, to which the rows that pad a batch write."""
-        shape = self.shape
         self.blocks = blocks
-        size = (shape.layers, 2, (blocks + 1) * shape.block_size, shape.kv_heads, shape.head_dim)
-        self.layers = [KVLayer(*layer) for layer in torch.zeros(size, dtype=self.dtype, device=self.device)]
+        self.layers = make_layers(self.shape, self.kv_dtype, blocks + 1, self.device)
 
     @abstractmethod
     def plan(self, sequences: Sequence[SequenceRows]) -> PlanT:

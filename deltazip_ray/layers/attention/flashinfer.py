@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from flashinfer.decode import fast_decode_plan
 
-from deltazip_ray.layers.attention.backend import AttentionBackend, CacheShape, SequenceRows
-from deltazip_ray.layers.attention.paged import PagedTables, cache_rows, page_tables
+from deltazip_ray.layers.attention.backend import SequenceRows
+from deltazip_ray.layers.attention.cache import CacheShape
+from deltazip_ray.layers.attention.capture import CapturableBackend
+from deltazip_ray.layers.attention.tables import PagedTables, cache_rows, page_tables
 from deltazip_ray.layers.staging import to_device
 
 _WORKSPACE = 256 << 20
@@ -66,7 +68,7 @@ class _Window:
         self.prefills, self.decodes = _Staging(device), _Staging(device)
 
 
-class FlashInferBackend(AttentionBackend[FlashInferPlan]):
+class FlashInferBackend(CapturableBackend[FlashInferPlan]):
     """Prefills and decodes of a mixed step run apart, each in the kernels that suit them."""
 
     def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
@@ -75,6 +77,7 @@ class FlashInferBackend(AttentionBackend[FlashInferPlan]):
         self._workspace = torch.zeros(_WORKSPACE, dtype=torch.uint8, device=device)
         self._windows = {w: _Window(w, self._workspace) for w in {shape.window(i) for i in range(shape.layers)}}
         self._pages: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._tables = page_tables([], shape.block_size)
 
     def allocate(self, blocks: int) -> None:
         """See :meth:`AttentionBackend.allocate`."""
@@ -137,16 +140,23 @@ class FlashInferBackend(AttentionBackend[FlashInferPlan]):
             out[part.rows] = part.wrappers[window].run(q[part.rows], pages)
         return out.flatten(1)
 
-    def capture_plan(
-        self, where: torch.Tensor, starts: torch.Tensor, pages: torch.Tensor, last: torch.Tensor
-    ) -> FlashInferPlan:
-        """A plan of decode steps of ``len(last)`` sequences, to be captured.
+    def graph_inputs(self, rows: int, pages: int) -> dict[str, int]:
+        """See :meth:`CapturableBackend.graph_inputs`."""
+        return {"page_starts": rows + 1, "last": rows, "pages": pages}
 
-        Its tables are buffers of the device, filled before each replay; ``pages`` is as long as it can get.
-        """
-        rows = len(last)
+    def fill(self, sequences: Sequence[SequenceRows], tables: Mapping[str, np.ndarray]) -> int:
+        """See :meth:`CapturableBackend.fill`."""
+        made = self._tables = page_tables(sequences, self.shape.block_size)
+        tables["page_starts"][: len(made.starts)] = made.starts
+        tables["last"][: len(made.last)] = made.last
+        tables["pages"][: len(made.pages)] = made.pages
+        return len(made.pages)
+
+    def captured_plan(self, where: torch.Tensor, tables: Mapping[str, torch.Tensor]) -> FlashInferPlan:
+        """See :meth:`CapturableBackend.captured_plan`."""
+        rows = len(where)
         ones = np.ones(rows, dtype=np.int32)
-        tables = PagedTables(np.arange(rows + 1, dtype=np.int32), ones, ones)
+        full = PagedTables(np.arange(rows + 1, dtype=np.int32), ones, ones)
         for window in self._windows.values():
             if rows not in window.captured:
                 wrapper = window.captured[rows] = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
@@ -154,16 +164,17 @@ class FlashInferBackend(AttentionBackend[FlashInferPlan]):
                     "NHD",
                     use_cuda_graph=True,
                     use_tensor_cores=True,  # on an H200 1.2 times as fast with 32 sequences, twice with 8
-                    paged_kv_indptr_buffer=starts,
-                    paged_kv_indices_buffer=pages,
-                    paged_kv_last_page_len_buffer=last,
+                    paged_kv_indptr_buffer=tables["page_starts"][: rows + 1],
+                    paged_kv_indices_buffer=tables["pages"],
+                    paged_kv_last_page_len_buffer=tables["last"][:rows],
                 )
                 # The planner of every step takes its kernels from this first, full one.
-                self._plan_decode(window, wrapper, wrapper.plan, tables)
+                self._plan_decode(window, wrapper, wrapper.plan, full)
         return FlashInferPlan(where, (Part(None, {name: w.captured[rows] for name, w in self._windows.items()}),))
 
-    def plan_decode(self, rows: int, tables: PagedTables) -> None:
-        """Prepare a replay: how the work is split, which follows from lengths. The caller has filled the tables."""
+    def replan(self, rows: int) -> None:
+        """How the work is split, which follows from lengths."""
+        tables = self._tables
         for window in self._windows.values():
             wrapper = window.captured[rows]
             starts = torch.from_numpy(tables.starts)

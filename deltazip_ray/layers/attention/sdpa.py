@@ -75,11 +75,10 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
 
     def attend(self, layer: int, q: torch.Tensor, plan: SdpaPlan) -> torch.Tensor:
         """See :meth:`AttentionBackend.attend`."""
-        keys, values = self.layers[layer]
         out = torch.empty_like(q)
         for group in plan.groups:
             mask = group.masks[self.shape.window(layer)]
-            key, value = (cache[group.positions].transpose(1, 2) for cache in (keys, values))
+            key, value = (found.transpose(1, 2) for found in self.layers[layer].read(group.positions, self.dtype))
             out[group.rows] = self._attend_group(q[group.rows], key, value, mask)
         return out.flatten(1)
 

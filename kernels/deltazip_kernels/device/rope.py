@@ -24,23 +24,41 @@ def _normed(
 
 
 @triton.jit
-def _store_heads(q, k, v, column, h, inside, values, to, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr):
-    """Heads to the rows at ``q``, ``k`` and ``v``, the last two unless ``to`` is -1."""
+def _store_heads(
+    q, k, v, column, h, inside, values, inverse, to, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """Heads to the rows at ``q``, ``k`` and ``v``, the last two unless ``to`` is -1, and times ``inverse`` [heads]."""
     at = h[:, None] * D + column[None, :]
     tl.store(q + at, values.to(q.dtype.element_ty), mask=inside & (h < H)[:, None])
+    values *= inverse[:, None]
     h = tl.where(to >= 0, h, 0)
     tl.store(k + (at - H * D), values.to(k.dtype.element_ty), mask=inside & ((h >= H) & (h < H + G))[:, None])
     tl.store(v + (at - (H + G) * D), values.to(v.dtype.element_ty), mask=inside & (h >= H + G)[:, None])
 
 
 @triton.jit
+def _store_scales(scales, scale_stride, h, top, to, H: tl.constexpr, G: tl.constexpr,
+                  PAGE: tl.constexpr):  # fmt: skip
+    """Scales of heads of k and v, with largest magnitudes ``top``, to where row ``to`` has them. Their inverses."""
+    top = tl.maximum(top, 1e-30)
+    block = scales + to // PAGE * scale_stride + to % PAGE
+    h = tl.where(to >= 0, h, 0)
+    tl.store(block + (h - H) * PAGE, top / 448.0, mask=(h >= H) & (h < H + 2 * G))
+    return 448.0 / top
+
+
+@triton.jit
 def rope(
     qkv, qkv_stride, positions, cos, sin, where, q, k_cache, k_stride, v_cache, v_stride,
-    q_weights, k_weights, which, epsilon,
+    scales, scale_stride, q_weights, k_weights, which, epsilon,
+    PAGE: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Norms and rotates the H + G first heads of a row, writes q to ``q``, k and v to row ``where`` of the caches."""
+    """Norms and rotates the H + G first heads of a row, writes q to ``q``, k and v to row ``where`` of the caches.
+
+    With PAGE k and v are scaled to the range of e4m3, and ``scales`` are written.
+    """
     let_next_start(OVERLAP)
     REST: tl.constexpr = D - 2 * HALF
     KIND: tl.constexpr = qkv.dtype.element_ty
@@ -77,7 +95,13 @@ def rope(
     v = v_cache + to * v_stride
     left = tl.where(turned, a * cosine - b * sine, a)
     right = tl.where(turned, b * cosine + a * sine, b)
-    _store_heads(q, k, v, c, h, inside, left, to, H, G, D)
-    _store_heads(q, k, v, HALF + c, h, inside, right, to, H, G, D)
+    inverse = tl.full((BLOCK,), 1.0, tl.float32)
+    if PAGE:
+        top = tl.max(tl.maximum(tl.abs(left), tl.abs(right)), axis=1)
+        if REST:
+            top = tl.maximum(top, tl.max(tl.abs(rest), axis=1))
+        inverse = _store_scales(scales, scale_stride, h, top, to, H, G, PAGE)
+    _store_heads(q, k, v, c, h, inside, left, inverse, to, H, G, D)
+    _store_heads(q, k, v, HALF + c, h, inside, right, inverse, to, H, G, D)
     if REST:
-        _store_heads(q, k, v, 2 * HALF + d, h, behind, rest, to, H, G, D)
+        _store_heads(q, k, v, 2 * HALF + d, h, behind, rest, inverse, to, H, G, D)

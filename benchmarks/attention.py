@@ -1,0 +1,112 @@
+"""``python -m benchmarks.attention --json FILE``: attention of the 8B shape on one GPU, layer after layer in a graph.
+
+Decodes: all that lies between q|k|v and the linear behind attention, which is rotation with the write to the cache,
+attention, and rounding to int8; with our kernels, over a cache in fp8, and with FlashInfer. Prefills: attention alone.
+Microseconds a layer, medians of nine.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from deltazip_kernels.bench.__main__ import commit
+from deltazip_kernels.bench.timing import copy_bandwidth, graph_times
+from deltazip_kernels.quantize import quantize_rows
+from deltazip_kernels.rope import RotaryTables, rope_and_cache
+from deltazip_ray.layers.attention.backend import AttentionBackend, SequenceRows
+from deltazip_ray.layers.attention.cache import FP8, CacheShape
+from deltazip_ray.layers.attention.paged import PagedBackend
+
+SHAPE = CacheShape(layers=8, block_size=16, heads=32, kv_heads=8, head_dim=128)
+DECODES = ((8, 576), (32, 576), (256, 320), (8, 4096), (1, 2048))
+PREFILLS = ((16, 512), (4, 2048), (1, 8192))
+DTYPE, DEVICE = torch.bfloat16, torch.device("cuda")
+
+
+class Setting:
+    """A cache full of random numbers, and sequences of equal length in blocks anywhere in it."""
+
+    def __init__(self, kind: str, count: int, context: int, queries: int) -> None:
+        self.backend = _backend(kind, count)
+        each = -(-context // SHAPE.block_size)
+        self.backend.allocate(count * each)
+        for layer in self.backend.layers:
+            for numbers in (layer.keys, layer.values):
+                numbers.copy_(torch.randn(numbers.shape, device=DEVICE))
+            if layer.scales is not None:
+                layer.scales.fill_(1.0)
+        blocks = torch.randperm(count * each).view(count, each)
+        self.plan = self.backend.plan([SequenceRows(queries, context, row.tolist()) for row in blocks])
+        self.qkv = torch.randn(count * queries, 48 * 128, device=DEVICE, dtype=DTYPE)
+        self.q = self.qkv[:, :4096].contiguous().view(-1, 32, 128)
+        self.positions = torch.arange(context - queries, context, device=DEVICE).repeat(count)
+        half = torch.rand(context, 64, device=DEVICE)
+        self.tables = RotaryTables(half, half)
+
+    def decode(self) -> dict[str, Any]:
+        """From q|k|v to rounded rows."""
+
+        def run(layer: int) -> object:
+            kv = self.backend.layers[layer]
+            q = rope_and_cache(
+                self.qkv, self.positions, self.tables, kv.keys, kv.values, self.plan.where, None, kv.scales
+            )
+            return quantize_rows(self.backend.attend(layer, q, self.plan))
+
+        return _times(run)
+
+    def prefill(self) -> dict[str, Any]:
+        """Attention alone."""
+        return _times(lambda layer: self.backend.attend(layer, self.q, self.plan))
+
+
+def _backend(kind: str, count: int) -> AttentionBackend[Any]:
+    if kind == "flashinfer":
+        from deltazip_ray.layers.attention.flashinfer import FlashInferBackend
+
+        return FlashInferBackend(SHAPE, DTYPE, DEVICE)
+    return PagedBackend(SHAPE, DTYPE, DEVICE, FP8 if kind == "fp8" else DTYPE, decodes=count)
+
+
+def _times(run: Callable[[int], object]) -> dict[str, Any]:
+    """Of ``run`` for each layer in turn."""
+    samples = [1e6 * s for s in graph_times([lambda i=i: run(i) for i in range(SHAPE.layers)])]
+    return {"us": median(samples), "samples": samples}
+
+
+def measure(kinds: Sequence[str]) -> dict[str, Any]:
+    """All of it."""
+    bandwidth = copy_bandwidth()
+    found: dict[str, Any] = {"bandwidth": bandwidth, "decodes": {}, "prefills": {}}
+    for count, context in DECODES:
+        size = 2 * count * context * SHAPE.kv_heads * SHAPE.head_dim * 2
+        row: dict[str, Any] = {"limit_us": 1e6 * size / bandwidth}
+        row |= {kind: Setting(kind, count, context, 1).decode() for kind in kinds}
+        found["decodes"][f"{count} x {context}"] = row
+    for count, context in PREFILLS:
+        row = {"flops": 4 * count * context * (context + 1) / 2 * SHAPE.heads * SHAPE.head_dim}
+        row |= {kind: Setting(kind, count, context, context).prefill() for kind in kinds}
+        found["prefills"][f"{count} x {context}"] = row
+    return found
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--commit", help="of this tree, where it is no checkout")
+    parser.add_argument("--kinds", default="triton,fp8,flashinfer")
+    options = parser.parse_args()
+    found = measure(options.kinds.split(","))
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    report = {"commit": options.commit or commit(), "machine": machine} | found
+    options.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Attention whose decodes can be captured in CUDA graphs."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from deltazip_ray.layers.attention.backend import AttentionBackend, PlanT, SequenceRows
+
+
+class CapturableBackend(AttentionBackend[PlanT]):
+    """Decodes whose tables lie at fixed places of the device; before each replay: ``fill``, send, ``replan``."""
+
+    @abstractmethod
+    def graph_inputs(self, rows: int, pages: int) -> dict[str, int]:
+        """Names and lengths of int32 tables for up to ``rows`` sequences of ``pages`` pages in all.
+
+        Of the last only what is used has to be sent.
+        """
+
+    @abstractmethod
+    def captured_plan(self, where: torch.Tensor, tables: Mapping[str, torch.Tensor]) -> PlanT:
+        """A plan of ``len(where)`` decodes over the tables on the device, to be captured."""
+
+    @abstractmethod
+    def fill(self, sequences: Sequence[SequenceRows], tables: Mapping[str, np.ndarray]) -> int:
+        """Write a step's tables; how long the last one is."""
+
+    def replan(self, rows: int) -> None:
+        """Prepare what else a replay of ``rows`` decodes needs, when its tables are on their way."""

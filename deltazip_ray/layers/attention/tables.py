@@ -1,0 +1,45 @@
+"""Block tables as the arrays that paged attention kernels take."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+
+import numpy as np
+
+from deltazip_ray.layers.attention.backend import SequenceRows
+
+
+@dataclass(frozen=True)
+class PagedTables:
+    """The pages of sequences, one after the other; all int32."""
+
+    starts: np.ndarray
+    """``[sequences + 1]``: where the pages of each begin in ``pages``."""
+    pages: np.ndarray
+    last: np.ndarray
+    """``[sequences]``: tokens in the last page of each, 1 to block_size."""
+
+
+def page_tables(sequences: Sequence[SequenceRows], block_size: int) -> PagedTables:
+    """Tables of ``sequences`` as they are once the step has written its keys."""
+    counts = [-(-sequence.context // block_size) for sequence in sequences]
+    used = (sequence.blocks[:count] for sequence, count in zip(sequences, counts, strict=True))
+    last = [(sequence.context - 1) % block_size + 1 for sequence in sequences]
+    return PagedTables(_array(accumulate(counts, initial=0)), _array(chain.from_iterable(used)), _array(last))
+
+
+def cache_rows(sequences: Sequence[SequenceRows], block_size: int) -> np.ndarray:
+    """``[rows]``: where in the cache the new tokens of ``sequences`` go."""
+    rows = [_rows(sequence, block_size) for sequence in sequences]
+    return np.concatenate(rows)
+
+
+def _rows(sequence: SequenceRows, block_size: int) -> np.ndarray:
+    first = (sequence.context - sequence.queries) // block_size
+    blocks = np.array(sequence.blocks[first : -(-sequence.context // block_size)], dtype=np.int64)
+    positions = np.arange(sequence.context - sequence.queries, sequence.context)
+    return blocks[positions // block_size - first] * block_size + positions % block_size
+
+
+def _array(values: Iterable[int]) -> np.ndarray:
+    return np.fromiter(values, dtype=np.int32)
