@@ -59,7 +59,7 @@ def test_without_faults_the_proxy_is_not_noticed(proxy: FaultProxy, bucket: str)
     ids=["slow", "reset", "early reset", "truncated", "silent", "stalled", "503", "500", "502"],
 )
 def test_a_fault_that_happens_once_is_not_noticed(proxy: FaultProxy, bucket: str, fault: Fault) -> None:
-    store = store_at(proxy, bucket)
+    store = store_at(proxy, bucket, timeout_s=1.5)
     store.put("blob", DATA)
     proxy.inject(fault, "blob", times=1)
     assert read(store) == DATA
