@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from deltazip_ray.layers.staging import staged
+
 _ALIGNMENT = 16
 
 
@@ -31,5 +33,4 @@ class StepBuffer:
         """Copy everything, and of the last field ``last`` entries, behind what the device has yet to do."""
         start, size = self._last
         stop = start + last * size
-        # Not page-locked, see layers/staging.py: the arrays may change at once.
-        self._device[:stop].copy_(torch.from_numpy(self._host[:stop]), non_blocking=True)
+        self._device[:stop].copy_(staged(self._host[:stop], self._device.device), non_blocking=True)

@@ -1,8 +1,8 @@
-"""Small arrays from the host to the device, without waiting for what it has yet to do.
+"""Arrays from the host to the device, without waiting for what it has yet to do.
 
-They are not page-locked: the driver takes a small array along with its commands, at once, while a copy from page-locked
+Small ones are not page-locked: the driver takes them along with its commands, at once, while a copy from page-locked
 memory waits for a copy engine, which on an H200 stays with the stream of a large delta for as long as that has work
-(docs/tiers.md). Neither waits for the stream.
+(docs/tiers.md). Large ones are: for them the driver would let the host wait until the device has come so far.
 """
 
 from typing import Any
@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+_SMALL = 32 << 10
+"""Bytes; CUDA promises to take up to 64 KiB along."""
+
+
+def staged(values: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """``values`` as they are sent to ``device`` best; they may change as soon as a copy from there is ordered."""
+    host = torch.from_numpy(values)
+    return host.pin_memory() if device.type == "cuda" and values.nbytes > _SMALL else host
+
 
 def to_device(values: NDArray[Any], device: torch.device) -> torch.Tensor:
     """``values`` on ``device``, behind the work that is queued there; the array may change at once."""
-    return torch.from_numpy(values).to(device, non_blocking=True)
+    return staged(values, device).to(device, non_blocking=True)

@@ -22,7 +22,7 @@ _LIBRARIES = ("deltazip-ray", "torch", "transformers", "tokenizers", "safetensor
 _HEADINGS = (
     *("fine-\ntune", "\ndelta", "\nratio"),
     *("right:\nbase", "fine-\ntune", "\nserved"),
-    *("first token:\ncold p50", "warm\np50", "warm\np90"),
+    *("TTFT:\ncold p50", "warm\np50", "warm\np90"),
 )
 
 
@@ -101,7 +101,7 @@ def table(report: DemoReport) -> Table:
     """The report as a table for a terminal of 80 columns."""
     view = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, caption=_caption(report))
     view.caption_justify = "left"
-    view.add_column("variant")
+    view.add_column("variant", no_wrap=True)
     for heading in _HEADINGS:
         view.add_column(heading, justify="right", no_wrap=True)
     for row in report.variants:

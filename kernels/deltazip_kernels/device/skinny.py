@@ -17,7 +17,7 @@ def _store(y, y_stride, x_scales, w_scales, n, m, live, acc, SCALED: tl.constexp
     tl.store(y + m.to(tl.int64)[None, :] * y_stride + n[:, None], acc.to(y.dtype.element_ty), mask=live[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one kernel for all numbers of rows
 def skinny(
     y,
     y_stride,
