@@ -149,9 +149,11 @@ class Uploads:
                 upload.drop()
                 raise
             finally:
-                upload.join()
-                if rest is not None:
-                    _mark(rest).synchronize()
+                try:
+                    upload.join()
+                finally:
+                    if rest is not None:
+                        _mark(rest).synchronize()
 
 
 def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
