@@ -39,7 +39,7 @@ def _sent(writes: Sequence[tuple[torch.Tensor, Values]]) -> Sequence[torch.Tenso
         return []
     first = writes[0][0]
     flat = [(v if isinstance(v, torch.Tensor) else torch.tensor(v)).view(-1).to(first.dtype) for _, v in writes]
-    # Not page-locked, see staging.py.
+    # Not page-locked: it may wait for this load's stream, never for a copy engine behind other loads (staging.py).
     sent = torch.cat(flat).to(first.device, non_blocking=True)
     pieces: Sequence[torch.Tensor] = sent.split([v.numel() for v in flat])
     return pieces
