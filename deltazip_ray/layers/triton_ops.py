@@ -133,7 +133,8 @@ class TritonOps(LayerOps):
         work: tuple[Work, ...] = ()
         if short:
             segments = send_segments([_without(span, merged) for span in spans], device)
-            work = plan(segments, spans[-1].stop, max(span.stop - span.start for span in short))
+            lengths = [span.stop - span.start for span in short]
+            work = plan(segments, spans[-1].stop, max(lengths), min(lengths))
         return Rows(index, versions, None, work, merged)
 
     def graph_rows(self, index: torch.Tensor, segments: Segments, longest: int) -> Rows:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 
 from deltazip_kernels.attention_items import FIELDS
 from deltazip_kernels.device.attention import attention, attention_merge
-from deltazip_kernels.launch import overlap
+from deltazip_kernels.launch import overlap, power_of_2
 
 _LOG2E = 1.4426950408889634
 _PROGRAMS = 2
@@ -97,9 +96,9 @@ def decode_attention(
         out,
         HEADS=kv_heads,
         G=group,
-        GROUP=triton.next_power_of_2(group),
+        GROUP=power_of_2(group),
         D=dim,
-        WIDTH=triton.next_power_of_2(dim),
+        WIDTH=power_of_2(dim),
         num_warps=4,
         **overlap(q.device),
     )
@@ -165,9 +164,9 @@ def _launch(
         G=group,
         PAGE=page,
         D=dim,
-        WIDTH=max(16, triton.next_power_of_2(dim)),
+        WIDTH=max(16, power_of_2(dim)),
         SCALED=scales is not None,
-        M=max(tile.rows, triton.next_power_of_2(group)),
+        M=max(tile.rows, power_of_2(group)),
         N=tile.keys,
         STAGES=tile.stages,
         num_warps=tile.warps,

@@ -3,15 +3,16 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from deltazip_kernels.delta import Segments
 from deltazip_kernels.device.plan import write_items
+from deltazip_kernels.launch import power_of_2
 
 SOME, MORE, MANY = 16, 32, 64
 """Rows of a work item. Segments of up to MORE rows are cut into items of SOME rows where most are much shorter and else
 kept whole; longer ones are cut into items of MANY."""
+_LEAST_WIDTH = 64
 COUNTERS, PARTIALS = 256, 1 << 21
 """Of each list: tiles that programs can share, and floats in which these leave their sums."""
 
@@ -34,11 +35,11 @@ class Work:
     sparse: bool = False
 
 
-def plan(segments: Segments, rows: int, longest: int | None = None) -> tuple[Work, ...]:
+def plan(segments: Segments, rows: int, longest: int | None = None, shortest: int = 0) -> tuple[Work, ...]:
     """The work of a batch of ``rows`` rows: a launch for each of the lists that segments may need.
 
-    ``longest`` is an upper bound of a segment's rows, where the caller knows one: it saves work and launches. The
-    lists' sizes depend on ``rows``, ``longest`` and the number of segments alone: a captured graph serves any mixture.
+    ``longest`` and ``shortest`` bound the rows of a segment that has a slot, where the caller knows: it saves work and
+    launches. The lists' sizes depend on them, ``rows`` and the number of segments: a captured graph serves any mixture.
     """
     count = segments.slots.numel()
     longest = rows if longest is None else min(rows, longest)
@@ -48,12 +49,12 @@ def plan(segments: Segments, rows: int, longest: int | None = None) -> tuple[Wor
     sparse = 4 * rows <= SOME * count
     batch = SOME if sparse or longest <= SOME else MORE
     # Each segment adds at most one item that is not full; at most rows // n segments have n rows or more.
-    short = min(count + (rows // SOME if batch < longest else 0), rows)
+    short = min(count + (rows // SOME if batch < longest else 0), rows) if shortest <= MORE else 0
     long = min(count, rows // (MORE + 1)) + rows // MANY if longest > MORE else 0
     items = torch.empty((short + long, 4), dtype=torch.int32, device=device)
     arrived = torch.empty((2, COUNTERS), dtype=torch.int32, device=device)
     partials = torch.empty((2 if long else 1, PARTIALS), dtype=torch.float32, device=device)
-    width = max(2, triton.next_power_of_2(count))
+    width = max(_LEAST_WIDTH, power_of_2(count))  # few widths: each is a kernel to compile
     write_items[(1,)](
         segments.starts,
         segments.slots,
@@ -69,7 +70,7 @@ def plan(segments: Segments, rows: int, longest: int | None = None) -> tuple[Wor
         COUNTERS=2 * COUNTERS,
         num_warps=4,
     )
-    if not long:
-        return (Work(items, batch, arrived[0], partials[0], sparse=sparse),)
+    if not short or not long:
+        return (Work(items, batch if short else MANY, arrived[0], partials[0], sparse=sparse),)
     first = Work(items[:short], batch, arrived[0], partials[0], 1, sparse)
     return first, Work(items[short:], MANY, arrived[1], partials[1], 2)

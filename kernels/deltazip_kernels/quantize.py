@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from deltazip_kernels.device.quantize import gated, norm, quantize
 from deltazip_kernels.fp8 import FP8, Fp8Matrix
-from deltazip_kernels.launch import overlap
+from deltazip_kernels.launch import overlap, power_of_2
 from deltazip_kernels.layout import GROUP
 
 MAX_COLUMNS = 256 * GROUP
@@ -139,7 +138,7 @@ def _empty(x: Tensor, columns: int, fp8: bool) -> tuple[QuantizedRows, tuple[Ten
     other = None
     if fp8:
         other = Fp8Matrix(torch.empty((len(x), columns), dtype=FP8, device=x.device), torch.empty_like(scales))
-    step = triton.next_power_of_2(groups)
+    step = power_of_2(groups)
     warps = next(warps for warps, most in ((4, 8), (8, 32), (16, 128), (32, 256)) if step <= most)
     options = {"GROUPS": groups, "STEP": step, "FP8": fp8, "num_warps": warps}
     fp8_arguments = (other.values, other.scales) if other else (scales, scales)

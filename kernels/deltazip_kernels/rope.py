@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from deltazip_kernels.device.rope import rope
-from deltazip_kernels.launch import overlap
+from deltazip_kernels.launch import ceil_div, overlap, power_of_2
 
 _ELEMENTS = 512  # of each half of a head that one program holds
 
@@ -61,9 +60,9 @@ def rope_and_cache(
             raise ValueError(f"the rows of {what} must be contiguous")
     q = torch.empty((rows, heads, dim), dtype=qkv.dtype, device=qkv.device)
     if rows:
-        width = triton.next_power_of_2(half)
-        block = max(1, min(_ELEMENTS // width, triton.next_power_of_2(heads + 2 * groups)))
-        rope[(rows, triton.cdiv(heads + 2 * groups, block))](
+        width = power_of_2(half)
+        block = max(1, min(_ELEMENTS // width, power_of_2(heads + 2 * groups)))
+        rope[(rows, ceil_div(heads + 2 * groups, block))](
             qkv,
             qkv.stride(0),
             positions,
@@ -89,7 +88,7 @@ def rope_and_cache(
             NORM=norm is not None,
             BLOCK=block,
             WIDTH=width,
-            TAIL=triton.next_power_of_2(max(1, dim - 2 * half)),
+            TAIL=power_of_2(max(1, dim - 2 * half)),
             num_warps=2,
             **overlap(qkv.device),
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import triton
@@ -11,7 +12,7 @@ from torch import Tensor
 from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta, Segments
 from deltazip_kernels.device.dense import expand, raw, shrink
 from deltazip_kernels.device.grouped import MOST_SPLITS, grouped
-from deltazip_kernels.launch import overlap
+from deltazip_kernels.launch import ceil_div, overlap, power_of_2
 from deltazip_kernels.layout import CODECS, GROUP
 from deltazip_kernels.plan import COUNTERS, MANY, MORE, PARTIALS, SOME, Work, plan
 from deltazip_kernels.quantize import QuantizedRows, quantize_rows
@@ -58,7 +59,7 @@ def grouped_matmul(
     """
     _check(y, table)
     tile = tile or _tile(table, work, codecs)
-    rows, tiles = _cut(table, tile.rows)
+    rows, tiles = _cut(table.shapes, tile.rows)
     shared = sum(tiles) * len(work.items) if tile.splits > 1 else 0
     if tile.splits > MOST_SPLITS.value or shared > COUNTERS or shared * tile.splits * tile.rows * work.batch > PARTIALS:
         raise ValueError(f"{shared} tiles are too many to be shared by {tile.splits} programs each")
@@ -89,7 +90,7 @@ def grouped_matmul(
 def raw_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work) -> None:
     """One launch: the same for raw deltas and activations ``x`` [T, K] as they are."""
     _check(y, table)
-    rows, tiles = _cut(table, 64)
+    rows, tiles = _cut(table.shapes, 64)
     raw[(sum(tiles), work.items.shape[0])](
         y,
         y.stride(0),
@@ -113,9 +114,9 @@ def raw_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work) -> None:
 def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: int, *, aligned: bool = False) -> None:
     """Two launches: the same for low-rank deltas of rank ``rank`` at most, all multiples of 8 if ``aligned``."""
     _check(y, table)
-    rows, tiles = _cut(table, _EXPAND_ROWS)
-    chunks = triton.cdiv(x.shape[1], _INNER_CHUNK)
-    width = max(16, triton.next_power_of_2(rank))
+    rows, tiles = _cut(table.shapes, _EXPAND_ROWS)
+    chunks = ceil_div(x.shape[1], _INNER_CHUNK)
+    width = max(16, power_of_2(rank))
     batch = work.batch
     inner = torch.empty((len(rows), chunks, x.shape[0], width), dtype=torch.float32, device=x.device)
     shrink[(len(rows) * chunks, work.items.shape[0])](
@@ -180,17 +181,22 @@ def delta_matmul_triton(y: Tensor, x: Tensor, deltas: Sequence[PackedDelta | Non
 
 
 def _tile(table: DeltaTable, work: Work, codecs: Sequence[str]) -> Tile:
+    return _tile_of(table.shapes, len(work.items), work.batch, work.sparse, _THIN_CODECS.issuperset(codecs))
+
+
+@cache
+def _tile_of(shapes: tuple[tuple[int, int], ...], items: int, batch: int, sparse: bool, thin: bool) -> Tile:
     """One warp a program costs the fewest instructions, which bound the thinnest codecs once programs fill the GPU."""
-    programs = sum(_cut(table, SPARSE.rows)[1]) * len(work.items)
-    if work.batch == MANY:
+    programs = sum(_cut(shapes, SPARSE.rows)[1]) * items
+    if batch == MANY:
         tile = LONG
     elif 2 * programs <= _CROWD:
         tile = _FEW
-    elif not work.sparse:
+    elif not sparse:
         tile = DENSE
     else:
-        tile = _THIN if programs >= _PLENTY and _THIN_CODECS.issuperset(codecs) else SPARSE
-    return replace(tile, splits=_splits(programs, table.shapes[0][1], work.batch))
+        tile = _THIN if programs >= _PLENTY and thin else SPARSE
+    return replace(tile, splits=_splits(programs, shapes[0][1], batch))
 
 
 def _splits(programs: int, columns: int, batch: int) -> int:
@@ -210,7 +216,8 @@ def _check(y: Tensor, table: DeltaTable) -> None:
         raise ValueError(f"y must be [T, {outputs}] with adjacent columns, not {tuple(y.shape)}, strides {y.stride()}")
 
 
-def _cut(table: DeltaTable, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+@cache
+def _cut(shapes: tuple[tuple[int, int], ...], rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Output columns of each part, and how many blocks of ``rows`` cover them."""
-    widths = tuple(width for width, _ in table.shapes)
-    return widths, tuple(triton.cdiv(width, rows) for width in widths)
+    widths = tuple(width for width, _ in shapes)
+    return widths, tuple(ceil_div(width, rows) for width in widths)

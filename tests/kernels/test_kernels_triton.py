@@ -11,7 +11,7 @@ from torch import Tensor
 from deltazip_kernels import CODECS, LOW_RANK, RAW, PackedDelta, Segments, delta_matmul, quantize, triton_backend
 from deltazip_kernels.device import dense, grouped
 from deltazip_kernels.layout import from_positions
-from deltazip_kernels.plan import SOME, Work, plan
+from deltazip_kernels.plan import MANY, SOME, Work, plan
 from deltazip_kernels.quantize import quantize_rows
 from deltazip_kernels.table import CODEC_IDS, DeltaTable
 from deltazip_kernels.triton_backend import Tile, grouped_matmul, low_rank_matmul, raw_matmul
@@ -258,6 +258,12 @@ def test_plan_cuts_the_one_long_segment_among_short_ones(longest: int, device: t
     works = plan(table([1] * 15 + [25], [*range(16)], device), 40, longest)
     assert works[0].batch == SOME, "single rows do not pay for programs of many"
     assert owners(works, 40) == [*range(15), *[15] * 25]
+
+
+def test_plan_of_long_segments_alone_is_one_list(device: torch.device) -> None:
+    (work,) = plan(table([3, 33, 70], [-1, 2, 1], device), 106, longest=70, shortest=33)
+    assert work.batch == MANY
+    assert owners((work,), 106) == [-1] * 3 + [2] * 33 + [1] * 70
 
 
 def test_plan_of_nothing_is_empty(device: torch.device) -> None:
