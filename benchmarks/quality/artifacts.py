@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.quality.products import approximate, hessians
 from deltazip_kernels.layout import CODECS, LAYOUT_VERSION
 from deltazip_ray.artifact.artifact import ArtifactWriter, open_artifact
 from deltazip_ray.artifact.blob import read_blob
@@ -27,7 +28,7 @@ from deltazip_ray.compress.parts import Parts, rebuild
 from deltazip_ray.compress.pipeline import compress_checkpoint
 from deltazip_ray.compress.runner import Runner
 from deltazip_ray.compress.skeleton import load_tensor
-from deltazip_ray.compress.solver import round_to_nearest
+from deltazip_ray.compress.solver import nearest
 from deltazip_ray.compress.survey import Surveyor
 from deltazip_ray.config import StoreConfig
 
@@ -112,7 +113,7 @@ class Workshop:
 
         def encode(name: str, delta: Tensor) -> tuple[Coding, Coded]:
             codec: Coding = coding if ".layers." in name else "int4"
-            return codec, round_to_nearest(delta, torch.ones(delta.shape[1], device=delta.device), CODECS[codec])
+            return codec, nearest(delta, CODECS[codec])
 
         return self._coded(encode)
 
@@ -124,7 +125,7 @@ class Workshop:
 
         def encode(name: str, delta: Tensor) -> tuple[Coding, Coded]:
             if name not in scales:
-                return "int4", round_to_nearest(delta, torch.ones(delta.shape[1], device=delta.device), CODECS["int4"])
+                return "int4", nearest(delta, CODECS["int4"])
             groups = delta.new_ones(delta.shape[0], -(-delta.shape[1] // 128))
             # A level of int1 is half a scale away from zero.
             return "int1", Coded((delta >= 0).byte(), (2 * scales[name] * groups).bfloat16().float(), None)
@@ -132,6 +133,33 @@ class Workshop:
         made = self._coded(encode)
         spared = sum(2 * self._weights[name].numel() // 128 - 2 for name in scales)
         return Made(made.weights, made.bytes_gpu - spared, made.bytes_stored, made.seconds, made.codecs)
+
+    def factored(self, codec: Coding, share: float) -> Made:
+        """The blocks' deltas as products of low rank and sparse residues, in the bytes of ``codec``.
+
+        ``share`` of them is for the products. Embedding and head as in :meth:`rounded`. No artifact: the residue has
+        no layout of its own.
+        """
+        began = time.monotonic()
+        weights, sizes = {}, 0
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for names, block, metric in hessians(self._pair, CompressOptions(**self._settings)):
+                for name in names:
+                    full = block.full(name)
+                    room = stored_bytes(full, self._weights[full], codec)
+                    kept, size = approximate(block.delta(name), metric, room, share)
+                    weights[full] = self._weights[full].float() + kept
+                    sizes += size
+        for name, base, finetuned in self.deltas():
+            if name not in weights:
+                coding: Coding = "raw" if base.ndim == 1 else "int4"
+                delta = finetuned - base
+                weights[name] = base + (
+                    delta if coding == "raw" else nearest(delta, CODECS[coding]).dequantized(CODECS[coding])
+                )
+                sizes += stored_bytes(name, self._weights[name], coding)
+        return Made(weights, sizes, sizes, time.monotonic() - began)
 
     def deltas(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Name, base and fine-tune of every weight, float32 on the device."""

@@ -167,6 +167,9 @@ class Bench:
             "GPTQ int2": partial(direct, codec="int2"),
             "GPTQ int3": partial(direct, codec="int3"),
             "SparseGPT 2:4 int4": partial(direct, codec="sparse24_int4"),
+            "low rank, bytes of int1": partial(shop.factored, "int1", 1.0),
+            "low rank + residue, bytes of int1": partial(shop.factored, "int1", 0.5),
+            "low rank + residue, bytes of int2": partial(shop.factored, "int2", 0.5),
             "LoRA": self._adapter,
         }
 

@@ -27,6 +27,7 @@ FAMILIES = (
     ("ours, one codec, no descent", "black", "x", lambda name: name.startswith("no descent")),
     ("rounded deltas", "tab:gray", "v", lambda name: name.startswith("rounded")),
     ("2:4 deltas (DeltaZip)", "tab:red", "D", lambda name: name.startswith("2:4")),
+    ("low rank (+ sparse residue)", "tab:olive", "p", lambda name: name.startswith("low rank")),
     ("BitDelta", "tab:purple", "P", lambda name: name == "BitDelta"),
     ("fine-tune itself, GPTQ", "tab:orange", "^", lambda name: name.startswith("GPTQ")),
     ("fine-tune itself, SparseGPT", "tab:brown", "<", lambda name: name.startswith("SparseGPT")),
