@@ -34,6 +34,7 @@ from deltazip_ray.compress import blocks, journal, pipeline, solver, survey
 from deltazip_ray.compress.hessian import Hessian
 from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.compress.outer import OuterCompressor
+from deltazip_ray.compress.outputs import Outputs
 from deltazip_ray.compress.pairing import Pair
 from deltazip_ray.compress.parts import Parts
 from deltazip_ray.compress.runner import Runner
@@ -55,6 +56,7 @@ STAGES: tuple[tuple[Any, str, str], ...] = (
     (survey.Surveyor, "_embedding", "embedding and head"),
     (OuterCompressor, "embed", "embedding and head"),
     (OuterCompressor, "finish", "embedding and head"),
+    (Outputs, "record", "embedding and head"),
     (Runner, "run", "forward passes"),
     (Runner, "visit_inputs", "forward passes"),
     (Runner, "backward", "gradients"),

@@ -139,6 +139,12 @@ class Quality(_Part):
         description="relative output error of each decoder block, all before it compressed"
     )
     kl_divergence: float | None = Field(None, description="mean KL(fine-tune ‖ reconstruction) per token, in nats")
+    base_kl_divergence: float | None = Field(
+        None, description="mean KL(fine-tune ‖ base) per token, in nats: what the delta makes up for"
+    )
+    perplexities: dict[Literal["finetuned", "reconstruction", "base"], float] = Field(
+        {}, description="of the next token, on the same data"
+    )
     scores: dict[str, float] = Field({}, description="of tasks, by task:metric, as `deltazip eval --record` found them")
 
 

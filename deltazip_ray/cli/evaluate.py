@@ -26,9 +26,20 @@ if TYPE_CHECKING:
 
     from deltazip_ray.evaluate.subjects import Model
 
+
+def _there(subject: str) -> str:
+    """Checked before options are missed: the first thing wrong is told first."""
+    if "://" not in subject and not Path(subject).expanduser().is_dir():
+        raise typer.BadParameter(f"there is no folder {subject}")
+    return subject
+
+
 Subject = Annotated[
     str,
-    typer.Argument(help="A checkpoint's folder, an artifact (folder or s3:// prefix), or a server's URL up to /v1."),
+    typer.Argument(
+        help="A checkpoint's folder, an artifact (folder or s3:// prefix), or a server's URL up to /v1.",
+        callback=_there,
+    ),
 ]
 Tasks = Annotated[str, typer.Option(help="Tasks of lm-eval, with commas between them.")]
 Include = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deltazip_ray.artifact.manifest import BlobEntry, Manifest
+from deltazip_ray.artifact.manifest import BlobEntry, Manifest, Quality
 from deltazip_ray.cli.console import (
     EndpointUrl,
     Json,
@@ -81,10 +81,7 @@ def show(manifest: Manifest) -> None:
     if manifest.added_tokens:
         out.print(f"tokens   {manifest.added_tokens} added to the base's vocabulary")
     if manifest.quality:
-        kl = manifest.quality.kl_divergence
-        out.print(
-            f"quality  KL {kl:.2e} nats a token, on {manifest.quality.data}" if kl is not None else "quality  no KL"
-        )
+        _show_quality(manifest.quality)
         for name, score in sorted(manifest.quality.scores.items()):
             out.print(f"         {name} {score:.4f}")
     errors = manifest.quality.block_errors if manifest.quality else {}
@@ -93,6 +90,18 @@ def show(manifest: Manifest) -> None:
     )
     if manifest.files:
         table("", ("file", "size", "digest"), [(n, size(f.size), f.digest[:12]) for n, f in manifest.files.items()])
+
+
+def _show_quality(quality: Quality) -> None:
+    kl, base = quality.kl_divergence, quality.base_kl_divergence
+    if kl is None:
+        out.print("quality  no KL")
+        return
+    compared = "" if base is None else f" (of the base: {base:.2e})"
+    out.print(f"quality  KL {kl:.2e} nats a token{compared}, on {quality.data}")
+    if quality.perplexities:
+        found = [f"{name} {value:.4g}" for name, value in quality.perplexities.items()]
+        out.print(f"         perplexity: {', '.join(found)}")
 
 
 def _row(blob: BlobEntry, errors: dict[str, float]) -> tuple[str, ...]:

@@ -20,10 +20,13 @@ from deltazip_ray.compress.solver import Solver
 
 @dataclass(frozen=True)
 class States:
-    """Hidden states ``[sequences, tokens, hidden]`` between two blocks; one object while nothing has changed."""
+    """Hidden states ``[sequences, tokens, hidden]`` between two blocks."""
 
     finetuned: Tensor
     compressed: Tensor
+    """The object that ``finetuned`` is while nothing has changed."""
+    base: Tensor
+    """Of the held-out sequences only: the quality record compares with the base."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,13 @@ def same(base: Tensor, finetuned: Tensor) -> bool:
 
 def place_block(weights: BlockWeights, skeleton: Skeleton, runner: Runner) -> nn.Module:
     """The block of the fine-tune as a module on the runner's device."""
-    start = len(weights.prefix) + 1
-    placed = {name[start:]: runner.place(tensor) for name, tensor in weights.finetuned.items()}
-    return skeleton.part(weights.prefix, placed)
+    return _module(weights.prefix, weights.finetuned, skeleton, runner)
+
+
+def _module(prefix: str, weights: Mapping[str, Tensor], skeleton: Skeleton, runner: Runner) -> nn.Module:
+    """A block with ``weights``, by full name, on the runner's device."""
+    start = len(prefix) + 1
+    return skeleton.part(prefix, {name[start:]: runner.place(tensor) for name, tensor in weights.items()})
 
 
 class BlockCompressor:
@@ -90,6 +97,7 @@ class BlockCompressor:
         """Code what block ``index`` changed. The inputs of its linears are those of the model compressed so far."""
         skeleton = self._pair.skeleton
         weights = read_block(self._pair, index, self._runner.mask.device)
+        base = self._behind_base(weights, states)
         block = place_block(weights, skeleton, self._runner)
         reference = self._runner.run(block, states.finetuned)
         parts = Parts(self._pair.finetuned)
@@ -102,8 +110,8 @@ class BlockCompressor:
         for name in sorted(left):
             parts.add_raw(weights.full(name), weights.finetuned[weights.full(name)])
         if not weights.changed and states.compressed is states.finetuned:
-            return parts, States(reference, reference)
-        return parts, States(reference, self._runner.run(block, states.compressed))
+            return parts, States(reference, reference, base)
+        return parts, States(reference, self._runner.run(block, states.compressed), base)
 
     def replay(
         self, index: int, states: States, entries: Mapping[str, TensorEntry], tensors: Mapping[str, Tensor]
@@ -111,16 +119,21 @@ class BlockCompressor:
         """The states behind block ``index``, which an earlier run has coded to ``entries`` and ``tensors``."""
         skeleton = self._pair.skeleton
         weights = read_block(self._pair, index, self._runner.mask.device)
+        base = self._behind_base(weights, states)
         reference = self._runner.run(place_block(weights, skeleton, self._runner), states.finetuned)
         if not weights.changed and states.compressed is states.finetuned:
-            return States(reference, reference)
+            return States(reference, reference, base)
         rebuilt = {
             name: self._runner.place(
                 rebuild(weights.full(name), weights.base[weights.full(name)].to(weights.device), entries, tensors)
             )
             for name in skeleton.block_weights(index)
         }
-        return States(reference, self._runner.run(skeleton.part(weights.prefix, rebuilt), states.compressed))
+        return States(reference, self._runner.run(skeleton.part(weights.prefix, rebuilt), states.compressed), base)
+
+    def _behind_base(self, weights: BlockWeights, states: States) -> Tensor:
+        """What the base makes of its own states; its module is gone before the fine-tune's is placed."""
+        return self._runner.run(_module(weights.prefix, weights.base, self._pair.skeleton, self._runner), states.base)
 
     def _stage(self, block: nn.Module, linears: list[str], weights: BlockWeights, hidden: Tensor, parts: Parts) -> None:
         """Code linears that share their input, and put their reconstruction into ``block`` for what follows."""

@@ -1,6 +1,6 @@
 """What surrounds the decoder blocks: embedding, final norm and head."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,12 @@ from deltazip_ray.compress.grid import Coded
 from deltazip_ray.compress.hessian import Hessian
 from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.compress.pairing import Pair
-from deltazip_ray.compress.parts import ADDED, Parts, rebuild_rows, rebuild_slice
+from deltazip_ray.compress.parts import ADDED, Parts, base_rows, rebuild_rows
 from deltazip_ray.compress.quality import relative
 from deltazip_ray.compress.runner import Runner
 from deltazip_ray.compress.skeleton import load_tensor, load_tensors
 from deltazip_ray.compress.solver import Solver, nearest
-from deltazip_ray.compress.vocabulary import Divergence, row_pieces
+from deltazip_ray.compress.vocabulary import row_pieces
 
 
 class OuterCompressor:
@@ -44,14 +44,18 @@ class OuterCompressor:
             self._code(name, base, kept, nearest, lambda rows: rows.square().sum())
         self._add_rows(name, finetuned, base.shape[0])
         flat, where = torch.unique(calibration.tokens, return_inverse=True)
-        embed = self._pair.skeleton.embed
-        ours = embed(self._runner.place(finetuned[flat]))[where].cpu()
-        if not changed and not self.parts.entries:
-            return States(ours, ours)
-        return States(ours, embed(self._runner.place(rebuild_rows(name, base, flat, self.parts)))[where].cpu())
 
-    def finish(self, states: States) -> float:
-        """Code norm and head; returns the mean KL(fine-tune ‖ reconstruction) per held-out token, in nats."""
+        def states(rows: Tensor, where: Tensor) -> Tensor:
+            return self._pair.skeleton.embed(self._runner.place(rows))[where].cpu()
+
+        ours = states(finetuned[flat], where)
+        before = states(base_rows(base, finetuned, flat), where[calibration.fitted :])
+        if not changed and not self.parts.entries:
+            return States(ours, ours, before)
+        return States(ours, states(rebuild_rows(name, base, flat, self.parts), where), before)
+
+    def finish(self, states: States) -> None:
+        """Code norm and head."""
         skeleton, runner = self._pair.skeleton, self._runner
         norms = load_tensors(self._pair.finetuned, skeleton.norms)
         for name, values in norms.items():
@@ -63,25 +67,6 @@ class OuterCompressor:
             if not same(base, finetuned[: len(base)]):
                 self._head(base, finetuned[: len(base)], norm, states.compressed)
             self._add_rows(skeleton.head, finetuned, len(base))
-        ours, theirs = (
-            norm(runner.place(hidden[runner.fitted :]))[runner.mask[runner.fitted :]]
-            for hidden in (states.finetuned, states.compressed)
-        )
-        found = Divergence(len(ours), ours.device, skeleton.logits_softcap)
-        for head, rebuilt in self._head_pieces(base, finetuned):
-            found.add(ours, head, theirs, rebuilt)
-        return found.mean()
-
-    def _head_pieces(self, base: Tensor, finetuned: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows of the fine-tune's head and of its reconstruction; added rows are kept as they are."""
-        place = self._runner.place
-        for rows in row_pieces(len(base)):
-            here = base[rows].to(self._runner.mask.device)
-            rebuilt = rebuild_slice(self._pair.skeleton.head, here, rows, self.parts)
-            yield place(finetuned[rows]), place(rebuilt)
-        for rows in row_pieces(len(finetuned) - len(base)):
-            added = place(finetuned[len(base) :][rows])
-            yield added, added
 
     def _head(self, base: Tensor, finetuned: Tensor, norm: nn.Module, hidden: Tensor) -> None:
         """Code an untied head, calibrated on the compressed model's final states."""

@@ -106,6 +106,12 @@ def rebuild_rows(name: str, base: Tensor, rows: Tensor, parts: Parts) -> Tensor:
     return values
 
 
+def base_rows(base: Tensor, finetuned: Tensor, rows: Tensor) -> Tensor:
+    """Rows ``[T]`` of the base, float32 ``[T, K]``; those of added tokens, which it lacks, are the fine-tune's."""
+    old = (rows < len(base))[:, None]
+    return torch.where(old, base[rows.clamp_max(len(base) - 1)].float(), finetuned[rows].float())
+
+
 def rebuild_slice(name: str, base: Tensor, rows: slice, parts: Parts) -> Tensor:
     """Rows of :func:`rebuild` that the base has too, ``base`` being just those, from a multiple of a tile's rows on."""
     entry = parts.entries.get(name)

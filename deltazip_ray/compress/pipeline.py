@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from deltazip_ray.artifact.artifact import MANIFEST, ArtifactWriter
 from deltazip_ray.artifact.blob import read_blob
 from deltazip_ray.artifact.checkpoint import Checkpoint, base_digest
 from deltazip_ray.artifact.lossless import read_verified
-from deltazip_ray.artifact.manifest import BaseRef, BlobEntry, Manifest, Quality, blob_key
+from deltazip_ray.artifact.manifest import BaseRef, BlobEntry, Manifest, blob_key
 from deltazip_ray.artifact.object_store import ObjectStore
 from deltazip_ray.artifact.requirements import check_quality
 from deltazip_ray.artifact.store import open_store
@@ -25,10 +25,11 @@ from deltazip_ray.compress.coding import Plan, kept_products
 from deltazip_ray.compress.journal import Finished, Journal, resume_key
 from deltazip_ray.compress.options import Coding, CompressOptions, Progress, silent
 from deltazip_ray.compress.outer import OuterCompressor
+from deltazip_ray.compress.outputs import Outputs
 from deltazip_ray.compress.pairing import Pair, open_pair
 from deltazip_ray.compress.parts import Parts
 from deltazip_ray.compress.precision import float32_products
-from deltazip_ray.compress.quality import relative
+from deltazip_ray.compress.quality import finite, relative
 from deltazip_ray.compress.runner import Runner
 from deltazip_ray.compress.survey import Surveyor
 from deltazip_ray.config import StoreConfig
@@ -93,9 +94,8 @@ def _compress(pair: Pair, store: ObjectStore, options: CompressOptions, progress
         progress(f"block {index + 1} of {pair.skeleton.blocks}", started + index * share)
         states, errors[f"layers.{index}"] = blocks.finish(index, states)
     progress("head and quality", BLOCKS_DONE)
-    quality = Quality(
-        data=calibration.data, block_errors=errors, kl_divergence=_finite(outer.finish(states), "the head")
-    )
+    outer.finish(states)
+    quality = Outputs(pair, runner, calibration, outer.parts).record(states, errors, calibration.data)
     check_quality(quality, options.require)
     _add(writer, OUTER, outer.parts)
     for name, path in sorted(({"config.json": pair.finetuned.path / "config.json"} | pair.finetuned.files).items()):
@@ -130,7 +130,7 @@ class Blocks:
             with suppress(ObjectNotFound, BlobCorrupt):
                 return self._replay(index, states, done), done.error
         parts, states = self.compressor.compress(index, states)
-        error = _finite(_state_error(states, self.runner), f"block {index}")
+        error = finite(_state_error(states, self.runner), f"block {index}")
         blob = _add(self.writer, f"layers.{index}", parts)
         self.journal.keep_block(index, Finished(blob=blob, error=error))
         return states, error
@@ -198,16 +198,6 @@ def _state_error(states: States, runner: Runner) -> float:
 
     ours = held_out(states.finetuned)
     return relative((held_out(states.compressed) - ours).square().sum(), ours.square().sum())
-
-
-def _finite(measured: float, where: str) -> float:
-    """Return what was measured. Raises CompressionError when it is not a number."""
-    if not isfinite(measured):
-        raise CompressionError(
-            f"the outputs of {where} overflow on the calibration data: compress with dtype float32 or bfloat16, "
-            "and check that base and fine-tune themselves give finite outputs"
-        )
-    return measured
 
 
 def _add(writer: ArtifactWriter, block: str, parts: Parts) -> BlobEntry | None:

@@ -43,6 +43,11 @@ class Divergence:
             self._gap[rows].mul_((before - total).exp()).add_(gap)
             torch.logaddexp(self._theirs[rows], other.logsumexp(1), out=self._theirs[rows])
 
+    @property
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """Log denominators of both softmaxes, float64 ``[tokens]``."""
+        return self._ours, self._theirs
+
     def mean(self) -> float:
         """KL(ours ‖ theirs) per position, in nats."""
         return max(float((self._gap - self._ours + self._theirs).mean()), 0.0)
@@ -81,8 +86,12 @@ def sampled_slopes(states: Tensor, head: Pieces, generator: torch.Generator, sof
 
 def logits(states: Tensor, head: Tensor, softcap: float | None) -> Tensor:
     """Float32 ``[tokens, rows of the head]`` of final states ``[tokens, hidden]``."""
-    found = linear(states, head).float()
-    return found if softcap is None else softcap * torch.tanh(found / softcap)
+    return capped(linear(states, head).float(), softcap)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Softly, where a model does that."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _tokens(states: Tensor, rows: Tensor, softcap: float | None) -> Iterator[tuple[slice, Tensor]]:

@@ -1,5 +1,6 @@
 """Every family from two checkpoints to a merged one that transformers loads, on tiny random models."""
 
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,19 @@ def test_the_quality_record_is_the_divergence_of_whole_models(tmp_path: Path, ar
     checkpoint = Checkpoint.open(finetuned)
     calibration = load_calibration(checkpoint, Skeleton(checkpoint), options, lambda fraction: None)
     tokens, mask = calibration.tokens[calibration.fitted :], calibration.mask[calibration.fitted :]
-    ours, theirs = (logits(path, tokens)[mask].log_softmax(-1) for path in (finetuned, tmp_path / "merged"))
-    expected = float((ours.exp() * (ours - theirs)).sum(-1).mean())
-    assert manifest.quality is not None
-    assert manifest.quality.kl_divergence == pytest.approx(expected, rel=0.01)
+    paths = {"finetuned": finetuned, "reconstruction": tmp_path / "merged", "base": base}
+    found = {name: logits(path, tokens).log_softmax(-1) for name, path in paths.items()}
+    followed = mask[:, 1:]
+    losses = {
+        name: float(-each[:, :-1].gather(2, tokens[:, 1:, None])[followed].mean()) for name, each in found.items()
+    }
+    ours = found["finetuned"][mask]
+    divergences = {name: float((ours.exp() * (ours - each[mask])).sum(-1).mean()) for name, each in found.items()}
+    quality = manifest.quality
+    assert quality is not None
+    assert quality.kl_divergence == pytest.approx(divergences["reconstruction"], rel=0.01)
+    assert quality.base_kl_divergence == pytest.approx(divergences["base"], rel=0.01)
+    assert {name: log(each) for name, each in quality.perplexities.items()} == pytest.approx(losses, rel=1e-4)
 
 
 @torch.no_grad()

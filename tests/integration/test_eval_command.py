@@ -89,6 +89,12 @@ def test_what_cannot_be_scored_is_told(folder: Path, tmp_path: Path) -> None:
         assert hint in told.replace("\n", " ")
 
 
+def test_a_folder_that_is_not_there_is_told_before_missing_options() -> None:
+    code, _, told = deltazip("eval", "/nowhere")
+    assert code == 2
+    assert "there is no folder /nowhere" in told
+
+
 def test_without_the_harness_one_is_told_how_to_get_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     code, _, told = deltazip("eval", folder / "tuned", "--tasks", "letters")
