@@ -168,7 +168,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends too
     with tempfile.TemporaryDirectory(prefix="serving-") as folder:
         names = tuple(f"v{i}" for i in range(args.variants))
-        run = Run(Path(folder), args.device, args.shape, names, args.port)
+        run = Run(Path(folder), args.json, args.device, args.shape, names, args.port)
         run.report |= {"commit": args.commit, "shape": args.shape, "slots": args.slots, "cores": os.cpu_count()}
         if args.device == "cuda":
             run.report["gpu"] = torch.cuda.get_device_name()
@@ -195,7 +195,7 @@ def main() -> None:
                         found = asyncio.run(kill_under_load(run, 16, 3.0, args.kill_until))
                     run.report["kill"]["regret"] = judge(run, found)
         finally:
-            args.json.write_text(json.dumps(run.report, indent=1) + "\n")
+            run.save()
     print(json.dumps(run.report, indent=1))
 
 

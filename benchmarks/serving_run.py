@@ -1,6 +1,7 @@
 """One run of the serving benchmark: where it happens, what it has found, and its processes."""
 
 import contextlib
+import json
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ class Run:
     """One run, and what it has found so far."""
 
     folder: Path
+    out: Path
+    """Where the report goes, as far as it has come."""
     device: str
     shape: str
     variants: tuple[str, ...]
@@ -34,11 +37,16 @@ class Run:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Take the time of a stage, in seconds."""
+        """Take the time of a stage, in seconds, and write down what was found until its end."""
         began = time.perf_counter()
         yield
         self.report.setdefault("stages_s", {})[name] = round(time.perf_counter() - began, 2)
+        self.save()
         print(f"{name}: {self.report['stages_s'][name]} s", flush=True)
+
+    def save(self) -> None:
+        """Write the report."""
+        self.out.write_text(json.dumps(self.report, indent=1) + "\n")
 
     def command(self, *args: object) -> str:
         """Run ``deltazip``; returns what it prints."""

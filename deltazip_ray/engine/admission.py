@@ -41,10 +41,13 @@ def check_sampling(params: SamplingParams) -> None:
             raise InvalidRequest(rule)
 
 
-def check_tokens(request: GenerateRequest, vocab_size: int) -> None:
-    """Raise InvalidRequest when the prompt or logit_bias has tokens that are not in ``0 .. vocab_size - 1``."""
+def check_tokens(request: GenerateRequest, vocab_size: int, *, at_most: bool = False) -> None:
+    """Raise InvalidRequest when the prompt or logit_bias has tokens that are not in ``0 .. vocab_size - 1``.
+
+    ``at_most``: the version may know fewer.
+    """
     who = "the base" if request.version is None else f"version {request.version[:12]}"
-    allowed = f"is not in the vocabulary of {who} (0 to {vocab_size - 1})"
+    allowed = f"is not in the vocabulary of {who} (0 to {vocab_size - 1}{' at the most' if at_most else ''})"
     # Where there is no prompt, the scheduler's own check says so.
     _check_range(request.prompt, vocab_size, f"{allowed}: use its own tokenizer")
     _check_range([token for token, _ in request.sampling.logit_bias], vocab_size, f"of logit_bias {allowed}")

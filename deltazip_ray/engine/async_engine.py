@@ -275,8 +275,10 @@ class AsyncEngine:
         """Refuse at once what can be refused without the delta."""
         check_sampling(request.sampling)
         core.scheduler.validate(request)
-        added = 0 if request.version is None else self._config.max_added_tokens
-        check_tokens(request, core.base.vocab_size + added)
+        if request.version is None:
+            check_tokens(request, core.base.vocab_size)
+        else:
+            check_tokens(request, core.base.vocab_size + self._config.max_added_tokens, at_most=True)
         inside = len(self._active) + self._pinning
         if inside >= self._config.max_running + self._config.max_waiting:
             raise Overloaded(f"{inside} requests are in the engine already: try again later")

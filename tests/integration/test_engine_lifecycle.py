@@ -112,6 +112,9 @@ async def test_what_cannot_be_served_is_refused_at_once(
 async def test_only_the_version_that_has_added_tokens_takes_them(zoo: Zoo) -> None:
     plain, odd = zoo.versions[0].version, zoo.versions[3].version
     async with running(zoo.base, MemorySource(*zoo.versions)) as run:
+        with pytest.raises(InvalidRequest, match="0 to 149 at the most"):
+            await run.generate([5, 150], plain)
+        assert not run.engine.stats().resident, "that needs no delta"
         with pytest.raises(InvalidRequest, match="token 87 is not in the vocabulary of version"):
             await run.generate([5, 87], plain)
         assert len(await run.generate([5, 87], odd)) == GREEDY.max_tokens
