@@ -113,20 +113,19 @@ class DecodeGraphs:
 
     def _fill(self, batch: Batch, rows: int) -> _Shape:
         """Send the batch's inputs and plan its attention; rows that pad it belong to the base and see one token."""
-        arrays, chunks = self._inputs.arrays, batch.chunks
-        count, size = len(chunks), self._attention.shape.block_size
-        padding = SequenceRows(1, 1, (self._attention.blocks,))
-        sequences = [SequenceRows(1, chunk.start + 1, chunk.block_table) for chunk in chunks]
+        arrays, count = self._inputs.arrays, len(batch.chunks)
         idle = rows - count
-        sequences += [padding] * idle
-        arrays["tokens"][:rows] = [chunk.tokens[0] for chunk in chunks] + [0] * idle
-        arrays["positions"][:rows] = [sequence.context - 1 for sequence in sequences]
-        arrays["drawn_rows"][:rows] = [-1 if c.drawn_row is None else c.drawn_row for c in chunks] + [-1] * idle
-        arrays["where"][:rows] = [s.blocks[(s.context - 1) // size] * size + (s.context - 1) % size for s in sequences]
-        arrays["index"][:rows] = [chunk.slot + 1 for chunk in chunks] + [0] * idle
+        _, tokens, positions, tables, _, _, drawn_rows, _ = zip(*batch.chunks, strict=True)
+        sequences = [SequenceRows(1, position + 1, table) for position, table in zip(positions, tables, strict=True)]
+        sequences += [SequenceRows(1, 1, (self._attention.blocks,))] * idle
         starts, slots = batch.segments()
+        arrays["tokens"][:rows] = [token for (token,) in tokens] + [0] * idle
+        arrays["positions"][:rows] = [*positions, *[0] * idle]
+        arrays["drawn_rows"][:rows] = [-1 if row is None else row for row in drawn_rows] + [-1] * idle
         arrays["starts"][:] = starts + [count] * (self._slots + 2 - len(starts))
         arrays["slots"][:] = slots + [-1] * (self._slots + 1 - len(slots))
+        arrays["index"][:count] = np.repeat(arrays["slots"][: len(slots)] + 1, np.diff(starts))
+        arrays["index"][count:rows] = 0
         self._inputs.send(self._attention.fill(sequences, arrays))
         self._attention.replan(rows)
         lengths = [stop - start for (start, stop), slot in zip(pairwise(starts), slots, strict=True) if slot >= 0]

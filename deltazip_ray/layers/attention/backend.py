@@ -2,16 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from deltazip_ray.layers.attention.cache import CacheShape, KVLayer, block_bytes, make_layers
 
 
-@dataclass(frozen=True)
-class SequenceRows:
+class SequenceRows(NamedTuple):
     """One sequence of a step: its rows are the last ``queries`` of its ``context`` tokens."""
 
     queries: int

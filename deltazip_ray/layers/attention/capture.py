@@ -25,7 +25,7 @@ class CapturableBackend(AttentionBackend[PlanT]):
 
     @abstractmethod
     def fill(self, sequences: Sequence[SequenceRows], tables: Mapping[str, np.ndarray]) -> int:
-        """Write a step's tables; how long the last one is."""
+        """Write the tables of a step of decodes, and ``where`` its keys and values go; how long the last one is."""
 
     def replan(self, rows: int) -> None:
         """Prepare what else a replay of ``rows`` decodes needs, when its tables are on their way."""

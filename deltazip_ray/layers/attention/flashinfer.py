@@ -147,6 +147,8 @@ class FlashInferBackend(CapturableBackend[FlashInferPlan]):
     def fill(self, sequences: Sequence[SequenceRows], tables: Mapping[str, np.ndarray]) -> int:
         """See :meth:`CapturableBackend.fill`."""
         made = self._tables = page_tables(sequences, self.shape.block_size)
+        blocks = made.pages[made.starts[1:] - 1].astype(np.int64)
+        tables["where"][: len(blocks)] = blocks * self.shape.block_size + made.last - 1
         tables["page_starts"][: len(made.starts)] = made.starts
         tables["last"][: len(made.last)] = made.last
         tables["pages"][: len(made.pages)] = made.pages

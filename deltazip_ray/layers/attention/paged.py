@@ -78,6 +78,7 @@ class PagedBackend(CapturableBackend[PagedPlan]):
         """See :meth:`CapturableBackend.fill`."""
         packed = self._pack_decodes(sequences, np.arange(len(sequences)))
         tables["work"][: len(packed)] = packed
+        tables["where"][: len(sequences)] = cache_rows(sequences, self.shape.block_size)
         return len(packed)
 
     def captured_plan(self, where: torch.Tensor, tables: Mapping[str, torch.Tensor]) -> PagedPlan:

@@ -29,16 +29,14 @@ def page_tables(sequences: Sequence[SequenceRows], block_size: int) -> PagedTabl
 
 
 def cache_rows(sequences: Sequence[SequenceRows], block_size: int) -> np.ndarray:
-    """``[rows]``: where in the cache the new tokens of ``sequences`` go."""
-    rows = [_rows(sequence, block_size) for sequence in sequences]
-    return np.concatenate(rows)
-
-
-def _rows(sequence: SequenceRows, block_size: int) -> np.ndarray:
-    first = (sequence.context - sequence.queries) // block_size
-    blocks = np.array(sequence.blocks[first : -(-sequence.context // block_size)], dtype=np.int64)
-    positions = np.arange(sequence.context - sequence.queries, sequence.context)
-    return blocks[positions // block_size - first] * block_size + positions % block_size
+    """``[rows]`` int64: where in the cache the new tokens of ``sequences`` go."""
+    tables = page_tables(sequences, block_size)
+    queries = np.array([sequence.queries for sequence in sequences])
+    contexts = np.array([sequence.context for sequence in sequences])
+    of = np.repeat(np.arange(len(queries)), queries)
+    positions = np.arange(len(of)) + (contexts - np.cumsum(queries))[of]
+    blocks = tables.pages[tables.starts[of] + positions // block_size].astype(np.int64)
+    return blocks * block_size + positions % block_size
 
 
 def _array(values: Iterable[int]) -> np.ndarray:
