@@ -1,15 +1,20 @@
 """Kernels of codecs, compiled before the first version that has them is seen by a step."""
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from deltazip_kernels.launch import compiling
 from deltazip_ray.artifact.manifest import Manifest
 from deltazip_ray.layers.targets import DeltaTarget, MatrixTarget
 from deltazip_ray.layers.triton_ops import TritonStack, ordered
-from deltazip_ray.layers.warm_up import warm_stack
+from deltazip_ray.layers.warm_up import launch_all
+
+_THREADS = min(8, os.cpu_count() or 1)
+"""More would not help: tracing a kernel holds the interpreter for a fourth of the time or so."""
 
 
 @dataclass
@@ -21,26 +26,22 @@ class _Wanted:
 
 
 class CodecWarmUp:
-    """Remembers what is compiled; stacks of one shape share their kernels. Does nothing for ops without any."""
+    """Compiles for all stacks of an engine together; those alike share their kernels. Nothing to do on plain torch."""
 
     def __init__(self, targets: Mapping[str, DeltaTarget], vocab_size: int) -> None:
         """``vocab_size``: of the base; matrices with so many rows are looked up, too."""
-        self._stacks = {
-            name: target.stack
-            for name, target in targets.items()
-            if isinstance(target, MatrixTarget) and isinstance(target.stack, TritonStack)
-        }
-        self._lock = threading.Lock()
+        self._stacks: dict[str, TritonStack] = {}
+        self._targets: dict[TritonStack, MatrixTarget] = {}
+        for name, target in targets.items():
+            if isinstance(target, MatrixTarget) and isinstance(target.stack, TritonStack):
+                self._stacks[name] = target.stack
+                self._targets[target.stack] = target
         self._vocab_size = vocab_size
-        self._done: set[tuple[object, ...]] = set()
+        self._lock = threading.Lock()
 
     def codecs(self, codecs: Sequence[str]) -> None:
         """Be ready for versions with all matrices in one of ``codecs``; before the first step."""
-        stacks = {stack.shapes: stack for stack in self._stacks.values()}.values()
-        # One after the other: Triton is not made for several threads that compile.
-        for codec in codecs:
-            for stack in stacks:
-                self._compile(stack, (codec,), 0)
+        self._compile([(stack, (codec,), 0) for codec in codecs for stack in self._targets])
 
     def version(self, manifest: Manifest) -> None:
         """Be ready for a version beside those that are there; from the thread that loads it, before it is published."""
@@ -51,18 +52,25 @@ class CodecWarmUp:
                     one = wanted.setdefault(self._stacks[name], _Wanted())
                     one.codecs.add(entry.codec)
                     one.rank = max(one.rank, entry.rank or 0)
-        new = [stack for stack, one in wanted.items() if not one.codecs <= {*stack.codecs} or one.rank > stack.rank]
+        new = {
+            stack: one for stack, one in wanted.items() if not one.codecs <= {*stack.codecs} or one.rank > stack.rank
+        }
         if new:
             with self._lock:  # what two versions bring at once is compiled for both
-                for stack in new:
-                    codecs = ordered({*stack.codecs, *wanted[stack].codecs})
-                    self._compile(stack, codecs, max(stack.rank, wanted[stack].rank))
-                    stack.grow(wanted[stack].codecs, wanted[stack].rank)
+                self._compile(
+                    [
+                        (stack, ordered({*stack.codecs, *one.codecs}), max(stack.rank, one.rank))
+                        for stack, one in new.items()
+                    ]
+                )
+                for stack, one in new.items():
+                    stack.grow(one.codecs, one.rank)
 
-    def _compile(self, stack: TritonStack, codecs: tuple[str, ...], rank: int) -> None:
-        looked_up = stack.shapes[0][0] == self._vocab_size
-        key = (stack.shapes, codecs, rank, looked_up)
-        if key not in self._done:
-            with torch.inference_mode():
-                warm_stack(stack, codecs, rank, looked_up=looked_up)
-            self._done.add(key)
+    def _compile(self, wanted: Sequence[tuple[TritonStack, tuple[str, ...], int]]) -> None:
+        """For each stack, codecs that share it and the largest rank: what steps then launch."""
+        distinct = {
+            (stack.shapes, type(self._targets[stack].base), codecs, rank): stack for stack, codecs, rank in wanted
+        }
+        with torch.inference_mode(), compiling(_THREADS):
+            for (shapes, _, codecs, rank), stack in distinct.items():
+                launch_all(stack, codecs, rank, self._targets[stack].base, looked_up=shapes[0][0] == self._vocab_size)

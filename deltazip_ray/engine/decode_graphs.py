@@ -35,9 +35,7 @@ class _Shape:
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    width: int
-    """The most tokens that a version adds: so wide are the logits."""
-    generation: int
+    state: tuple[int, int]
 
 
 class DecodeGraphs:
@@ -92,18 +90,18 @@ class DecodeGraphs:
         plan = self._plan(rows)
         shape = self._fill(batch, rows)
         captured = self._graphs.get(shape)
-        if captured is None or (captured.generation, captured.width) != (self._ops.generation, self._width):
+        if captured is None or captured.state != self._state(shape):
             captured = self._graphs[shape] = self._capture(shape, plan)
         captured.graph.replay()
         return self._logits[: len(batch.chunks), : self._vocab]
 
     @property
-    def _width(self) -> int:
-        return self._decoder.head.added.width
-
-    @property
     def _vocab(self) -> int:
-        return len(self._decoder.head.target.base) + self._width
+        return len(self._decoder.head.target.base) + self._decoder.head.added.width
+
+    def _state(self, shape: _Shape) -> tuple[int, int]:
+        """What makes recorded launches old: wider logits, and where versions take part, more kinds of deltas."""
+        return self._vocab, self._ops.generation if shape.versions else 0
 
     def _plan(self, rows: int) -> Any:
         if rows not in self._plans:
@@ -134,7 +132,7 @@ class DecodeGraphs:
     def _capture(self, shape: _Shape, plan: Any) -> _Captured:
         """Run the step once, which compiles kernels and writes nothing that its replay would not, and record it."""
         # Read first: a load that changes them meanwhile makes this graph an old one.
-        width, generation = self._width, self._ops.generation
+        state = self._state(shape)
         self._step(shape, plan)
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         stream = torch.cuda.Stream()
@@ -145,7 +143,7 @@ class DecodeGraphs:
             self._step(shape, plan)
             graph.capture_end()
         here.wait_stream(stream)
-        return _Captured(graph, width, generation)
+        return _Captured(graph, state)
 
     def _step(self, shape: _Shape, plan: Any) -> None:
         inputs = {name: tensor[: shape.rows] for name, tensor in self._inputs.tensors.items()}

@@ -1,17 +1,17 @@
-"""Kernels of deltas, compiled before a step needs them. Runs beside the steps, on tensors of its own."""
+"""Kernels of deltas, compiled before a step needs them."""
 
 import torch
-import triton
 
 from deltazip_kernels import CODECS, PackedDelta, Segments, packed_layout
 from deltazip_kernels.merged import merge_weight
 from deltazip_kernels.plan import MORE, SOME, plan
-from deltazip_ray.layers.activations import Activations
+from deltazip_ray.layers.activations import Activations, BaseWeight, weight_rows
 from deltazip_ray.layers.rows import Rows
 from deltazip_ray.layers.triton_ops import TritonStack
 
 _BATCHES = (
     (SOME, 1, SOME),
+    (8, 8, 1),
     (32, 32, MORE),
     (8 * SOME, SOME, SOME),
     (MORE, 1, MORE),
@@ -25,37 +25,30 @@ and of many, each by few programs that share K, by few, and by plenty; single ro
 _ROWS = 64
 
 
-def warm_stack(stack: TritonStack, codecs: tuple[str, ...], rank: int, *, looked_up: bool) -> None:
-    """Compile what steps launch for deltas of ``codecs`` in a stack like this one, low-rank ones up to ``rank``.
+def launch_all(stack: TritonStack, codecs: tuple[str, ...], rank: int, base: BaseWeight, *, looked_up: bool) -> None:
+    """Launch what steps do for deltas of ``codecs``, low-rank ones up to ``rank``, in a stack like this one over a
+    ``base`` ``[out, in]`` like this; only inside :func:`deltazip_kernels.launch.compiling`.
 
     ``looked_up``: also what an embedding does.
     """
-    if not triton.knobs.runtime.interpret:
-        launch_all(stack, codecs, rank, looked_up=looked_up)
-
-
-def launch_all(stack: TritonStack, codecs: tuple[str, ...], rank: int, *, looked_up: bool) -> None:
-    """Launch every kernel once that :func:`warm_stack` is to compile."""
-    twin = TritonStack(stack.shapes, 1, stack.ops)  # its only slot is empty: kernels find nothing to do
+    twin = TritonStack(stack.shapes, 1, stack.ops)
     twin.codecs, twin.rank = codecs, rank
     device, dtype, columns = stack.ops.device, stack.ops.dtype, stack.shapes[0][1]
+    x = torch.empty(1, columns, dtype=dtype, device=device)
+    y = torch.empty(1, twin.starts[-1], dtype=dtype, device=device)
     for rows, segments, longest in _BATCHES:
-        starts = torch.linspace(0, rows, segments + 1, device=device).int()
-        index = torch.ones(rows, dtype=torch.int32, device=device)
-        batch = Rows(index, work=plan(Segments(starts, torch.zeros_like(starts[1:])), rows, longest))
-        x = torch.zeros(rows, columns, dtype=dtype, device=device)
-        twin.add_product(torch.empty(rows, twin.starts[-1], dtype=dtype, device=device), Activations(x), batch)
+        starts = torch.empty(segments + 1, dtype=torch.int32, device=device)
+        batch = Rows(starts, work=plan(Segments(starts, starts[1:]), rows, longest))
+        twin.add_product(y, Activations(x), batch)
         if looked_up:
-            twin.add_weights(x, torch.zeros(rows, dtype=torch.int64, device=device), batch)
+            twin.add_weights(x, torch.empty(1, dtype=torch.int64, device=device), batch)
     for codec in codecs:
         if codec in CODECS:
-            _warm_merge(codec, columns, device, dtype)
+            _merge(codec, weight_rows(base, 0, _ROWS), x)
 
 
-def _warm_merge(codec: str, columns: int, device: torch.device, dtype: torch.dtype) -> None:
-    shape = (_ROWS, columns)
-    parts = {
-        name: torch.zeros(size, dtype=kind, device=device) for name, (size, kind) in packed_layout(codec, shape).items()
-    }
-    weight = torch.zeros(shape, dtype=dtype, device=device)
-    merge_weight(weight, PackedDelta(codec, shape, parts), torch.empty_like(weight))
+def _merge(codec: str, weight: BaseWeight, like: torch.Tensor) -> None:
+    shape = (weight.shape[0], weight.shape[1])
+    layout = packed_layout(codec, shape)
+    parts = {name: like.new_empty(size, dtype=kind) for name, (size, kind) in layout.items()}
+    merge_weight(weight, PackedDelta(codec, shape, parts), like.new_empty(shape))

@@ -6,7 +6,7 @@ import triton
 from torch import Tensor
 
 from deltazip_kernels.device.gather import gather
-from deltazip_kernels.launch import ceil_div
+from deltazip_kernels.launch import ceil_div, launch
 from deltazip_kernels.table import CODEC_IDS, DeltaTable
 from deltazip_kernels.triton_backend import DTYPES
 
@@ -22,7 +22,9 @@ def gather_rows(out: Tensor, chosen: Tensor, which: Tensor, table: DeltaTable, c
     ((rows, columns),) = table.shapes
     if not len(out):
         return
-    gather[(len(out), ceil_div(columns, _PAIRS * 256))](
+    launch(
+        gather,
+        (len(out), ceil_div(columns, _PAIRS * 256)),
         out,
         out.stride(0),
         chosen,

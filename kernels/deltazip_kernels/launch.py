@@ -1,9 +1,36 @@
-"""Options that launches share."""
+"""How kernels are launched, or only compiled, and the options that launches share."""
 
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
+from typing import Any
 
 import torch
 import triton
+
+_compiling: ContextVar[bool] = ContextVar("compiling", default=False)
+
+
+def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) -> None:
+    """Launch a Triton ``kernel``; in a block of :func:`compiling`, only have it compiled."""
+    kernel.run(*arguments, grid=grid, warmup=_compiling.get(), **options)
+
+
+@contextmanager
+def compiling(threads: int) -> Iterator[None]:
+    """Compile what this thread launches in the block, each kernel once, beside each other; at its end all are there.
+
+    Nothing runs: results are undefined. Triton traces a kernel in the interpreter, a fourth or so of the time; the rest
+    is done without it.
+    """
+    with ThreadPoolExecutor(threads, thread_name_prefix="deltazip-compile") as pool, triton.AsyncCompileMode(pool):
+        before = _compiling.set(True)
+        try:
+            yield
+        finally:
+            _compiling.reset(before)
 
 
 def ceil_div(value: int, step: int) -> int:

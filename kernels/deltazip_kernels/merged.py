@@ -6,7 +6,7 @@ from torch import Tensor
 from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta
 from deltazip_kernels.device.merge import merge
 from deltazip_kernels.fp8 import Fp8Matrix
-from deltazip_kernels.launch import ceil_div
+from deltazip_kernels.launch import ceil_div, launch
 from deltazip_kernels.layout import GROUP, ROWS
 from deltazip_kernels.table import CODEC_IDS
 
@@ -32,7 +32,9 @@ def merge_weight(base: Tensor | Fp8Matrix, delta: PackedDelta, out: Tensor) -> N
         return
     rows, columns = delta.shape
     extra = delta.tensors.get("index", delta.tensors.get("low", delta.tensors["codes"]))
-    merge[(ceil_div(columns, 2 * GROUP), ceil_div(rows, ROWS))](
+    launch(
+        merge,
+        (ceil_div(columns, 2 * GROUP), ceil_div(rows, ROWS)),
         out,
         values,
         base.scales if isinstance(base, Fp8Matrix) else values,

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from deltazip_kernels.delta import Segments
 from deltazip_kernels.device.plan import write_items
-from deltazip_kernels.launch import power_of_2
+from deltazip_kernels.launch import launch, power_of_2
 
 SOME, MORE, MANY = 16, 32, 64
 """Rows of a work item. Segments of up to MORE rows are cut into items of SOME rows where most are much shorter and else
 kept whole; longer ones are cut into items of MANY."""
-_LEAST_WIDTH = 64
+_SEGMENTS = 64
+"""Plans of up to so many segments share one compiled kernel."""
 COUNTERS, PARTIALS = 256, 1 << 21
 """Of each list: tiles that programs can share, and floats in which these leave their sums."""
 
@@ -54,8 +55,9 @@ def plan(segments: Segments, rows: int, longest: int | None = None, shortest: in
     items = torch.empty((short + long, 4), dtype=torch.int32, device=device)
     arrived = torch.empty((2, COUNTERS), dtype=torch.int32, device=device)
     partials = torch.empty((2 if long else 1, PARTIALS), dtype=torch.float32, device=device)
-    width = max(_LEAST_WIDTH, power_of_2(count))  # few widths: each is a kernel to compile
-    write_items[(1,)](
+    launch(
+        write_items,
+        (1,),
         segments.starts,
         segments.slots,
         items,
@@ -63,8 +65,8 @@ def plan(segments: Segments, rows: int, longest: int | None = None, shortest: in
         count,
         short,
         long,
-        WIDTH=width,
-        SHORT=batch,
+        batch,
+        WIDTH=max(_SEGMENTS, power_of_2(count)),
         LONG=MANY,
         CUT=MORE,
         COUNTERS=2 * COUNTERS,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltazip_kernels.device.quantize import gated, norm, quantize
 from deltazip_kernels.fp8 import FP8, Fp8Matrix
-from deltazip_kernels.launch import overlap, power_of_2
+from deltazip_kernels.launch import launch, overlap, power_of_2
 from deltazip_kernels.layout import GROUP
 
 MAX_COLUMNS = 256 * GROUP
@@ -39,7 +39,7 @@ def quantize_rows(x: Tensor, *, fp8: bool = False) -> QuantizedRows:
     """
     rows, arguments, options = _empty(x, x.shape[1], fp8)
     if len(x):
-        quantize[(len(x),)](x, x.stride(0), *arguments, **options)
+        launch(quantize, (len(x),), x, x.stride(0), *arguments, **options)
     return rows
 
 

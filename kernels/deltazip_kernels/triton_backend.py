@@ -12,7 +12,7 @@ from torch import Tensor
 from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta, Segments
 from deltazip_kernels.device.dense import expand, raw, shrink
 from deltazip_kernels.device.grouped import MOST_SPLITS, grouped
-from deltazip_kernels.launch import ceil_div, overlap, power_of_2
+from deltazip_kernels.launch import ceil_div, launch, overlap, power_of_2
 from deltazip_kernels.layout import CODECS, GROUP
 from deltazip_kernels.plan import COUNTERS, MANY, MORE, PARTIALS, SOME, Work, plan
 from deltazip_kernels.quantize import QuantizedRows, quantize_rows
@@ -60,10 +60,13 @@ def grouped_matmul(
     _check(y, table)
     tile = tile or _tile(table, work, codecs)
     rows, tiles = _cut(table.shapes, tile.rows)
+    groups = -(-x.columns // GROUP)
     shared = sum(tiles) * len(work.items) if tile.splits > 1 else 0
     if tile.splits > MOST_SPLITS.value or shared > COUNTERS or shared * tile.splits * tile.rows * work.batch > PARTIALS:
         raise ValueError(f"{shared} tiles are too many to be shared by {tile.splits} programs each")
-    grouped[(sum(tiles), len(work.items), tile.splits)](
+    launch(
+        grouped,
+        (sum(tiles), len(work.items), tile.splits),
         y,
         y.stride(0),
         x.values,
@@ -73,10 +76,12 @@ def grouped_matmul(
         work.partials,
         work.arrived,
         work.turn,
-        ROWS=rows,
-        TILES=tiles,
-        GROUPS=-(-x.columns // GROUP),
+        _padded(rows),
+        _padded(tiles),
+        len(rows),
+        groups,
         CODECS=tuple(CODEC_IDS[name] for name in codecs),
+        ODD=groups % 2 == 1,
         SPLIT=tile.splits > 1,
         BN=tile.rows,
         BATCHES=_BATCHES[work.batch],
@@ -91,7 +96,9 @@ def raw_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work) -> None:
     """One launch: the same for raw deltas and activations ``x`` [T, K] as they are."""
     _check(y, table)
     rows, tiles = _cut(table.shapes, 64)
-    raw[(sum(tiles), work.items.shape[0])](
+    launch(
+        raw,
+        (sum(tiles), work.items.shape[0]),
         y,
         y.stride(0),
         x,
@@ -119,7 +126,9 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
     width = max(16, power_of_2(rank))
     batch = work.batch
     inner = torch.empty((len(rows), chunks, x.shape[0], width), dtype=torch.float32, device=x.device)
-    shrink[(len(rows) * chunks, work.items.shape[0])](
+    launch(
+        shrink,
+        (len(rows) * chunks, work.items.shape[0]),
         inner,
         x.shape[0],
         x,
@@ -138,7 +147,9 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
         num_stages=4,
         **overlap(y.device),
     )
-    expand[(sum(tiles), work.items.shape[0])](
+    launch(
+        expand,
+        (sum(tiles), work.items.shape[0]),
         y,
         y.stride(0),
         inner,
@@ -221,3 +232,9 @@ def _cut(shapes: tuple[tuple[int, int], ...], rows: int) -> tuple[tuple[int, ...
     """Output columns of each part, and how many blocks of ``rows`` cover them."""
     widths = tuple(width for width, _ in shapes)
     return widths, tuple(ceil_div(width, rows) for width in widths)
+
+
+@cache
+def _padded(parts: tuple[int, ...]) -> tuple[int, ...]:
+    """So that stacks of one, two and three linears share their compiled kernels."""
+    return (*parts, 0, 0)[: max(3, len(parts))]

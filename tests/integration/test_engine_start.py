@@ -1,6 +1,8 @@
 """The start of an engine: what it reports, and what is compiled before anybody waits for it."""
 
 import os
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,16 @@ import pytest
 import torch
 import triton
 
+from deltazip_kernels import Segments, gather, merged, plan, quantize, triton_backend
+from deltazip_kernels.plan import MORE, SOME
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine import codec_warm_up
 from deltazip_ray.engine.core import EngineCore, build_core
 from deltazip_ray.engine.start_up import keep_kernels
-from deltazip_ray.layers import warm_up
+from deltazip_ray.layers.activations import Activations
+from deltazip_ray.layers.rows import Rows
 from deltazip_ray.layers.targets import MatrixTarget
-from deltazip_ray.layers.triton_ops import TritonStack
+from deltazip_ray.layers.triton_ops import TritonOps, TritonStack
 from deltazip_ray.layers.warm_up import launch_all
 from tests.integration.test_engine_logits import load
 from tests.support.engines import GREEDY, SETTINGS, random_prompt, running
@@ -58,11 +63,11 @@ def test_kernels_of_a_codec_are_compiled_before_steps_see_it(
     mlp, attention = (stack_of(core, f"model.layers.0.{part}.weight") for part in ("mlp.down_proj", "self_attn.o_proj"))
     compiled: list[tuple[tuple[tuple[int, int], ...], tuple[str, ...]]] = []
 
-    def compile_stack(stack: TritonStack, codecs: tuple[str, ...], rank: int, *, looked_up: bool) -> None:
+    def launch_all(stack: TritonStack, codecs: tuple[str, ...], *_: object, looked_up: bool) -> None:
         assert stack.codecs != codecs, "a step that is launched now must not need it yet"
         compiled.append((stack.shapes, codecs))
 
-    monkeypatch.setattr(codec_warm_up, "warm_stack", compile_stack)
+    monkeypatch.setattr(codec_warm_up, "launch_all", launch_all)
     first, second, _, odd = zoo.versions
     load(core, 0, first)
     assert compiled.count((mlp.shapes, ("int4",))) == 1, "the other layer has the same shape"
@@ -82,7 +87,7 @@ def test_codecs_of_the_settings_are_compiled_and_seen_by_no_step(
 ) -> None:
     compiled: set[tuple[object, tuple[str, ...]]] = set()
     monkeypatch.setattr(
-        codec_warm_up, "warm_stack", lambda stack, codecs, rank, looked_up: compiled.add((stack.shapes, codecs))
+        codec_warm_up, "launch_all", lambda stack, codecs, *_, looked_up: compiled.add((stack.shapes, codecs))
     )
     core.slots.warm_up.codecs(("int4", "int2"))
     stack = stack_of(core, "model.layers.0.mlp.down_proj.weight")
@@ -90,13 +95,60 @@ def test_codecs_of_the_settings_are_compiled_and_seen_by_no_step(
     assert stack.codecs == ()
 
 
-def test_every_launch_of_a_codec_finds_nothing_to_do(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm_up, "_BATCHES", ((1, 1, 1), (18, 2, 18)))  # the interpreter is slow
-    stack = stack_of(core, "model.embed_tokens.weight")
-    with torch.inference_mode():
-        launch_all(stack, ("int4", "raw", "low_rank"), 16, looked_up=True)
-    assert stack.codecs == ()
-    assert not stack.table.entries.any()
+STACKS = ([(4096, 4096), (1024, 4096), (1024, 4096)], [(4096, 4096)], [(14336, 4096)] * 2, [(4096, 14336)])
+"""Linears of an 8B model."""
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Kernels that would be launched, with what they are compiled for; none is."""
+    found: set[str] = set()
+
+    def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) -> None:
+        assert 0 not in grid
+        found.add(f"{kernel.__name__} {options}")
+
+    for module in (gather, merged, plan, quantize, triton_backend):
+        monkeypatch.setattr(module, "launch", launch)
+    return found
+
+
+@pytest.mark.parametrize("codecs", [("int2",), ("int1",), ("int4", "raw"), ("low_rank",)])
+def test_no_step_launches_what_was_not_compiled(codecs: tuple[str, ...], launched: set[str]) -> None:
+    """Any decode of up to 256 rows and 32 versions, and random batches of up to 1,024 tokens."""
+    ops = TritonOps(torch.device("cpu"), torch.bfloat16)
+    stacks = [ops.stack(shapes, 32) for shapes in STACKS]
+    for stack in stacks:
+        launch_all(stack, codecs, 16, torch.empty(64, stack.shapes[0][1]), looked_up=False)
+    compiled = set(launched)
+    launched.clear()
+    steps = list(batches(ops))
+    for stack in stacks:
+        stack.codecs, stack.rank = codecs, 16
+        x, y = torch.empty(1, stack.shapes[0][1]), torch.empty(1, stack.starts[-1])
+        for batch in steps:
+            stack.add_product(y, Activations(x), batch)
+    assert launched <= compiled
+    assert compiled - launched == {one for one in compiled if one.startswith("merge")}, "compiled for nothing"
+
+
+def batches(ops: TritonOps) -> Iterator[Rows]:
+    for rows in (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 96, 128, 192, 256):
+        for versions in (1, 2, 4, 8, 16, 32):
+            for longest in (SOME, MORE, rows):
+                starts = torch.zeros(min(rows, versions) + 2, dtype=torch.int32)
+                yield ops.graph_rows(starts, Segments(starts, starts[1:]), longest)
+    draw = random.Random(0)
+    for _ in range(200):
+        lengths = [draw.choice((1, 1, 1, 7, 30, 100, 600)) for _ in range(draw.randint(1, 32))]
+        yield ops.rows([(slot, length) for slot, length in enumerate(lengths)], ops.device)
+
+
+def test_linears_of_different_sizes_share_their_kernels(launched: set[str]) -> None:
+    ops = TritonOps(torch.device("cpu"), torch.bfloat16)
+    for shapes in STACKS:
+        launch_all(ops.stack(shapes, 1), ("int2",), 0, torch.empty(64, shapes[0][1]), looked_up=False)
+    assert len([one for one in launched if one.startswith("grouped")]) <= 10
 
 
 def test_compiled_kernels_are_kept_where_the_settings_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,20 +34,20 @@ def let_next_start(OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def part_of(block, ROWS: tl.constexpr, TILES: tl.constexpr):
+def part_of(block, widths, tiles):
     """The part that block ``block`` of a row of stacked linears falls into: part, block in it, first column, width.
 
-    ``ROWS[i]`` output columns belong to part ``i``, cut into ``TILES[i]`` blocks.
+    ``widths[i]`` output columns belong to part ``i``, cut into ``tiles[i]`` blocks.
     """
     part = 0
     column = 0
-    width = ROWS[0]
-    for i in tl.static_range(1, len(ROWS)):
-        if part == i - 1 and block >= TILES[i - 1]:
+    width = widths[0]
+    for i in tl.static_range(1, len(widths)):
+        if part == i - 1 and block >= tiles[i - 1]:
             part = i
-            block -= TILES[i - 1]
-            column += ROWS[i - 1]
-            width = ROWS[i]
+            block -= tiles[i - 1]
+            column += widths[i - 1]
+            width = widths[i]
     return part, block, column, width
 
 
@@ -63,9 +63,9 @@ def load_item(items):
 
 
 @triton.jit
-def load_entry(table, slot, part, PARTS: tl.constexpr):
+def load_entry(table, slot, part, parts):
     """A table entry: codec, then three addresses or numbers."""
-    entry = table + (tl.maximum(slot, 0) * PARTS + part) * 4
+    entry = table + (tl.maximum(slot, 0) * parts + part) * 4
     return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
 
 

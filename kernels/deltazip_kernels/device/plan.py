@@ -7,25 +7,25 @@ _CHUNK = tl.constexpr(32)
 
 
 @triton.jit
-def _write(items, limit, slot, first, end, wanted, BATCH: tl.constexpr):
-    """Cut the ``wanted`` segments into blocks of BATCH rows, one item each, and fill up to ``limit`` with idle ones."""
-    blocks = tl.where(wanted, (end - first + BATCH - 1) // BATCH, 0)
+def _write(items, limit, slot, first, end, wanted, batch):
+    """Cut the ``wanted`` segments into blocks of ``batch`` rows, one item each; the others of ``limit`` are idle."""
+    blocks = tl.where(wanted, tl.cdiv(end - first, batch), 0)
     after = tl.cumsum(blocks, 0)
     before = after - blocks
     for at in tl.range(0, limit, _CHUNK):
         item = at + tl.arange(0, _CHUNK)
         # The segment of an item is the one whose range of items [before, after) holds it.
         mine = (item[:, None] < after[None, :]) & (item[:, None] >= before[None, :])
-        row = tl.sum(tl.where(mine, first[None, :] + (item[:, None] - before[None, :]) * BATCH, 0), 1)
+        row = tl.sum(tl.where(mine, first[None, :] + (item[:, None] - before[None, :]) * batch, 0), 1)
         last = tl.sum(tl.where(mine, end[None, :], 0), 1)
         owner = tl.sum(tl.where(mine, slot[None, :] + 1, 0), 1) - 1
         inside = item < limit
         tl.store(items + item * 4, owner, mask=inside)
         tl.store(items + item * 4 + 1, row, mask=inside)
-        tl.store(items + item * 4 + 2, tl.minimum(row + BATCH, last), mask=inside)
+        tl.store(items + item * 4 + 2, tl.minimum(row + batch, last), mask=inside)
 
 
-@triton.jit(do_not_specialize=["S", "short_limit", "long_limit"])
+@triton.jit(do_not_specialize=["S", "short_limit", "long_limit", "short"])
 def write_items(
     starts,
     slots,
@@ -34,8 +34,8 @@ def write_items(
     S,
     short_limit,
     long_limit,
+    short,
     WIDTH: tl.constexpr,
-    SHORT: tl.constexpr,
     LONG: tl.constexpr,
     CUT: tl.constexpr,
     COUNTERS: tl.constexpr,
@@ -48,5 +48,5 @@ def write_items(
     first = tl.load(starts + s, mask=s < S, other=0)
     end = tl.load(starts + s + 1, mask=s < S, other=0)
     length = tl.where(slot >= 0, end - first, 0)
-    _write(items, short_limit, slot, first, end, (length > 0) & (length <= CUT), SHORT)
+    _write(items, short_limit, slot, first, end, (length > 0) & (length <= CUT), short)
     _write(items + short_limit * 4, long_limit, slot, first, end, length > CUT, LONG)
