@@ -84,6 +84,12 @@ class EngineConfig(Settings):
     )
     cuda_graphs: bool = Field(True, description="run decode steps as CUDA graphs, unless attention is sdpa")
     slots: int = Field(8, ge=1, description="deltas on the device at once")
+    slots_min: int | None = Field(
+        None,
+        ge=1,
+        description="slots that stay; others that nobody uses are lent to the KV cache while requests wait for blocks; "
+        "all stay when absent",
+    )
     slot_bytes: int | None = Field(None, ge=1, description="room of one slot; sized for a dense int4 delta when absent")
     copy_bytes_per_s: float | None = Field(None, gt=0, description="bound on copies to the device; none when absent")
     max_added_tokens: int = Field(64, ge=0, description="tokens a variant may add to the base's vocabulary")

@@ -17,6 +17,7 @@ from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.admission import check_sampling, check_tokens
 from deltazip_ray.engine.core import EngineCore, build_core
 from deltazip_ray.engine.delivery import Delivery
+from deltazip_ray.engine.split import Split
 from deltazip_ray.engine.step_loop import StepLoop
 from deltazip_ray.engine.token_stream import TokenStream
 from deltazip_ray.engine.versions import Versions
@@ -83,6 +84,7 @@ class AsyncEngine:
         self._to_stop: _Running | None = None
         self._stopped = False
         self._breaking: asyncio.Task[None] | None = None
+        self._splitting: asyncio.Task[None] | None = None
         self._ids = itertools.count()
         self._active: dict[str, _Active] = {}
         self._pinning = 0
@@ -115,6 +117,9 @@ class AsyncEngine:
         versions = Versions(self._source, core.slots, slots, self._metrics, half_life, self._break)
         self._parts = self._to_stop = _Running(core, versions, steps, Delivery(here))
         steps.start()
+        if self._config.slots_min is not None:
+            split = Split(versions, core.scheduler, steps, core.slot_blocks, self._config.slots_min)
+            self._splitting = asyncio.create_task(split.run())
 
     async def stop(self) -> None:
         """Stop after the running step; whoever still waits gets EngineStopped. A second call does nothing."""
@@ -304,6 +309,8 @@ class AsyncEngine:
     def _end(self) -> None:
         """The loop of steps is over, on purpose or not: nobody waits for it any longer."""
         self._stopped = True
+        if self._splitting is not None:
+            self._splitting.cancel()
         for key in list(self._active):
             self._active[key].stream.fail(EngineStopped(_STOPPED))
             self._forget(key)

@@ -1,6 +1,6 @@
 """Puts the parts of an engine together around a base checkpoint."""
 
-import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,10 @@ import torch
 
 from deltazip_ray.artifact.checkpoint import Checkpoint
 from deltazip_ray.artifact.digest_cache import known_base_digest
-from deltazip_ray.config import CPU_KV_BLOCKS, EngineConfig
+from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.decode_graphs import DecodeGraphs
 from deltazip_ray.engine.device_slots import BaseIdentity, DeviceSlots
-from deltazip_ray.engine.memory import measure, plan_memory, workspace_bytes
+from deltazip_ray.engine.memory import allocate
 from deltazip_ray.engine.runner import ModelRunner
 from deltazip_ray.engine.start_up import StartUp, keep_kernels
 from deltazip_ray.engine.warm_up import record_graphs, run_steps
@@ -29,8 +29,6 @@ from deltazip_ray.models.decoder_config import DecoderConfig, read_decoder_confi
 from deltazip_ray.models.weights import Placement, WeightReader, WeightSource
 from deltazip_ray.scheduler.scheduler import Scheduler
 
-logger = logging.getLogger(__name__)
-
 _FP8_CAPABILITY = (8, 9)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,6 +41,8 @@ class EngineCore:
     max_model_len: int
     """Tokens of a sequence: the least of what the settings and the model allow."""
     slots: DeviceSlots
+    slot_blocks: Sequence[range]
+    """Blocks of the KV cache that the memory of each slot would be."""
     runner: ModelRunner
     scheduler: Scheduler
     start: StartUp
@@ -82,9 +82,8 @@ def assemble(
     start.end("base")
     identity = BaseIdentity(digest, shape.vocab_size)
     slots = DeviceSlots(reader.targets, placement, identity, config.slot_bytes, config.copy_bytes_per_s)
-    start.end("slots")
-    attention.allocate(_blocks(config, shape, attention, slots))
-    start.end("KV cache")
+    slot_blocks = allocate(config, shape, attention, slots)
+    start.end("slots and KV cache")
     settled = config.model_copy(update={"max_model_len": max_model_len, "kv_blocks": attention.blocks})
     runner = _runner(settled, decoder, attention, placement, slots)
     if config.warm_up:
@@ -97,7 +96,7 @@ def assemble(
     scheduler = Scheduler(settled)
     slots.idle = lambda: not scheduler.has_work
     slots.overlap = config.overlap_loads
-    return EngineCore(identity, max_model_len, slots, runner, scheduler, start)
+    return EngineCore(identity, max_model_len, slots, slot_blocks, runner, scheduler, start)
 
 
 def _ops(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> LayerOps:
@@ -118,22 +117,6 @@ def check_fp8(config: EngineConfig, capability: tuple[int, int]) -> None:
             "engine.base_dtype fp8 needs a GPU of compute capability 8.9 or later, this one has "
             f"{capability[0]}.{capability[1]}: leave it out, or set engine.kernels to torch"
         )
-
-
-def _blocks(config: EngineConfig, shape: DecoderConfig, attention: AttentionBackend[Any], slots: DeviceSlots) -> int:
-    """Blocks of the KV cache, once base and slots are allocated."""
-    if attention.device.type != "cuda":
-        return config.kv_blocks or CPU_KV_BLOCKS
-    plan = plan_memory(
-        config,
-        measure(attention.device),
-        base=torch.cuda.memory_allocated(attention.device) - slots.memory.numel(),
-        slots=slots.memory.numel(),
-        workspace=workspace_bytes(config, shape, attention.dtype.itemsize),
-        block_bytes=attention.block_bytes,
-    )
-    logger.info("GPU memory:\n%s", plan)
-    return plan.blocks
 
 
 def _runner(

@@ -115,7 +115,7 @@ class DecodeGraphs:
         idle = rows - count
         _, tokens, positions, tables, _, _, drawn_rows, _ = zip(*batch.chunks, strict=True)
         sequences = [SequenceRows(1, position + 1, table) for position, table in zip(positions, tables, strict=True)]
-        sequences += [SequenceRows(1, 1, (self._attention.blocks,))] * idle
+        sequences += [SequenceRows(1, 1, (self._attention.padding,))] * idle
         starts, slots = batch.segments()
         arrays["tokens"][:rows] = [token for (token,) in tokens] + [0] * idle
         arrays["positions"][:rows] = [*positions, *[0] * idle]

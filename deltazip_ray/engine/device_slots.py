@@ -1,4 +1,4 @@
-"""Device memory for deltas: one preallocated buffer, cut into slots, into which blobs are copied as they are."""
+"""Device memory for deltas: preallocated slots, into which blobs are copied as they are."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from deltazip_ray.artifact.blob import coded_layout, read_blob
 from deltazip_ray.artifact.manifest import BlobEntry, Manifest, TensorEntry
 from deltazip_ray.engine.arrivals import Arrival, Mark, layer_of
 from deltazip_ray.engine.codec_warm_up import CodecWarmUp
-from deltazip_ray.engine.slot_layout import aligned, fill, room
+from deltazip_ray.engine.slot_layout import fill, room
 from deltazip_ray.engine.uploads import Upload, Uploads
 from deltazip_ray.errors import BaseMismatch, DeltaTooLarge, ManifestInvalid
 from deltazip_ray.layers.targets import VALUES, AddedTarget, DeltaTarget, MatrixTarget
@@ -46,13 +46,14 @@ class DeviceSlots:
         slot_bytes: int | None,
         copy_bytes_per_s: float | None = None,
     ) -> None:
-        """``copy_bytes_per_s`` bounds all loads together."""
+        """Without memory yet: see :attr:`memory`. ``copy_bytes_per_s`` bounds all loads together."""
         self.targets = targets
         self.base = base
         self.dtype = placement.dtype
         self.max_added = placement.max_added
         self.slot_bytes = slot_bytes or default_slot_bytes(targets)
-        self.memory = torch.empty(placement.slots, aligned(self.slot_bytes), dtype=torch.uint8, device=placement.device)
+        self.memory = torch.empty((placement.slots, 0), dtype=torch.uint8, device=placement.device)
+        """``[slots, at least slot_bytes]``. Given by who plans the device's memory, before the first load."""
         self.uploads = Uploads(placement.device, copy_bytes_per_s)
         self.idle: Callable[[], bool] = lambda: True
         """Whether no step runs. Set by who steps."""

@@ -1,12 +1,18 @@
 """How a GPU's memory is shared out at the start: base, slots, workspace, and the KV cache from what is left."""
 
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from deltazip_ray.config import GIB, EngineConfig
+from deltazip_ray.config import CPU_KV_BLOCKS, GIB, EngineConfig
+from deltazip_ray.engine.device_slots import DeviceSlots
 from deltazip_ray.errors import ConfigError
+from deltazip_ray.layers.attention.backend import AttentionBackend
 from deltazip_ray.models.decoder_config import DecoderConfig
+
+logger = logging.getLogger(__name__)
 
 _GRAPHS = GIB  # CUDA graphs, cuBLAS and what the allocator cannot use
 _FEWEST = 16
@@ -67,10 +73,10 @@ def plan_memory(
     """Blocks of ``block_bytes`` in what ``config.memory_fraction`` allows. Raises ConfigError when that is too little.
 
     The fraction is this engine's own, whatever others have taken, so that two engines share a GPU with 0.45 each.
-    ``base`` and ``slots`` are allocated already. With ``config.kv_blocks`` the plan takes that many, if they fit.
+    ``base`` is allocated already. With ``config.kv_blocks`` the plan takes that many, if they fit.
     """
     total = memory.total
-    left = min(int(total * config.memory_fraction) - memory.own, memory.free) - workspace
+    left = min(int(total * config.memory_fraction) - memory.own, memory.free) - slots - workspace
     blocks = left // block_bytes - 1 if config.kv_blocks is None else config.kv_blocks
     plan = MemoryPlan(
         total, base, slots, workspace, max(blocks, 0) * block_bytes, blocks, max(blocks, 0) * config.block_size
@@ -82,3 +88,29 @@ def plan_memory(
             "lower engine.slots, slot_bytes, max_batch_tokens or kv_blocks"
         )
     return plan
+
+
+def allocate(
+    config: EngineConfig, shape: DecoderConfig, attention: AttentionBackend[Any], slots: DeviceSlots
+) -> list[range]:
+    """Memory for slots and KV cache, once the base is there: slots lie behind the cache, each in blocks of its own.
+
+    Returns the blocks of each slot. Raises ConfigError.
+    """
+    count, each = config.slots, -(-slots.slot_bytes // attention.block_bytes)
+    if attention.device.type == "cuda":
+        plan = plan_memory(
+            config,
+            measure(attention.device),
+            base=torch.cuda.memory_allocated(attention.device),
+            slots=count * each * attention.block_bytes,
+            workspace=workspace_bytes(config, shape, attention.dtype.itemsize),
+            block_bytes=attention.block_bytes,
+        )
+        logger.info("GPU memory:\n%s", plan)
+        blocks = plan.blocks
+    else:
+        blocks = config.kv_blocks or CPU_KV_BLOCKS
+    attention.allocate(blocks, count * each)
+    slots.memory = attention.memory[blocks : blocks + count * each].view(count, -1)
+    return [range(start, start + each) for start in range(blocks, blocks + count * each, each)]

@@ -106,6 +106,14 @@ class StepLoop:
         """Forget a request; news say None when no step uses it any more, or that it was over before."""
         self._inbox.put(lambda: self._scheduler.abort(request_id))
 
+    def lend(self, blocks: range) -> None:
+        """Let requests have ``blocks``, which nothing else uses until they are taken back."""
+        self._inbox.put(lambda: self._scheduler.blocks.lend(blocks))
+
+    def take_back(self, blocks: range, done: Callable[[], object]) -> None:
+        """Take ``blocks`` from requests; ``done`` is called from the loop's thread when no step uses them any more."""
+        self._inbox.put(lambda: self._take_back(blocks, done))
+
     def check(self, done: Callable[[DeltaZipError | None], None]) -> None:
         """Check the scheduler's invariants between two steps; ``done`` is called from the loop's thread."""
         self._inbox.put(lambda: done(self._check()))
@@ -205,6 +213,14 @@ class StepLoop:
             self._scheduler.add(request, slot)
         except DeltaZipError as error:
             self._publish([(request.request_id, error)])
+
+    def _take_back(self, blocks: range, done: Callable[[], object]) -> None:
+        step, self._step = self._step, None
+        if step is not None:
+            self._finish(step)
+        if not self._lost:
+            self._scheduler.take_back(blocks)
+            done()
 
     def _check(self) -> DeltaZipError | None:
         # A load may have lost the device while no step ran that could tell.

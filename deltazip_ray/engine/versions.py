@@ -75,6 +75,13 @@ class Versions:
         self.table.discard(version)
         await self._source.discard(version, disk=disk)
 
+    async def lend(self, least: int) -> int | None:
+        """A slot whose memory nothing uses until ``table.take_back``: see :meth:`SlotTable.lend`."""
+        slot = self.table.lend(least)
+        if slot in self._unconfirmed:
+            await asyncio.wait({self._unconfirmed[slot]})
+        return slot
+
     def vocab_size(self, pin: Pin) -> int:
         """Tokens that a pinned version knows."""
         return self._slots.vocab_size(pin.slot)

@@ -40,4 +40,4 @@ def _chunk(runner: ModelRunner, rows: int, sampling: SamplingParams) -> Chunk:
     """A prompt of the base, of ``rows`` tokens."""
     sequence = SequenceState(GenerateRequest("warm-up", None, (0,) * rows, sampling), -1)
     blocks = -(-rows // runner.attention.shape.block_size)
-    return Chunk(sequence, sequence.request.prompt, 0, [runner.attention.blocks] * blocks, samples=True)
+    return Chunk(sequence, sequence.request.prompt, 0, [runner.attention.padding] * blocks, samples=True)

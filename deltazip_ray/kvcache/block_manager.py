@@ -1,8 +1,8 @@
 """Which KV blocks belong to which sequence, and which hold a prefix that another sequence may share.
 
-The KV cache on the device is ``num_blocks`` blocks of ``block_size`` token positions. This module hands out
-their numbers; it never touches the memory. A table is a list of block numbers: position ``p`` of its sequence lives in
-block ``table[p // block_size]``, at ``p % block_size``.
+The KV cache on the device is ``num_blocks`` blocks of ``block_size`` token positions, of which some may be lent to it
+for a while. This module hands out their numbers; it never touches the memory. A table is a list of block numbers:
+position ``p`` of its sequence lives in block ``table[p // block_size]``, at ``p % block_size``.
 
 A full block whose content is final gets a **name** (see :mod:`~deltazip_ray.kvcache.block_names`): equal names mean
 equal content. Whoever starts with the same names shares those blocks instead of computing them. A named block that
@@ -92,6 +92,25 @@ class BlockManager:
                     self._kept[block] = None
                 else:
                     self._blank.append(block)
+
+    def lend(self, blocks: range) -> None:
+        """Have more blocks, which are taken after all others without a name."""
+        self._holders.extend([0] * (blocks.stop - len(self._holders)))
+        self._blank[:0] = reversed(blocks)
+        self.num_blocks += len(blocks)
+
+    def take_back(self, blocks: range) -> None:
+        """Have lent blocks no longer. Raises EngineError when they are held."""
+        if not self.are_free(blocks):
+            raise EngineError(f"KV blocks from {blocks.start} on are held: preempt those who hold them")
+        for block in blocks:
+            self._unname(block)
+        self._blank = [block for block in self._blank if block not in blocks]
+        self.num_blocks -= len(blocks)
+
+    def are_free(self, blocks: range) -> bool:
+        """Whether nobody holds any of them. Any thread may ask."""
+        return not any(self._holders[block] for block in blocks)
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Raise EngineError unless ``tables`` are all that hold blocks, and each block is free or held.

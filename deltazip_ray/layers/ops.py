@@ -92,11 +92,11 @@ class LayerOps:
         where: torch.Tensor,
         norm: HeadNorm | None = None,
     ) -> torch.Tensor:
-        """Rotated ``q`` ``[rows, heads, head_dim]``; keys, rotated, and values go to rows ``where`` of the cache.
+        """Rotated ``q`` ``[rows, heads, head_dim]``; keys, rotated, and values go to positions ``where`` of the cache.
 
         With ``norm`` the heads of ``q`` and ``k`` are normed before.
         """
-        groups, dim = cache.keys.shape[1:]
+        groups, dim = cache.keys.shape[2:]
         q, k, v = qkv.view(len(qkv), -1, dim).split([qkv.shape[1] // dim - 2 * groups, groups, groups], dim=1)
         if norm is not None:
             q, k = (

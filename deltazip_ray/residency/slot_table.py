@@ -16,6 +16,7 @@ seconds that bringing it back would take, see :mod:`popularity`.
   for it queue up like everybody's, so that it drains and its slot becomes free. Each overdue version closes one slot,
   but half of them stay open, so that popular versions go on while many rare ones take turns (docs/scheduling.md).
 * **A failed load** frees its slot and fails those who waited for it, nobody else.
+* **Slots are lent.** One that nobody uses may be taken out of use for a while: its memory serves something else.
 """
 
 import asyncio
@@ -48,7 +49,6 @@ class SlotTable:
         version back. ``half_life``: of uses, in uses. Raises ConfigError."""
         if slots < 1 or max_overtakes < 0:
             raise ConfigError(f"{slots} slots and {max_overtakes} overtakes: at least 1 and at least 0 are needed")
-        self.slots = slots
         self.evictions = 0
         """Versions that had to leave since the start."""
         self._cost = cost
@@ -56,6 +56,8 @@ class SlotTable:
         self._max_overtakes = max_overtakes
         self._overtakes = 0
         self._free = list(range(slots - 1, -1, -1))
+        self._all = slots
+        self._lent: set[int] = set()
         self._occupants: dict[str, Occupant] = {}  # least recently used first
         self._cancelled: set[Occupant] = set()  # loads that were told to stop and still have their slots
         self._coming: dict[str, Coming] = {}
@@ -63,6 +65,11 @@ class SlotTable:
         self._queue: dict[str, Coming] = {}  # those that have asked for a slot, first come first
         self._pins: set[Pin] = set()
         self._stopped = False
+
+    @property
+    def slots(self) -> int:
+        """Those that are not lent."""
+        return self._all - len(self._lent)
 
     @property
     def resident(self) -> frozenset[str]:
@@ -137,6 +144,24 @@ class SlotTable:
             self._free_slot(occupant)
             self._dispatch()
 
+    def lend(self, least: int) -> int | None:
+        """Take a slot that nobody uses or waits for out of use, as long as ``least`` stay; None: there is none.
+
+        If none is free, the version that is worth least leaves its own.
+        """
+        if self._queue or self.slots <= least:
+            return None
+        slot = self._take_slot()
+        if slot is not None:
+            self._lent.add(slot)
+        return slot
+
+    def take_back(self, slot: int) -> None:
+        """Use a slot again that was lent, and whose memory serves nothing else any more."""
+        self._lent.remove(slot)
+        self._free.append(slot)
+        self._dispatch()
+
     async def close(self) -> None:
         """Fail those who wait with EngineStopped, cancel the loads and wait for their end. Pins stay valid."""
         self._stopped = True
@@ -161,7 +186,7 @@ class SlotTable:
         taken = [o.slot for o in (*self._occupants.values(), *self._cancelled)]
         first = next(iter(self._queue), None)
         rules = {
-            "a slot is lost or taken twice": sorted(taken + self._free) == list(range(self.slots)),
+            "a slot is lost or taken twice": sorted([*taken, *self._free, *self._lent]) == list(range(self._all)),
             "pins do not add up": all(o.pins == sum(p.slot == o.slot for p in self._pins) for o in residents)
             and len(self._pins) == sum(o.pins for o in self._occupants.values()),
             "a version waits though there is room": not self._queue

@@ -13,6 +13,7 @@
    gives up its blocks and waits again; it keeps its output and computes it again as part of its prompt.
    *No livelock*: the first one in that order is never preempted, since alone it fits (see :meth:`Scheduler.validate`);
    it advances in every step, so it finishes. *No starvation*: priorities age, so everybody is the first in time.
+   Blocks that were lent to the cache are taken back at any time, from whoever holds them (:meth:`take_back`).
 5. **One step ahead.** ``schedule`` may be called once more before ``update`` of the batch before, so that the host
    prepares a step while the device runs another. A decode then carries ``DRAWN``, the token that is on the device
    only. Left out are requests whose last token is being drawn, and those that must know it first
@@ -63,6 +64,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig) -> None:
         """Uses the limits, the settings of the KV cache and those of fairness."""
         self.blocks = BlockManager(config.kv_blocks or CPU_KV_BLOCKS, config.block_size)
+        self._own_blocks = self.blocks.num_blocks
         self._max_model_len = config.max_model_len
         self._max_batch_tokens = config.max_batch_tokens
         self._max_running = config.max_running
@@ -77,6 +79,8 @@ class Scheduler:
         self._news: list[tuple[str, End]] = []
         self.preemptions = 0
         """Preemptions since the start."""
+        self.short = False
+        """Whether the last call of ``schedule`` could not admit a request for want of blocks."""
         self.prefix_lookups = 0
         """Tokens of admitted requests, since the start."""
         self.prefix_hits = 0
@@ -122,9 +126,9 @@ class Scheduler:
                 f"{self._max_model_len}: shorten the prompt or lower max_tokens"
             )
         # The last token of the output is never fed back, so it needs no room.
-        if self.blocks.blocks_for(total - 1) > self.blocks.num_blocks:
+        if self.blocks.blocks_for(total - 1) > self._own_blocks:
             raise PromptTooLong(
-                f"{total} tokens exceed the KV cache of {self.blocks.num_blocks * self.blocks.block_size}: "
+                f"{total} tokens exceed the KV cache of {self._own_blocks * self.blocks.block_size}: "
                 "shorten the prompt, lower max_tokens or give the engine more kv_blocks"
             )
 
@@ -156,6 +160,7 @@ class Scheduler:
         """
         if len(self._on_the_way) == _AHEAD:
             raise EngineError(f"{_AHEAD} batches are on their way: call update first")
+        self.short = False
         self._grow_tables()
         cut = self._share_out()
         chunks, rows = [], 0
@@ -171,6 +176,17 @@ class Scheduler:
         if chunks:
             self._on_the_way.append(batch)
         return batch
+
+    def take_back(self, blocks: range) -> None:
+        """Take blocks that were lent away from the requests that hold them, and from the cache.
+
+        Raises EngineError while a batch is on its way, which may read them.
+        """
+        if self._on_the_way:
+            raise EngineError("a batch is on its way: call update first")
+        for sequence in [s for s in self._running if any(block in blocks for block in s.table)]:
+            self._preempt(sequence)
+        self.blocks.take_back(blocks)
 
     def update(self, batch: Batch, drawn: Sequence[Drawn | None], scores: Sequence[Scores] = ()) -> None:
         """Record that ``batch`` ran, with what it drew for its ``sampling_chunks``, in their order.
@@ -266,6 +282,7 @@ class Scheduler:
         names = sequence.names.first(sequence.reusable // self._block_size) if self._share_prefixes else []
         found = self.blocks.start(tokens, names, spare=len(self._running))
         if found is None:
+            self.short = True
             return None
         sequence.table, sequence.named = found
         sequence.scheduled = sequence.named * self._block_size

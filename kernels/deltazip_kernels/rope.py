@@ -39,16 +39,16 @@ def rope_and_cache(
     norm: HeadNorm | None = None,
     scales: Tensor | None = None,
 ) -> Tensor:
-    """q [T, H, D], normed and rotated; k, likewise, and v go to rows ``where`` of ``k_cache`` and ``v_cache``.
+    """q [T, H, D], normed and rotated; k, likewise, and v go to positions ``where`` of ``k_cache`` and ``v_cache``.
 
     ``qkv`` is [T, (H + 2 G) D], its rows contiguous; ``positions`` and ``where`` are [T] int64; the caches are
-    [rows, G, D], each row contiguous (FlashInfer's ``[pages, page, G, D]`` seen as rows). Where ``where`` is -1
-    nothing is cached; no other value may occur twice. Rotation is in float32 and leaves the columns behind the rotated
-    ones alone (GPT-NeoX). With ``scales`` [blocks, 2, G, page] float32, of k and v in row ``r`` at block
-    ``r // page``, token ``r % page``, the caches are in float8_e4m3fn. Raises ValueError for shapes that do not fit.
+    [blocks, page, G, D], each block contiguous, and position ``p`` is token ``p % page`` of block ``p // page``. Where
+    ``where`` is -1 nothing is cached; no other value may occur twice. Rotation is in float32 and leaves the columns
+    behind the rotated ones alone (GPT-NeoX). With ``scales`` [blocks, 2, G, page] float32, each block contiguous, of k
+    and v, the caches are in float8_e4m3fn. Raises ValueError for shapes that do not fit.
     """
     rows, width = qkv.shape
-    groups, dim = k_cache.shape[1:]
+    page, groups, dim = k_cache.shape[1:]
     half = tables.cos.shape[1]
     heads = width // dim - 2 * groups
     if heads < 1 or (heads + 2 * groups) * dim != width or v_cache.shape[1:] != k_cache.shape[1:] or 2 * half > dim:
@@ -57,7 +57,7 @@ def rope_and_cache(
         )
     for tensor, what in ((qkv[0:1, None], "q|k|v"), (k_cache, "k_cache"), (v_cache, "v_cache")):
         if tensor.numel() and not tensor[0].is_contiguous():
-            raise ValueError(f"the rows of {what} must be contiguous")
+            raise ValueError(f"each row or block of {what} must be contiguous")
     q = torch.empty((rows, heads, dim), dtype=qkv.dtype, device=qkv.device)
     if rows:
         width = power_of_2(half)
@@ -80,7 +80,8 @@ def rope_and_cache(
             norm.k if norm else qkv,
             norm.which if norm else where,
             norm.epsilon if norm else 0.0,
-            PAGE=0 if scales is None else scales.shape[3],
+            PAGE=page,
+            SCALED=scales is not None,
             H=heads,
             G=groups,
             D=dim,

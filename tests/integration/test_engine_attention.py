@@ -63,10 +63,7 @@ def test_chunks_and_decodes_share_a_step(kind: str, kv_heads: int, kv_dtype: tor
     backend = make_backend(name, shape, kv_dtype)
     backend.allocate(40)
     # Memory that was never written, or belonged to a broken version, must not reach anybody: all ones are a NaN.
-    for layer in backend.layers:
-        for memory in (layer.keys, layer.values, layer.scales):
-            if memory is not None:
-                memory.view(torch.uint8).fill_(255)
+    backend.memory.fill_(255)
     q, k, v = (
         [torch.randn(n, heads, HEAD_DIM, generator=generator) for n in lengths] for heads in (4, kv_heads, kv_heads)
     )

@@ -186,6 +186,20 @@ def test_stopping_waits_for_the_step_on_its_way() -> None:
     assert sorted(device.diary) == sorted(f"{what} {i}" for what in ("launch", "wait") for i in range(device.launches))
 
 
+def test_blocks_are_taken_back_when_no_step_reads_them_and_requests_go_on() -> None:
+    device = Device()
+    left: queue.Queue[int] = queue.Queue()
+    with running(device, ahead=True) as run:
+        run.loop.lend(range(100, 104))
+        run.add("long", 240)
+        run.loop.take_back(range(100, 104), lambda: left.put(len(device.diary)))
+        before = device.diary[: left.get(timeout=10)]
+        launched, waited = (sum(line.startswith(word) for line in before) for word in ("launch", "wait"))
+        assert launched == waited
+        assert run.ends(2).keys() == {"first", "long"}
+        assert run.check() is None
+
+
 def test_a_stop_token_ends_one_step_late_and_once() -> None:
     device = Device()
     with running(device, ahead=True) as run:

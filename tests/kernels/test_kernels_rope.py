@@ -7,7 +7,7 @@ from torch import Tensor
 from deltazip_kernels.rope import HeadNorm, RotaryTables, rope_and_cache
 
 POSITIONS = 50
-CACHED = 12
+BLOCKS, PAGE = 3, 4
 
 
 def make_tables(half: int, device: torch.device) -> RotaryTables:
@@ -46,7 +46,7 @@ def test_norms_rotates_and_caches(
     qkv = random(rows, (heads + 2 * groups) * dim + 16)[:, :-16]
     positions = torch.tensor([0, 7, 49, 3, 3, 0], device=device)
     where = torch.tensor([11, 3, -1, 0, 5, -1], device=device)
-    caches = random(CACHED, 2, groups, dim)  # rows of k and v in turn: both strided
+    caches = random(BLOCKS, 2, PAGE, groups, dim)  # blocks of k and v in turn: both strided
     before = caches.clone()
     which = torch.tensor([0, 2, 1, 1, 0, 2], dtype=torch.int32, device=device)
     norm = HeadNorm(random(3, dim), random(3, dim), which, 1e-6) if with_norm else None
@@ -60,23 +60,24 @@ def test_norms_rotates_and_caches(
     # The rounding of the output, and of what the norm's float32 mean may tip over before it.
     epsilon = torch.finfo(dtype).eps * (4 if with_norm or device.type == "cpu" else 1)
     torch.testing.assert_close(got.double(), want, rtol=epsilon, atol=4 * epsilon)
-    cached = caches[where[kept]]
+    rows_of = caches.transpose(1, 2).flatten(0, 1)
+    cached = rows_of[where[kept]]
     torch.testing.assert_close(
         cached[:, 0].double(), rotated(k, positions, tables)[kept], rtol=epsilon, atol=4 * epsilon
     )
     assert torch.equal(cached[:, 1], v[kept])
-    others = [row for row in range(CACHED) if row not in where.tolist()]
-    assert torch.equal(caches[others], before[others])
+    others = [row for row in range(BLOCKS * PAGE) if row not in where.tolist()]
+    assert torch.equal(rows_of[others], before.transpose(1, 2).flatten(0, 1)[others])
 
 
 def test_no_rows_and_misfits(device: torch.device) -> None:
-    tables, cache = make_tables(16, device), torch.zeros(2, 2, 32, device=device)
+    tables, cache = make_tables(16, device), torch.zeros(2, 4, 2, 32, device=device)
     none = torch.zeros(0, dtype=torch.int64, device=device)
     assert rope_and_cache(torch.zeros(0, 256, device=device), none, tables, cache, cache, none).shape == (0, 4, 32)
     for width in (128, 250):
         with pytest.raises(ValueError, match="do not fit a cache"):
             rope_and_cache(torch.zeros(1, width, device=device), none, tables, cache, cache, none)
-    with pytest.raises(ValueError, match="rows of k_cache must be contiguous"):
+    with pytest.raises(ValueError, match="block of k_cache must be contiguous"):
         rope_and_cache(torch.zeros(1, 256, device=device), none, tables, cache.mT.contiguous().mT, cache, none)
 
 
@@ -91,18 +92,18 @@ def test_a_cache_in_fp8_has_a_scale_for_each_token_and_head(
     qkv[3] = 0
     positions, where = torch.tensor([0, 7, 49, 3, 3], device=device), torch.tensor([6, 0, -1, 1, 15], device=device)
     tables = make_tables(half, device)
-    k_rows, v_rows = torch.ones((2, blocks * page, groups, dim), device=device).to(torch.float8_e4m3fn)
+    k_cache, v_cache = torch.ones((2, blocks, page, groups, dim), device=device).to(torch.float8_e4m3fn)
     scales = torch.full((blocks, 2, groups, page), -1.0, device=device)
-    q = rope_and_cache(qkv, positions, tables, k_rows, v_rows, where, None, scales)
+    q = rope_and_cache(qkv, positions, tables, k_cache, v_cache, where, None, scales)
 
-    plain = torch.zeros(2, 20, groups, dim, device=device)
+    plain = torch.zeros(2, blocks, page, groups, dim, device=device)
     assert torch.equal(q, rope_and_cache(qkv, positions, tables, plain[0], plain[1], where))
-    for i, stored in enumerate((k_rows, v_rows)):
+    for i, stored in enumerate((k_cache, v_cache)):
         for row in (6, 0, 1, 15):
             scale = scales[row // page, i, :, row % page]
-            wanted = plain[i, row]
+            wanted = plain[i].flatten(0, 1)[row]
             torch.testing.assert_close(scale, wanted.abs().amax(-1) / 448, rtol=1e-6, atol=1e-30)
-            got = stored.float()[row] * scale[:, None]
+            got = stored.float().flatten(0, 1)[row] * scale[:, None]
             near = (got - wanted).abs() <= wanted.abs() / 16 + scale[:, None] / 512
             # Triton's interpreter loses the carry when rounding reaches the next power of two.
             assert near.all() if device.type == "cuda" else near.float().mean() > 0.8

@@ -70,6 +70,7 @@ async def test_every_client_gets_an_answer_and_the_table_stays_sound(seed: int) 
     rng = random.Random(seed)
     slots = rng.randint(1, 4)
     table, device = SlotTable(slots, max_overtakes=rng.choice([0, 2, 10])), Device(rng, slots)
+    lent: list[int] = []
     versions = [f"v{index}" for index in range(rng.randint(1, 9))]
     tasks: list[asyncio.Task[str]] = []
     for _ in range(300):
@@ -77,9 +78,13 @@ async def test_every_client_gets_an_answer_and_the_table_stays_sound(seed: int) 
         tasks.append(asyncio.create_task(client(rng, table, device, version)))
         if rng.random() < 0.2:
             rng.choice(tasks).cancel()
+        if rng.random() < 0.2:
+            move(rng, table, device, lent)
         for _ in range(rng.randrange(3)):
             await asyncio.sleep(0)
             table.check()
+    while lent:
+        table.take_back(lent.pop())
     results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30)
     table.check()
     ends = [result if isinstance(result, str) else type(result).__name__ for result in results]
@@ -92,6 +97,23 @@ async def test_every_client_gets_an_answer_and_the_table_stays_sound(seed: int) 
     assert not any(device.on_host.values()), "a load has not ended"
     for version in table.resident:
         assert version in device.contents
+
+
+def move(rng: random.Random, table: SlotTable, device: Device, lent: list[int]) -> None:
+    """Lend a slot, whose memory then holds something else, or take one back."""
+    least = rng.randint(1, 3)
+    if not lent or rng.random() < 0.5:
+        slot = table.lend(least)
+        if slot is not None:
+            device.contents[slot] = "blocks"
+            lent.append(slot)
+            assert least <= table.slots == len(device.contents) - len(lent)
+    else:
+        slot = lent.pop(rng.randrange(len(lent)))
+        assert device.contents[slot] == "blocks", "a load wrote to what is lent"
+        device.contents[slot] = None
+        table.take_back(slot)
+    table.check()
 
 
 async def test_a_cold_version_is_served_within_the_bound_under_endless_hot_traffic() -> None:

@@ -23,6 +23,8 @@ from deltazip_ray.scheduler.scheduler import End, Scheduler
 VOCABULARY = 50
 STOP = 0
 VERSIONS = (None, "v0", "v1", "v2")
+LENT = 9
+"""Blocks of a slot."""
 Ran = tuple[list[int], list[list[TokenLogprobs]]]
 """What a step drew, and what it told of prompts."""
 
@@ -63,7 +65,8 @@ class PagedModel:
 
     def __init__(self, config: EngineConfig) -> None:
         self.size = config.block_size
-        self.cache: list[tuple[str | None, int] | None] = [None] * ((config.kv_blocks or 0) * config.block_size)
+        blocks = (config.kv_blocks or 0) + LENT * config.slots
+        self.cache: list[tuple[str | None, int] | None] = [None] * (blocks * config.block_size)
         self.drawn: list[int] = []
 
     def launch(self, batch: Batch) -> Ran:
@@ -114,6 +117,7 @@ class Driver:
         self.sched = Scheduler(config)
         self.model = PagedModel(config)
         self.ahead = ahead
+        self.lent = 0
         self.live: dict[str, GenerateRequest] = {}
         self.output: dict[str, list[int]] = {}
         self.aborted: set[str] = set()
@@ -125,7 +129,8 @@ class Driver:
             self.sched.add(request, VERSIONS.index(request.version) - 1)
         except PromptTooLong:
             total = len(request.prompt) + request.sampling.max_tokens
-            assert total > self.config.max_model_len or total - 1 > len(self.model.cache)
+            own = (self.config.kv_blocks or 0) * self.config.block_size
+            assert total > self.config.max_model_len or total - 1 > own
             return False
         self.live[request.request_id] = request
         self.output[request.request_id] = []
@@ -136,6 +141,25 @@ class Driver:
             self.aborted.add(name)
             self.sched.abort(name)
             self.hear_all()
+
+    def lend(self) -> None:
+        """Lend the next slot's blocks, which hold anything."""
+        self.sched.blocks.lend(self.slot_blocks(self.lent))
+        self.lent += 1
+
+    def take_back(self) -> None:
+        """Take back the last one, as the step loop does: when no batch is on its way."""
+        while self.launched:
+            self.finish(*self.launched.popleft())
+        self.lent -= 1
+        blocks = self.slot_blocks(self.lent)
+        self.sched.take_back(blocks)
+        for position in range(blocks.start * self.config.block_size, blocks.stop * self.config.block_size):
+            self.model.cache[position] = ("a delta", 0)
+
+    def slot_blocks(self, slot: int) -> range:
+        first = (self.config.kv_blocks or 0) + slot * LENT
+        return range(first, first + LENT)
 
     def step(self, *, fails: bool = False) -> None:
         batch = self.sched.schedule()
@@ -278,10 +302,11 @@ def test_everybody_finishes_with_the_output_of_a_request_alone(
     driver.check_end()
 
 
-def test_a_thousand_requests_of_random_lengths_with_random_cancellations_leak_nothing() -> None:
+def test_a_thousand_requests_with_random_cancellations_leak_nothing_while_slots_are_lent_and_taken_back() -> None:
     dice = random.Random(11)
-    config = EngineConfig(max_batch_tokens=96, max_running=24, kv_blocks=60, block_size=8, max_model_len=256)
+    config = EngineConfig(max_batch_tokens=96, max_running=24, kv_blocks=40, slots=4, block_size=8, max_model_len=256)
     driver = Driver(config, ahead=True)
+    taken_back = 0
     for i in range(1000):
         arrival = Arrival(
             step=0,
@@ -299,9 +324,18 @@ def test_a_thousand_requests_of_random_lengths_with_random_cancellations_leak_no
             driver.step(fails=dice.random() < 0.002)
         if dice.random() < 0.3 and driver.live:
             driver.abort(dice.choice(list(driver.live)))
+        if dice.random() < 0.1 and driver.lent < config.slots:
+            driver.lend()
+        elif dice.random() < 0.1 and driver.lent:
+            before = driver.sched.preemptions
+            driver.take_back()
+            taken_back += driver.sched.preemptions - before
     while driver.sched.has_work:
         driver.step()
+    while driver.lent:
+        driver.take_back()
     driver.check_end()
+    assert taken_back > 50
     finished = 1000 - len(driver.aborted | driver.failed)
     assert finished > 500
     assert len(driver.aborted) > 150

@@ -45,6 +45,8 @@ class AttentionBackend(ABC, Generic[PlanT]):
         self.kv_dtype = kv_dtype or dtype
         self.device = device
         self.blocks = 0
+        self.memory = torch.empty((0, self.block_bytes), dtype=torch.uint8, device=device)
+        """``[blocks and all behind them, block_bytes]``."""
         self.layers: list[KVLayer] = []
 
     @property
@@ -52,10 +54,16 @@ class AttentionBackend(ABC, Generic[PlanT]):
         """Memory of one block in all layers."""
         return block_bytes(self.shape, self.kv_dtype)
 
-    def allocate(self, blocks: int) -> None:
-        """A cache of ``blocks`` blocks of zeros, and one more, to which the rows that pad a batch write."""
+    def allocate(self, blocks: int, others: int = 0) -> None:
+        """A cache of ``blocks`` blocks of zeros, ``others`` behind them that may be lent to it, and ``padding``."""
         self.blocks = blocks
-        self.layers = make_layers(self.shape, self.kv_dtype, blocks + 1, self.device)
+        self.memory = self.memory.new_zeros((blocks + others + 1, self.block_bytes))
+        self.layers = make_layers(self.shape, self.kv_dtype, self.memory)
+
+    @property
+    def padding(self) -> int:
+        """The block to which rows write that pad a batch; no sequence has it."""
+        return len(self.memory) - 1
 
     @abstractmethod
     def plan(self, sequences: Sequence[SequenceRows]) -> PlanT:

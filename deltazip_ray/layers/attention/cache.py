@@ -1,9 +1,15 @@
-"""The paged KV cache of all layers, in the model's type or in fp8."""
+"""The paged KV cache of all layers, in the model's type or in fp8.
 
+A block has the keys and values of all layers in one piece, so that it is memory that something else may have.
+"""
+
+import math
 from dataclasses import dataclass
 
 import torch
 
+ALIGNMENT = 256
+"""Bytes; what a block starts at a multiple of."""
 FP8 = torch.float8_e4m3fn
 _FP8_TOP = 448.0
 """The largest number of e4m3."""
@@ -37,10 +43,13 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class KVLayer:
-    """One layer's part of the cache; token ``t`` of block ``b`` is at position ``b * block_size + t``."""
+    """One layer's part of the cache; token ``t`` of block ``b`` is at position ``b * block_size + t``.
+
+    Blocks lie apart, each is contiguous.
+    """
 
     keys: torch.Tensor
-    """``[positions, kv_heads, head_dim]``."""
+    """``[blocks, block_size, kv_heads, head_dim]``."""
     values: torch.Tensor
     """Likewise."""
     scales: torch.Tensor | None
@@ -48,40 +57,52 @@ class KVLayer:
 
     def write(self, where: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store ``k`` and ``v`` ``[tokens, kv_heads, head_dim]`` at positions ``where`` ``[tokens]`` int64."""
+        block, token = self._locate(where)
         for i, (cache, x) in enumerate(((self.keys, k), (self.values, v))):
             if self.scales is None:
-                cache[where] = x
+                cache[block, token] = x
                 continue
             scale = x.float().abs().amax(-1) / _FP8_TOP
             rounded = (x.float() / scale.clamp(min=1e-30)[..., None]).to(FP8)
-            cache.view(torch.uint8)[where] = rounded.view(torch.uint8)
-            size = self.scales.shape[-1]
-            self.scales[where // size, i, :, where % size] = scale
+            cache.view(torch.uint8)[block, token] = rounded.view(torch.uint8)
+            self.scales[block, i, :, token] = scale
 
     def read(self, where: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[..., kv_heads, head_dim]`` at positions ``where`` ``[...]``."""
+        block, token = self._locate(where)
         if self.scales is None:
-            return self.keys[where], self.values[where]
+            return self.keys[block, token], self.values[block, token]
         found = []
         for i, cache in enumerate((self.keys, self.values)):
-            size = self.scales.shape[-1]
-            scale = self.scales[where // size, i, :, where % size]
-            stored = cache.view(torch.uint8)[where].view(FP8)
+            scale = self.scales[block, i, :, token]
+            stored = cache.view(torch.uint8)[block, token].view(FP8)
             found.append((stored.float() * scale[..., None]).to(dtype))
         return found[0], found[1]
 
+    def _locate(self, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        size = self.keys.shape[1]
+        return where // size, where % size
 
-def make_layers(shape: CacheShape, dtype: torch.dtype, blocks: int, device: torch.device) -> list[KVLayer]:
-    """``blocks`` blocks of zeros. ``dtype`` may be float8_e4m3fn."""
-    size = (shape.layers, 2, blocks * shape.block_size, shape.kv_heads, shape.head_dim)
-    numbers = torch.zeros(size, dtype=dtype, device=device)
+
+def make_layers(shape: CacheShape, dtype: torch.dtype, memory: torch.Tensor) -> list[KVLayer]:
+    """Views of ``memory`` ``[blocks, block_bytes]`` uint8. ``dtype`` may be float8_e4m3fn."""
+    each = (shape.layers, 2, shape.block_size, shape.kv_heads, shape.head_dim)
+    size = math.prod(each) * dtype.itemsize
+    numbers = memory[:, :size].view(dtype).unflatten(1, each)
     if dtype != FP8:
-        return [KVLayer(keys, values, None) for keys, values in numbers]
-    scales = torch.zeros((shape.layers, blocks, 2, shape.kv_heads, shape.block_size), device=device)
-    return [KVLayer(keys, values, own) for (keys, values), own in zip(numbers, scales, strict=True)]
+        return [KVLayer(numbers[:, i, 0], numbers[:, i, 1], None) for i in range(shape.layers)]
+    scales = memory[:, size : size + _scale_bytes(shape)].view(torch.float32)
+    scales = scales.unflatten(1, (shape.layers, 2, shape.kv_heads, shape.block_size))
+    return [KVLayer(numbers[:, i, 0], numbers[:, i, 1], scales[:, i]) for i in range(shape.layers)]
 
 
 def block_bytes(shape: CacheShape, dtype: torch.dtype) -> int:
-    """Memory of one block in all layers."""
-    head = shape.head_dim * dtype.itemsize + (torch.float32.itemsize if dtype == FP8 else 0)
-    return 2 * shape.layers * shape.block_size * shape.kv_heads * head
+    """Memory of one block in all layers, a multiple of ALIGNMENT."""
+    heads = 2 * shape.layers * shape.block_size * shape.kv_heads
+    size = heads * shape.head_dim * dtype.itemsize + (_scale_bytes(shape) if dtype == FP8 else 0)
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _scale_bytes(shape: CacheShape) -> int:
+    """Of one block."""
+    return 2 * shape.layers * shape.block_size * shape.kv_heads * torch.float32.itemsize

@@ -76,14 +76,7 @@ class FlashInferBackend(CapturableBackend[FlashInferPlan]):
         super().__init__(shape, dtype, device)
         self._workspace = torch.zeros(_WORKSPACE, dtype=torch.uint8, device=device)
         self._windows = {w: _Window(w, self._workspace) for w in {shape.window(i) for i in range(shape.layers)}}
-        self._pages: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._tables = page_tables([], shape.block_size)
-
-    def allocate(self, blocks: int) -> None:
-        """See :meth:`AttentionBackend.allocate`."""
-        super().allocate(blocks)
-        page = (-1, self.shape.block_size, self.shape.kv_heads, self.shape.head_dim)
-        self._pages = [(layer.keys.view(page), layer.values.view(page)) for layer in self.layers]
 
     def plan(self, sequences: Sequence[SequenceRows]) -> FlashInferPlan:
         """See :meth:`AttentionBackend.plan`."""
@@ -131,7 +124,8 @@ class FlashInferBackend(CapturableBackend[FlashInferPlan]):
 
     def attend(self, layer: int, q: torch.Tensor, plan: FlashInferPlan) -> torch.Tensor:
         """See :meth:`AttentionBackend.attend`."""
-        window, pages = self.shape.window(layer), self._pages[layer]
+        window = self.shape.window(layer)
+        pages = (self.layers[layer].keys, self.layers[layer].values)
         if len(plan.parts) == 1:
             whole: torch.Tensor = plan.parts[0].wrappers[window].run(q, pages)
             return whole.flatten(1)

@@ -124,8 +124,7 @@ class PagedBackend(CapturableBackend[PagedPlan]):
         """See :meth:`AttentionBackend.attend`."""
         shape, kv = self.shape, self.layers[layer]
         window = shape.window(layer)
-        page = (-1, shape.block_size, shape.kv_heads, shape.head_dim)
-        cache = PagedCache(kv.keys.view(page), kv.values.view(page), kv.scales)
+        cache = PagedCache(kv.keys, kv.values, kv.scales)
         scoring = Scoring(shape.factor, shape.softcap, window)
         out = torch.empty_like(q)
         if plan.decodes is not None:

@@ -36,7 +36,7 @@ class Layer:
         self.places = torch.arange(rows, device=DEVICE)
         angles = torch.rand((rows, _HEAD // 2), device=DEVICE)
         self.rotary = RotaryTables(angles.cos(), angles.sin())
-        self.cache = torch.zeros((2, rows, _GROUPS, _HEAD), device=DEVICE, dtype=torch.bfloat16)
+        self.cache = torch.zeros((2, 1, rows, _GROUPS, _HEAD), device=DEVICE, dtype=torch.bfloat16)
 
     def step(self, stream: Tensor, update: Tensor) -> None:
         """``stream`` and ``update`` [T, hidden]; q stands for what attention makes of it."""

@@ -39,7 +39,7 @@ def _store_heads(
 @triton.jit
 def _store_scales(scales, scale_stride, h, top, to, H: tl.constexpr, G: tl.constexpr,
                   PAGE: tl.constexpr):  # fmt: skip
-    """Scales of heads of k and v, with largest magnitudes ``top``, to where row ``to`` has them. Their inverses."""
+    """Scales of heads of k and v, of largest magnitudes ``top``, to where position ``to`` has them. Their inverses."""
     top = tl.maximum(top, 1e-30)
     block = scales + to // PAGE * scale_stride + to % PAGE
     h = tl.where(to >= 0, h, 0)
@@ -51,13 +51,13 @@ def _store_scales(scales, scale_stride, h, top, to, H: tl.constexpr, G: tl.const
 def rope(
     qkv, qkv_stride, positions, cos, sin, where, q, k_cache, k_stride, v_cache, v_stride,
     scales, scale_stride, q_weights, k_weights, which, epsilon,
-    PAGE: tl.constexpr,
+    PAGE: tl.constexpr, SCALED: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Norms and rotates the H + G first heads of a row, writes q to ``q``, k and v to row ``where`` of the caches.
+    """Norms and rotates the H + G first heads of a row, writes q to ``q``, k and v to position ``where`` of the caches.
 
-    With PAGE k and v are scaled to the range of e4m3, and ``scales`` are written.
+    If SCALED, k and v are scaled to the range of e4m3, and ``scales`` are written.
     """
     let_next_start(OVERLAP)
     REST: tl.constexpr = D - 2 * HALF
@@ -91,12 +91,13 @@ def rope(
         if REST:
             rest = _normed(rest, root, q_weights, k_weights, version + 2 * HALF, d, h, d < REST, H, G, KIND)
     q += row * (H * D)
-    k = k_cache + to * k_stride
-    v = v_cache + to * v_stride
+    token = to % PAGE * (G * D)
+    k = k_cache + to // PAGE * k_stride + token
+    v = v_cache + to // PAGE * v_stride + token
     left = tl.where(turned, a * cosine - b * sine, a)
     right = tl.where(turned, b * cosine + a * sine, b)
     inverse = tl.full((BLOCK,), 1.0, tl.float32)
-    if PAGE:
+    if SCALED:
         top = tl.max(tl.maximum(tl.abs(left), tl.abs(right)), axis=1)
         if REST:
             top = tl.maximum(top, tl.max(tl.abs(rest), axis=1))
