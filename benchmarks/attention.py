@@ -22,7 +22,7 @@ from deltazip_ray.layers.attention.backend import AttentionBackend, SequenceRows
 from deltazip_ray.layers.attention.cache import FP8, CacheShape
 from deltazip_ray.layers.attention.paged import PagedBackend
 
-SHAPE = CacheShape(layers=8, block_size=16, heads=32, kv_heads=8, head_dim=128)
+SHAPE = CacheShape(layers=32, block_size=16, heads=32, kv_heads=8, head_dim=128)
 DECODES = ((8, 576), (32, 576), (256, 320), (8, 4096), (1, 2048))
 PREFILLS = ((16, 512), (4, 2048), (1, 8192))
 DTYPE, DEVICE = torch.bfloat16, torch.device("cuda")

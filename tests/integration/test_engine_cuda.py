@@ -11,6 +11,7 @@ from deltazip_ray.artifact.file_store import FileStore
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 from tests.support.engines import RunningEngine, random_prompt, running
 from tests.support.oracle import Oracle
+from tests.support.splits import make_restless
 from tests.support.tiny import make_base, make_finetune
 from tests.support.versions import MemorySource, build_version
 from tests.support.zoo import Zoo
@@ -102,6 +103,18 @@ async def test_versions_come_and_go_under_graphs(wide_zoo: Zoo) -> None:
     async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS | {"slots": 2}) as run:
         assert await all_of(run, wide_zoo, 20, 8) < 0.3
         assert run.engine.stats().evictions > 0
+
+
+@pytest.mark.parametrize("attention", ["flashinfer", "triton"])
+async def test_slots_are_lent_to_the_cache_and_come_back(
+    wide_zoo: Zoo, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lent = make_restless(monkeypatch)
+    settings = SETTINGS | {"slots": 3, "slots_min": 1, "kv_blocks": 48, "attention": attention}
+    async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **settings) as run:
+        assert await all_of(run, wide_zoo, 60, 24) < 0.3
+        await run.engine.check()
+    assert len(lent) > 1
 
 
 async def test_cancelled_requests_leak_nothing(wide_zoo: Zoo) -> None:

@@ -30,7 +30,7 @@ from tests.support.zoo import Zoo
 async def test_a_warmed_engine_reports_its_start_and_answers_as_any(zoo: Zoo) -> None:
     prompt = random_prompt(0, 12)
     async with running(zoo.base, MemorySource(*zoo.versions), warm_up=True) as run:
-        stages = ("digest", "attention", "base", "slots", "KV cache", "warm-up", "graphs", "codecs")
+        stages = ("digest", "attention", "base", "slots and KV cache", "warm-up", "graphs", "codecs")
         assert all(run.metric("start_seconds", stage=stage) > 0 for stage in stages)
         assert run.engine.stats().kv_blocks_free == SETTINGS["kv_blocks"]
         assert run.metric("step_seconds_count") == 0, "nobody asked for those steps"
