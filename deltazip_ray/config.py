@@ -113,6 +113,12 @@ class EngineConfig(Settings):
         None, description="prepare a step while the device runs the one before; only on cuda when absent"
     )
 
+    @model_validator(mode="after")
+    def _slots_that_stay(self) -> Self:
+        if self.slots_min is not None and self.slots_min > self.slots:
+            raise ValueError(f"slots_min is {self.slots_min}, but there are {self.slots} slots")
+        return self
+
 
 class BreakerConfig(Settings):
     """When a version that fails again and again is answered without another try."""

@@ -110,7 +110,7 @@ class BlockManager:
 
     def are_free(self, blocks: range) -> bool:
         """Whether nobody holds any of them. Any thread may ask."""
-        return not any(self._holders[block] for block in blocks)
+        return not any(self._holders[blocks.start : blocks.stop])
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Raise EngineError unless ``tables`` are all that hold blocks, and each block is free or held.

@@ -1,5 +1,7 @@
 """Splits of memory that move all the time."""
 
+from typing import Any
+
 import pytest
 
 from deltazip_ray.engine import split
@@ -14,8 +16,8 @@ def make_restless(monkeypatch: pytest.MonkeyPatch) -> list[range]:
     lend = StepLoop.lend
 
     def lend_rubbish(loop: StepLoop, blocks: range) -> None:
-        attention = loop._runner.attention  # type: ignore[attr-defined]
-        attention.memory[blocks.start : blocks.stop] = 255
+        runner: Any = loop._runner
+        runner.attention.memory[blocks.start : blocks.stop] = 255
         lent.append(blocks)
         lend(loop, blocks)
 

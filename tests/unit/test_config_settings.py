@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from deltazip_ray.config import AppConfig, StoreConfig
+from deltazip_ray.config import AppConfig, EngineConfig, StoreConfig
 
 
 def test_config_minimal_has_usable_defaults() -> None:
@@ -36,6 +36,11 @@ def test_a_replica_on_cuda_gets_a_gpu_or_the_share_it_asks_for() -> None:
     assert AppConfig.model_validate(CUDA).resources == {"CPU": 1.0, "GPU": 1.0}
     assert AppConfig.model_validate(CUDA | {"replica_resources": {"GPU": 0.5}}).resources == {"GPU": 0.5}
     assert "GPU" not in AppConfig.model_validate(CUDA | {"engine": {}}).resources
+
+
+def test_more_slots_that_stay_than_there_are_is_refused() -> None:
+    with pytest.raises(ValidationError, match="slots_min is 3, but there are 2 slots"):
+        EngineConfig(slots=2, slots_min=3)
 
 
 def test_cuda_without_a_gpu_is_refused() -> None:

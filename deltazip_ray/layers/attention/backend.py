@@ -46,7 +46,7 @@ class AttentionBackend(ABC, Generic[PlanT]):
         self.device = device
         self.blocks = 0
         self.memory = torch.empty((0, self.block_bytes), dtype=torch.uint8, device=device)
-        """``[blocks and all behind them, block_bytes]``."""
+        """``[blocks + others + 1, block_bytes]``, see :meth:`allocate`."""
         self.layers: list[KVLayer] = []
 
     @property
@@ -55,7 +55,7 @@ class AttentionBackend(ABC, Generic[PlanT]):
         return block_bytes(self.shape, self.kv_dtype)
 
     def allocate(self, blocks: int, others: int = 0) -> None:
-        """A cache of ``blocks`` blocks of zeros, ``others`` behind them that may be lent to it, and ``padding``."""
+        """A cache of ``blocks`` blocks of zeros; behind them ``others`` that may be lent to it, and ``padding``."""
         self.blocks = blocks
         self.memory = self.memory.new_zeros((blocks + others + 1, self.block_bytes))
         self.layers = make_layers(self.shape, self.kv_dtype, self.memory)
