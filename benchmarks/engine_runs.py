@@ -1,0 +1,106 @@
+"""Runs of an engine that are measured. See ``benchmarks.engine`` for what the figures mean."""
+
+import asyncio
+import random
+import statistics
+import time
+from typing import Any
+
+import psutil
+from prometheus_client import CollectorRegistry
+
+from deltazip_ray.engine.async_engine import AsyncEngine
+from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
+
+LONG, SHORT = 136, 8
+GROWTH_PROMPT, GROWTH_OUTPUT = 256, 80
+
+
+def jobs(
+    engine: AsyncEngine, requests: int, prompt: int, output: int, versions: int, seed: int
+) -> list[GenerateRequest]:
+    """Random greedy requests of versions in turn; of the base when there are none."""
+    rng = random.Random(seed)
+    sampling = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
+    names: list[str | None] = [f"{i:064x}" for i in range(versions)]
+    names = names or [None]
+    return [
+        GenerateRequest(str(i), names[i % len(names)], tuple(rng.choices(range(engine.vocab_size), k=prompt)), sampling)
+        for i in range(requests)
+    ]
+
+
+async def batch(engine: AsyncEngine, requests: int, prompt: int, output: int, versions: int, seed: int) -> float:
+    """Seconds until all of ``requests`` random requests are done."""
+    wanted = jobs(engine, requests, prompt, output, versions, seed)
+
+    async def one(request: GenerateRequest) -> int:
+        return sum([len(chunk.tokens) async for chunk in engine.generate(request)])
+
+    began = time.perf_counter()
+    counts = await asyncio.gather(*map(one, wanted))
+    elapsed = time.perf_counter() - began
+    if set(counts) != {output}:
+        raise SystemExit(f"requests ended early: {sorted(set(counts))} tokens instead of {output}")
+    return elapsed
+
+
+async def step(engine: AsyncEngine, requests: int, versions: int, runs: int) -> dict[str, Any]:
+    """Milliseconds of a decode step, by the difference of long and short runs."""
+    samples = []
+    await batch(engine, requests, 512, SHORT, versions, 0)
+    for seed in range(1, runs + 1):
+        long = await batch(engine, requests, 512, LONG, versions, 2 * seed)
+        short = await batch(engine, requests, 512, SHORT, versions, 2 * seed + 1)
+        samples.append(1e3 * (long - short) / (LONG - SHORT))
+    return {"requests": requests, "ms": statistics.median(samples), "samples": samples}
+
+
+async def decodes(engine: AsyncEngine, registry: CollectorRegistry, requests: int, versions: int) -> dict[str, Any]:
+    """Milliseconds of the steps in which all of ``requests`` decode: the mean of one run, by the engine's own clock."""
+    marks: list[tuple[float, int]] = []
+    begun = 0
+
+    async def one(request: GenerateRequest) -> None:
+        nonlocal begun
+        chunks = engine.generate(request)
+        await anext(chunks)
+        begun += 1
+        if begun == requests:
+            marks.append(steps(registry))
+        async for chunk in chunks:
+            if chunk.finish_reason is not None and len(marks) == 1:
+                marks.append(steps(registry))
+
+    await asyncio.gather(*map(one, jobs(engine, requests, GROWTH_PROMPT, GROWTH_OUTPUT, versions, requests)))
+    (since, before), (until, after) = marks
+    return {"requests": requests, "ms": 1e3 * (until - since) / (after - before), "steps": after - before}
+
+
+async def saturated(engine: AsyncEngine, registry: CollectorRegistry, versions: int, runs: int) -> dict[str, Any]:
+    """Output tokens a second; and the CPU time that threads took for each step meanwhile."""
+    await batch(engine, 512, 256, 4, versions, 99)
+    spent_before, (_, before) = thread_seconds(), steps(registry)
+    samples = [512 * 128 / await batch(engine, 512, 256, 128, versions, 100 + seed) for seed in range(runs)]
+    count = steps(registry)[1] - before
+    spent = sorted((after - spent_before.get(thread, 0.0) for thread, after in thread_seconds().items()), reverse=True)
+    host = [1e3 * seconds / count for seconds in spent[:3]]
+    return {"tokens_per_s": statistics.median(samples), "samples": samples, "host_ms_per_step": host, "steps": count}
+
+
+async def prompts(engine: AsyncEngine, versions: int, runs: int) -> dict[str, Any]:
+    """Prompt tokens a second of 64 requests of 512, and milliseconds to the token of one request of 64."""
+    samples = [64 * 512 / await batch(engine, 64, 512, 1, versions, 300 + seed) for seed in range(runs + 1)][1:]
+    first = [1e3 * await batch(engine, 1, 64, 1, versions, 400 + seed) for seed in range(2 * runs + 1)][1:]
+    return {"tokens_per_s": statistics.median(samples), "samples": samples, "first_ms": statistics.median(first)}
+
+
+def thread_seconds() -> dict[int, float]:
+    """CPU seconds of each thread so far."""
+    return {thread.id: thread.user_time + thread.system_time for thread in psutil.Process().threads()}
+
+
+def steps(registry: CollectorRegistry) -> tuple[float, int]:
+    """Seconds and number of all steps so far."""
+    seconds, count = (registry.get_sample_value(f"deltazip_engine_step_seconds_{what}") for what in ("sum", "count"))
+    return seconds or 0.0, int(count or 0)
