@@ -73,12 +73,12 @@ class LayerOps:
         weight, bias = weights[rows.index].float(), biases[rows.index].float()
         return Activations((normed * weight + bias).to(x.dtype))
 
-    def silu_mul(self, gate_up: torch.Tensor) -> Activations:
+    def silu_mul(self, gate_up: torch.Tensor, rows: Rows) -> Activations:
         """``silu(gate) * up`` of ``[rows, 2 K]``."""
         gate, up = gate_up.chunk(2, dim=-1)
         return Activations(F.silu(gate) * up)
 
-    def gelu_mul(self, gate_up: torch.Tensor) -> Activations:
+    def gelu_mul(self, gate_up: torch.Tensor, rows: Rows) -> Activations:
         """The same with the tanh approximation of gelu."""
         gate, up = gate_up.chunk(2, dim=-1)
         return Activations(F.gelu(gate, approximate="tanh") * up)

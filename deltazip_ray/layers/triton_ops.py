@@ -146,7 +146,7 @@ class TritonOps(LayerOps):
         if not isinstance(stack, TritonStack):
             raise TypeError("TritonOps multiply with the stacks that they made")
         if isinstance(weight, Fp8Matrix) and x.rounded is None:
-            x = Activations(x.values, quantize_rows(x.values, fp8=True))
+            x = Activations(x.values, quantize_rows(x.values, fp8=True, int8=bool(rows.work)))
         y = torch.empty((len(x.values), weight.shape[0]), dtype=x.values.dtype, device=x.values.device)
         start = 0
         for span in (*rows.merged, Span(-1, len(y), len(y))):
@@ -181,7 +181,8 @@ class TritonOps(LayerOps):
     ) -> Activations:
         """See :meth:`LayerOps.rms_norm`."""
         first, residual = (x, None) if update is None else (update, x)
-        return Activations(*rms_norm_quantize(first, weights, rows.index, eps, residual, offset=offset, fp8=self.fp8))
+        kinds = self._kinds(rows)
+        return Activations(*rms_norm_quantize(first, weights, rows.index, eps, residual, offset=offset, **kinds))
 
     def layer_norm(
         self,
@@ -194,15 +195,20 @@ class TritonOps(LayerOps):
     ) -> Activations:
         """See :meth:`LayerOps.layer_norm`."""
         first, residual = (x, None) if update is None else (update, x)
-        return Activations(*layer_norm_quantize(first, weights, biases, rows.index, eps, residual, fp8=self.fp8))
+        kinds = self._kinds(rows)
+        return Activations(*layer_norm_quantize(first, weights, biases, rows.index, eps, residual, **kinds))
 
-    def silu_mul(self, gate_up: torch.Tensor) -> Activations:
+    def silu_mul(self, gate_up: torch.Tensor, rows: Rows) -> Activations:
         """See :meth:`LayerOps.silu_mul`."""
-        return Activations(*silu_mul_quantize(gate_up, fp8=self.fp8))
+        return Activations(*silu_mul_quantize(gate_up, **self._kinds(rows)))
 
-    def gelu_mul(self, gate_up: torch.Tensor) -> Activations:
+    def gelu_mul(self, gate_up: torch.Tensor, rows: Rows) -> Activations:
         """See :meth:`LayerOps.gelu_mul`."""
-        return Activations(*gelu_mul_quantize(gate_up, fp8=self.fp8))
+        return Activations(*gelu_mul_quantize(gate_up, **self._kinds(rows)))
+
+    def _kinds(self, rows: Rows) -> dict[str, bool]:
+        """What activations are rounded to besides: int8 where deltas are multiplied."""
+        return {"fp8": self.fp8, "int8": bool(rows.work)}
 
     def rotate(
         self,

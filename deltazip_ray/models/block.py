@@ -66,7 +66,7 @@ class GatedMLP:
 
     def __call__(self, x: Activations, step: StepContext) -> torch.Tensor:
         """``[rows, hidden]`` to ``[rows, hidden]``."""
-        return self.down(self.activate(self.gate_up(x, step.rows)), step.rows)
+        return self.down(self.activate(self.gate_up(x, step.rows), step.rows), step.rows)
 
 
 class LlamaBlock:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deltazip_kernels.device.quantize import gated, norm, quantize
-from deltazip_kernels.fp8 import FP8, Fp8Matrix
+from deltazip_kernels.fp8 import Fp8Matrix, empty_fp8
 from deltazip_kernels.launch import launch, overlap, power_of_2
 from deltazip_kernels.layout import GROUP
 
@@ -22,6 +22,8 @@ MAX_COLUMNS = 256 * GROUP
 class QuantizedRows:
     """``values`` [T, padded K] int8 in position order, ``scales`` [T] float32: ``x = values * scale``.
 
+    Both have no rows where the launch was told to leave int8 out.
+
     The rounding moves a value by at most 1/254 of the largest magnitude of its row.
     """
 
@@ -32,25 +34,25 @@ class QuantizedRows:
     """The same rows in fp8, where the launch that made these was asked for them."""
 
 
-def quantize_rows(x: Tensor, *, fp8: bool = False) -> QuantizedRows:
+def quantize_rows(x: Tensor, *, fp8: bool = False, int8: bool = True) -> QuantizedRows:
     """Quantize ``x`` [T, K] to int8, one scale a row (symmetric, round half up). ValueError beyond MAX_COLUMNS.
 
-    With ``fp8``, here and below, to e4m3 too.
+    With ``fp8``, here and below, to e4m3 too; without ``int8`` not to that.
     """
-    rows, arguments, options = _empty(x, x.shape[1], fp8)
+    rows, arguments, options = _empty(x, x.shape[1], fp8=fp8, int8=int8)
     if len(x):
         launch(quantize, (len(x),), x, x.stride(0), *arguments, **options)
     return rows
 
 
-def silu_mul_quantize(gate_up: Tensor, *, fp8: bool = False) -> tuple[Tensor, QuantizedRows]:
+def silu_mul_quantize(gate_up: Tensor, *, fp8: bool = False, int8: bool = True) -> tuple[Tensor, QuantizedRows]:
     """``silu(gate) * up`` of ``gate_up`` [T, 2 K], in its type [T, K] and quantized."""
-    return _gated(gate_up, gelu=False, fp8=fp8)
+    return _gated(gate_up, gelu=False, fp8=fp8, int8=int8)
 
 
-def gelu_mul_quantize(gate_up: Tensor, *, fp8: bool = False) -> tuple[Tensor, QuantizedRows]:
+def gelu_mul_quantize(gate_up: Tensor, *, fp8: bool = False, int8: bool = True) -> tuple[Tensor, QuantizedRows]:
     """The same with the tanh approximation of gelu (Gemma)."""
-    return _gated(gate_up, gelu=True, fp8=fp8)
+    return _gated(gate_up, gelu=True, fp8=fp8, int8=int8)
 
 
 def rms_norm_quantize(
@@ -62,13 +64,14 @@ def rms_norm_quantize(
     *,
     offset: bool = False,
     fp8: bool = False,
+    int8: bool = True,
 ) -> tuple[Tensor, QuantizedRows]:
     """Llama's RMS norm of ``x`` [T, K] with row ``t`` scaled by ``weights[which[t]]``, in its type and quantized.
 
     ``weights`` is [versions, K], ``which`` [T] int32: every row has the norm of its version. With ``residual`` [T, K],
     ``x`` is first added to it in place and the sum is normed. With ``offset`` it is Gemma's: scaled by ``1 + weights``.
     """
-    return _norm(x, weights, None, which, epsilon, residual, offset=offset, fp8=fp8)
+    return _norm(x, weights, None, which, epsilon, residual, offset=offset, fp8=fp8, int8=int8)
 
 
 def layer_norm_quantize(
@@ -80,14 +83,15 @@ def layer_norm_quantize(
     residual: Tensor | None = None,
     *,
     fp8: bool = False,
+    int8: bool = True,
 ) -> tuple[Tensor, QuantizedRows]:
     """The layer norm likewise, with ``biases`` [versions, K] (GPT-NeoX)."""
-    return _norm(x, weights, biases, which, epsilon, residual, offset=False, fp8=fp8)
+    return _norm(x, weights, biases, which, epsilon, residual, offset=False, fp8=fp8, int8=int8)
 
 
-def _gated(gate_up: Tensor, *, gelu: bool, fp8: bool) -> tuple[Tensor, QuantizedRows]:
+def _gated(gate_up: Tensor, *, gelu: bool, fp8: bool, int8: bool) -> tuple[Tensor, QuantizedRows]:
     columns = gate_up.shape[1] // 2
-    rows, arguments, options = _empty(gate_up, columns, fp8)
+    rows, arguments, options = _empty(gate_up, columns, fp8=fp8, int8=int8)
     out = torch.empty((len(gate_up), columns), dtype=gate_up.dtype, device=gate_up.device)
     if len(out):
         gated[(len(out),)](gate_up, gate_up.stride(0), out, *arguments, GELU=gelu, **options)
@@ -104,8 +108,9 @@ def _norm(
     *,
     offset: bool,
     fp8: bool,
+    int8: bool,
 ) -> tuple[Tensor, QuantizedRows]:
-    rows, arguments, options = _empty(x, x.shape[1], fp8)
+    rows, arguments, options = _empty(x, x.shape[1], fp8=fp8, int8=int8)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if len(x):
         sums = x if residual is None else residual
@@ -128,19 +133,20 @@ def _norm(
     return out, rows
 
 
-def _empty(x: Tensor, columns: int, fp8: bool) -> tuple[QuantizedRows, tuple[Tensor | int, ...], dict[str, Any]]:
+def _empty(
+    x: Tensor, columns: int, *, fp8: bool, int8: bool
+) -> tuple[QuantizedRows, tuple[Tensor | int, ...], dict[str, Any]]:
     """Room for the rows of ``x``, as arguments of a kernel too, and how to launch one program a row."""
     if columns > MAX_COLUMNS:
         raise ValueError(f"rows of {columns} columns are too long: at most {MAX_COLUMNS}")
     groups = -(-columns // GROUP)
-    values = torch.empty((len(x), groups * GROUP), dtype=torch.int8, device=x.device)
-    scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    other = None
-    if fp8:
-        other = Fp8Matrix(torch.empty((len(x), columns), dtype=FP8, device=x.device), torch.empty_like(scales))
+    count = len(x) if int8 else 0
+    values = torch.empty((count, groups * GROUP), dtype=torch.int8, device=x.device)
+    scales = torch.empty(count, dtype=torch.float32, device=x.device)
+    other = empty_fp8(len(x), columns, x.device) if fp8 else None
     step = power_of_2(groups)
     warps = next(warps for warps, most in ((4, 8), (8, 32), (16, 128), (32, 256)) if step <= most)
     options = {"GROUPS": groups, "STEP": step, "FP8": fp8, "num_warps": warps}
     fp8_arguments = (other.values, other.scales) if other else (scales, scales)
     rows = QuantizedRows(values, scales, columns, other)
-    return rows, (values, scales, *fp8_arguments, columns), options | overlap(x.device)
+    return rows, (int(int8), values, scales, *fp8_arguments, columns), options | overlap(x.device)

@@ -1,8 +1,9 @@
 """The kernels behind ``deltazip_kernels.quantize``.
 
-A program holds one row in registers: GROUPS groups of 128 columns, padded to STEP, a power of two. With FP8 it writes
-the row in e4m3 too, for a base in fp8. Norms and activations let the next launch start with them: a GEMM uses the time
-to fetch weights. They read norm weights and ``which`` before they wait: these must be older than the launch ahead.
+A program holds one row in registers: GROUPS groups of 128 columns, padded to STEP, a power of two. It writes the row in
+int8 where ``int8`` is 1, for deltas, and with FP8 in e4m3, for a base in fp8. Norms and activations let the next launch
+start with them: a GEMM uses the time to fetch weights. They read norm weights and ``which`` before they wait: these
+must be older than the launch ahead.
 """
 
 import triton
@@ -23,28 +24,30 @@ def _columns(STEP: tl.constexpr):
 
 @triton.jit
 def _store_rounded(
-    values, scales, fp8, fp8_scales, v, K, GROUPS: tl.constexpr, STEP: tl.constexpr, FP8: tl.constexpr
+    int8, values, scales, fp8, fp8_scales, v, K, GROUPS: tl.constexpr, STEP: tl.constexpr, FP8: tl.constexpr
 ):  # fmt: skip
     """Row ``v`` [STEP, 128], zero beyond its columns, to int8 in position order, and to e4m3 as it is; with scales."""
     row = tl.program_id(0).to(tl.int64)
+    position = _columns(STEP)
     top = tl.max(tl.reshape(tl.abs(v), (STEP * 128,)), axis=0)
     live = top > SMALLEST
-    inverse = tl.where(live, 127.0 / tl.where(live, top, 1.0), 0.0)
-    tl.store(scales + row, tl.where(live, top / 127.0, 0.0))
-    q = tl.reshape(tl.floor(v * inverse + 0.5).to(tl.int8), (STEP, 32, 4))
-    q = tl.reshape(tl.permute(q, (0, 2, 1)), (STEP, 128))
-    position = _columns(STEP)
-    tl.store(values + row * (GROUPS * 128) + position, q, mask=position < GROUPS * 128)
+    if int8:
+        inverse = tl.where(live, 127.0 / tl.where(live, top, 1.0), 0.0)
+        tl.store(scales + row, tl.where(live, top / 127.0, 0.0))
+        q = tl.reshape(tl.floor(v * inverse + 0.5).to(tl.int8), (STEP, 32, 4))
+        q = tl.reshape(tl.permute(q, (0, 2, 1)), (STEP, 128))
+        tl.store(values + row * (GROUPS * 128) + position, q, mask=position < GROUPS * 128)
     if FP8:
         inverse = tl.where(live, FP8_MAX / tl.where(live, top, 1.0), 0.0)
         tl.store(fp8_scales + row, tl.where(live, top / FP8_MAX, 0.0))
         tl.store(fp8 + row * K + position, (v * inverse).to(tl.float8e4nv), mask=position < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["int8"])
 def quantize(
     x,
     x_stride,
+    int8,
     values,
     scales,
     fp8,
@@ -59,14 +62,15 @@ def quantize(
     wait(OVERLAP)
     column = _columns(STEP)
     v = tl.load(x + tl.program_id(0).to(tl.int64) * x_stride + column, mask=column < K, other=0.0)
-    _store_rounded(values, scales, fp8, fp8_scales, v.to(tl.float32), K, GROUPS, STEP, FP8)
+    _store_rounded(int8, values, scales, fp8, fp8_scales, v.to(tl.float32), K, GROUPS, STEP, FP8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["int8"])
 def gated(
     x,
     x_stride,
     out,
+    int8,
     values,
     scales,
     fp8,
@@ -97,7 +101,7 @@ def gated(
     gate = (gate / (1.0 + tl.exp(tl.minimum(-slope, 80.0)))).to(x.dtype.element_ty).to(tl.float32)
     product = (gate * up).to(x.dtype.element_ty)
     tl.store(out + row * K + column, product, mask=inside)
-    _store_rounded(values, scales, fp8, fp8_scales, product.to(tl.float32), K, GROUPS, STEP, FP8)
+    _store_rounded(int8, values, scales, fp8, fp8_scales, product.to(tl.float32), K, GROUPS, STEP, FP8)
 
 
 @triton.jit
@@ -105,7 +109,7 @@ def _mean(v, K, STEP: tl.constexpr):
     return tl.sum(tl.reshape(v, (STEP * 128,)), axis=0) / K
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["int8"])
 def norm(
     x,
     x_stride,
@@ -116,6 +120,7 @@ def norm(
     which,
     epsilon,
     out,
+    int8,
     values,
     scales,
     fp8,
@@ -159,4 +164,4 @@ def norm(
         normed = normed.to(kind).to(tl.float32) * w
     normed = normed.to(kind)
     tl.store(out + row * K + column, normed, mask=inside)
-    _store_rounded(values, scales, fp8, fp8_scales, normed.to(tl.float32), K, GROUPS, STEP, FP8)
+    _store_rounded(int8, values, scales, fp8, fp8_scales, normed.to(tl.float32), K, GROUPS, STEP, FP8)
