@@ -73,4 +73,5 @@ class CodecWarmUp:
         }
         with torch.inference_mode(), compiling(_THREADS):
             for (shapes, _, codecs, rank), stack in distinct.items():
-                launch_all(stack, codecs, rank, self._targets[stack].base, looked_up=shapes[0][0] == self._vocab_size)
+                looked_up = len(shapes) == 1 and shapes[0][0] == self._vocab_size
+                launch_all(stack, codecs, rank, self._targets[stack].base, looked_up=looked_up)
