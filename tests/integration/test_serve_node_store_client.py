@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from deltazip_deployments.node_store.actor import NodeStore
 from deltazip_deployments.node_store.arena import Arena
@@ -28,6 +28,7 @@ class Handle:
     def __init__(self, store: NodeStore) -> None:
         self.store = store
         self.alive = True
+        self.lost_calls = 0
 
     def __getattr__(self, method: str) -> Any:
         class Method:
@@ -40,6 +41,9 @@ class Handle:
     async def _call(self, method: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         if not self.alive:
             raise ActorDiedError
+        if self.lost_calls:
+            self.lost_calls -= 1
+            raise ActorUnavailableError("a network between", None)
         return await method(*args)
 
 
@@ -112,6 +116,17 @@ async def test_a_store_that_died_is_replaced_and_its_memory_stays(
     await client.release(versions[1])
     assert await client.heartbeat("") == {versions[1]}
     assert await host.lives[1].store.drop_silent() == 0.0
+
+
+async def test_a_store_that_was_out_of_reach_keeps_its_memory_and_takes_its_holds_back(
+    client: NodeStoreClient, host: Host, versions: list[str]
+) -> None:
+    delta = await client.acquire(versions[0])
+    host.lives[0].lost_calls = 1
+    assert await client.heartbeat("") == {versions[0]}
+    assert (await client.connect()) is delta.memory, "another mapping would have to be page-locked again"
+    await client.release(versions[0])
+    assert 'state="held"} 0.0' in (await host.lives[0].store.report()).store
 
 
 async def test_of_two_lives_the_living_ones_hold_is_kept_to_the_end(

@@ -7,8 +7,9 @@ with the last process that maps it, however that process ends, and no file is le
 import mmap
 import os
 import tempfile
+import uuid
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltazip_ray.errors import ConfigError, StoreUnavailable
@@ -21,6 +22,8 @@ class ArenaRef:
     pid: int
     fd: int
     size: int
+    life: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Tells this arena from all others, for the other numbers come again."""
 
 
 class Arena:

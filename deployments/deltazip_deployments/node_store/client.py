@@ -30,6 +30,7 @@ class _Link:
     """One life of the node store: its actor and its memory."""
 
     actor: Any
+    ref: ArenaRef
     arena: HostMemory
 
 
@@ -44,6 +45,8 @@ class NodeStoreClient:
         self._replica = replica
         self._find = find
         self._link: _Link | None = None
+        self._last: _Link | None = None
+        """What ``_link`` was before it was lost: a store that was only out of reach still has our holds."""
         self._connecting = asyncio.Lock()
         self._held: defaultdict[str, list[_Link]] = defaultdict(list)
         self._on_host: frozenset[str] = frozenset()
@@ -160,7 +163,9 @@ class NodeStoreClient:
             if self._link is None:
                 actor = await asyncio.to_thread(self._find)
                 ref: ArenaRef = await actor.arena.remote()
-                self._link = _Link(actor, HostMemory(map_arena(ref)))
+                if self._last is None or self._last.ref != ref:
+                    self._last = _Link(actor, ref, HostMemory(map_arena(ref)))
+                self._link = self._last
             return self._link
 
 
