@@ -1,6 +1,7 @@
 """Text out of tokens: nothing lost, no character split, stop strings never shown."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -62,8 +63,32 @@ def test_a_leading_space_depends_on_what_came_before() -> None:
     assert Detokenizer(BYTE_FALLBACK, [the]).feed([the]) == " the"
 
 
-def test_special_tokens_are_not_text() -> None:
-    detokenizer = Detokenizer(BYTE_FALLBACK, [1])
+class Counted:
+    """A tokenizer, and how many tokens it was asked to decode."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.tokens = 0
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        self.tokens += len(ids)
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+@pytest.mark.parametrize("token", [1, BYTE_FALLBACK.token_to_id("<0xE2>")], ids=["special", "half a character"])
+def test_an_endless_output_without_text_costs_no_more_a_token_than_a_short_one(token: int) -> None:
+    counted: Any = Counted(BYTE_FALLBACK)
+    detokenizer = Detokenizer(counted, (), special={1})
+    for _ in range(3000):
+        detokenizer.feed([token])
+    assert counted.tokens < 3000 * 500
+    the = BYTE_FALLBACK.token_to_id("▁the")
+    assert (detokenizer.feed([the]) + detokenizer.finish()).endswith("the")
+
+
+@pytest.mark.parametrize("known", [frozenset[int](), frozenset({1})])
+def test_special_tokens_are_not_text(known: frozenset[int]) -> None:
+    detokenizer = Detokenizer(BYTE_FALLBACK, [1], known)
     assert detokenizer.feed([BYTE_FALLBACK.token_to_id("he"), 1, BYTE_FALLBACK.token_to_id("llo")]) == "hello"
 
 

@@ -4,27 +4,31 @@
 repeats the prompt when that ends inside a character: a model may emit anything, so neither may break a stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from tokenizers import Tokenizer
 
 _CONTEXT = 6  # prompt tokens that decide how the first output token reads: a leading space, a pending byte
 _INCOMPLETE = "\ufffd"  # what the decoder writes for bytes that are not a character (yet)
+_MOST_HELD = 128  # tokens that make no character: more are none, and decoding ever more of them again takes seconds
 
 
 class Detokenizer:
     """Turns output tokens into text; text never changes once it is out, and no character is split."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], special: Set[int] = frozenset()) -> None:
+        """``special`` tokens, which are no text, need not be decoded again and again until there is some."""
         self._tokenizer = tokenizer
+        self._special = special
         self._ids = list(prompt[-_CONTEXT:])
         self._read = len(self._ids)
 
     def feed(self, tokens: Sequence[int]) -> str:
         """The text that ``tokens`` add; empty while a character is incomplete."""
-        self._ids.extend(tokens)
+        self._ids.extend(token for token in tokens if token not in self._special)
         before, after = self._texts()
-        if after.endswith(_INCOMPLETE) or len(after) <= len(before):
+        incomplete = after.endswith(_INCOMPLETE) or len(after) <= len(before)
+        if incomplete and len(self._ids) - self._read <= _MOST_HELD:
             return ""
         self._ids = self._ids[self._read :]
         self._read = len(self._ids)

@@ -35,6 +35,8 @@ class VersionText:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._token_texts: dict[int, str] = {}
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(token for token, one in added.items() if one.special)
         self._longest = max((len(token) for token in self._tokenizer.get_vocab()), default=0)
         self.end_token_ids = _end_tokens(generation.get("eos_token_id"), tokenizer.eos_token_id)
         self.defaults = _defaults(generation)
@@ -85,7 +87,7 @@ class VersionText:
 
     def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
         """A decoder for the tokens that follow ``prompt``."""
-        return Detokenizer(self._tokenizer, prompt)
+        return Detokenizer(self._tokenizer, prompt, self._special)
 
 
 def load_version_text(files: Mapping[str, bytes]) -> VersionText:
