@@ -3,12 +3,13 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import ClientDisconnect
 
 from deltazip_ray.config import AppConfig, EngineConfig, RouterConfig, StoreConfig
 from deltazip_ray.errors import BlobCorrupt, LoadTimeout, Overloaded
@@ -328,6 +329,31 @@ async def test_a_client_that_leaves_cancels_the_work(config: AppConfig, fields: 
         await until(lambda: app.backend.engine.stats().running == fields.get("n", 1))
         call.cancel()
         await asyncio.wait({call})
+        assert app.backend.engine.stats().running == 0
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_client_that_is_found_gone_while_an_event_is_written(config: AppConfig, n: int) -> None:
+    async with router_app(config, Script(step_s=0.02), Path(config.base)) as app:
+        asked = {"model": "tiny", "prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True, "n": n}
+        request = httpx.Request("POST", "http://router/v1/completions", json=asked)
+        scope = {"type": "http", "asgi": {"spec_version": "2.4"}, "method": "POST", "path": request.url.path}
+        scope |= {"headers": request.headers.raw, "query_string": b""}
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": request.content}
+
+        events = 0
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            nonlocal events
+            events += 1
+            if events == 10:
+                await asyncio.sleep(0.01)
+                raise OSError("the client is gone")
+
+        with pytest.raises(ClientDisconnect):
+            await app.api(scope, receive, send)
         assert app.backend.engine.stats().running == 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import httpx
+from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from deltazip_deployments.replica import Engine
@@ -95,6 +96,7 @@ class LocalBackend:
 class RouterApp:
     """A running API and what is behind it."""
 
+    api: FastAPI
     client: httpx.AsyncClient
     service: RouterService
     backend: LocalBackend
@@ -124,7 +126,7 @@ async def router_app(
             if service.health().status != "starting":
                 break
             await asyncio.sleep(0.01)
-        yield RouterApp(client, service, backend)
+        yield RouterApp(api, client, service, backend)
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

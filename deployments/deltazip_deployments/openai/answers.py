@@ -3,7 +3,8 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ class Answer:
         answer = {"object": self._form.whole, **self._head, "choices": choices, "usage": self._usage()}
         return answer if self._form.prompt_in_choices else answer | prompt
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events; an error in the middle becomes the last event, without ``[DONE]``."""
         # The head of a piece never changes: writing only the text anew costs a tenth of a whole document.
         heads = [self._event(self._choice(i, self._form.delta("\0"))) for i in range(self._asked.choices)]
@@ -94,15 +95,16 @@ class Answer:
                 delta = self._form.delta(self._asked.echo)
                 yield _sse(self._event(self._choice(index, delta, None, self._logprobs(echoed, 0))))
         try:
-            async for index, piece in self._choices.pieces():
-                if piece.logprobs:
-                    logprobs = self._logprobs(piece.logprobs, offsets[index])
-                    yield _sse(self._event(self._choice(index, self._form.delta(piece.text), None, logprobs)))
-                    offsets[index] += sum(len(self._asked.text.token_text(token)) for token, _ in piece.logprobs)
-                elif piece.text:
-                    yield f"data: {frames[index][0]}{json.dumps(piece.text)}{frames[index][1]}\n\n".encode()
-                if piece.finish_reason is not None:
-                    yield _sse(self._event(self._choice(index, self._form.closing, piece.finish_reason)))
+            async with aclosing(self._choices.pieces()) as pieces:
+                async for index, piece in pieces:
+                    if piece.logprobs:
+                        logprobs = self._logprobs(piece.logprobs, offsets[index])
+                        yield _sse(self._event(self._choice(index, self._form.delta(piece.text), None, logprobs)))
+                        offsets[index] += sum(len(self._asked.text.token_text(token)) for token, _ in piece.logprobs)
+                    elif piece.text:
+                        yield f"data: {frames[index][0]}{json.dumps(piece.text)}{frames[index][1]}\n\n".encode()
+                    if piece.finish_reason is not None:
+                        yield _sse(self._event(self._choice(index, self._form.closing, piece.finish_reason)))
         except DeltaZipError as error:
             yield _sse(error_body(error))
             return

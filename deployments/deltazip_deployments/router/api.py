@@ -1,7 +1,7 @@
 """The HTTP face: paths, statuses, headers. What is behind them is the service's."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,15 +44,17 @@ class _Stream(StreamingResponse):
     """Server-sent events that end the generation however they end, even before the first byte."""
 
     def __init__(
-        self, events: AsyncIterator[bytes], headers: dict[str, str], done: Callable[[], Awaitable[None]]
+        self, events: AsyncGenerator[bytes, None], headers: dict[str, str], done: Callable[[], Awaitable[None]]
     ) -> None:
         super().__init__(events, headers={**headers, "cache-control": "no-cache"}, media_type="text/event-stream")
+        self._events = events
         self._done = done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
+            await self._events.aclose()
             await self._done()
 
 

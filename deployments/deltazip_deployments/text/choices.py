@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -96,8 +97,9 @@ class Choices:
         """Pieces of each output, with its index, as they come. Raises as :meth:`whole` does."""
         streams = [output.pieces() for output in self._outputs]
         if len(streams) == 1:
-            async for piece in streams[0]:
-                yield 0, piece
+            async with aclosing(streams[0]) as only:
+                async for piece in only:
+                    yield 0, piece
             return
         next_pieces = {asyncio.ensure_future(anext(stream)): index for index, stream in enumerate(streams)}
         try:
@@ -112,6 +114,8 @@ class Choices:
             for task in next_pieces:
                 task.cancel()
             await asyncio.gather(*next_pieces, return_exceptions=True)
+            for stream in streams:
+                await stream.aclose()
 
     async def aclose(self) -> None:
         """End the request everywhere; harmless when it is over."""
