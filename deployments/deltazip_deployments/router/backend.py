@@ -3,7 +3,8 @@
 import asyncio
 import contextvars
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,7 +36,7 @@ class Backend(Protocol):
     """The replicas."""
 
     async def describe(self) -> ReplicaDescription:
-        """Ask any replica; waits until there is one. Raises EngineStopped when it dies over it."""
+        """Ask any replica; waits until there is one. Raises EngineStopped when it dies over it, EngineError."""
         ...
 
     async def bring(self, version: str) -> None:
@@ -62,29 +63,25 @@ class HandleBackend:
 
     async def describe(self) -> ReplicaDescription:
         """See Backend."""
-        try:
+        with _as_our_own():
             description: ReplicaDescription = await self._describe.remote()
-        except (RayActorError, DeploymentUnavailableError) as error:
-            raise EngineStopped(_GONE) from error
         return description
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """See Backend. The version travels as the model id that placement goes by."""
+        with _as_our_own():
+            chunks = self._generate.options(multiplexed_model_id=request.version or "").remote(request)
         if request.version is not None and self._heat.began(request.version):
             # In a context of its own: Serve knows calls by the HTTP request that they are made for.
             hint = asyncio.create_task(self.bring(request.version), context=contextvars.Context())
             self._hints.add(hint)
             hint.add_done_callback(self._hints.discard)
-        chunks = self._generate.options(multiplexed_model_id=request.version or "").remote(request)
         finished = False
         try:
-            async for chunk in chunks:
-                finished = chunk.finish_reason is not None
-                yield chunk
-        except RayTaskError as error:
-            raise unwrapped(error) from error
-        except _LOST as error:
-            raise EngineStopped(_GONE) from error
+            with _as_our_own():
+                async for chunk in chunks:
+                    finished = chunk.finish_reason is not None
+                    yield chunk
         finally:
             chunks.cancel()
             if request.version is not None:
@@ -98,6 +95,17 @@ class HandleBackend:
             await self._prefetch.options(multiplexed_model_id=version).remote(version)
         except (*_LOST, RayTaskError) as error:
             logger.info("a hint to prefetch version %s was lost: %r", version[:12], error)
+
+
+@contextmanager
+def _as_our_own() -> Iterator[None]:
+    """What a call ends with becomes an error of this project: the replica's own, or EngineStopped when it is gone."""
+    try:
+        yield
+    except RayTaskError as error:
+        raise unwrapped(error) from error
+    except _LOST as error:
+        raise EngineStopped(_GONE) from error
 
 
 _GONE = "the replica that worked on this request is gone: send the request again"
