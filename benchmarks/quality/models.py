@@ -82,6 +82,13 @@ class Trainer:
             at = (at + phase.batch) % len(examples.tokens)
 
 
+def unchanged_rows(base: Path, finetuned: Path) -> dict[str, float]:
+    """Of each matrix of the vocabulary, the share of rows that a fine-tune left as they were."""
+    before, after = (load_file(path / "model.safetensors") for path in (base, finetuned))
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    return {name: float((before[name] == after[name]).all(1).float().mean()) for name in names}
+
+
 def adapter_of(task: str) -> str:
     """The name of a task's adapter in the cache."""
     return f"{task}-lora"

@@ -27,7 +27,7 @@ import torch
 import transformers
 
 from benchmarks.quality.measure import Job, measure, warm_up
-from benchmarks.quality.models import BASE, Trainer, trained
+from benchmarks.quality.models import BASE, Trainer, trained, unchanged_rows
 from benchmarks.quality.prepare import SEED, Prepared, prepare
 from benchmarks.quality.scales import SCALES, Scale
 from benchmarks.quality.tasks import TASKS
@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for name in (BASE, *given.tasks):
         path = trainer.base() if name == BASE else trainer.finetune(name)
-        _write(given.out, {"trained": name} | trained(path))
+        moved = {} if name == BASE else {"unchanged_rows": unchanged_rows(trainer.base(), path)}
+        _write(given.out, {"trained": name} | trained(path) | moved)
         _log(began, f"{name} is trained")
     with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
         sides = [tuple(given.forms)] if given.forms else SIDES
