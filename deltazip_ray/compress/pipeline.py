@@ -32,13 +32,11 @@ from deltazip_ray.compress.precision import float32_products
 from deltazip_ray.compress.quality import finite, relative
 from deltazip_ray.compress.runner import Runner
 from deltazip_ray.compress.survey import Surveyor
+from deltazip_ray.compress.timeline import Timeline, within
 from deltazip_ray.config import StoreConfig
 from deltazip_ray.errors import BlobCorrupt, CompressionError, ConfigError, ObjectNotFound
 
 OUTER = "outer"
-CALIBRATED, SURVEYED, BLOCKS_DONE = 0.2, 0.6, 0.95
-"""Fractions of the whole that are done when these stages end, for progress."""
-DIGESTED = 0.05
 
 
 def compress_checkpoint(
@@ -77,23 +75,27 @@ def compress_pair(pair: Pair, store: ObjectStore, options: CompressOptions, prog
 def _compress(pair: Pair, store: ObjectStore, options: CompressOptions, progress: Progress) -> Manifest:
     _check_codecs(pair, options)
     pair = replace(pair, products=kept_products(pair.products, options))
-    digest = _digest(pair.base, progress)
+    line = Timeline.of(options)
+    digest = _digest(pair.base, within(progress, "digest of the base", 0.0, line.digested))
     calibration = load_calibration(
-        pair.finetuned, pair.skeleton, options, _within(progress, "calibration data", DIGESTED, CALIBRATED)
+        pair.finetuned,
+        pair.skeleton,
+        options,
+        within(progress, "calibration data", line.digested, line.calibrated),
     )
     runner = Runner(pair.skeleton, calibration, options)
     journal, writer = Journal(store, resume_key(pair, digest, options)), ArtifactWriter(store)
-    plan = Plan(options, _chosen(pair, runner, calibration, options, journal, progress), pair.products)
+    inside = within(progress, "sensitivity of each matrix", line.calibrated, line.surveyed)
+    plan = Plan(options, _chosen(pair, runner, calibration, options, journal, inside), pair.products)
     outer = OuterCompressor(pair, runner, options, plan)
     blocks = Blocks(BlockCompressor(pair, runner, options, plan), runner, store, writer, journal)
     states = outer.embed(calibration)
-    started = SURVEYED if options.allocated else CALIBRATED
     errors = {}
     for index in range(pair.skeleton.blocks):
-        share = (BLOCKS_DONE - started) / pair.skeleton.blocks
-        progress(f"block {index + 1} of {pair.skeleton.blocks}", started + index * share)
+        tell = within(progress, f"block {index + 1} of {pair.skeleton.blocks}", line.surveyed, line.coded)
+        tell(index / pair.skeleton.blocks)
         states, errors[f"layers.{index}"] = blocks.finish(index, states)
-    progress("head and quality", BLOCKS_DONE)
+    progress("head and quality", line.coded)
     outer.finish(states)
     quality = Outputs(pair, runner, calibration, outer.parts).record(states, errors, calibration.data)
     check_quality(quality, options.require)
@@ -150,15 +152,14 @@ def _chosen(
     calibration: Calibration,
     options: CompressOptions,
     journal: Journal,
-    progress: Progress,
+    progress: Callable[[float], None],
 ) -> dict[str, Coding]:
     """The coding of each matrix by bit allocation; nothing without a target."""
     if not options.allocated:
         return {}
     if journal.codings is not None:
         return journal.codings
-    inside = _within(progress, "sensitivity of each matrix", CALIBRATED, SURVEYED)
-    survey = Surveyor(pair, runner, calibration, options).survey(inside)
+    survey = Surveyor(pair, runner, calibration, options).survey(progress)
     numbers = sum(prod(shape) for shape in pair.skeleton.shapes().values())
     chosen = allocate(survey.choices, survey.budget(options, numbers))
     codings = {name: choice.coding for name, choice in chosen.items()}
@@ -174,20 +175,15 @@ def _check_codecs(pair: Pair, options: CompressOptions) -> None:
         raise CompressionError(f"codecs names {unknown[0]}, which is no matrix of {pair.finetuned.path}")
 
 
-def _digest(base: Checkpoint, progress: Progress) -> str:
+def _digest(base: Checkpoint, progress: Callable[[float], None]) -> str:
     done = 0
 
     def advance(count: int) -> None:
         nonlocal done
         done += count
-        progress("digest of the base", DIGESTED * done / base.nbytes)
+        progress(done / base.nbytes)
 
     return base_digest(base, advance)
-
-
-def _within(progress: Progress, what: str, start: float, end: float) -> Callable[[float], None]:
-    """Progress of a stage that takes the whole from ``start`` to ``end``."""
-    return lambda fraction: progress(what, start + (end - start) * fraction)
 
 
 def _state_error(states: States, runner: Runner) -> float:

@@ -29,7 +29,7 @@ from deltazip_ray.compress.vocabulary import Divergence, row_pieces, sampled_slo
 TOKENS = 16384
 """Tokens, padding included, of the calibrated sequences that are looked at; bounds the memory for the states of all
 blocks. Trial codes must not fit a few short chats: each needs several tokens for every column."""
-FORWARD = 0.2
+FORWARD = 0.05
 """Share of the time that the pass forth takes, for progress."""
 
 
