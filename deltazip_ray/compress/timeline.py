@@ -29,4 +29,5 @@ class Timeline(NamedTuple):
 
 def within(progress: Progress, what: str, start: float, end: float) -> Callable[[float], None]:
     """Progress of a stage that takes the whole from ``start`` to ``end``."""
-    return lambda fraction: progress(what, start + (end - start) * fraction)
+    # Exactly ``end`` at 1, where the next stage begins.
+    return lambda fraction: progress(what, start * (1 - fraction) + end * fraction)
