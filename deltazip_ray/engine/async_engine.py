@@ -279,7 +279,7 @@ class AsyncEngine:
     def _check_request(self, request: GenerateRequest, core: EngineCore) -> None:
         """Refuse at once what can be refused without the delta."""
         check_sampling(request.sampling)
-        core.scheduler.validate(request)
+        core.scheduler.limits.check(request)
         if request.version is None:
             check_tokens(request, core.base.vocab_size)
         else:

@@ -14,6 +14,9 @@ DRAWN = -1
 It is on the device only: its value becomes known to the host while this batch runs.
 """
 
+_DRAWN: tuple[int, ...] = (DRAWN,)
+_NOTHING = range(0)
+
 
 class Drawn(NamedTuple):
     """A token that was drawn, and what its request wanted to know of it."""
@@ -52,7 +55,7 @@ class Chunk(NamedTuple):
     """Position, in the request's whole output, of the token to draw: with ``sampling.seed`` it determines the draw."""
     drawn_row: int | None = None
     """With ``DRAWN``: which of the ``sampling_chunks`` of the batch launched before this one drew it."""
-    scored: range = range(0)
+    scored: range = _NOTHING
     """Positions of the chunk's tokens after which the log-probability of the prompt's next token is wanted."""
 
     @property
@@ -127,3 +130,19 @@ class Batch:
                 slots.append(slot)
                 starts.append(end)
         return starts, slots
+
+
+def next_chunk(sequence: SequenceState, count: int, pending: int) -> Chunk:
+    """The next ``count`` of the ``pending`` tokens of a running request, which count as scheduled from now on."""
+    start = sequence.scheduled
+    if sequence.drawing:
+        tokens, row = _DRAWN, sequence.row
+    else:
+        tokens, row = tuple(sequence.tokens[start : start + count]), None
+    samples = count == pending
+    scored = sequence.score(start, count) if sequence.scored < sequence.score_end else _NOTHING
+    chunk = Chunk(sequence, tokens, start, sequence.table, samples, sequence.output_index, row, scored)
+    sequence.scheduled += count
+    sequence.in_flight += 1
+    sequence.drawing += samples
+    return chunk

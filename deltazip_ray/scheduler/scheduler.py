@@ -11,7 +11,7 @@
    with, so there is at most one. Decodes never wait for it.
 4. **Preemption.** When blocks run out, the running request that is last in the queue's order of arrival and priority
    gives up its blocks and waits again; it keeps its output and computes it again as part of its prompt.
-   *No livelock*: the first one in that order is never preempted, since alone it fits (see :meth:`Scheduler.validate`);
+   *No livelock*: the first one in that order is never preempted, since alone it fits (see ``limits``);
    it advances in every step, so it finishes. *No starvation*: priorities age, so everybody is the first in time.
    Blocks that were lent to the cache are taken back at any time, from whoever holds them (:meth:`take_back`).
 5. **One step ahead.** ``schedule`` may be called once more before ``update`` of the batch before, so that the host
@@ -24,7 +24,7 @@
    write them later. Slots are written by others at any time, so the end of a request is told (``take_news``) when no
    batch on its way has it: until then its version stays where it is.
 
-There is no torch here and no lock: everything but ``validate`` belongs to the engine's step thread. How many requests
+There is no torch here and no lock: everything but ``limits`` belongs to the engine's step thread. How many requests
 may wait is decided where they arrive, since those that wait for their delta are not here yet.
 """
 
@@ -34,10 +34,11 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from deltazip_ray.config import CPU_KV_BLOCKS, EngineConfig
-from deltazip_ray.errors import DeltaZipError, EngineError, InvalidRequest, PromptTooLong
+from deltazip_ray.errors import DeltaZipError, EngineError, InvalidRequest
 from deltazip_ray.kvcache.block_manager import BlockManager
-from deltazip_ray.scheduler.batch import DRAWN, Batch, Chunk, Drawn, Scores
+from deltazip_ray.scheduler.batch import Batch, Drawn, Scores, next_chunk
 from deltazip_ray.scheduler.fair_queue import FairQueue
+from deltazip_ray.scheduler.limits import Limits
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
 from deltazip_ray.scheduler.sequence import SequenceState
 
@@ -48,11 +49,7 @@ News = Sequence[tuple[str, End]]
 
 _AHEAD = 2
 """Batches that may be on their way at once."""
-_MAX_PRIORITY = 16
-_NOTHING = range(0)
-_DRAWN: tuple[int, ...] = (DRAWN,)
 _NOT_FINITE = "the logits are not finite: the version is broken"
-_WEIGHTS = (0.1, 100.0)
 
 _slot = attrgetter("slot")
 _order = attrgetter("order")
@@ -64,8 +61,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig) -> None:
         """Uses the limits, the settings of the KV cache and those of fairness."""
         self.blocks = BlockManager(config.kv_blocks or CPU_KV_BLOCKS, config.block_size)
-        self._own_blocks = self.blocks.num_blocks
-        self._max_model_len = config.max_model_len
+        self.limits = Limits(config.max_model_len, self.blocks.num_blocks * config.block_size)
         self._max_batch_tokens = config.max_batch_tokens
         self._max_running = config.max_running
         self._block_size = config.block_size
@@ -101,43 +97,12 @@ class Scheduler:
         """Whether there are requests whose end was not told; if no batch is on its way, ``schedule`` makes one."""
         return bool(self._sequences)
 
-    def validate(self, request: GenerateRequest) -> None:
-        """Refuse what could never run. Reads settings only, so any thread may call it.
-
-        Raises InvalidRequest (empty prompt, nothing to generate, absurd priority) or PromptTooLong.
-        """
-        remaining = request.sampling.max_tokens - request.output_offset
-        if not request.prompt:
-            raise InvalidRequest("the prompt is empty: send at least one token")
-        if not 0 <= request.output_offset < len(request.prompt) or remaining < 1:
-            raise InvalidRequest(
-                f"max_tokens is {request.sampling.max_tokens} with {request.output_offset} output tokens made: "
-                "ask for at least one more, after a prompt of at least one"
-            )
-        if abs(request.priority) > _MAX_PRIORITY or not _WEIGHTS[0] <= request.weight <= _WEIGHTS[1]:
-            raise InvalidRequest(
-                f"priority {request.priority} and weight {request.weight}: use -{_MAX_PRIORITY} to {_MAX_PRIORITY} and "
-                f"{_WEIGHTS[0]} to {_WEIGHTS[1]}"
-            )
-        total = len(request.prompt) + remaining
-        if total > self._max_model_len:
-            raise PromptTooLong(
-                f"{len(request.prompt)} prompt tokens and up to {remaining} output tokens exceed the context of "
-                f"{self._max_model_len}: shorten the prompt or lower max_tokens"
-            )
-        # The last token of the output is never fed back, so it needs no room.
-        if self.blocks.blocks_for(total - 1) > self._own_blocks:
-            raise PromptTooLong(
-                f"{total} tokens exceed the KV cache of {self._own_blocks * self.blocks.block_size}: "
-                "shorten the prompt, lower max_tokens or give the engine more kv_blocks"
-            )
-
     def add(self, request: GenerateRequest, slot: int) -> None:
         """Queue a request whose delta is in ``slot`` (-1: the base) and stays there until its end is told.
 
-        Raises what ``validate`` raises, and InvalidRequest when a live request has the same id.
+        Raises what ``limits.check`` raises, and InvalidRequest when a live request has the same id.
         """
-        self.validate(request)
+        self.limits.check(request)
         if request.request_id in self._sequences:
             raise InvalidRequest(f"a request {request.request_id!r} is running already: give each its own id")
         sequence = SequenceState(request, slot, self._block_size)
@@ -167,7 +132,7 @@ class Scheduler:
         for sequence in self._running:
             if sequence.may_run:
                 pending = sequence.pending
-                chunk = _chunk(sequence, cut if sequence is self._prefill else pending, pending)
+                chunk = next_chunk(sequence, cut if sequence is self._prefill else pending, pending)
                 chunks.append(chunk)
                 if chunk.samples:
                     sequence.row = rows
@@ -361,22 +326,6 @@ class Scheduler:
     def _tell_end(self, sequence: SequenceState, end: End) -> None:
         del self._sequences[sequence.request.request_id]
         self._news.append((sequence.request.request_id, end))
-
-
-def _chunk(sequence: SequenceState, count: int, pending: int) -> Chunk:
-    """The next ``count`` of the ``pending`` tokens of a running request, which count as scheduled from now on."""
-    start = sequence.scheduled
-    if sequence.drawing:
-        tokens, row = _DRAWN, sequence.row
-    else:
-        tokens, row = tuple(sequence.tokens[start : start + count]), None
-    samples = count == pending
-    scored = sequence.score(start, count) if sequence.scored < sequence.score_end else _NOTHING
-    chunk = Chunk(sequence, tokens, start, sequence.table, samples, sequence.output_index, row, scored)
-    sequence.scheduled += count
-    sequence.in_flight += 1
-    sequence.drawing += samples
-    return chunk
 
 
 def _undrawable(sequence: SequenceState) -> DeltaZipError:
