@@ -24,8 +24,9 @@ def test_goals_mix_codecs_and_inspect_shows_them(
     command: tuple[object, ...], tmp_path: Path, goal: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    code, printed, _ = deltazip(*command, tmp_path / "delta", *goal, "--json")
+    code, printed, noted = deltazip(*command, tmp_path / "delta", *goal, "--json")
     assert code == 0
+    assert "no --calibration, so the fine-tune wrote its own" in noted
     told = json.loads(printed)
     codecs = {entry["codec"] for blob in told["blobs"] for entry in blob["tensors"].values()}
     assert len(codecs - {"raw"}) > 1
