@@ -12,10 +12,8 @@ import random
 import subprocess
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.compress_table import memory, stages
+from benchmarks.stopwatch import Stopwatch
 from deltazip_ray.artifact.artifact import ArtifactWriter
 from deltazip_ray.artifact.checkpoint import Checkpoint
 from deltazip_ray.artifact.manifest import Manifest
@@ -98,50 +97,6 @@ class RandomCheckpoint(Checkpoint):
 
     def tensor(self, name: str) -> Tensor:
         return self._weights[name]
-
-
-class Stopwatch:
-    """Seconds and largest GPU memory by stage; a stage's clock stops while another that it calls runs."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._running: list[str] = ["the rest"]
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.peaks: dict[str, int] = defaultdict(int)
-        """Bytes."""
-        self._since = time.perf_counter()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self._note()
-        self._running.append(name)
-        try:
-            yield
-        finally:
-            self._note()
-            self._running.pop()
-
-    def _note(self) -> None:
-        running = self._running[-1]
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-            self.peaks[running] = max(self.peaks[running], torch.cuda.max_memory_allocated())
-            torch.cuda.reset_peak_memory_stats()
-        now = time.perf_counter()
-        self.seconds[running] += now - self._since
-        self._since = now
-
-    def watch(self, owner: Any, function: str, name: str) -> Callable[[], None]:
-        """Clock calls of ``function``; returns what undoes that."""
-        inner = getattr(owner, function)
-
-        @wraps(inner)
-        def clocked(*args: Any, **kwargs: Any) -> Any:
-            with self.stage(name):
-                return inner(*args, **kwargs)
-
-        setattr(owner, function, clocked)
-        return lambda: setattr(owner, function, inner)
 
 
 def make_pair(folder: Path, shape: dict[str, int], device: torch.device) -> Pair:
@@ -255,7 +210,6 @@ def gpu_memory(pair: Pair, options: CompressOptions, peaks: dict[str, int]) -> d
         "peaks": dict(sorted(peaks.items(), key=lambda item: -item[1])),
         "two_blocks_of_both": 2 * block,
         "calibration_states": states,
-        "embedding_and_head_of_both": 4 * pair.base.tensor(pair.skeleton.embedding).nbytes,
     }
 
 

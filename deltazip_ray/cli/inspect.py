@@ -100,8 +100,8 @@ def _show_quality(quality: Quality) -> None:
     compared = "" if base is None else f" (of the base: {base:.2e})"
     out.print(f"quality  KL {kl:.2e} nats a token{compared}, on {quality.data}")
     if quality.perplexities:
-        found = [f"{name} {value:.4g}" for name, value in quality.perplexities.items()]
-        out.print(f"         perplexity: {', '.join(found)}")
+        found = [f"{value:.4g} ({name})" for name, value in sorted(quality.perplexities.items(), reverse=True)]
+        out.print(f"         perplexity {', '.join(found)}")
 
 
 def _row(blob: BlobEntry, errors: dict[str, float]) -> tuple[str, ...]:
