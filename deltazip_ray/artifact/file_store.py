@@ -2,12 +2,10 @@
 
 import errno
 import os
-import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from deltazip_ray.artifact.object_store import MAX_OBJECT, PART, Arrived, ObjectStore, check_key, check_prefix, ignore
@@ -70,14 +68,20 @@ class FileStore(ObjectStore):
             raise BlobCorrupt(f"{self.url}/{key} has {size} bytes, not {len(buffer)}: publish it again with --repair")
 
     def put(self, key: str, data: bytes) -> None:
-        self._write(key, lambda file: file.write(data))
-
-    def put_file(self, key: str, path: Path) -> None:
-        def copy(file: BinaryIO) -> None:
-            with path.open("rb") as source:
-                shutil.copyfileobj(source, file, 1 << 20)
-
-        self._write(key, copy)
+        target = self._path(key)
+        partial = self.root / _PARTIAL / uuid.uuid4().hex
+        with self._translated(key):
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with partial.open("xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(target)
+                _sync_folder(target.parent)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def exists(self, key: str) -> bool:
         with self._translated(key):
@@ -110,22 +114,6 @@ class FileStore(ObjectStore):
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
-
-    def _write(self, key: str, fill: Callable[[BinaryIO], object]) -> None:
-        target = self._path(key)
-        partial = self.root / _PARTIAL / uuid.uuid4().hex
-        with self._translated(key):
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with partial.open("xb") as file:
-                    fill(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(target)
-                _sync_folder(target.parent)
-            finally:
-                partial.unlink(missing_ok=True)
 
     def _check_root(self) -> None:
         if not self.root.is_dir():

@@ -182,11 +182,6 @@ class Manifest(_Part):
         """Bytes of all blobs and files in a store, compressed where that pays: what publishing writes at most."""
         return sum(entry.object_size for entry in self.stored)
 
-    @property
-    def added_from(self) -> int:
-        """The first token id that this version adds to the base's vocabulary."""
-        return self.base.vocab_size
-
     def canonical(self) -> bytes:
         """The bytes whose sha256 names the version.
 

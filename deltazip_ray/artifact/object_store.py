@@ -3,7 +3,6 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from deltazip_ray.errors import InvalidName
 
@@ -63,10 +62,6 @@ class ObjectStore(ABC):
     @abstractmethod
     def put(self, key: str, data: bytes) -> None:
         """Write an object, replacing what was there. Raises StoreFull."""
-
-    @abstractmethod
-    def put_file(self, key: str, path: Path) -> None:
-        """Write a file's contents as an object, replacing what was there. Raises StoreFull."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:

@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
@@ -110,16 +109,12 @@ class S3Store(ObjectStore):
                 task.exception()
 
     def put(self, key: str, data: bytes) -> None:
-        if len(data) > _UPLOAD.multipart_threshold:
-            self._upload(key, io.BytesIO(data))
-            return
         where = self._where(key)
         with translated(self.url, key):
-            self._client.put_object(Bucket=self._bucket, Key=where, Body=data)
-
-    def put_file(self, key: str, path: Path) -> None:
-        with path.open("rb") as file:
-            self._upload(key, file)
+            if len(data) > _UPLOAD.multipart_threshold:
+                self._client.upload_fileobj(io.BytesIO(data), self._bucket, where, Config=_UPLOAD)
+            else:
+                self._client.put_object(Bucket=self._bucket, Key=where, Body=data)
 
     def exists(self, key: str) -> bool:
         try:
@@ -150,11 +145,6 @@ class S3Store(ObjectStore):
 
     def _where(self, key: str) -> str:
         return self._prefix + check_key(key)
-
-    def _upload(self, key: str, file: BinaryIO) -> None:
-        where = self._where(key)
-        with translated(self.url, key):
-            self._client.upload_fileobj(file, self._bucket, where, Config=_UPLOAD)
 
     def _read_range(self, key: str, where: str, start: int, part: memoryview, total: int) -> None:
         """Read ``len(part)`` bytes from ``start`` of an object that must have ``total`` bytes."""

@@ -118,7 +118,7 @@ async def test_cancellation_in_the_middle_leaves_the_others_alone(zoo: Zoo) -> N
 
 async def test_an_added_token_can_be_read_and_written(zoo: Zoo) -> None:
     odd = zoo.versions[3]
-    added = odd.manifest.added_from
+    added = odd.manifest.base.vocab_size
     prompt = [*random_prompt(5, 6), added, added + 1, 7]
     async with serving(zoo) as run:
         tokens, *_ = await asyncio.gather(

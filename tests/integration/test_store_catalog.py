@@ -83,7 +83,7 @@ def test_an_artifact_round_trips(config: StoreConfig, tmp_path: Path) -> None:
     expected = make_artifact(tmp_path / "artifact")
     for path in (tmp_path / "artifact").rglob("*"):
         if path.is_file():
-            store.put_file(path.relative_to(tmp_path / "artifact").as_posix(), path)
+            store.put(path.relative_to(tmp_path / "artifact").as_posix(), path.read_bytes())
     manifest, source = open_artifact(config)
     assert manifest == expected
     assert [blob.block for blob in manifest.blobs] == ["layers.0", "outer"]

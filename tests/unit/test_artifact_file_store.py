@@ -68,12 +68,8 @@ def test_opening_and_reading_write_nothing(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     store = FileStore(tmp_path / "store")
     store.put("k", b"old")
-    (tmp_path / "source").write_bytes(bytes(100_000))
-    with room_for(50_000):
-        with pytest.raises(StoreFull, match="free space"):
-            store.put("k", bytes(100_000))
-        with pytest.raises(StoreFull):
-            store.put_file("other", tmp_path / "source")
+    with room_for(50_000), pytest.raises(StoreFull, match="free space"):
+        store.put("k", bytes(100_000))
     assert store.get("k") == b"old"
     assert files(tmp_path / "store") == [tmp_path / "store" / "k"]
 
