@@ -1,5 +1,6 @@
 """An engine over random weights of a real model's shape: speed does not depend on their values."""
 
+import gc
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -180,4 +181,6 @@ async def started(
     registry = CollectorRegistry()
     engine = AsyncEngine(config, Path(), source, registry, build=partial(build, shape))
     await engine.start()
+    gc.collect()
+    gc.freeze()  # as replicas do
     return engine, registry

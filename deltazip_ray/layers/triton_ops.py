@@ -147,9 +147,9 @@ class TritonOps(LayerOps):
             raise TypeError("TritonOps multiply with the stacks that they made")
         if isinstance(weight, Fp8Matrix) and x.rounded is None:
             x = Activations(x.values, quantize_rows(x.values, fp8=True, int8=bool(rows.work)))
-        y = torch.empty((len(x.values), weight.shape[0]), dtype=x.values.dtype, device=x.values.device)
+        y = x.values.new_empty((x.values.shape[0], weight.shape[0]))
         start = 0
-        for span in (*rows.merged, Span(-1, len(y), len(y))):
+        for span in (*rows.merged, Span(-1, y.shape[0], y.shape[0])):
             self._multiply(y[start : span.start], x, start, weight)
             if span.start < span.stop:
                 self._multiply(y[span.start : span.stop], x, span.start, stack.merged(weight, span.slot))
@@ -159,7 +159,7 @@ class TritonOps(LayerOps):
 
     def _multiply(self, y: torch.Tensor, x: Activations, start: int, weight: BaseWeight) -> None:
         """``y`` ``[rows, N]`` gets rows ``start`` and following of ``x`` times ``weight``."""
-        stop = start + len(y)
+        stop = start + y.shape[0]
         if start == stop:
             return
         if isinstance(weight, torch.Tensor):

@@ -4,6 +4,7 @@ Alone, or in the pass that makes the input: the activation before a ``down`` pro
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ def quantize_rows(x: Tensor, *, fp8: bool = False, int8: bool = True) -> Quantiz
     With ``fp8``, here and below, to e4m3 too; without ``int8`` not to that.
     """
     rows, arguments, options = _empty(x, x.shape[1], fp8=fp8, int8=int8)
-    if len(x):
-        launch(quantize, (len(x),), x, x.stride(0), *arguments, **options)
+    if x.shape[0]:
+        launch(quantize, (x.shape[0],), x, x.stride(0), *arguments, **options)
     return rows
 
 
@@ -92,9 +93,9 @@ def layer_norm_quantize(
 def _gated(gate_up: Tensor, *, gelu: bool, fp8: bool, int8: bool) -> tuple[Tensor, QuantizedRows]:
     columns = gate_up.shape[1] // 2
     rows, arguments, options = _empty(gate_up, columns, fp8=fp8, int8=int8)
-    out = torch.empty((len(gate_up), columns), dtype=gate_up.dtype, device=gate_up.device)
-    if len(out):
-        gated[(len(out),)](gate_up, gate_up.stride(0), out, *arguments, GELU=gelu, **options)
+    out = gate_up.new_empty((gate_up.shape[0], columns))
+    if out.shape[0]:
+        gated[(out.shape[0],)](gate_up, gate_up.stride(0), out, *arguments, GELU=gelu, **options)
     return out, rows
 
 
@@ -111,10 +112,10 @@ def _norm(
     int8: bool,
 ) -> tuple[Tensor, QuantizedRows]:
     rows, arguments, options = _empty(x, x.shape[1], fp8=fp8, int8=int8)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if len(x):
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.shape[0]:
         sums = x if residual is None else residual
-        norm[(len(x),)](
+        norm[(x.shape[0],)](
             x,
             x.stride(0),
             sums,
@@ -137,16 +138,29 @@ def _empty(
     x: Tensor, columns: int, *, fp8: bool, int8: bool
 ) -> tuple[QuantizedRows, tuple[Tensor | int, ...], dict[str, Any]]:
     """Room for the rows of ``x``, as arguments of a kernel too, and how to launch one program a row."""
+    options = _options(columns, fp8, x.device)
+    values, scales = _nothing(columns, x.device)
+    if int8:
+        values = values.new_empty((x.shape[0], values.shape[1]))
+        scales = scales.new_empty(x.shape[0])
+    other = empty_fp8(x.shape[0], columns, x.device) if fp8 else None
+    fp8_arguments = (other.values, other.scales) if other else (scales, scales)
+    rows = QuantizedRows(values, scales, columns, other)
+    return rows, (int(int8), values, scales, *fp8_arguments, columns), options
+
+
+@cache
+def _nothing(columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Values and scales of no rows."""
+    values = torch.empty((0, -(-columns // GROUP) * GROUP), dtype=torch.int8, device=device)
+    return values, torch.empty(0, dtype=torch.float32, device=device)
+
+
+@cache
+def _options(columns: int, fp8: bool, device: torch.device) -> dict[str, Any]:
     if columns > MAX_COLUMNS:
         raise ValueError(f"rows of {columns} columns are too long: at most {MAX_COLUMNS}")
     groups = -(-columns // GROUP)
-    count = len(x) if int8 else 0
-    values = torch.empty((count, groups * GROUP), dtype=torch.int8, device=x.device)
-    scales = torch.empty(count, dtype=torch.float32, device=x.device)
-    other = empty_fp8(len(x), columns, x.device) if fp8 else None
     step = power_of_2(groups)
     warps = next(warps for warps, most in ((4, 8), (8, 32), (16, 128), (32, 256)) if step <= most)
-    options = {"GROUPS": groups, "STEP": step, "FP8": fp8, "num_warps": warps}
-    fp8_arguments = (other.values, other.scales) if other else (scales, scales)
-    rows = QuantizedRows(values, scales, columns, other)
-    return rows, (int(int8), values, scales, *fp8_arguments, columns), options | overlap(x.device)
+    return {"GROUPS": groups, "STEP": step, "FP8": fp8, "num_warps": warps} | overlap(device)

@@ -1,6 +1,7 @@
 """The base's products: for few rows a GEMM of our own where it is faster than the library's, in bf16 and in fp8."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -32,6 +33,7 @@ class Cut:
     stages: int
 
 
+@cache
 def cut(rows: int, shape: tuple[int, int], itemsize: int) -> Cut | None:
     """The cut for ``rows`` activations and a weight ``shape`` ``[N, K]``; None where the kernel does not take them.
 
@@ -69,9 +71,9 @@ class BaseProduct:
         """Write ``y`` ``[T, N]`` for ``x`` ``[T, K]`` and ``weight`` ``[N, K]``, all of one type."""
         outputs, columns = weight.shape
         chosen = None
-        fits = x.dtype.itemsize == 2 and x.stride(1) == 1 and len(x) <= FASTER.get((outputs, columns), 0)
+        fits = x.dtype.itemsize == 2 and x.stride(1) == 1 and x.shape[0] <= FASTER.get((outputs, columns), 0)
         if fits and self._hopper:
-            chosen = cut(len(x), (outputs, columns), 2)
+            chosen = cut(x.shape[0], (outputs, columns), 2)
         if chosen is None:
             torch.mm(x, weight.T, out=y)
         else:
@@ -92,7 +94,7 @@ class BaseProduct:
     def _launch(
         self, y: Tensor, x: Tensor, weight: Tensor, chosen: Cut, scales: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        (rows, columns), outputs = x.shape, len(weight)
+        (rows, columns), outputs = x.shape, weight.shape[0]
         width = padded(rows)
         partials = y
         if chosen.parts > 1:
