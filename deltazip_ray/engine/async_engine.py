@@ -240,7 +240,6 @@ class AsyncEngine:
             self._metrics.first_token_seconds.labels(tier).observe(time.perf_counter() - arrived)
             chunk = chunk._replace(tier=tier)
             while True:
-                self._metrics.output_tokens.inc(len(chunk.tokens))
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
@@ -290,16 +289,18 @@ class AsyncEngine:
 
     def _deliver(self, news: News) -> None:
         """What a step brought, on the event loop."""
-        delivery = self._started().delivery
+        delivery, tokens = self._started().delivery, 0
         for key, item in news:
             active = self._active[key]
             if isinstance(item, TokenChunk):
+                tokens += len(item.tokens)
                 delivery.put(active.stream, item)
                 if item.finish_reason is None:
                     continue
             elif item is not None:
                 active.stream.fail(item)
             self._forget(key)
+        self._metrics.output_tokens.inc(tokens)
         delivery.settle()
 
     def _break(self) -> None:

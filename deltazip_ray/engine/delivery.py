@@ -5,8 +5,11 @@ import asyncio
 from deltazip_ray.engine.token_stream import TokenStream
 from deltazip_ray.scheduler.request import TokenChunk
 
-GROUP_S = 0.01
-"""Between two times at which all requests get what came meanwhile; to wake one costs more than to make its token."""
+READER_S = 0.0001
+"""Of the event loop's time that is left to each reader between two times at which all get what came meanwhile: to wake
+one costs more than to make its token."""
+MOST_S = 0.02
+"""However many there are."""
 
 
 class Delivery:
@@ -38,7 +41,8 @@ class Delivery:
 
     def _release(self) -> None:
         self._timer = None
-        self._due = self._loop.time() + GROUP_S
-        held, self._held = self._held, []
+        # A stream is held once a step.
+        held, self._held = dict.fromkeys(self._held), []
+        self._due = self._loop.time() + min(MOST_S, READER_S * len(held))
         for stream in held:
             stream.wake()
