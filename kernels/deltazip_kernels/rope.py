@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from deltazip_kernels.device.rope import rope
@@ -55,10 +54,9 @@ def rope_and_cache(
         raise ValueError(
             f"q|k|v {(rows, width)} and tables of {half} columns do not fit a cache {tuple(k_cache.shape)}"
         )
-    for tensor, what in ((qkv[0:1, None], "q|k|v"), (k_cache, "k_cache"), (v_cache, "v_cache")):
-        if tensor.numel() and not tensor[0].is_contiguous():
-            raise ValueError(f"each row or block of {what} must be contiguous")
-    q = torch.empty((rows, heads, dim), dtype=qkv.dtype, device=qkv.device)
+    if qkv.stride(1) != 1 or {k_cache.stride()[1:], v_cache.stride()[1:]} != {(groups * dim, dim, 1)}:
+        raise ValueError("rows of q|k|v and blocks of the caches must be contiguous")
+    q = qkv.new_empty((rows, heads, dim))
     if rows:
         width = power_of_2(half)
         block = max(1, min(_ELEMENTS // width, power_of_2(heads + 2 * groups)))

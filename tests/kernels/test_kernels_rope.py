@@ -77,7 +77,7 @@ def test_no_rows_and_misfits(device: torch.device) -> None:
     for width in (128, 250):
         with pytest.raises(ValueError, match="do not fit a cache"):
             rope_and_cache(torch.zeros(1, width, device=device), none, tables, cache, cache, none)
-    with pytest.raises(ValueError, match="block of k_cache must be contiguous"):
+    with pytest.raises(ValueError, match="blocks of the caches must be contiguous"):
         rope_and_cache(torch.zeros(1, 256, device=device), none, tables, cache.mT.contiguous().mT, cache, none)
 
 
