@@ -25,7 +25,7 @@ def _write(items, limit, slot, first, end, wanted, batch):
         tl.store(items + item * 4 + 2, tl.minimum(row + batch, last), mask=inside)
 
 
-@triton.jit(do_not_specialize=["S", "short_limit", "long_limit", "short"])
+@triton.jit(do_not_specialize=["starts", "slots", "S", "short_limit", "long_limit", "short"])
 def write_items(
     starts,
     slots,
