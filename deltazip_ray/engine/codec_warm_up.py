@@ -1,17 +1,22 @@
 """Kernels of codecs, compiled before the first version that has them is seen by a step."""
 
+import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 
+from deltazip_kernels import LOW_RANK
 from deltazip_kernels.launch import compiling
 from deltazip_ray.artifact.manifest import Manifest
 from deltazip_ray.layers.targets import DeltaTarget, MatrixTarget
 from deltazip_ray.layers.triton_ops import TritonStack, ordered
 from deltazip_ray.layers.warm_up import launch_all
+
+logger = logging.getLogger(__name__)
 
 _THREADS = min(8, os.cpu_count() or 1)
 """More would not help: tracing a kernel holds the interpreter for a fourth of the time or so."""
@@ -23,6 +28,14 @@ class _Wanted:
 
     codecs: set[str] = field(default_factory=set)
     rank: int = 0
+
+    def is_new(self, stack: TritonStack) -> bool:
+        """Whether the stack is not."""
+        return not self.codecs <= stack.codecs or self.rank > stack.rank
+
+    def missing(self, stack: TritonStack) -> tuple[str, ...]:
+        """What there are no kernels for."""
+        return ordered(self.codecs - stack.codecs | ({LOW_RANK} if self.rank > stack.rank else set()))
 
 
 class CodecWarmUp:
@@ -38,13 +51,18 @@ class CodecWarmUp:
                 self._targets[target.stack] = target
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
+        self._joins = ThreadPoolExecutor(1, thread_name_prefix="deltazip-join")
 
     def codecs(self, codecs: Sequence[str]) -> None:
         """Be ready for versions with all matrices in one of ``codecs``; before the first step."""
         self._compile([(stack, (codec,), 0) for codec in codecs for stack in self._targets])
 
     def version(self, manifest: Manifest) -> None:
-        """Be ready for a version beside those that are there; from the thread that loads it, before it is published."""
+        """Be ready for a version beside those that are there; from the thread that loads it, before it is published.
+
+        Only codecs that are new are compiled, for launches of their own. That one launch serves them and the others is
+        compiled later, when steps run already.
+        """
         wanted: dict[TritonStack, _Wanted] = {}
         for blob in manifest.blobs:
             for name, entry in blob.tensors.items():
@@ -52,19 +70,21 @@ class CodecWarmUp:
                     one = wanted.setdefault(self._stacks[name], _Wanted())
                     one.codecs.add(entry.codec)
                     one.rank = max(one.rank, entry.rank or 0)
-        new = {
-            stack: one for stack, one in wanted.items() if not one.codecs <= {*stack.codecs} or one.rank > stack.rank
-        }
-        if new:
-            with self._lock:  # what two versions bring at once is compiled for both
-                self._compile(
-                    [
-                        (stack, ordered({*stack.codecs, *one.codecs}), max(stack.rank, one.rank))
-                        for stack, one in new.items()
-                    ]
-                )
+        if any(one.is_new(stack) for stack, one in wanted.items()):
+            with self._lock:  # what two versions bring at once is compiled once
+                new = {stack: one for stack, one in wanted.items() if one.is_new(stack)}
+                self._compile([(stack, one.missing(stack), one.rank) for stack, one in new.items()])
                 for stack, one in new.items():
                     stack.grow(one.codecs, one.rank)
+            self._joins.submit(self._join).add_done_callback(_tell)
+
+    def _join(self) -> None:
+        """Where several launches serve a stack, have one do it."""
+        several = [stack for stack in self._targets if len(stack.groups) > 1]
+        joined = [(stack, ordered(stack.codecs), stack.rank) for stack in several]
+        self._compile(joined)
+        for stack, codecs, _ in joined:
+            stack.join({*codecs})
 
     def _compile(self, wanted: Sequence[tuple[TritonStack, tuple[str, ...], int]]) -> None:
         """For each stack, codecs that share it and the largest rank: what steps then launch."""
@@ -75,3 +95,8 @@ class CodecWarmUp:
             for (shapes, _, codecs, rank), stack in distinct.items():
                 looked_up = len(shapes) == 1 and shapes[0][0] == self._vocab_size
                 launch_all(stack, codecs, rank, self._targets[stack].base, looked_up=looked_up)
+
+
+def _tell(job: Future[None]) -> None:
+    if (error := job.exception()) is not None:
+        logger.error("several codecs stay in launches of their own: one for all was not compiled", exc_info=error)

@@ -43,10 +43,15 @@ class TritonStack(DeltaStack):
         super().__init__(shapes, slots)
         self.ops = ops
         self.table = DeltaTable(shapes, slots, ops.device, ops.dtype)
-        self.codecs: tuple[str, ...] = ()
-        """All that any slot ever held: launches depend on it, so it only grows."""
+        self.groups: tuple[tuple[str, ...], ...] = ()
+        """All codecs that any slot ever held, by the launches that serve them: one a group."""
         self.rank = 0
         """The largest of the low-rank deltas so far."""
+
+    @property
+    def codecs(self) -> set[str]:
+        """Those of all groups."""
+        return {name for group in self.groups for name in group}
 
     def put(self, slot: int, part: int, delta: PackedDelta | None, writes: Writes) -> None:
         """As the base class says; seen by the steps that are launched afterwards."""
@@ -59,29 +64,40 @@ class TritonStack(DeltaStack):
     def grow(self, codecs: Set[str], rank: int) -> None:
         """Let steps that are launched afterwards serve deltas of ``codecs`` too, low-rank ones up to ``rank``."""
         with self.ops.growth:  # loads run beside each other
-            if not codecs <= set(self.codecs) or rank > self.rank:
-                self.codecs = ordered({*self.codecs, *codecs})
+            new = codecs - self.codecs
+            if new or rank > self.rank:
+                self.groups += (ordered(new),) if new else ()
                 self.rank = max(self.rank, rank)
                 self.ops.generation += 1
 
+    def join(self, codecs: Set[str]) -> None:
+        """Let steps that are launched afterwards serve ``codecs``, those of some groups, in one launch."""
+        with self.ops.growth:
+            others = (group for group in self.groups if not {*group} <= codecs)
+            self.groups = (ordered(codecs), *others)
+            self.ops.generation += 1
+
     def add_product(self, y: torch.Tensor, x: Activations, rows: Rows) -> None:
         """As the base class says, for ``rows.work``; packed codecs see activations rounded to int8."""
-        packed = [name for name in self.codecs if name in CODECS]
+        if not rows.work:
+            return
         rounded = x.rounded
-        if packed and rows.work and rounded is None:
-            rounded = quantize_rows(x.values)
-        for work in rows.work:
-            if packed and rounded is not None:
-                grouped_matmul(y, rounded, self.table, work, packed)
-            if RAW in self.codecs:
-                raw_matmul(y, x.values, self.table, work)
-            if LOW_RANK in self.codecs:
-                low_rank_matmul(y, x.values, self.table, work, self.rank)
+        for group in self.groups:
+            packed = [name for name in group if name in CODECS]
+            if packed and rounded is None:
+                rounded = quantize_rows(x.values)
+            for work in rows.work:
+                if packed and rounded is not None:
+                    grouped_matmul(y, rounded, self.table, work, packed)
+                if RAW in group:
+                    raw_matmul(y, x.values, self.table, work)
+                if LOW_RANK in group:
+                    low_rank_matmul(y, x.values, self.table, work, self.rank)
 
     def add_weights(self, hidden: torch.Tensor, chosen: torch.Tensor, rows: Rows) -> None:
         """As the base class says."""
-        if self.codecs:
-            gather_rows(hidden, chosen, rows.index, self.table, self.codecs)
+        for group in self.groups:
+            gather_rows(hidden, chosen, rows.index, self.table, group)
 
     def merged(self, weight: BaseWeight, slot: int) -> BaseWeight:
         """``weight`` plus the slot's deltas; valid until the next call for any stack."""

@@ -32,7 +32,7 @@ def launch_all(stack: TritonStack, codecs: tuple[str, ...], rank: int, base: Bas
     ``looked_up``: also what an embedding does.
     """
     twin = TritonStack(stack.shapes, 1, stack.ops)
-    twin.codecs, twin.rank = codecs, rank
+    twin.groups, twin.rank = (codecs,), rank
     device, dtype, columns = stack.ops.device, stack.ops.dtype, stack.shapes[0][1]
     x = torch.empty(1, columns, dtype=dtype, device=device)
     y = torch.empty(1, twin.starts[-1], dtype=dtype, device=device)

@@ -6,6 +6,8 @@ import torch
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.core import EngineCore, build_core
 from deltazip_ray.layers import triton_ops
+from deltazip_ray.layers.targets import MatrixTarget
+from deltazip_ray.layers.triton_ops import TritonStack
 from tests.integration.test_engine_logits import last_logits, load
 from tests.support.engines import SETTINGS, random_prompt
 from tests.support.zoo import Zoo
@@ -38,6 +40,13 @@ def test_int8_activations_cost_little(core: EngineCore, zoo: Zoo) -> None:
     assert base < 1e-4  # float32 throughout
     # Rounding to 8 bits moves a value by at most 1/254 of its row's largest; deltas are a fifth of these weights.
     assert max(versions) < 0.03
+
+
+def test_codecs_may_have_launches_of_their_own(core: EngineCore, zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stack in {target.stack for target in core.slots.targets.values() if isinstance(target, MatrixTarget)}:
+        assert isinstance(stack, TritonStack)
+        monkeypatch.setattr(stack, "groups", tuple((name,) for name in stack.codecs))
+    assert max(errors(core, zoo)) < 0.03
 
 
 def test_long_segments_run_over_merged_weights(core: EngineCore, zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from deltazip_ray.layers.warm_up import launch_all
 from tests.integration.test_engine_logits import load
 from tests.support.engines import GREEDY, SETTINGS, random_prompt, running
 from tests.support.versions import MemorySource
+from tests.support.waiting import until
 from tests.support.zoo import Zoo
 
 
@@ -56,30 +57,32 @@ def stack_of(core: EngineCore, name: str) -> TritonStack:
     return target.stack
 
 
-def test_kernels_of_a_codec_are_compiled_before_steps_see_it(
+async def test_kernels_of_a_codec_are_compiled_before_steps_see_it(
     core: EngineCore, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once for each shape, for what comes beside what is there already, and in the thread that loads."""
+    """What is new, once for each shape, in the thread that loads; one launch for all codecs afterwards."""
     mlp, attention = (stack_of(core, f"model.layers.0.{part}.weight") for part in ("mlp.down_proj", "self_attn.o_proj"))
     compiled: list[tuple[tuple[tuple[int, int], ...], tuple[str, ...]]] = []
 
     def launch_all(stack: TritonStack, codecs: tuple[str, ...], *_: object, looked_up: bool) -> None:
-        assert stack.codecs != codecs, "a step that is launched now must not need it yet"
+        assert codecs not in stack.groups, "a step that is launched now must not need it yet"
         compiled.append((stack.shapes, codecs))
 
     monkeypatch.setattr(codec_warm_up, "launch_all", launch_all)
     first, second, _, odd = zoo.versions
     load(core, 0, first)
     assert compiled.count((mlp.shapes, ("int4",))) == 1, "the other layer has the same shape"
-    assert mlp.codecs == attention.codecs == ("int4",)
+    assert mlp.groups == attention.groups == (("int4",),)
     generation, before = mlp.ops.generation, len(compiled)
     load(core, 1, first)
     assert (mlp.ops.generation, len(compiled)) == (generation, before), "nothing is new"
     load(core, 2, odd)
-    assert (mlp.shapes, ("int4", "int2")) in compiled
     assert "raw" in stack_of(core, "model.layers.1.self_attn.o_proj.weight").codecs
     load(core, 3, second)
-    assert compiled[-1] != (mlp.shapes, ("int2",)), "steps serve all that there are together"
+    await until(lambda: len(mlp.groups) == 1)
+    assert compiled.count((mlp.shapes, ("int2",))) == 1
+    assert mlp.groups == (("int4", "int2"),), "one launch serves them"
+    assert (mlp.shapes, ("int4", "int2")) in compiled
 
 
 def test_codecs_of_the_settings_are_compiled_and_seen_by_no_step(
@@ -92,7 +95,7 @@ def test_codecs_of_the_settings_are_compiled_and_seen_by_no_step(
     core.slots.warm_up.codecs(("int4", "int2"))
     stack = stack_of(core, "model.layers.0.mlp.down_proj.weight")
     assert {(stack.shapes, ("int4",)), (stack.shapes, ("int2",))} <= compiled
-    assert stack.codecs == ()
+    assert not stack.codecs
 
 
 STACKS = ([(4096, 4096), (1024, 4096), (1024, 4096)], [(4096, 4096)], [(14336, 4096)] * 2, [(4096, 14336)])
@@ -124,7 +127,7 @@ def test_no_step_launches_what_was_not_compiled(codecs: tuple[str, ...], launche
     launched.clear()
     steps = list(batches(ops))
     for stack in stacks:
-        stack.codecs, stack.rank = codecs, 16
+        stack.groups, stack.rank = (codecs,), 16
         x, y = torch.empty(1, stack.shapes[0][1]), torch.empty(1, stack.starts[-1])
         for batch in steps:
             stack.add_product(y, Activations(x), batch)
