@@ -20,7 +20,6 @@ def tables(data: dict[str, Any]) -> dict[str, str]:
         "machine": _machine(data),
         "products": shares([row for row in packed if row["segments"] in many]),
         "busy": shares([row for row in packed if row["segments"] not in many]),
-        "reading": shares([row for row in results if row["kind"] == "reading"]),
         "numbers": shares([row for row in linears if row["codec"] in _NUMBERS]),
         "others": shares([row for row in products if row["linear"] not in _EIGHT_B]),
         "mixtures": shares([row for row in results if row["kind"] == "mixture"]),
@@ -31,7 +30,7 @@ def tables(data: dict[str, Any]) -> dict[str, str]:
 
 
 def shares(rows: Sequence[Row]) -> str:
-    """Microseconds and share of the copy bandwidth, for each codec and linear."""
+    """Microseconds and shares of the copy's and of reading's speed, for each codec and linear."""
     columns = list(dict.fromkeys(row["segments"] for row in rows))
     lines = ["| codec | linear | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
     cells = {(row["codec"], row["linear"], row["segments"]): _share(row) for row in rows}
@@ -79,4 +78,7 @@ def _machine(data: dict[str, Any]) -> str:
 
 
 def _share(row: Row) -> str:
-    return f"{row['seconds'] * 1e6:.1f} ({row['share_of_copy_bandwidth']:.2f})"
+    shares = [row["share_of_copy_bandwidth"]]
+    if row["reference"]:
+        shares.append(row["reference"] / row["seconds"])
+    return f"{row['seconds'] * 1e6:.1f} ({', '.join(f'{share:.2f}' for share in shares)})"

@@ -19,8 +19,8 @@ from deltazip_kernels.quantize import QuantizedRows, quantize_rows
 from deltazip_kernels.table import CODEC_IDS, DeltaTable, table_of
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-_INNER_CHUNK = 512  # columns of K that one program of a low-rank product adds up
-_EXPAND_ROWS, _EXPAND_WARPS = 512, 8
+_INNER_CHUNK = 512
+"""Columns of K that one program of a low-rank product adds up."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,14 @@ def raw_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work) -> None:
     )
 
 
-def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: int, *, aligned: bool = False) -> None:
-    """Two launches: the same for low-rank deltas of rank ``rank`` at most, all multiples of 8 if ``aligned``."""
+def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: int) -> None:
+    """Two launches: the same for low-rank deltas of rank ``rank`` at most."""
     _check(y, table)
-    rows, tiles = _cut(table.shapes, _EXPAND_ROWS)
-    chunks = ceil_div(x.shape[1], _INNER_CHUNK)
     width = max(16, power_of_2(rank))
-    batch = work.batch
+    batch, warps, numbers = (8, 2, 16384) if work.sparse else (work.batch, 4, 8192)
+    block = numbers // width
+    rows, tiles = _cut(table.shapes, block)
+    chunks = ceil_div(x.shape[1], _INNER_CHUNK)
     inner = torch.empty((len(rows), chunks, x.shape[0], width), dtype=torch.float32, device=x.device)
     launch(
         shrink,
@@ -141,9 +142,9 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
         DTYPE=DTYPES[table.dtype],
         R=width,
         BM=batch,
-        BK=128,
+        BK=min(128, 4096 // width),
         PLAIN=triton.knobs.runtime.interpret,
-        num_warps=4,
+        num_warps=warps,
         num_stages=4,
         **overlap(y.device),
     )
@@ -160,12 +161,11 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
         TILES=tiles,
         CHUNKS=chunks,
         DTYPE=DTYPES[table.dtype],
-        ALIGNED=aligned,
         R=width,
-        BN=_EXPAND_ROWS,
+        BN=block,
         BM=batch,
         PLAIN=triton.knobs.runtime.interpret,
-        num_warps=_EXPAND_WARPS,
+        num_warps=8,
         **overlap(y.device),
     )
 
@@ -188,7 +188,7 @@ def delta_matmul_triton(y: Tensor, x: Tensor, deltas: Sequence[PackedDelta | Non
             raw_matmul(y, x, table, work)
         if LOW_RANK in table.codecs:
             ranks = [d.tensors["down"].shape[0] for d in deltas if d is not None and d.codec == LOW_RANK]
-            low_rank_matmul(y, x, table, work, max(ranks), aligned=all(rank % 8 == 0 for rank in ranks))
+            low_rank_matmul(y, x, table, work, max(ranks))
 
 
 def _tile(table: DeltaTable, work: Work, codecs: Sequence[str]) -> Tile:

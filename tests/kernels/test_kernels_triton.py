@@ -156,7 +156,7 @@ def test_stacked_raw_and_low_rank(dtype: torch.dtype, ranks: tuple[int, int], de
     y = torch.zeros(30, 140, device=device)
     for work in plan(table([3, 27], [1, 0], device), 30):
         raw_matmul(y, x, deltas, work)
-        low_rank_matmul(y, x, deltas, work, max(ranks), aligned=ranks[0] % 8 == 0)
+        low_rank_matmul(y, x, deltas, work, max(ranks))
 
     def dense(delta: PackedDelta) -> Tensor:
         parts = {key: value.double() for key, value in delta.tensors.items()}
@@ -170,6 +170,21 @@ def test_stacked_raw_and_low_rank(dtype: torch.dtype, ranks: tuple[int, int], de
     )
     tolerance = 4e-6 if dtype == torch.float32 else 2**-8  # bfloat16 rounds the vector between the factors
     assert float((y.double() - want).abs().max()) <= tolerance * float(want.abs().max())
+
+
+def test_low_rank_segments_of_more_rows_than_most(device: torch.device) -> None:
+    """Twelve rows where programs take eight at once, which single rows pay least for."""
+    pair = to_device(random_low_rank((70, 300), 16, 7, torch.float32), device)
+    deltas = DeltaTable([(70, 300)], 1, device, torch.float32)
+    deltas.set(0, [pair])
+    x = torch.randn(18, 300, generator=torch.Generator().manual_seed(5)).to(device)
+    y = torch.zeros(18, 70, device=device)
+    (work,) = plan(table([1, 12, 1, 1, 1, 1, 1], [0, 0, -1, 0, 0, 0, 0], device), 18, 16)
+    assert work.sparse
+    low_rank_matmul(y, x, deltas, work, 16)
+    want = x.double() @ pair.tensors["down"].double().T @ pair.tensors["up"].double().T
+    want[13] = 0
+    assert float((y.double() - want).abs().max()) <= 4e-6 * float(want.abs().max())
 
 
 @pytest.mark.parametrize(("splits", "columns"), [(2, 900), (4, 388), (3, 1152)])

@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 import triton
 
-from deltazip_kernels.bench.cases import POOL, long_segments, mixtures, overheads, products
+from deltazip_kernels.bench.cases import long_segments, mixtures, overheads, products
 from deltazip_kernels.bench.data import OTHERS
 from deltazip_kernels.bench.layer import layers
-from deltazip_kernels.bench.reading import readings
 from deltazip_kernels.bench.result import Result
 from deltazip_kernels.bench.timing import copy_bandwidth
 from deltazip_kernels.delta import LOW_RANK, RAW
@@ -28,7 +27,6 @@ def cases(quick: bool) -> Iterator[Result]:
     """All measurements, or a few of each kind."""
     yield from products(["int2"] if quick else list(CODECS), {8: [4]} if quick else BATCHES)
     yield from products(["sparse24_int4", "int4", "int2"], {8: [1], 1: [512]}, OTHERS)
-    yield from readings("int2", [1, 2, 8, 32], POOL)
     yield from products(["int2"] if quick else ["int4", "int2"], {1: [32]} if quick else BUSY)
     yield from mixtures("int2", ["o"] if quick else ["o", "gate_up"])
     yield from overheads()
@@ -41,12 +39,15 @@ def cases(quick: bool) -> Iterator[Result]:
 
 
 def line(result: Result, bandwidth: float) -> str:
-    """One row of the table: what, time, and the ratio to the memory's limit or to the base GEMM."""
+    """One row of the table: what, time, and the shares of the memory's speed or the ratio to the base alone."""
     what = f"{result.kind:17} {result.codec:13} {result.linear:8} {result.segments:24} {result.rows:5} rows"
-    if result.reference is not None:
+    if result.reference is not None and result.kind != "product":
         return f"{what} {result.seconds * 1e6:8.1f} us  {result.seconds / result.reference:5.2f} x without deltas"
     share = result.record(bandwidth)["share_of_copy_bandwidth"]
-    return f"{what} {result.seconds * 1e6:8.1f} us  {result.bytes / 1e6:7.1f} MB  {share:5.2f} of copy bandwidth"
+    reading = f"  {result.reference / result.seconds:5.2f} of reading alone" if result.reference else ""
+    return (
+        f"{what} {result.seconds * 1e6:8.1f} us  {result.bytes / 1e6:7.1f} MB  {share:5.2f} of copy bandwidth{reading}"
+    )
 
 
 def commit() -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Result:
-    """One measurement. ``bytes`` are those of the deltas that the launch reads; samples are seconds a launch."""
+    """One measurement. ``bytes`` are those of the deltas that the launch reads; samples are seconds a launch, and
+    ``reference`` is what to compare them with."""
 
     kind: str
     codec: str

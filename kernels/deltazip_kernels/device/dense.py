@@ -90,6 +90,17 @@ def raw(
     add_outputs(y, y_stride, m, column + n, live, n < width, before, acc)
 
 
+@triton.jit
+def _bring(rows, K, begin, CHUNK: tl.constexpr):
+    """Ask for columns ``begin:begin + CHUNK`` of ``rows`` (pointers to their starts) to be brought to the L2."""
+    LINE: tl.constexpr = 128 // (rows.dtype.element_ty.primitive_bitwidth // 8)
+    k = tl.minimum(begin + tl.arange(0, CHUNK // LINE) * LINE, K - 1)
+    lines = (rows[:, None] + k[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @triton.jit(do_not_specialize=["T"])
 def shrink(
     inner,
@@ -108,24 +119,41 @@ def shrink(
     PLAIN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """``inner`` [parts, chunks of K, T, R] float32 gets ``x @ down.T`` of each chunk, zero beyond a delta's rank."""
+    """``inner`` [parts, chunks of K, T, R] float32 gets ``x @ down.T`` of each chunk, zero beyond a delta's rank.
+
+    What it multiplies with is on its way to the L2 while the launches ahead end.
+    """
     slot, first, end = load_item(items)
     part = tl.program_id(0) % PARTS
     chunk = tl.program_id(0) // PARTS
     codec, down, _, rank = load_entry(table, slot, part, PARTS)
+    if slot < 0 or codec != LOW_RANK:
+        end = first
+    r = tl.arange(0, R)
+    begin = chunk * CHUNK
+    w = pointer(down, DTYPE)
+    if OVERLAP:
+        if first < end:
+            _bring(w + tl.minimum(r, rank - 1) * K, K, begin, CHUNK)
     wait(OVERLAP)
     let_next_start(OVERLAP)
-    if slot < 0 or codec != LOW_RANK:
-        return
-    r = tl.arange(0, R)
-    m = first + tl.arange(0, BM)
-    live = m < end
-    begin = chunk * CHUNK
-    w = pointer(down, DTYPE) + r[:, None] * K
-    acc = _walk(w, r < rank, x, x_stride, m, live, begin, tl.minimum(begin + CHUNK, K), K, R, BM, BK, PLAIN)
     chunks = tl.num_programs(0) // PARTS
-    at = inner + ((part * chunks + chunk) * T + m.to(tl.int64)[None, :]) * R + r[:, None]
-    tl.store(at, acc, mask=live[None, :])
+    out = inner + (part * chunks + chunk) * T * R + r[:, None]
+    for at in tl.range(first, end, BM, num_stages=1):
+        m = at + tl.arange(0, BM)
+        live = m < end
+        acc = _walk(
+            w + r[:, None] * K, r < rank, x, x_stride, m, live,
+            begin, tl.minimum(begin + CHUNK, K), K, R, BM, BK, PLAIN,
+        )  # fmt: skip
+        tl.store(out + m.to(tl.int64)[None, :] * R, acc, mask=live[None, :])
+
+
+@triton.jit
+def _rows(w, n, N, r, rank):
+    """Rows ``n`` of ``w`` [N, rank], columns ``r``, zero where there are none."""
+    wanted = (n < N)[:, None] & (r < rank)[None, :]
+    return tl.load(w + n.to(tl.int64)[:, None] * rank + r[None, :], mask=wanted, other=0.0)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -140,7 +168,6 @@ def expand(
     TILES: tl.constexpr,
     CHUNKS: tl.constexpr,
     DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
     R: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
@@ -149,29 +176,30 @@ def expand(
 ):
     """Adds ``(sum of inner's chunks) @ up.T``; the sum is rounded to ``DTYPE`` first, as a linear's output is.
 
-    ALIGNED promises that every rank is a multiple of 8. The launch ahead is :func:`shrink`, which has seen all others
-    end: whatever it does not write is read before it has ended.
+    The launch ahead is :func:`shrink`, which writes nothing that is read here before it has ended.
     """
     slot, first, end = load_item(items)
     part, block, column, width = part_of(tl.program_id(0), ROWS, TILES)
     codec, _, up, rank = load_entry(table, slot, part, len(ROWS))
     if slot < 0 or codec != LOW_RANK:
-        wait(OVERLAP)
-        return
+        end = first
     n = block * BN + tl.arange(0, BN)
-    m = first + tl.arange(0, BM)
-    live = m < end
     r = tl.arange(0, R)
-    before = load_outputs(y, y_stride, m, column + n, live, n < width)
-    if ALIGNED:
-        rank = rank >> 3 << 3  # as it is, but now the compiler knows that 16 bytes can be read at once
-    w_mask = (n < width)[:, None] & (r < rank)[None, :]
-    w = tl.load(pointer(up, DTYPE) + n.to(tl.int64)[:, None] * rank + r[None, :], mask=w_mask, other=0.0)
+    w = tl.zeros((BN, R), dtype=DTYPE)
+    if first < end:
+        if rank % 8 == 0:  # so that the compiler knows that 16 bytes can be read at once
+            w = _rows(pointer(up, DTYPE), n, width, r, rank >> 3 << 3)
+        else:
+            w = _rows(pointer(up, DTYPE), n, width, r, rank)
     wait(OVERLAP)
-    at = inner + (part * CHUNKS * T + m.to(tl.int64)[None, :]) * R + r[:, None]
-    t = tl.zeros((R, BM), dtype=tl.float32)
-    for _ in tl.static_range(0, CHUNKS):  # unrolled: the loads go out together
-        t += tl.load(at, mask=live[None, :], other=0.0)
-        at += T * R
-    acc = tl.dot(_operand(w, PLAIN), _operand(t.to(DTYPE), PLAIN), input_precision="ieee")
-    add_outputs(y, y_stride, m, column + n, live, n < width, before, acc)
+    let_next_start(OVERLAP)
+    for at in tl.range(first, end, BM, num_stages=1):
+        m = at + tl.arange(0, BM)
+        live = m < end
+        before = load_outputs(y, y_stride, m, column + n, live, n < width)
+        t = tl.zeros((BM, R), dtype=tl.float32)
+        for i in tl.static_range(0, CHUNKS):  # unrolled: the loads go out together
+            chunk = inner + (part * CHUNKS + i) * T * R + m.to(tl.int64)[:, None] * R + r[None, :]
+            t += tl.load(chunk, mask=live[:, None], other=0.0)
+        acc = tl.dot(_operand(w, PLAIN), _operand(tl.trans(t.to(DTYPE)), PLAIN), input_precision="ieee")
+        add_outputs(y, y_stride, m, column + n, live, n < width, before, acc)
