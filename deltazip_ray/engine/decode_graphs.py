@@ -1,5 +1,10 @@
-"""Decode steps as CUDA graphs: one launch for a whole step, whichever versions share it."""
+"""Steps of few rows as CUDA graphs: one launch for a whole step, whichever versions share it.
 
+A token of a short prompt is a row as a decode is: it sees the keys and values before it, which every layer writes for
+all rows before any of them attends.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -9,16 +14,20 @@ import torch
 
 from deltazip_kernels import Segments
 from deltazip_kernels.plan import MORE, SOME
+from deltazip_ray.engine.arrivals import Arrival, wait_for_layer
 from deltazip_ray.engine.step_inputs import StepBuffer
 from deltazip_ray.layers.attention.backend import SequenceRows
 from deltazip_ray.layers.attention.capture import CapturableBackend
 from deltazip_ray.layers.rows import Rows
+from deltazip_ray.layers.staging import to_device
 from deltazip_ray.layers.triton_ops import TritonOps
-from deltazip_ray.models.decoder import Decoder, StepInputs
-from deltazip_ray.scheduler.batch import Batch
+from deltazip_ray.models.decoder import Decoder, StepInputs, go_on
+from deltazip_ray.scheduler.batch import Batch, Chunk
 
 _FINE, _COARSE = 64, 256  # rows up to which the sizes of graphs lie 8 and 16 apart; then it is 64
 _SMALL = (1, 2, 4)
+_PROMPT_ROWS, _PROMPT_CONTEXT = 64, 1024
+"""Rows of a step with prompts, and what one may see: each row reads all of it, where a prefill's rows share it."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +39,14 @@ class _Shape:
     """0: the base alone."""
     longest: int
     """Rows of one version."""
+    arriving: bool
+    """Whether a version is on its way: then each layer is a graph of its own."""
 
 
 @dataclass(frozen=True)
 class _Captured:
-    graph: torch.cuda.CUDAGraph
+    graphs: Sequence[torch.cuda.CUDAGraph]
+    """One, or what comes before the layers and each layer, the last with what comes behind it."""
     state: tuple[int, int]
 
 
@@ -81,19 +93,36 @@ class DecodeGraphs:
         self._graphs: dict[_Shape, _Captured] = {}
 
     def fits(self, batch: Batch) -> bool:
-        """Whether every chunk of ``batch`` is one token that samples."""
-        return len(batch.chunks) == batch.num_tokens == len(batch.sampling_chunks)
+        """Whether every chunk of ``batch`` samples, and is one token or part of few short prompts."""
+        if len(batch.sampling_chunks) != len(batch.chunks):
+            return False
+        if len(batch.chunks) == batch.num_tokens:
+            return True
+        if batch.num_tokens > min(_PROMPT_ROWS, self.sizes[-1]) or batch.scoring_chunks:
+            return False
+        return all(chunk.start < _PROMPT_CONTEXT for chunk in batch.chunks if len(chunk.tokens) > 1)
 
-    def run(self, batch: Batch) -> torch.Tensor:
-        """Launch a batch that fits; returns its logits ``[chunks, vocab + added]``, float32."""
-        rows = next(size for size in self.sizes if size >= len(batch.chunks))
+    def run(self, batch: Batch, arrivals: Sequence[Arrival]) -> torch.Tensor:
+        """Launch a batch that fits; returns its logits ``[chunks, vocab + added]``, float32.
+
+        ``arrivals``: versions in it that are on their way; each layer waits for its own weights.
+        """
+        rows = next(size for size in self.sizes if size >= batch.num_tokens)
         plan = self._plan(rows)
-        shape = self._fill(batch, rows)
+        shape = self._fill(batch, rows, arriving=bool(arrivals))
         captured = self._graphs.get(shape)
         if captured is None or captured.state != self._state(shape):
+            for arrival in arrivals:
+                arrival.wait_for_all()
             captured = self._graphs[shape] = self._capture(shape, plan)
-        captured.graph.replay()
-        return self._logits[: len(batch.chunks), : self._vocab]
+        for layer, graph in zip((None, *range(len(self._decoder.blocks))), captured.graphs, strict=False):
+            wait_for_layer(arrivals, layer)
+            graph.replay()
+        logits = self._logits[: batch.num_tokens, : self._vocab]
+        if batch.num_tokens == len(batch.chunks):
+            return logits
+        ends = np.cumsum([len(chunk.tokens) for chunk in batch.chunks])
+        return logits[to_device(ends - 1, logits.device)]
 
     @property
     def _vocab(self) -> int:
@@ -109,11 +138,12 @@ class DecodeGraphs:
             self._plans[rows] = self._attention.captured_plan(inputs["where"][:rows], inputs)
         return self._plans[rows]
 
-    def _fill(self, batch: Batch, rows: int) -> _Shape:
+    def _fill(self, batch: Batch, rows: int, *, arriving: bool) -> _Shape:
         """Send the batch's inputs and plan its attention; rows that pad it belong to the base and see one token."""
-        arrays, count = self._inputs.arrays, len(batch.chunks)
+        arrays, count = self._inputs.arrays, batch.num_tokens
         idle = rows - count
-        _, tokens, positions, tables, _, _, drawn_rows, _ = zip(*batch.chunks, strict=True)
+        each = batch.chunks if count == len(batch.chunks) else single_tokens(batch.chunks)
+        _, tokens, positions, tables, _, _, drawn_rows, _ = zip(*each, strict=True)
         sequences = [SequenceRows(1, position + 1, table) for position, table in zip(positions, tables, strict=True)]
         sequences += [SequenceRows(1, 1, (self._attention.padding,))] * idle
         starts, slots = batch.segments()
@@ -127,25 +157,37 @@ class DecodeGraphs:
         self._inputs.send(self._attention.fill(sequences, arrays))
         self._attention.replan(rows)
         lengths = [stop - start for (start, stop), slot in zip(pairwise(starts), slots, strict=True) if slot >= 0]
-        return _shape(rows, len(lengths), max(lengths, default=0), self._slots)
+        return _shape(rows, len(lengths), max(lengths, default=0), self._slots, arriving=arriving)
 
     def _capture(self, shape: _Shape, plan: Any) -> _Captured:
         """Run the step once, which compiles kernels and writes nothing that its replay would not, and record it."""
         # Read first: a load that changes them meanwhile makes this graph an old one.
         state = self._state(shape)
         self._step(shape, plan)
-        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        here = torch.cuda.current_stream()
         stream = torch.cuda.Stream()
         stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            # Other threads copy deltas to the device meanwhile.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            self._step(shape, plan)
-            graph.capture_end()
-        here.wait_stream(stream)
-        return _Captured(graph, state)
+        graphs: list[torch.cuda.CUDAGraph] = []
 
-    def _step(self, shape: _Shape, plan: Any) -> None:
+        def cut(layer: int | None) -> None:
+            if shape.arriving and layer is not None:
+                graphs[-1].capture_end()
+                self._begin(graphs)
+
+        with torch.cuda.stream(stream):
+            self._begin(graphs)
+            self._step(shape, plan, cut)
+            graphs[-1].capture_end()
+        here.wait_stream(stream)
+        return _Captured(graphs, state)
+
+    def _begin(self, graphs: list[torch.cuda.CUDAGraph]) -> None:
+        """Record what is launched from now on in a new graph, the last of ``graphs``."""
+        graphs.append(torch.cuda.CUDAGraph())
+        # Other threads copy deltas to the device meanwhile.
+        graphs[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def _step(self, shape: _Shape, plan: Any, before_layer: Callable[[int | None], None] = go_on) -> None:
         inputs = {name: tensor[: shape.rows] for name, tensor in self._inputs.tensors.items()}
         rows = Rows(inputs["index"])
         if shape.versions:
@@ -154,8 +196,17 @@ class DecodeGraphs:
             rows = self._ops.graph_rows(inputs["index"], segments, shape.longest)
         source = inputs["drawn_rows"]
         tokens = torch.where(source >= 0, self._drawn[source.clamp(min=0)], inputs["tokens"])
-        logits = self._decoder(StepInputs(tokens, inputs["positions"], rows, plan, None, rows))
+        logits = self._decoder(StepInputs(tokens, inputs["positions"], rows, plan, None, rows, before_layer))
         self._logits[: shape.rows, : self._vocab].copy_(logits)
+
+
+def single_tokens(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Each token as a chunk of its own, in the same order."""
+    return [
+        chunk._replace(tokens=(token,), start=chunk.start + i)
+        for chunk in chunks
+        for i, token in enumerate(chunk.tokens)
+    ]
 
 
 def _sizes(most: int) -> tuple[int, ...]:
@@ -164,9 +215,10 @@ def _sizes(most: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < most), most)
 
 
-def _shape(rows: int, versions: int, longest: int, slots: int) -> _Shape:
+def _shape(rows: int, versions: int, longest: int, slots: int, *, arriving: bool) -> _Shape:
     """The least shape for such a batch of which there is a graph."""
     if versions == 0:
-        return _Shape(rows, 0, 0)
+        return _Shape(rows, 0, 0, arriving)
     steps = (SOME, MORE, rows)
-    return _Shape(rows, min(1 << (versions - 1).bit_length(), rows, slots), next(n for n in steps if n >= longest))
+    versions = min(1 << (versions - 1).bit_length(), rows, slots)
+    return _Shape(rows, versions, next(n for n in steps if n >= longest), arriving)

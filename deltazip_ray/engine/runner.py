@@ -27,8 +27,8 @@ class StepGraphs(Protocol):
     def fits(self, batch: Batch) -> bool:
         """Whether ``batch`` can run so."""
 
-    def run(self, batch: Batch) -> torch.Tensor:
-        """Its logits ``[sampled, vocab + added]``, float32."""
+    def run(self, batch: Batch, arrivals: Sequence[Arrival]) -> torch.Tensor:
+        """Its logits ``[sampled, vocab + added]``, float32; it waits for the weights of ``arrivals``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,8 @@ class ModelRunner:
         graphs: StepGraphs | None,
         arriving: Callable[[Iterable[int]], Sequence[Arrival]],
     ) -> None:
-        """``drawn`` ``[most running]`` int64 keeps the tokens of the last step; ``graphs`` run decodes, where given.
+        """``drawn`` ``[most running]`` int64 keeps the tokens of the last step; ``graphs``, where given,
+        run steps of few rows.
 
         ``arriving`` finds versions that are on their way to slots.
         """
@@ -128,9 +129,7 @@ class ModelRunner:
     def _run(self, batch: Batch) -> tuple[SampledTokens | None, PromptScores | None]:
         arrivals = self._arriving({chunk.slot for chunk in batch.chunks})
         if self._graphs is not None and self._graphs.fits(batch):
-            for arrival in arrivals:
-                arrival.wait_for_all()
-            return self._sample(self._graphs.run(batch), batch), None
+            return self._sample(self._graphs.run(batch, arrivals), batch), None
         inputs = replace(self.prepare(batch), before_layer=functools.partial(wait_for_layer, arrivals))
         states = self.decoder.states(inputs)
         prompts = None

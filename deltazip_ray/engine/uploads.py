@@ -33,6 +33,9 @@ RUN = 256 * MIB
 """Bytes after which the wire is left free for a moment."""
 GENTLE = 8 * MIB
 """Bytes of one copy beside steps, and of one run."""
+AHEAD = 16
+GENTLY_AHEAD = 2
+"""Copies that a load asks for before it waits: its work between them takes the interpreter from copier and steps."""
 _SWITCH_S = 0.0005
 """Threads take turns at the interpreter. Loads are Python for some milliseconds; Python's own 5 would delay steps."""
 
@@ -94,6 +97,9 @@ class Upload:
 
         What is launched in the same block sees the bytes after :meth:`join` only.
         """
+        ahead = GENTLY_AHEAD if self._gently else AHEAD
+        if len(self._copies) >= ahead:
+            self._copies[-ahead].result()
         self._copies.append(self._copier.submit(target, source, gently=self._gently))
 
     def mark(self) -> Mark:

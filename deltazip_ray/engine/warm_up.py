@@ -11,8 +11,8 @@ from deltazip_ray.scheduler.batch import Batch, Chunk
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 from deltazip_ray.scheduler.sequence import SequenceState
 
-_PROMPTS = (64, 37)
-"""Rows: kernels are compiled for multiples of 16 and for other numbers."""
+_PROMPTS = (128, 101)
+"""Rows, more than graphs have: kernels are compiled for multiples of 16 and for other numbers."""
 _GREEDY = SamplingParams(temperature=0.0)
 _CUT = SamplingParams(top_k=20, top_p=0.9, min_p=0.01, logprobs=1)
 

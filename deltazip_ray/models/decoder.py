@@ -16,7 +16,7 @@ from deltazip_ray.models.neox_block import NeoXBlock
 from deltazip_ray.models.weights import WeightReader
 
 
-def _go_on(layer: int | None) -> None:
+def go_on(layer: int | None) -> None:
     """All weights are there."""
 
 
@@ -35,7 +35,7 @@ class StepInputs:
     """``[sampled]`` int64: rows whose logits are wanted, in order; None: all."""
     last_rows: Rows
     """The versions of those."""
-    before_layer: Callable[[int | None], None] = _go_on
+    before_layer: Callable[[int | None], None] = go_on
     """Is told which layer's weights are needed next; None, at the beginning: those that belong to no layer."""
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deltazip_ray.artifact.file_store import FileStore
+from deltazip_ray.engine.decode_graphs import DecodeGraphs
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 from tests.support.engines import RunningEngine, random_prompt, running
 from tests.support.oracle import Oracle
@@ -97,6 +98,23 @@ async def test_long_prompts_of_one_version_run_merged(wide_zoo: Zoo, base_dtype:
         outputs = await asyncio.gather(*(run.generate(prompt, name, sampling) for name, prompt in jobs))
         for (name, prompt), output in zip(jobs, outputs, strict=True):
             assert regrets(wide_zoo.oracles[name], prompt, output).mean() < most
+
+
+async def test_short_prompts_run_recorded_behind_what_is_cached_too(wide_zoo: Zoo) -> None:
+    sampling = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    shared = random_prompt(0, 48)
+    async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS) as run:
+        assert run.engine._parts is not None
+        graphs = run.engine._parts.core.runner._graphs
+        assert isinstance(graphs, DecodeGraphs)
+        for name in wide_zoo.names:
+            for length in (3, 20, 33):
+                prompt = [*shared[: length + 15], *random_prompt(length, length)]
+                output = await run.generate(prompt, name, sampling)
+                assert regrets(wide_zoo.oracles[name], prompt, output).max() < 0.3
+        await asyncio.gather(*(run.generate(random_prompt(i, 9), wide_zoo.names[i % 5], sampling) for i in range(5)))
+        assert max(shape.rows for shape in graphs._graphs) >= 40
+        assert run.engine.stats().prefix_hits > 0
 
 
 async def test_versions_come_and_go_under_graphs(wide_zoo: Zoo) -> None:
