@@ -100,7 +100,7 @@ def expected_tensors(entry: BlobEntry) -> dict[str, tuple[tuple[int, ...], torch
     return expected
 
 
-def coded_layout(entry: TensorEntry) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def coded_layout(entry: TensorEntry) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each tensor of a weight that is not raw, by the end of its key."""
     rows, columns = entry.shape
     if entry.rank is not None:

@@ -42,9 +42,10 @@ def fill(
     """
     copies: dict[_Key, torch.Tensor] = {}
     runs: list[_Run] = []
+    typed = {dtype: memory.view(dtype) for dtype in {tensor.dtype for tensor in tensors.values()}}
     for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
-        size = tensor.nbytes
-        copies[key] = memory[start : start + size].view(tensor.dtype).view(tensor.shape)
+        size, offset = tensor.nbytes, memory.storage_offset() + start
+        copies[key] = typed[tensor.dtype].as_strided(tensor.shape, tensor.stride(), offset // tensor.itemsize)
         run = _Run(tensor, start, size)
         if runs and runs[-1].goes_on_with(run):
             runs[-1].size += size
@@ -68,9 +69,10 @@ class _Run:
 
     def goes_on_with(self, other: "_Run") -> bool:
         """Whether the bytes of ``other`` come right after these, in the same memory."""
-        same = self.first.untyped_storage().data_ptr() == other.first.untyped_storage().data_ptr()
         adjacent = self.first.data_ptr() + self.size == other.first.data_ptr()
-        return same and adjacent and self.start + self.size == other.start
+        if not adjacent or self.start + self.size != other.start:
+            return False
+        return self.first.untyped_storage().data_ptr() == other.first.untyped_storage().data_ptr()
 
     def bytes(self) -> torch.Tensor:
         """All of them."""

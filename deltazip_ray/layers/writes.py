@@ -27,19 +27,21 @@ class Writes:
             by_dtype.setdefault(target.dtype, []).append((target, values))
         for writes in by_dtype.values():
             near = [(target, v) for target, v in writes if isinstance(v, torch.Tensor) and v.device == target.device]
-            far = [(target, v) for target, v in writes if not isinstance(v, torch.Tensor) or v.device != target.device]
+            tensors = [(target, v) for target, v in writes if isinstance(v, torch.Tensor) and v.device != target.device]
+            far = tensors + [(target, v) for target, v in writes if not isinstance(v, torch.Tensor)]
             near += zip((target for target, _ in far), _sent(far), strict=True)
             torch._foreach_copy_([target for target, _ in near], [v.view(target.shape) for target, v in near])
         self._wanted.clear()
 
 
 def _sent(writes: Sequence[tuple[torch.Tensor, Values]]) -> Sequence[torch.Tensor]:
-    """The values on the device of their targets, which have one type, in one copy."""
+    """The values, tensors first, on the device of their targets, which have one type, in one copy."""
     if not writes:
         return []
     first = writes[0][0]
-    flat = [(v if isinstance(v, torch.Tensor) else torch.tensor(v)).view(-1).to(first.dtype) for _, v in writes]
+    tensors = [v.view(-1).to(first.dtype) for _, v in writes if isinstance(v, torch.Tensor)]
+    numbers = [number for _, v in writes if not isinstance(v, torch.Tensor) for number in v]
     # Not page-locked: it may wait for this load's stream, never for a copy engine behind other loads (staging.py).
-    sent = torch.cat(flat).to(first.device, non_blocking=True)
-    pieces: Sequence[torch.Tensor] = sent.split([v.numel() for v in flat])
+    sent = torch.cat([*tensors, torch.tensor(numbers, dtype=first.dtype)]).to(first.device, non_blocking=True)
+    pieces: Sequence[torch.Tensor] = sent.split([target.numel() for target, _ in writes])
     return pieces

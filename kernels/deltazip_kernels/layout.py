@@ -7,7 +7,9 @@ tensor begins with ``[row tiles, column tiles, ...]``, so a tensor-parallel shar
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -91,7 +93,8 @@ def tiles(shape: tuple[int, int]) -> tuple[int, int]:
     return -(-rows // ROWS), -(-columns // GROUP)
 
 
-def packed_layout(codec: str, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+@lru_cache(1024)
+def packed_layout(codec: str, shape: tuple[int, int]) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each tensor that :func:`pack` makes of a matrix ``[N, K]``."""
     kind, (row_tiles, column_tiles) = find_codec(codec), tiles(shape)
     half = (row_tiles, -(-column_tiles // 2), ROWS, QUADS)
@@ -105,7 +108,7 @@ def packed_layout(codec: str, shape: tuple[int, int]) -> dict[str, tuple[tuple[i
         layout["low"] = (half, torch.uint8)
     if kind.sparse:
         layout["index"] = (half, torch.uint8)
-    return layout
+    return MappingProxyType(layout)
 
 
 def packed_bytes(codec: str, shape: tuple[int, int]) -> int:

@@ -41,11 +41,12 @@ class FlashInferPlan:
 class _Staging:
     """Memory for the plans of one kind of wrapper."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, locked: bool) -> None:
+        """``locked``: in page-locked memory; without, plans are small, and wait for no delta (layers/staging.py)."""
         self._integers = torch.empty(_INTEGERS, dtype=torch.uint8, device=device)
         # A plan is copied from page-locked memory when the device comes to it. At most one step is launched ahead, so
         # with two of them in turn none is overwritten before it was read.
-        self._staged = [torch.empty(_INTEGERS, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._staged = [torch.empty(_INTEGERS, dtype=torch.uint8, pin_memory=locked) for _ in range(2)]
 
     def prepare(self, wrapper: Any) -> Any:
         """``wrapper``, about to plan."""
@@ -65,7 +66,7 @@ class _Window:
         self.decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
         self.captured: dict[int, Any] = {}
         """By rows, for graphs."""
-        self.prefills, self.decodes = _Staging(device), _Staging(device)
+        self.prefills, self.decodes = _Staging(device, locked=True), _Staging(device, locked=False)
 
 
 class FlashInferBackend(CapturableBackend[FlashInferPlan]):
