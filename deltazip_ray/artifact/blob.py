@@ -8,6 +8,7 @@ itself.
 import json
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, Any
 
 import numpy as np
@@ -84,8 +85,11 @@ def read_blob(data: memoryview | bytes | bytearray, entry: BlobEntry) -> dict[st
         odd = min(pieces.keys() ^ expected.keys())
         raise BlobCorrupt(f"blob {entry.digest[:12]} and its manifest disagree whether it holds {odd[:120]!r}")
     _check_cover(pieces, len(view) - start, entry)
-    whole = torch.from_numpy(np.asarray(_Alias(view)))[start:]
-    return {name: _view(whole, start, name, piece, expected[name], entry) for name, piece in pieces.items()}
+    for name, piece in pieces.items():
+        _check_piece(start, name, piece, expected[name], entry)
+    whole = torch.from_numpy(np.asarray(_Alias(view)))
+    typed = {name: _typed(whole, start, _DTYPES[name]) for name in {piece.dtype for piece in pieces.values()}}
+    return {name: _view(typed[piece.dtype], piece) for name, piece in pieces.items()}
 
 
 def expected_tensors(entry: BlobEntry) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
@@ -134,14 +138,10 @@ def _check_cover(pieces: Mapping[str, _Piece], size: int, entry: BlobEntry) -> N
         raise BlobCorrupt(f"blob {entry.digest[:12]} has {size} bytes of data, its header describes {position}")
 
 
-def _view(
-    whole: torch.Tensor,
-    start: int,
-    name: str,
-    piece: _Piece,
-    expected: tuple[tuple[int, ...], torch.dtype | None],
-    entry: BlobEntry,
-) -> torch.Tensor:
+def _check_piece(
+    start: int, name: str, piece: _Piece, expected: tuple[tuple[int, ...], torch.dtype | None], entry: BlobEntry
+) -> None:
+    """The tensor is what the manifest says, in so many bytes, and aligned; the data starts at ``start``."""
     shape, dtype = expected
     found = _DTYPES.get(piece.dtype)
     begin, end = piece.data_offsets
@@ -150,9 +150,25 @@ def _view(
             f"blob {entry.digest[:12]}: {name} is {piece.dtype} {piece.shape}, "
             f"its manifest wants {dtype or 'floats'} {list(shape)}"
         )
-    if end - begin != math.prod(shape) * found.itemsize or (start + begin) % found.itemsize:
+    if end - begin != math.prod(shape) * found.itemsize or begin % found.itemsize or start % found.itemsize:
         raise BlobCorrupt(f"blob {entry.digest[:12]}: the bytes of {name} do not fit its shape, or are not aligned")
-    return whole[begin:end].view(found).view(shape)
+
+
+def _typed(whole: torch.Tensor, start: int, dtype: torch.dtype) -> torch.Tensor:
+    """The data from ``start`` on as elements of ``dtype``, without what is left at the end."""
+    return whole[start : len(whole) - (len(whole) - start) % dtype.itemsize].view(dtype)
+
+
+def _view(data: torch.Tensor, piece: _Piece) -> torch.Tensor:
+    """One tensor of the data, in a single call: a delta has hundreds."""
+    offset = data.storage_offset() + piece.data_offsets[0] // data.itemsize
+    return data.as_strided(piece.shape, _strides(tuple(piece.shape)), offset)
+
+
+@lru_cache(1024)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 class _Alias:

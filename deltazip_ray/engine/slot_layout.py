@@ -43,14 +43,13 @@ def fill(
     copies: dict[_Key, torch.Tensor] = {}
     runs: list[_Run] = []
     typed = {dtype: memory.view(dtype) for dtype in {tensor.dtype for tensor in tensors.values()}}
-    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
-        size, offset = tensor.nbytes, memory.storage_offset() + start
-        copies[key] = typed[tensor.dtype].as_strided(tensor.shape, tensor.stride(), offset // tensor.itemsize)
-        run = _Run(tensor, start, size)
-        if runs and runs[-1].goes_on_with(run):
-            runs[-1].size += size
-        else:
-            runs.append(run)
+    begin = memory.storage_offset()
+    for address, key in sorted((tensor.data_ptr(), key) for key, tensor in tensors.items()):
+        tensor = tensors[key]
+        size = tensor.nbytes
+        copies[key] = typed[tensor.dtype].as_strided(tensor.shape, tensor.stride(), (begin + start) // tensor.itemsize)
+        if not runs or not runs[-1].grow(tensor, address, start):
+            runs.append(_Run(tensor, address, start, size))
         start += aligned(size)
     for run in runs:
         upload.copy(memory[run.start : run.start + run.size], run.bytes())
@@ -63,16 +62,19 @@ class _Run:
 
     first: torch.Tensor
     """The tensor that they begin with."""
+    address: int
     start: int
     """Where they go."""
     size: int
 
-    def goes_on_with(self, other: "_Run") -> bool:
-        """Whether the bytes of ``other`` come right after these, in the same memory."""
-        adjacent = self.first.data_ptr() + self.size == other.first.data_ptr()
-        if not adjacent or self.start + self.size != other.start:
+    def grow(self, tensor: torch.Tensor, address: int, start: int) -> bool:
+        """Take in ``tensor``, if it comes right after these bytes on both sides, in the same memory."""
+        if self.address + self.size != address or self.start + self.size != start:
             return False
-        return self.first.untyped_storage().data_ptr() == other.first.untyped_storage().data_ptr()
+        if self.first.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+            return False
+        self.size += tensor.nbytes
+        return True
 
     def bytes(self) -> torch.Tensor:
         """All of them."""

@@ -25,15 +25,15 @@ from deltazip_ray.engine.page_locks import PageLocks
 from deltazip_ray.residency.pace import Pace
 from deltazip_ray.residency.tiers import HostMemory
 
-CHUNK = 16 * MIB
+CHUNK = 64 * MIB
 """Bytes of one copy."""
 DEPTH = 4
-"""Copies under way at once: 1.2 ms, so that the wire stays busy while other threads have the interpreter."""
-RUN = 256 * MIB
+"""Copies under way at once: 5 ms, so that the wire stays busy while other threads have the interpreter."""
+RUN = 1024 * MIB
 """Bytes after which the wire is left free for a moment."""
 GENTLE = 8 * MIB
 """Bytes of one copy beside steps, and of one run."""
-AHEAD = 16
+AHEAD = 20
 GENTLY_AHEAD = 2
 """Copies that a load asks for before it waits: its work between them takes the interpreter from copier and steps."""
 _SWITCH_S = 0.0005

@@ -75,14 +75,15 @@ class VectorTarget(DeltaTarget):
         super().__init__(name, tuple(base.shape))
         self.table = table
         self.table.copy_(base.expand_as(table))
+        self._rows = table.unbind()
 
     def install(self, slot: int, codec: str, tensors: Mapping[str, torch.Tensor], writes: Writes) -> None:
         """Copy the values into the slot's row."""
-        writes.put(self.table[slot + 1], tensors[VALUES])
+        writes.put(self._rows[slot + 1], tensors[VALUES])
 
     def clear(self, slot: int, writes: Writes) -> None:
         """Put the base's values back."""
-        writes.put(self.table[slot + 1], self.table[0])
+        writes.put(self._rows[slot + 1], self._rows[0])
 
 
 class AddedTarget(DeltaTarget):

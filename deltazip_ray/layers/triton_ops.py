@@ -56,7 +56,7 @@ class TritonStack(DeltaStack):
     def put(self, slot: int, part: int, delta: PackedDelta | None, writes: Writes) -> None:
         """As the base class says; seen by the steps that are launched afterwards."""
         super().put(slot, part, delta, writes)
-        writes.put(self.table.entries[slot, part], self.table.hold(slot, part, delta))
+        writes.put(self.table.rows[slot][part], self.table.hold(slot, part, delta))
         if delta is None:
             return
         self.grow({delta.codec}, delta.tensors["down"].shape[0] if delta.codec == LOW_RANK else 0)

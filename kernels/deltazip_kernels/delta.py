@@ -24,16 +24,17 @@ class PackedDelta:
     tensors: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
+        if self.codec not in (RAW, LOW_RANK):
+            check_packed(self.codec, self.tensors, self.shape)
+            return
         shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         if self.codec == RAW:
             if shapes != {"values": self.shape}:
                 raise ValueError(f"a raw delta {self.shape} has one tensor of that shape, named values")
-        elif self.codec == LOW_RANK:
+        else:
             rank = shapes.get("down", (0,))[0]
             if not 1 <= rank <= MAX_RANK or shapes != {"down": (rank, self.shape[1]), "up": (self.shape[0], rank)}:
                 raise ValueError(f"a low-rank delta {self.shape} has down [R, K] and up [N, R] with R in 1..{MAX_RANK}")
-        else:
-            check_packed(self.codec, self.tensors, self.shape)
 
 
 @dataclass(frozen=True)

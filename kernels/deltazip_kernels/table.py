@@ -30,6 +30,8 @@ class DeltaTable:
         self.shapes = tuple(shapes)
         self.dtype = dtype
         self.entries = torch.zeros((max(slots, 1), len(shapes), FIELDS), dtype=torch.int64, device=device)
+        self.rows = [slot.unbind() for slot in self.entries.unbind()]
+        """``rows[slot][part]`` is ``entries[slot, part]``, without a call for each."""
         self._held: list[list[PackedDelta | None]] = [[None] * len(shapes) for _ in range(slots)]
 
     @property
@@ -47,7 +49,7 @@ class DeltaTable:
         self._held[slot] = list(deltas)
 
     def hold(self, slot: int, part: int, delta: PackedDelta | None) -> list[int]:
-        """What ``entries[slot, part]`` has to become for ``delta``, which the table keeps alive from now on.
+        """What ``rows[slot][part]`` has to become for ``delta``, which the table keeps alive from now on.
 
         For those who write many entries at once; ValueError as :meth:`set`.
         """
@@ -66,15 +68,16 @@ class DeltaTable:
             names = ["down", "up"]
         else:
             names = ["codes", "scales", *(name for name in ("index", "low") if name in delta.tensors)]
+        entry, device = [CODEC_IDS[delta.codec]], self.entries.device
         for name in names:
             tensor = delta.tensors[name]
-            if tensor.device != self.entries.device or not tensor.is_contiguous() or tensor.data_ptr() % 16:
-                raise ValueError(f"{name} must be contiguous, on {self.entries.device}, at a multiple of 16 bytes")
+            entry.append(tensor.data_ptr())
+            if tensor.device != device or not tensor.is_contiguous() or entry[-1] % 16:
+                raise ValueError(f"{name} must be contiguous, on {device}, at a multiple of 16 bytes")
             if tensor.numel() >= 1 << 31:
                 raise ValueError(f"{name} has {tensor.numel()} elements: kernels count to 2**31; split the matrix")
             if delta.codec not in CODECS and tensor.dtype != self.dtype:
                 raise ValueError(f"{name} must be {self.dtype} as the table, not {tensor.dtype}")
-        entry = [CODEC_IDS[delta.codec], *(delta.tensors[name].data_ptr() for name in names)]
         if delta.codec == LOW_RANK:
             entry.append(delta.tensors["down"].shape[0])
         return entry + [0] * (FIELDS - len(entry))
