@@ -13,7 +13,7 @@ from deltazip_ray.artifact.blob import read_blob, write_blob
 from deltazip_ray.artifact.digests import sha256_hex
 from deltazip_ray.artifact.manifest import BlobEntry, TensorEntry
 from deltazip_ray.engine.slot_layout import aligned, fill, room
-from deltazip_ray.engine.uploads import CHUNK, DEPTH, GENTLE, RUN, Copier, Upload, Uploads
+from deltazip_ray.engine.uploads import AHEAD, CHUNK, DEPTH, GENTLE, GENTLY_AHEAD, RUN, Copier, Upload, Uploads
 from deltazip_ray.layers.writes import Writes
 from deltazip_ray.residency.pace import Pace
 
@@ -141,6 +141,35 @@ def test_a_load_that_fails_leaves_copies_out_and_waits_for_the_one_that_runs() -
         with pytest.raises(ValueError, match="no header"):
             loading.result(10)
     assert [int(target.sum()) for target in targets] == [8, 0, 0]
+
+
+@pytest.mark.parametrize(("gently", "ahead"), [(True, GENTLY_AHEAD), (False, AHEAD)])
+def test_a_load_is_few_copies_ahead_of_the_wire(gently: bool, ahead: int) -> None:
+    """Else its work on later blobs would keep the interpreter from copier and steps."""
+    go_on, asked = threading.Event(), []
+
+    class Gate(Pace):
+        def take(self, size: int) -> None:
+            go_on.wait(10)
+
+    uploads = Uploads(CPU)
+    uploads.copier = Copier(CPU, Gate(None))
+    source = torch.ones(8, dtype=torch.uint8)
+
+    def load() -> None:
+        with uploads.beside_steps(gently=gently) as upload:
+            for _ in range(3 * AHEAD):
+                upload.copy(torch.zeros_like(source), source)
+                asked.append(1)
+
+    with ThreadPoolExecutor(1) as thread:
+        loading = thread.submit(load)
+        with pytest.raises(TimeoutError):
+            loading.result(0.05)
+        assert len(asked) == ahead
+        go_on.set()
+        loading.result(10)
+    assert len(asked) == 3 * AHEAD
 
 
 class Wire:
