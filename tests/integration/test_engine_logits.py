@@ -18,6 +18,7 @@ from transformers import (
 
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.core import EngineCore, build_core
+from deltazip_ray.engine.decode_graphs import single_tokens
 from deltazip_ray.errors import CheckpointInvalid, ConfigError
 from deltazip_ray.layers.attention.cache import CacheShape
 from deltazip_ray.layers.attention.choose import make_attention
@@ -80,10 +81,10 @@ VARIATIONS: dict[str, PreTrainedConfig] = {
 }
 
 
-def last_logits(core: EngineCore, prompts: list[list[int]], slots: list[int]) -> torch.Tensor:
+def last_logits(core: EngineCore, prompts: list[list[int]], slots: list[int], *, single: bool = False) -> torch.Tensor:
     """Logits after each prompt, all prompts in one batch: whole, by halves, or but for one token before it.
 
-    Slots must ascend.
+    Slots must ascend. ``single``: each token of the batch is a chunk of its own, as in recorded steps.
     """
     sequences = [
         SequenceState(GenerateRequest(str(i), None, tuple(prompt)), slot)
@@ -102,7 +103,9 @@ def last_logits(core: EngineCore, prompts: list[list[int]], slots: list[int]) ->
     ]
     with torch.inference_mode():
         core.runner.decoder(core.runner.prepare(Batch(tuple(first))))
-        return core.runner.decoder(core.runner.prepare(Batch(tuple(rest))))
+        batch = Batch(tuple(single_tokens(rest) if single else rest))
+        logits = core.runner.decoder(core.runner.prepare(batch))
+    return logits[torch.tensor([len(chunk.tokens) for chunk in rest]).cumsum(0) - 1] if single else logits
 
 
 def load(core: EngineCore, slot: int, built: BuiltVersion) -> None:
@@ -110,21 +113,24 @@ def load(core: EngineCore, slot: int, built: BuiltVersion) -> None:
     core.slots.load(slot, HostDelta(built.manifest, {b: memoryview(data) for b, data in built.blobs.items()}, "host"))
 
 
-def mixed_logits(core: EngineCore, zoo: Zoo) -> list[tuple[torch.Tensor, str | None, list[int]]]:
+def mixed_logits(
+    core: EngineCore, zoo: Zoo, *, single: bool = False
+) -> list[tuple[torch.Tensor, str | None, list[int]]]:
     """For three prompts of the base and of each version: their logits from one batch, the version, the prompt."""
     for slot, built in enumerate(zoo.versions):
         load(core, slot, built)
     slots = [slot for slot in range(-1, len(zoo.versions)) for _ in range(3)]
     prompts = [random_prompt(i, 6 + 5 * i) for i in range(len(slots))]
-    logits = last_logits(core, prompts, slots)
+    logits = last_logits(core, prompts, slots, single=single)
     return [(row, zoo.names[slot + 1], prompt) for row, slot, prompt in zip(logits, slots, prompts, strict=True)]
 
 
+@pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize("fixture", ["zoo", "tied_zoo"])
-def test_float32(fixture: str, request: pytest.FixtureRequest) -> None:
+def test_float32(fixture: str, single: bool, request: pytest.FixtureRequest) -> None:
     zoo: Zoo = request.getfixturevalue(fixture)
     core = build_core(EngineConfig(**SETTINGS), zoo.base)
-    for row, version, prompt in mixed_logits(core, zoo):
+    for row, version, prompt in mixed_logits(core, zoo, single=single):
         expected = zoo.oracles[version].logits(prompt)[-1]
         assert expected.std() > 0.5
         # float32 sums in another order: 24 bits, some hundred terms, two layers.
