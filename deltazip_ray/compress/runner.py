@@ -11,8 +11,9 @@ from deltazip_ray.compress.calibration import Calibration
 from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.compress.skeleton import Skeleton
 
-TOKENS = 1024
-"""Whose gradients go through a block at a time: all that the block computes for them is held."""
+NUMBERS = 2**22
+"""Of hidden states whose gradients go through a block at a time (1024 tokens of 4096): all that the block computes for
+them is held."""
 Watch = Callable[[str, Tensor, Tensor], None]
 """Is given a linear, its inputs ``[sequences, tokens, columns]`` and the gradient by its outputs, of some sequences."""
 
@@ -78,7 +79,7 @@ class Runner:
         ``watch`` gets what goes through each of ``linears``, a batch of sequences at a time.
         """
         before = torch.empty_like(hidden)
-        count = max(1, min(self._batch, TOKENS // hidden.shape[1]))
+        count = max(1, min(self._batch, NUMBERS // hidden[0].numel()))
         parts = (torch.split(tensor, count) for tensor in (hidden, slopes, before))
         for part, slope, into in zip(*parts, strict=True):
             passed: dict[str, tuple[Tensor, Tensor]] = {}

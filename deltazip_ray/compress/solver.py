@@ -42,9 +42,9 @@ class Grid(Protocol):
         """One round of coordinate descent over the scales and codes of one group."""
 
 
-def grid_for(device: torch.device, codec: Codec) -> Grid:
-    """The fastest implementation for ``codec`` on ``device``."""
-    if device.type == "cuda" and not codec.sparse:
+def grid_for(device: torch.device) -> Grid:
+    """The fastest implementation on ``device``."""
+    if device.type == "cuda":
         from deltazip_ray.compress import triton_grid  # a host without a GPU need not load a compiler
 
         return triton_grid
@@ -53,7 +53,7 @@ def grid_for(device: torch.device, codec: Codec) -> Grid:
 
 def round_to_nearest(delta: Tensor, weights: Tensor, codec: Codec) -> Coded:
     """:func:`grid.round_to_nearest`, wherever ``delta`` is."""
-    return grid_for(delta.device, codec).round_to_nearest(delta, weights, codec)
+    return grid_for(delta.device).round_to_nearest(delta, weights, codec)
 
 
 def nearest(delta: Tensor, codec: Codec) -> Coded:
@@ -77,7 +77,7 @@ class Solver:
     def solve(self, delta: Tensor, codec: Codec) -> Coded:
         """Code ``delta`` float32 ``[N, K]``."""
         order, factor = self._as_stored if codec.sparse else self._by_energy
-        grid = self._grid or grid_for(delta.device, codec)
+        grid = self._grid or grid_for(delta.device)
         pieces = []
         for rows in torch.split(delta, max(1, PIECE // delta.shape[1])):
             nearest = grid.round_to_nearest(rows, self._metric.diagonal(), codec)

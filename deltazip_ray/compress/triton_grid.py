@@ -1,4 +1,4 @@
-"""Dense codes on a GPU: what ``grid`` does in torch, in one launch for a group instead of thousands.
+"""Codes on a GPU: what ``grid`` does in torch, in one launch for a group instead of thousands.
 
 Rows equal those of the torch bodies of the same names, but for values that rounding puts between two codes.
 """
@@ -22,11 +22,12 @@ def round_to_nearest(delta: Tensor, weights: Tensor, codec: Codec) -> Coded:
     rows, columns = delta.shape
     groups = -(-columns // GROUP)
     codes = torch.empty((rows, columns), dtype=torch.uint8, device=delta.device)
+    kept = torch.empty((rows, columns), dtype=torch.bool, device=delta.device) if codec.sparse else None
     scales = torch.empty((rows, groups), device=delta.device)
     device.nearest[(triton.cdiv(rows, ROWS), groups)](
-        delta, delta.stride(0), weights.contiguous(), codes, scales, rows, columns, **_options(codec)
+        delta, delta.stride(0), weights.contiguous(), codes, _bytes(kept), scales, rows, columns, **_options(codec)
     )
-    return Coded(codes, scales, None)
+    return Coded(codes, scales, kept)
 
 
 def code_group(work: Tensor, codes: Tensor, kept: Tensor | None, factor: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
@@ -40,6 +41,8 @@ def code_group(work: Tensor, codes: Tensor, kept: Tensor | None, factor: Tensor,
         *factor.stride(),
         codes,
         codes.stride(0),
+        _bytes(kept),
+        0 if kept is None else kept.stride(0),
         scales,
         errors,
         rows,
@@ -55,7 +58,7 @@ def improve_group(
     """As ``grid.improve_group``."""
     rows, columns = codes.shape
     options = _options(codec)
-    del options["CLIPS"], options["REFITS"]
+    del options["CLIPS"], options["REFITS"], options["SPARSE"]
     device.improve_group[(triton.cdiv(rows, ROWS),)](
         delta,
         delta.stride(0),
@@ -75,15 +78,18 @@ def improve_group(
     )
 
 
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    """A mask as kernels write it."""
+    return None if mask is None else mask.view(torch.uint8)
+
+
 def _options(codec: Codec) -> dict[str, Any]:
-    """Raises ValueError for a codec that the kernels do not know."""
-    if codec.sparse:
-        raise ValueError(f"{codec.name} is coded by the torch bodies only")
     return {
         "ZERO": codec.zero,
         "TOP": float(2**codec.bits - 1),
         "CLIPS": len(CLIP_RATIOS),
         "REFITS": REFITS,
+        "SPARSE": codec.sparse,
         "ROWS": ROWS,
         "num_warps": 4,
     }

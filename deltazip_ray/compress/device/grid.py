@@ -54,11 +54,23 @@ def _choose_scales(values, weights, ZERO: tl.constexpr, TOP: tl.constexpr, CLIPS
 
 
 @triton.jit
+def _two_of_four(saliency):
+    """``grid.keep_two_of_four`` of [ROWS, 128]; what must not be kept has a saliency below 0."""
+    fours = tl.reshape(saliency, (saliency.shape[0], 32, 4))
+    mine, other = fours[:, :, :, None], fours[:, :, None, :]
+    at = tl.arange(0, 4)
+    earlier = (at[None, :] < at[:, None])[None, None]
+    ahead = (other > mine) | ((other == mine) & earlier)
+    return tl.reshape(tl.sum(ahead.to(tl.int32), 3) < 2, saliency.shape)
+
+
+@triton.jit
 def nearest(
     delta,
     delta_stride,
     weights,
     codes,
+    kept,
     scales,
     N,
     K,
@@ -66,15 +78,20 @@ def nearest(
     TOP: tl.constexpr,
     CLIPS: tl.constexpr,
     REFITS: tl.constexpr,
+    SPARSE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """``grid.round_to_nearest`` of a dense codec: one program for some rows of one group."""
+    """``grid.round_to_nearest``: one program for some rows of one group. ``kept`` is written if SPARSE."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
     column = group * 128 + tl.arange(0, 128)
     inside = (row < N)[:, None] & (column < K)[None, :]
     values = tl.load(delta + row[:, None] * delta_stride + column[None, :], mask=inside, other=0.0)
     weight = tl.load(weights + column, mask=column < K, other=0.0)[None, :]
+    if SPARSE:
+        chosen = _two_of_four(tl.where(inside, values * values * weight, -1.0))
+        weight = tl.where(chosen, weight, 0.0)
+        tl.store(kept + row[:, None] * K + column[None, :], chosen.to(tl.uint8), mask=inside)
     best = _choose_scales(values, weight, ZERO, TOP, CLIPS, REFITS)
     found = _codes(values, best[:, None], ZERO, TOP)
     tl.store(codes + row[:, None] * K + column[None, :], found.to(tl.uint8), mask=inside)
@@ -90,6 +107,8 @@ def code_group(
     factor_column,
     codes,
     codes_stride,
+    kept,
+    kept_stride,
     scales,
     errors,
     N,
@@ -98,29 +117,42 @@ def code_group(
     TOP: tl.constexpr,
     CLIPS: tl.constexpr,
     REFITS: tl.constexpr,
+    SPARSE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """``grid.code_group`` of a dense codec: the C columns of one group in order, one program for some rows."""
+    """``grid.code_group``: the C columns of one group in order, one program for some rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, 128)
     inside = (row < N)[:, None] & (column < C)[None, :]
     values = tl.load(work + row[:, None] * work_stride + column[None, :], mask=inside, other=0.0)
     diagonal = tl.load(factor + column * (factor_row + factor_column), mask=column < C, other=1.0)
     weight = tl.where(column < C, 1.0 / (diagonal * diagonal), 0.0)[None, :]
-    scale = _choose_scales(values, weight, ZERO, TOP, CLIPS, REFITS)
+    chosen = inside
+    likely = weight
+    if SPARSE:
+        likely = tl.where(_two_of_four(tl.where(inside, values * values * weight, -1.0)), weight, 0.0)
+    scale = _choose_scales(values, likely, ZERO, TOP, CLIPS, REFITS)
     found = tl.zeros((ROWS, 128), tl.float32)
     error = tl.zeros((ROWS, 128), tl.float32)
     for j in range(C):
         here = (column == j)[None, :]
         value = tl.sum(tl.where(here, values, 0.0), 1)
         code = _codes(value, scale, ZERO, TOP)
-        lost = (value - (code - ZERO) * scale) / tl.load(factor + j * (factor_row + factor_column))
+        stored = (code - ZERO) * scale
+        if SPARSE:
+            if j % 4 == 0:
+                now = _two_of_four(tl.where(inside, values * values * weight, -1.0))
+                chosen = tl.where((column // 4 == j // 4)[None, :], now, chosen)
+            stored = tl.where(tl.sum((here & chosen).to(tl.int32), 1) > 0, stored, 0.0)
+        lost = (value - stored) / tl.load(factor + j * (factor_row + factor_column))
         found = tl.where(here, code[:, None], found)
         error = tl.where(here, lost[:, None], error)
         # The factor is upper triangular: columns that are done do not change.
         spread = tl.load(factor + j * factor_row + column * factor_column, mask=column < C, other=0.0)
         values -= lost[:, None] * spread[None, :]
     tl.store(codes + row[:, None] * codes_stride + column[None, :], found.to(tl.uint8), mask=inside)
+    if SPARSE:
+        tl.store(kept + row[:, None] * kept_stride + column[None, :], chosen.to(tl.uint8), mask=inside)
     tl.store(errors + row[:, None] * C + column[None, :], error, mask=inside)
     tl.store(scales + row, scale, mask=row < N)
 
