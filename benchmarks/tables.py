@@ -15,6 +15,7 @@ from benchmarks.engine_table import breakdown, figures, fp8_quality, gemm, growt
 from benchmarks.host_table import host, sampling
 from benchmarks.kernels_table import tables as kernel_tables
 from benchmarks.kv_table import fp8_cache
+from benchmarks.quality import report as quality_report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -73,6 +74,7 @@ def main() -> int:
         },
         "docs/scheduling.md": {"engine host": host(spent)},
         "docs/kernels.md": kernel_tables(kernels),
+        "docs/quality.md": {"quality": quality_report.page(quality_report.read(RESULTS / "quality.jsonl"))},
     }
     for machine in ("cpu", "h200"):
         if (found := RESULTS / f"serving-{machine}.json").exists():

@@ -2,9 +2,10 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,30 +24,22 @@ from benchmarks.quality.prepare import Prepared
 from benchmarks.quality.scales import SCALES, Scale
 from benchmarks.quality.training import RANK, Scales, block_matrices, fit
 from deltazip_deployments.demo.corpus import IGNORED
-from deltazip_kernels.layout import CODECS
 from deltazip_ray.artifact.checkpoint import Checkpoint
-from deltazip_ray.compress import grid as torch_grid
 from deltazip_ray.compress import solver
 from deltazip_ray.compress.options import Coding
-from deltazip_ray.compress.solver import Solver
 
-WAIT = 1.0
-"""Seconds between two looks for an adapter that is still being trained."""
 THREADS = 2
-LADDER: tuple[Coding, ...] = ("int1", "int2", "int3", "int4")
-SAMPLE = 64
-"""Rows that the torch bodies solve too."""
-SPARSE: dict[str, Coding] = {"2:4 int4": "sparse24_int4", "2:4 int2": "sparse24_int2"}
-"""The paper's two codecs."""
+ADAPTER = "LoRA"
+"""Is trained and measured after all others."""
 
 
 @dataclass(frozen=True)
 class Job:
     """What one process measures."""
 
-    task: str
+    tasks: tuple[str, ...]
     forms: tuple[str, ...]
-    """Measured in this order; a name that ends in * stands for all of one side, ``ours*`` or ``others*``."""
+    """Each of all tasks, before the next; none: all that there are."""
     scale: str
     cache: Path
     out: Path
@@ -57,132 +50,100 @@ class Job:
 
 
 def measure(job: Job) -> None:
-    """Append a line to ``job.out`` for each form of the fine-tune that it lacks and that there is time for."""
+    """Append a line to ``job.out`` for each form of each fine-tune that it lacks and that there is time for."""
     torch.set_num_threads(THREADS)
     job.scratch.mkdir()
-    known = _measured(job)
-    bench = Bench(job)
+    known = _measured(job.out)
+    benches = {task: Bench(job, task) for task in job.tasks}
+    names = job.forms or [name for name in next(iter(benches.values())).forms if name != ADAPTER]
     slowest = 0.0
-    for name, make in bench.forms(job.forms).items():
-        if name in known:
+    for name, task in product(names, job.tasks):
+        if (name, task) in known:
             continue
-        if time.time() + slowest > job.deadline:
-            return
         began = time.time()
-        row = bench.row(name, make)
+        if began + slowest > job.deadline:
+            return
+        row = benches[task].row(name)
         with job.out.open("a") as out:
             out.write(json.dumps(row) + "\n")
         slowest = max(slowest, time.time() - began)
 
 
-def _measured(job: Job) -> set[str]:
-    """The forms of the fine-tune that an earlier run has measured."""
-    rows = map(json.loads, job.out.read_text().splitlines() if job.out.exists() else ())
-    return {row["variant"] for row in rows if row.get("task") == job.task}
-
-
-def warm_up(scale: Scale, device: str) -> None:
-    """Compile the solver's kernels, before many processes at once would; see that they solve as the torch bodies do."""
-    generator = torch.Generator().manual_seed(0)
-    for rows, columns in ((scale.vocab, scale.hidden), (scale.hidden, scale.intermediate)):
-        inputs = torch.randn(2 * columns, columns, generator=generator).to(device)
-        delta = torch.randn(rows, columns, generator=generator).to(device)
-        metric = (inputs.T @ inputs).double() / len(inputs) + 0.01 * torch.eye(columns, device=device)
-        for codec in LADDER:
-            lost = [
-                delta[:SAMPLE] - Solver(metric, grid).solve(rows, CODECS[codec]).dequantized(CODECS[codec])[:SAMPLE]
-                for grid, rows in ((None, delta), (torch_grid, delta[:SAMPLE]))
-            ]
-            ours, reference = (float(((each @ metric.float()) * each).sum()) for each in lost)
-            if abs(ours - reference) > 0.02 * reference:
-                raise ValueError(f"{codec} loses {ours} by the kernels and {reference} by the torch bodies")
+def _measured(out: Path) -> set[tuple[str, str]]:
+    """The forms, and of which fine-tunes, that an earlier run has measured."""
+    rows = map(json.loads, out.read_text().splitlines() if out.exists() else ())
+    return {(row["variant"], row["task"]) for row in rows if "variant" in row}
 
 
 class Bench:
     """One fine-tune and everything that it is compared with."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, task: str) -> None:
+        self._job, self._task = job, task
         self._scale: Scale = SCALES[job.scale]
         self._cache = job.cache
         prepared = Prepared(job.cache / "data")
-        self._chats = prepared.chats(job.task)
-        self._examples = prepared.examples(job.task)
-        self._finetuned = self._load(job.task)
-        self._model = LlamaForCausalLM.from_pretrained(job.cache / job.task, dtype=torch.float32).to(job.device)
-        questions, answers = prepared.held_out(job.task, self._scale)
+        self._chats = prepared.chats(task)
+        self._examples = prepared.examples(task)
+        self._finetuned = self._load(task)
+        self._model = LlamaForCausalLM.from_pretrained(job.cache / task, dtype=torch.float32).to(job.device)
+        questions, answers = prepared.held_out(task, self._scale)
         self._judge = Judge(
             self._model, prepared.tokenizer, questions, answers, prepared.windows(self._scale), self._finetuned
         )
         self._shop = Workshop(
-            job.cache / BASE, job.cache / job.task, self._chats, self._scale.calibration, job.device, job.scratch
+            job.cache / BASE, job.cache / task, self._chats, self._scale.calibration, job.device, job.scratch / task
         )
 
-    def forms(self, names: Sequence[str]) -> dict[str, Callable[[], Made]]:
-        """The named ones, in their order."""
-        ours, others = self.ours(), self.others()
-        sides = {"ours*": ours, "others*": others}
-        return {
-            each: make
-            for name in names
-            for each, make in (sides[name] if name in sides else {name: (ours | others)[name]}).items()
-        }
-
-    def ours(self) -> dict[str, Callable[[], Made]]:
-        """The fine-tune, the base, and what the product makes of the one given the other."""
+    @cached_property
+    def forms(self) -> dict[str, Callable[[], Made]]:
+        """All that there are, the most telling first."""
         shop = self._shop
-        sizes = {name: shop.uniform_ratio(codec) for name, codec in SPARSE.items()}
         return {
-            "fine-tune": partial(self._whole, self._job.task),
+            "fine-tune": partial(self._whole, self._task),
             "base": partial(self._whole, BASE),
             "ours, ratio 12": partial(shop.targeted, target_ratio=12),
-            "ours, bytes of 2:4 int2": partial(shop.targeted, target_ratio=sizes["2:4 int2"]),
-            "ours, bytes of 2:4 int4": partial(shop.targeted, target_ratio=sizes["2:4 int4"]),
-            "ours, ratio 10": partial(shop.targeted, target_ratio=10),
-            "ours, ratio 16": partial(shop.targeted, target_ratio=16),
-            "ours, 2 bits": partial(shop.targeted, target_bits=2),
-            "ours, error 1%": partial(shop.compressed, max_error=0.01),
-            "ours, 3 bits": partial(shop.targeted, target_bits=3),
-            "ours, 1.5 bits": partial(shop.targeted, target_bits=1.5),
-            "ours, 4 bits": partial(shop.targeted, target_bits=4),
-            "ours, int2 for all": partial(shop.compressed, codec="int2"),
-            "no descent, int2": partial(self._without_descent, "int2"),
-            "ours, int1 for all": partial(shop.compressed, codec="int1"),
-            "no descent, int1": partial(self._without_descent, "int1"),
-            "ours, int3 for all": partial(shop.compressed, codec="int3"),
-            "ours, int4 for all": partial(shop.compressed, codec="int4"),
-        }
-
-    def others(self) -> dict[str, Callable[[], Made]]:
-        """What there is besides."""
-        shop, direct = self._shop, partial(self._shop.compressed, self._zeros())
-        sparse = {name: partial(shop.compressed, codec=codec) for name, codec in SPARSE.items()}
-        return {
-            "rounded int2": partial(shop.rounded, "int2"),
-            **sparse,
+            "ours, bytes of 2:4 int2": partial(shop.targeted, target_ratio=shop.uniform_ratio("sparse24_int2")),
+            "2:4 int2": partial(shop.compressed, codec="sparse24_int2"),
+            "ours, bytes of 2:4 int4": partial(shop.targeted, target_ratio=shop.uniform_ratio("sparse24_int4")),
+            "2:4 int4": partial(shop.compressed, codec="sparse24_int4"),
             "rounded int1": partial(shop.rounded, "int1"),
             "BitDelta": self._bitdelta,
-            "rounded int4": partial(shop.rounded, "int4"),
-            "GPTQ int4": partial(direct, codec="int4"),
-            "GPTQ int2": partial(direct, codec="int2"),
-            "GPTQ int3": partial(direct, codec="int3"),
-            "SparseGPT 2:4 int4": partial(direct, codec="sparse24_int4"),
-            "low rank, bytes of int1": partial(shop.factored, "int1", 1.0),
             "low rank + residue, bytes of int1": partial(shop.factored, "int1", 0.5),
+            "ours, int1 for all": partial(shop.compressed, codec="int1"),
+            "ours, ratio 10": partial(shop.targeted, target_ratio=10),
+            "ours, 2 bits": partial(shop.targeted, target_bits=2),
+            "GPTQ int2": partial(self._direct, "int2"),
+            "rounded int2": partial(shop.rounded, "int2"),
+            "ours, ratio 16": partial(shop.targeted, target_ratio=16),
+            "ours, int2 for all": partial(shop.compressed, codec="int2"),
+            "no descent, int2": partial(self._without_descent, "int2"),
+            "no descent, int1": partial(self._without_descent, "int1"),
+            "low rank, bytes of int1": partial(shop.factored, "int1", 1.0),
             "low rank + residue, bytes of int2": partial(shop.factored, "int2", 0.5),
-            "LoRA": self._adapter,
+            "ours, 3 bits": partial(shop.targeted, target_bits=3),
+            "ours, 1.5 bits": partial(shop.targeted, target_bits=1.5),
+            "ours, error 1%": partial(shop.compressed, max_error=0.01),
+            "GPTQ int4": partial(self._direct, "int4"),
+            "SparseGPT 2:4 int4": partial(self._direct, "sparse24_int4"),
+            "rounded int4": partial(shop.rounded, "int4"),
+            "GPTQ int3": partial(self._direct, "int3"),
+            "ours, 4 bits": partial(shop.targeted, target_bits=4),
+            "ours, int3 for all": partial(shop.compressed, codec="int3"),
+            "ours, int4 for all": partial(shop.compressed, codec="int4"),
+            ADAPTER: self._adapter,
         }
 
-    def row(self, name: str, make: Callable[[], Made]) -> dict[str, Any]:
+    def row(self, name: str) -> dict[str, Any]:
         """Make one form and measure it."""
         if self._job.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        made = make()
+        made = self.forms[name]()
         peak = torch.cuda.max_memory_allocated() if self._job.device == "cuda" else None
         score = self._judge.score(made.weights)
         before = 2 * self._shop.parameters
         return {
-            "task": self._job.task,
+            "task": self._task,
             "variant": name,
             "bytes_gpu": made.bytes_gpu,
             "bytes_stored": made.bytes_stored,
@@ -202,13 +163,10 @@ class Bench:
         return Made(self._load(name), size, size, 0.0)
 
     def _adapter(self) -> Made:
-        """Base + LoRA; waits until it has been trained."""
-        path = self._cache / adapter_of(self._job.task)
-        while not path.is_dir() and time.time() < self._job.deadline:
-            time.sleep(WAIT)
+        """Base + LoRA."""
         matrices = block_matrices(self._model).values()
         size = sum(2 * RANK * (rows + columns) for rows, columns in (matrix.shape for matrix in matrices))
-        return Made(self._load(path.name), size, size, 0.0)
+        return Made(self._load(adapter_of(self._task)), size, size, 0.0)
 
     def _without_descent(self, codec: Coding) -> Made:
         """The product's solver without its last stage."""
@@ -260,12 +218,13 @@ class Bench:
         weights = load_file(self._cache / name / "model.safetensors", device=self._job.device)
         return {key: weight.float() for key, weight in weights.items()}
 
-    def _zeros(self) -> Path:
-        """A base of zeros: the delta to it is the fine-tune itself."""
+    def _direct(self, codec: Coding) -> Made:
+        """The fine-tune itself instead of its delta: against a base of zeros."""
         path = self._job.scratch / "zeros"
-        path.mkdir()
-        checkpoint = Checkpoint.open(self._cache / BASE)
-        (path / "config.json").write_bytes((checkpoint.path / "config.json").read_bytes())
-        weights = {name: torch.zeros_like(checkpoint.tensor(name)) for name in checkpoint.names}
-        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-        return path
+        if not path.is_dir():
+            path.mkdir()
+            checkpoint = Checkpoint.open(self._cache / BASE)
+            (path / "config.json").write_bytes((checkpoint.path / "config.json").read_bytes())
+            weights = {name: torch.zeros_like(checkpoint.tensor(name)) for name in checkpoint.names}
+            save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+        return self._shop.compressed(path, codec=codec)

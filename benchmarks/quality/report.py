@@ -1,6 +1,6 @@
-"""The table and the plot of docs/quality.md from the results.
+"""The table of docs/quality.md, which ``benchmarks.tables`` puts there, and its plot.
 
-    python -m benchmarks.quality.report benchmarks/results/quality.jsonl --page docs/quality.md --plot docs/quality.svg
+    python -m benchmarks.quality.report benchmarks/results/quality.jsonl docs/quality.svg
 
 Numbers are means over the tasks: scores and ratios arithmetic, divergences geometric. Tasks that the fine-tune itself
 has not learned are left out, and forms that were not measured for every other task.
@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
-
-from benchmarks.tables import render
 
 LEARNED = 0.8
 LEAST = 1e-9
@@ -135,21 +133,28 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def page(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of all results, and where they are from."""
+    about = rows[0]
+    return f"{table(summarize(_measured(rows)))}\n\n{about['machine']['device']}, at `{about['commit'][:12]}`."
+
+
 def main() -> None:
-    """Print the table, or put it into a page; draw the plot when it is asked for."""
+    """Draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--page", type=Path, help="with <!-- begin quality --> and <!-- end quality -->")
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("plot", type=Path)
     given = parser.parse_args()
-    rows = [json.loads(line) for line in given.results.read_text().splitlines()]
-    lines = summarize([row for row in rows if "variant" in row])
-    if given.page is None:
-        print(table(lines))
-    else:
-        given.page.write_text(render(given.page.read_text(), "quality", table(lines)))
-    if given.plot is not None:
-        plot(lines, given.plot)
+    plot(summarize(_measured(read(given.results))), given.plot)
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """The lines of the results."""
+    return [json.loads(line) for line in results.read_text().splitlines()]
+
+
+def _measured(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if "variant" in row]
 
 
 def _times(ratio: float | None) -> str:

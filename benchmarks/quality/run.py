@@ -3,10 +3,9 @@
     python -m benchmarks.quality.run --scale full --device cuda --cache ~/.cache/deltazip/quality-proof \\
         --out quality.jsonl --deadline-s 480
 
-Trains a base on text that the machine has, a full fine-tune and a LoRA adapter for each task (cached), then measures
-every compressed form in two processes a task. Each line of the result is one form of one fine-tune; the first ones say
-how the models were trained. What the deadline leaves no time for is missing; another run with the same ``--out`` goes
-on there.
+Trains a base on text that the machine has and a full fine-tune for each task (cached), then measures every compressed
+form of each; at last the LoRA adapters. Each line of the result is one form of one fine-tune; others say how the models
+were trained. What the deadline leaves no time for is missing; another run with the same ``--out`` goes on there.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.quality.measure import Job, measure, warm_up
+from benchmarks.quality.measure import ADAPTER, Job, measure
 from benchmarks.quality.models import BASE, Trainer, trained, unchanged_rows
 from benchmarks.quality.prepare import SEED, Prepared, prepare
 from benchmarks.quality.scales import SCALES, Scale
@@ -36,9 +35,6 @@ from deltazip_deployments.demo.checkpoints import CheckpointCache
 
 SOURCES = ("data", "models", "prepare", "scales", "tasks", "text", "training")
 """What the models follow from."""
-SIDES = (("ours*",), ("others*",))
-"""Forms that one process measures; there are as many for each task."""
-ADAPTER = {"LoRA", "others*"}
 TAIL_S = 15.0
 """Seconds before the deadline at which the measuring ends."""
 
@@ -51,15 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cache = CheckpointCache(given.cache, f"{given.scale}-{_sources()}")
     context = get_context("spawn")
     preparing = context.Process(target=_prepare, args=(cache, scale, given.processes))
-    warming = context.Process(target=warm_up, args=(scale, given.device))
-    for process in (preparing, warming):
-        process.start()
+    preparing.start()
     model = new_model(scale, given.device, SEED)
     if given.compile:
         pretrain, finetune = scale.pretrain, scale.finetune
         compile_layers(model, [(pretrain.batch, pretrain.length + 1), (finetune.batch, finetune.length)])
-    _join([preparing, warming])
-    _log(began, "text is prepared and layers are compiled")
+        _log(began, "layers are compiled")
+    _join([preparing])
+    _log(began, "text is prepared")
     trainer = Trainer(model, Prepared(cache.path("data")), scale, cache)
     _write(
         given.out,
@@ -75,30 +70,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
         moved = {} if name == BASE else {"unchanged_rows": unchanged_rows(trainer.base(), path)}
         _write(given.out, {"trained": name} | trained(path) | moved)
         _log(began, f"{name} is trained")
+    forms = tuple(name for name in given.forms or () if name != ADAPTER)
+    if forms or not given.forms:
+        _measure(given, cache, forms, deadline)
+        _log(began, "full fine-tunes are measured")
+    if time.time() < deadline and (not given.forms or ADAPTER in given.forms):
+        for name in given.tasks:
+            _write(given.out, {"trained": f"{name}-lora"} | trained(trainer.adapter(name)))
+        _measure(given, cache, (ADAPTER,), deadline)
+    _log(began, "all is measured")
+
+
+def _measure(given: argparse.Namespace, cache: CheckpointCache, forms: tuple[str, ...], deadline: float) -> None:
+    """Measure ``forms`` in some processes, which share out the tasks: more hold each other up on one GPU."""
+    workers = range(min(given.workers, len(given.tasks)))
+    shares = [tuple(given.tasks[worker :: len(workers)]) for worker in workers]
     with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
-        sides = [tuple(given.forms)] if given.forms else SIDES
         jobs = [
-            Job(
-                task,
-                side,
-                given.scale,
-                cache.folder,
-                given.out,
-                Path(scratch, f"{task}-{index}"),
-                given.device,
-                deadline,
-            )
-            for task in given.tasks
-            for index, side in enumerate(sides)
+            Job(share, forms, given.scale, cache.folder, given.out, Path(scratch, share[0]), given.device, deadline)
+            for share in shares
         ]
-        running = [context.Process(target=measure, args=(job,)) for job in jobs]
+        running = [get_context("spawn").Process(target=measure, args=(job,)) for job in jobs]
         for process in running:
             process.start()
-        for name in given.tasks if any(ADAPTER & {*side} for side in sides) else ():
-            _write(given.out, {"trained": f"{name}-lora"} | trained(trainer.adapter(name)))
-        _log(began, "the adapters are trained")
         _join(running)
-    _log(began, "all is measured")
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -148,7 +143,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, help="folder for artifacts while they are measured")
     parser.add_argument("--deadline-s", type=float, default=3600, help="begin nothing that would not be done by then")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--forms", nargs="*", help="only these, in this order, in one process a task")
+    parser.add_argument("--forms", nargs="*", help="only these, in this order")
+    parser.add_argument("--workers", type=int, default=2, help="processes that measure")
     parser.add_argument("--processes", type=int, default=8, help="that prepare data")
     parser.add_argument("--commit", default="unknown", help="of the code, for the record")
     parser.add_argument("--compile", action="store_true", help="compile the layers for training")

@@ -1,9 +1,7 @@
 """The quality proof in small: real training, real compression, every line of the results."""
 
 import json
-from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 
@@ -24,6 +22,7 @@ MEASURED = (
     "ours, int4 for all",
     "rounded int1",
     "BitDelta",
+    "low rank + residue, bytes of int1",
     "GPTQ int3",
     "LoRA",
 )
@@ -41,11 +40,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> CheckpointCache:
 
 
 def test_every_form_is_measured(cache: CheckpointCache, tmp_path: Path) -> None:
-    bench = Bench(
-        Job(TASK, ("ours*",), "tiny", cache.folder, tmp_path / "rows", tmp_path, "cpu", deadline=float("inf"))
-    )
-    forms = bench.ours() | bench.others()
-    rows = {name: bench.row(name, forms[name]) for name in MEASURED}
+    bench = Bench(job(cache, tmp_path), TASK)
+    rows = {name: bench.row(name) for name in MEASURED}
     for row in rows.values():
         json.dumps(row)
     assert rows["fine-tune"]["on_task"]["kl"] == 0
@@ -65,19 +61,22 @@ def test_every_form_is_measured(cache: CheckpointCache, tmp_path: Path) -> None:
 
 
 def test_nothing_is_begun_after_the_deadline(cache: CheckpointCache, tmp_path: Path) -> None:
-    job = Job(TASK, ("others*",), "tiny", cache.folder, tmp_path / "rows", tmp_path / "scratch", "cpu", deadline=0.0)
-    measure.measure(job)
-    assert not job.out.exists()
+    late = job(cache, tmp_path, deadline=0.0)
+    measure.measure(late)
+    assert not late.out.exists()
 
 
 def test_a_second_run_measures_what_the_first_has_not(cache: CheckpointCache, tmp_path: Path) -> None:
-    forms = ("base", "fine-tune", "other")
-    job = Job(TASK, forms, "tiny", cache.folder, tmp_path / "rows", tmp_path / "scratch", "cpu", deadline=float("inf"))
-    job.out.write_text("".join(json.dumps({"task": TASK, "variant": name}) + "\n" for name in forms[:1]))
-    with patch.object(Bench, "ours", lambda bench: {name: partial(bench._whole, TASK) for name in forms}):
-        measure.measure(job)
-    rows = [json.loads(line) for line in job.out.read_text().splitlines()]
+    forms = ("base", "fine-tune")
+    again = job(cache, tmp_path, forms)
+    again.out.write_text("".join(json.dumps({"task": TASK, "variant": name}) + "\n" for name in forms[:1]))
+    measure.measure(again)
+    rows = [json.loads(line) for line in again.out.read_text().splitlines()]
     assert tuple(row["variant"] for row in rows) == forms
+
+
+def job(cache: CheckpointCache, folder: Path, forms: tuple[str, ...] = (), deadline: float = float("inf")) -> Job:
+    return Job((TASK,), forms, "tiny", cache.folder, folder / "rows", folder / "scratch", "cpu", deadline)
 
 
 @pytest.mark.parametrize(
