@@ -97,7 +97,9 @@ class EngineConfig(Settings):
         2000.0, ge=1, description="requests after which one counts half for what stays in a slot; 1: recency alone"
     )
     load_timeout_s: float = Field(60.0, gt=0, description="how long a request waits for its delta before it gets a 503")
-    warm_up: bool = Field(False, description="run steps of all kinds and record the base's graphs at the start")
+    warm_up: bool | None = Field(
+        None, description="run steps of all kinds and record the base's graphs at the start; on cuda when absent"
+    )
     warm_codecs: tuple[_Codec, ...] = Field(
         (),
         description="codecs whose kernels the warm-up compiles; others when the first version that has them is loaded",

@@ -18,8 +18,9 @@ from deltazip_ray.layers.warm_up import launch_all
 
 logger = logging.getLogger(__name__)
 
-_THREADS = min(8, os.cpu_count() or 1)
-"""More would not help: tracing a kernel holds the interpreter for a fourth of the time or so."""
+_AT_START = min(16, os.cpu_count() or 1)
+_BESIDE_STEPS = 3
+"""Threads that compile. Tracing a kernel, a fourth of the work or so, takes the interpreter from the steps."""
 
 
 @dataclass
@@ -55,7 +56,7 @@ class CodecWarmUp:
 
     def codecs(self, codecs: Sequence[str]) -> None:
         """Be ready for versions with all matrices in one of ``codecs``; before the first step."""
-        self._compile([(stack, (codec,), 0) for codec in codecs for stack in self._targets])
+        self._compile([(stack, (codec,), 0) for codec in codecs for stack in self._targets], _AT_START)
 
     def version(self, manifest: Manifest) -> None:
         """Be ready for a version beside those that are there; from the thread that loads it, before it is published.
@@ -73,7 +74,7 @@ class CodecWarmUp:
         if any(one.is_new(stack) for stack, one in wanted.items()):
             with self._lock:  # what two versions bring at once is compiled once
                 new = {stack: one for stack, one in wanted.items() if one.is_new(stack)}
-                self._compile([(stack, one.missing(stack), one.rank) for stack, one in new.items()])
+                self._compile([(stack, one.missing(stack), one.rank) for stack, one in new.items()], _BESIDE_STEPS)
                 for stack, one in new.items():
                     stack.grow(one.codecs, one.rank)
             self._joins.submit(self._join).add_done_callback(_tell)
@@ -82,16 +83,16 @@ class CodecWarmUp:
         """Where several launches serve a stack, have one do it."""
         several = [stack for stack in self._targets if len(stack.groups) > 1]
         joined = [(stack, ordered(stack.codecs), stack.rank) for stack in several]
-        self._compile(joined)
+        self._compile(joined, 1)
         for stack, codecs, _ in joined:
             stack.join({*codecs})
 
-    def _compile(self, wanted: Sequence[tuple[TritonStack, tuple[str, ...], int]]) -> None:
+    def _compile(self, wanted: Sequence[tuple[TritonStack, tuple[str, ...], int]], threads: int) -> None:
         """For each stack, codecs that share it and the largest rank: what steps then launch."""
         distinct = {
             (stack.shapes, type(self._targets[stack].base), codecs, rank): stack for stack, codecs, rank in wanted
         }
-        with torch.inference_mode(), compiling(_THREADS):
+        with torch.inference_mode(), compiling(threads):
             for (shapes, _, codecs, rank), stack in distinct.items():
                 looked_up = len(shapes) == 1 and shapes[0][0] == self._vocab_size
                 launch_all(stack, codecs, rank, self._targets[stack].base, looked_up=looked_up)

@@ -86,7 +86,7 @@ def assemble(
     start.end("slots and KV cache")
     settled = config.model_copy(update={"max_model_len": max_model_len, "kv_blocks": attention.blocks})
     runner = _runner(settled, decoder, attention, placement, slots)
-    if config.warm_up:
+    if config.warm_up or (config.warm_up is None and device.type == "cuda"):
         run_steps(runner, settled)
         start.end("warm-up")
         record_graphs(runner)
