@@ -69,7 +69,7 @@ def _backend(kind: str, count: int) -> AttentionBackend[Any]:
     if kind == "flashinfer":
         from deltazip_ray.layers.attention.flashinfer import FlashInferBackend
 
-        return FlashInferBackend(SHAPE, DTYPE, DEVICE)
+        return FlashInferBackend(SHAPE, DTYPE, DEVICE, decodes=count)
     return PagedBackend(SHAPE, DTYPE, DEVICE, FP8 if kind == "fp8" else DTYPE, decodes=count)
 
 

@@ -155,7 +155,6 @@ class DecodeGraphs:
         arrays["index"][:count] = np.repeat(arrays["slots"][: len(slots)] + 1, np.diff(starts))
         arrays["index"][count:rows] = 0
         self._inputs.send(self._attention.fill(sequences, arrays))
-        self._attention.replan(rows)
         lengths = [stop - start for (start, stop), slot in zip(pairwise(starts), slots, strict=True) if slot >= 0]
         return _shape(rows, len(lengths), max(lengths, default=0), self._slots, arriving=arriving)
 

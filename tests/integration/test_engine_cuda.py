@@ -132,7 +132,7 @@ async def test_slots_are_lent_to_the_cache_and_come_back(
     async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **settings) as run:
         assert await all_of(run, wide_zoo, 60, 24) < 0.3
         await run.engine.check()
-    assert len(lent) > 1
+    assert lent
 
 
 async def test_cancelled_requests_leak_nothing(wide_zoo: Zoo) -> None:

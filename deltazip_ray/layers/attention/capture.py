@@ -10,7 +10,7 @@ from deltazip_ray.layers.attention.backend import AttentionBackend, PlanT, Seque
 
 
 class CapturableBackend(AttentionBackend[PlanT]):
-    """Decodes whose tables lie at fixed places of the device; before each replay: ``fill``, send, ``replan``."""
+    """Decodes whose tables lie at fixed places of the device; before each replay: ``fill``, and send."""
 
     @abstractmethod
     def graph_inputs(self, rows: int, pages: int) -> dict[str, int]:
@@ -26,6 +26,3 @@ class CapturableBackend(AttentionBackend[PlanT]):
     @abstractmethod
     def fill(self, sequences: Sequence[SequenceRows], tables: Mapping[str, np.ndarray]) -> int:
         """Write the tables of a step of decodes, and ``where`` its keys and values go; how long the last one is."""
-
-    def replan(self, rows: int) -> None:
-        """Prepare what else a replay of ``rows`` decodes needs, when its tables are on their way."""

@@ -39,4 +39,4 @@ def make_attention(
             f"attention on cuda needs {error.name}: pip install 'deltazip-ray[gpu]', or set engine.attention to triton"
         ) from error
 
-    return FlashInferBackend(shape, dtype, device)
+    return FlashInferBackend(shape, dtype, device, decodes=config.max_running)

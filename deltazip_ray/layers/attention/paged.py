@@ -1,7 +1,9 @@
-"""Paged attention by our own kernels: any mixture of lengths in one launch, alone or in CUDA graphs."""
+"""Paged attention by our own kernels: any mixture of lengths in one launch, decodes alone or in CUDA graphs."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -27,18 +29,22 @@ Windows = Mapping[int | None, AttentionWork]
 """Work by the window of a layer."""
 
 
+PrefillsT = TypeVar("PrefillsT")
+"""What is prepared for prefills."""
+
+
 @dataclass(frozen=True)
-class PagedPlan:
+class PagedPlan(Generic[PrefillsT]):
     """One step; decodes and prefills have rows of their own."""
 
     where: torch.Tensor
     """``[rows]`` int64."""
     decodes: Windows | None = None
-    prefills: Windows | None = None
+    prefills: PrefillsT | None = None
 
 
-class PagedBackend(CapturableBackend[PagedPlan]):
-    """Decodes and prefills of a mixed step run apart, each in tiles that suit them."""
+class PagedDecodes(CapturableBackend[PagedPlan[PrefillsT]]):
+    """Decodes and prefills of a mixed step run apart, each in kernels that suit them; prefills are left open."""
 
     def __init__(
         self,
@@ -55,19 +61,28 @@ class PagedBackend(CapturableBackend[PagedPlan]):
         self._wanted = wanted_items(device, shape.kv_heads)
         self._parts = Parts(self._items(decodes), shape.heads, shape.head_dim, device)
 
-    def plan(self, sequences: Sequence[SequenceRows]) -> PagedPlan:
+    @abstractmethod
+    def plan_prefills(self, sequences: Sequence[SequenceRows], rows: np.ndarray) -> PrefillsT:
+        """Prepare sequences of several rows, which begin at ``rows`` ``[n]`` of the step."""
+
+    @abstractmethod
+    def attend_prefills(self, layer: int, q: torch.Tensor, plan: PrefillsT, out: torch.Tensor) -> None:
+        """Attention of their rows of ``q`` ``[rows, heads, head_dim]``, to the same rows of ``out``."""
+
+    def plan(self, sequences: Sequence[SequenceRows]) -> PagedPlan[PrefillsT]:
         """See :meth:`AttentionBackend.plan`."""
         queries = np.array([sequence.queries for sequence in sequences])
         rows = np.cumsum(queries) - queries
         decoding = [i for i, sequence in enumerate(sequences) if sequence.queries == 1]
         filling = [i for i, sequence in enumerate(sequences) if sequence.queries > 1]
         decodes: Windows | None = None
-        prefills: Windows | None = None
+        prefills: PrefillsT | None = None
         if decoding:
             packed = self._pack_decodes([sequences[i] for i in decoding], rows[decoding])
-            decodes = self._windows(to_device(packed, self.device), self._items(len(decoding)), len(decoding) + 1)
+            most = self._items(len(decoding))
+            decodes = self.by_window(to_device(packed, self.device), most, len(decoding) + 1)
         if filling:
-            prefills = self._prefills([sequences[i] for i in filling], rows[filling])
+            prefills = self.plan_prefills([sequences[i] for i in filling], rows[filling])
         return PagedPlan(to_device(cache_rows(sequences, self.shape.block_size), self.device), decodes, prefills)
 
     def graph_inputs(self, rows: int, pages: int) -> dict[str, int]:
@@ -81,9 +96,9 @@ class PagedBackend(CapturableBackend[PagedPlan]):
         tables["where"][: len(sequences)] = cache_rows(sequences, self.shape.block_size)
         return len(packed)
 
-    def captured_plan(self, where: torch.Tensor, tables: Mapping[str, torch.Tensor]) -> PagedPlan:
+    def captured_plan(self, where: torch.Tensor, tables: Mapping[str, torch.Tensor]) -> PagedPlan[PrefillsT]:
         """See :meth:`CapturableBackend.captured_plan`."""
-        return PagedPlan(where, self._windows(tables["work"], self._items(len(where)), len(where) + 1))
+        return PagedPlan(where, self.by_window(tables["work"], self._items(len(where)), len(where) + 1))
 
     def _items(self, rows: int) -> int:
         """The most that ``rows`` decodes are cut into."""
@@ -91,26 +106,18 @@ class PagedBackend(CapturableBackend[PagedPlan]):
 
     def _pack_decodes(self, sequences: Sequence[SequenceRows], rows: np.ndarray) -> np.ndarray:
         """The work of decodes in ``rows`` ``[n]`` of a step: see ``attention_items.pack``; a launch for each window."""
-        contexts, pages = self._contexts(sequences, rows)
+        contexts, pages = self.contexts(sequences, rows)
         launches = [decode_items(contexts, self._wanted, window) for window in self.windows]
         return pack(launches, pages, self._items(len(rows)))
 
-    def _prefills(self, sequences: Sequence[SequenceRows], rows: np.ndarray) -> Windows:
-        """The work of sequences whose rows begin at ``rows`` ``[n]``."""
-        shape = self.shape
-        queries = prefill_queries(self.dtype, shape.heads, shape.kv_heads, shape.head_dim)
-        contexts, pages = self._contexts(sequences, rows)
-        launches = [prefill_items(contexts, queries, window) for window in self.windows]
-        most = len(launches[0].items)
-        return self._windows(to_device(pack(launches, pages, most), self.device), most, 0)
-
-    def _contexts(self, sequences: Sequence[SequenceRows], rows: np.ndarray) -> tuple[Contexts, np.ndarray]:
+    def contexts(self, sequences: Sequence[SequenceRows], rows: np.ndarray) -> tuple[Contexts, np.ndarray]:
+        """Sequences whose rows begin at ``rows`` ``[n]``, and their pages."""
         tables = page_tables(sequences, self.shape.block_size)
         queries = np.array([sequence.queries for sequence in sequences])
         lengths = np.array([sequence.context for sequence in sequences])
         return Contexts(rows, queries, lengths, tables.starts[:-1]), tables.pages
 
-    def _windows(self, packed: torch.Tensor, most: int, firsts: int) -> Windows:
+    def by_window(self, packed: torch.Tensor, most: int, firsts: int) -> Windows:
         """The parts of ``packed``, with ``most`` items a window and so many ``firsts``."""
         count = len(self.windows)
         items = packed[: count * most * FIELDS].chunk(count)
@@ -120,15 +127,39 @@ class PagedBackend(CapturableBackend[PagedPlan]):
             for i, window in enumerate(self.windows)
         }
 
-    def attend(self, layer: int, q: torch.Tensor, plan: PagedPlan) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, plan: PagedPlan[PrefillsT]) -> torch.Tensor:
         """See :meth:`AttentionBackend.attend`."""
-        shape, kv = self.shape, self.layers[layer]
-        window = shape.window(layer)
-        cache = PagedCache(kv.keys, kv.values, kv.scales)
-        scoring = Scoring(shape.factor, shape.softcap, window)
         out = torch.empty_like(q)
         if plan.decodes is not None:
-            decode_attention(q, cache, plan.decodes[window], scoring, self._parts, out)
+            work = plan.decodes[self.shape.window(layer)]
+            decode_attention(q, self.cache(layer), work, self.scoring(layer), self._parts, out)
         if plan.prefills is not None:
-            prefill_attention(q, cache, plan.prefills[window], scoring, out)
+            self.attend_prefills(layer, q, plan.prefills, out)
         return out.flatten(1)
+
+    def cache(self, layer: int) -> PagedCache:
+        """As the kernels see it."""
+        kv = self.layers[layer]
+        return PagedCache(kv.keys, kv.values, kv.scales)
+
+    def scoring(self, layer: int) -> Scoring:
+        """Of a layer."""
+        return Scoring(self.shape.factor, self.shape.softcap, self.shape.window(layer))
+
+
+class PagedBackend(PagedDecodes[Windows]):
+    """Prefills by our own kernels too."""
+
+    def plan_prefills(self, sequences: Sequence[SequenceRows], rows: np.ndarray) -> Windows:
+        """See :meth:`PagedDecodes.plan_prefills`."""
+        shape = self.shape
+        queries = prefill_queries(self.dtype, shape.heads, shape.kv_heads, shape.head_dim)
+        contexts, pages = self.contexts(sequences, rows)
+        launches = [prefill_items(contexts, queries, window) for window in self.windows]
+        most = len(launches[0].items)
+        return self.by_window(to_device(pack(launches, pages, most), self.device), most, 0)
+
+    def attend_prefills(self, layer: int, q: torch.Tensor, plan: Windows, out: torch.Tensor) -> None:
+        """See :meth:`PagedDecodes.attend_prefills`."""
+        work = plan[self.shape.window(layer)]
+        prefill_attention(q, self.cache(layer), work, self.scoring(layer), out)
