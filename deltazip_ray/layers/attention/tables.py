@@ -35,7 +35,7 @@ def cache_rows(sequences: Sequence[SequenceRows], block_size: int) -> np.ndarray
     contexts = np.array([sequence.context for sequence in sequences])
     of = np.repeat(np.arange(len(queries)), queries)
     positions = np.arange(len(of)) + (contexts - np.cumsum(queries))[of]
-    blocks = tables.pages[tables.starts[of] + positions // block_size].astype(np.int64)
+    blocks: np.ndarray = tables.pages[tables.starts[of] + positions // block_size].astype(np.int64)
     return blocks * block_size + positions % block_size
 
 
