@@ -35,8 +35,9 @@ def cache_rows(sequences: Sequence[SequenceRows], block_size: int) -> np.ndarray
     contexts = np.array([sequence.context for sequence in sequences])
     of = np.repeat(np.arange(len(queries)), queries)
     positions = np.arange(len(of)) + (contexts - np.cumsum(queries))[of]
-    blocks: np.ndarray = tables.pages[tables.starts[of] + positions // block_size].astype(np.int64)
-    return blocks * block_size + positions % block_size
+    blocks = tables.pages[tables.starts[of] + positions // block_size].astype(np.int64)
+    places: np.ndarray = blocks * block_size + positions % block_size
+    return places
 
 
 def _array(values: Iterable[int]) -> np.ndarray:
