@@ -89,6 +89,8 @@ class DecodeGraphs:
         self._logits = torch.empty((most, vocab), dtype=torch.float32, device=ops.device)
         self._slots = slots
         self._pool = torch.cuda.graph_pool_handle()
+        # Torch hands its 32 streams of one priority out in turn: one of a load's would be recorded with the step.
+        self._stream = torch.cuda.Stream(ops.device, priority=-1)
         self._plans: dict[int, Any] = {}
         self._graphs: dict[_Shape, _Captured] = {}
 
@@ -163,8 +165,7 @@ class DecodeGraphs:
         # Read first: a load that changes them meanwhile makes this graph an old one.
         state = self._state(shape)
         self._step(shape, plan)
-        here = torch.cuda.current_stream()
-        stream = torch.cuda.Stream()
+        here, stream = torch.cuda.current_stream(), self._stream
         stream.wait_stream(here)
         graphs: list[torch.cuda.CUDAGraph] = []
 

@@ -36,8 +36,8 @@ def cache_rows(sequences: Sequence[SequenceRows], block_size: int) -> np.ndarray
     of = np.repeat(np.arange(len(queries)), queries)
     positions = np.arange(len(of)) + (contexts - np.cumsum(queries))[of]
     blocks = tables.pages[tables.starts[of] + positions // block_size].astype(np.int64)
-    places: np.ndarray = blocks * block_size + positions % block_size
-    return places
+    rows: np.ndarray = blocks * block_size + positions % block_size
+    return rows
 
 
 def _array(values: Iterable[int]) -> np.ndarray:
