@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from deltazip_kernels import Segments
-from deltazip_kernels.plan import MORE, SOME
+from deltazip_kernels.plan import MORE, SOME, in_halves
 from deltazip_ray.engine.arrivals import Arrival, wait_for_layer
 from deltazip_ray.engine.step_inputs import StepBuffer
 from deltazip_ray.layers.attention.backend import SequenceRows
@@ -41,6 +41,8 @@ class _Shape:
     """Rows of one version."""
     arriving: bool
     """Whether a version is on its way: then each layer is a graph of its own."""
+    halves: bool = False
+    """Whether a few versions have more rows than one item of work: see ``in_halves``."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class DecodeGraphs:
         arrays["index"][count:rows] = 0
         self._inputs.send(self._attention.fill(sequences, arrays))
         lengths = [stop - start for (start, stop), slot in zip(pairwise(starts), slots, strict=True) if slot >= 0]
-        return _shape(rows, len(lengths), max(lengths, default=0), self._slots, arriving=arriving)
+        return _shape(rows, lengths, self._slots, arriving=arriving)
 
     def _capture(self, shape: _Shape, plan: Any) -> _Captured:
         """Run the step once, which compiles kernels and writes nothing that its replay would not, and record it."""
@@ -193,7 +195,7 @@ class DecodeGraphs:
         if shape.versions:
             starts = self._inputs.tensors["starts"][: shape.versions + 2]
             segments = Segments(starts, self._inputs.tensors["slots"][: shape.versions + 1])
-            rows = self._ops.graph_rows(inputs["index"], segments, shape.longest)
+            rows = self._ops.graph_rows(inputs["index"], segments, shape.longest, halves=shape.halves)
         source = inputs["drawn_rows"]
         tokens = torch.where(source >= 0, self._drawn[source.clamp(min=0)], inputs["tokens"])
         logits = self._decoder(StepInputs(tokens, inputs["positions"], rows, plan, None, rows, before_layer))
@@ -215,10 +217,11 @@ def _sizes(most: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < most), most)
 
 
-def _shape(rows: int, versions: int, longest: int, slots: int, *, arriving: bool) -> _Shape:
-    """The least shape for such a batch of which there is a graph."""
-    if versions == 0:
-        return _Shape(rows, 0, 0, arriving)
-    steps = (SOME, MORE, rows)
-    versions = min(1 << (versions - 1).bit_length(), rows, slots)
-    return _Shape(rows, versions, next(n for n in steps if n >= longest), arriving)
+def _shape(rows: int, lengths: Sequence[int], slots: int, *, arriving: bool) -> _Shape:
+    """The least shape, of which there is a graph, for versions of ``lengths`` rows."""
+    if not lengths:
+        return _Shape(rows, 0, 0, arriving=arriving)
+    versions = min(1 << (len(lengths) - 1).bit_length(), rows, slots)
+    if in_halves(lengths):
+        return _Shape(rows, versions, 2 * MORE, halves=True, arriving=arriving)
+    return _Shape(rows, versions, next(n for n in (SOME, MORE, rows) if n >= max(lengths)), arriving=arriving)

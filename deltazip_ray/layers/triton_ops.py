@@ -10,7 +10,7 @@ from deltazip_kernels import CODECS, LOW_RANK, RAW, PackedDelta, Segments
 from deltazip_kernels.fp8 import Fp8Matrix
 from deltazip_kernels.gather import gather_rows
 from deltazip_kernels.merged import MERGE_ROWS, merge_weight
-from deltazip_kernels.plan import Work, plan
+from deltazip_kernels.plan import Work, in_halves, plan
 from deltazip_kernels.quantize import (
     gelu_mul_quantize,
     layer_norm_quantize,
@@ -150,12 +150,12 @@ class TritonOps(LayerOps):
         if short:
             segments = send_segments([_without(span, merged) for span in spans], device)
             lengths = [span.stop - span.start for span in short]
-            work = plan(segments, spans[-1].stop, max(lengths), min(lengths))
+            work = plan(segments, spans[-1].stop, max(lengths), min(lengths), halves=in_halves(lengths))
         return Rows(index, versions, None, work, merged)
 
-    def graph_rows(self, index: torch.Tensor, segments: Segments, longest: int) -> Rows:
+    def graph_rows(self, index: torch.Tensor, segments: Segments, longest: int, *, halves: bool) -> Rows:
         """Rows of a step to be captured: any that ``index`` and ``segments`` hold at its replay."""
-        return Rows(index, work=plan(segments, len(index), longest))
+        return Rows(index, work=plan(segments, len(index), longest, halves=halves))
 
     def linear(self, weight: BaseWeight, x: Activations, stack: DeltaStack, rows: Rows) -> torch.Tensor:
         """See :meth:`LayerOps.linear`."""

@@ -1,5 +1,6 @@
 """The work list of a step: which rows of which slot each program of a fixed grid takes, made on the device."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +37,20 @@ class Work:
     sparse: bool = False
 
 
-def plan(segments: Segments, rows: int, longest: int | None = None, shortest: int = 0) -> tuple[Work, ...]:
+def in_halves(lengths: Sequence[int]) -> bool:
+    """Whether segments of these rows share one list: a few are little longer than ``MORE``, and are cut in two."""
+    long = [length for length in lengths if length > MORE]
+    return 0 < 4 * len(long) <= len(lengths) and max(long) <= 2 * MORE
+
+
+def plan(
+    segments: Segments, rows: int, longest: int | None = None, shortest: int = 0, *, halves: bool = False
+) -> tuple[Work, ...]:
     """The work of a batch of ``rows`` rows: a launch for each of the lists that segments may need.
 
     ``longest`` and ``shortest`` bound the rows of a segment that has a slot, where the caller knows: it saves work and
-    launches. The lists' sizes depend on them, ``rows`` and the number of segments: a captured graph serves any mixture.
+    launches. With ``halves`` (:func:`in_halves`) none is longer than twice ``MORE``. The lists' sizes depend on these,
+    ``rows`` and the number of segments: a captured graph serves any mixture.
     """
     count = segments.slots.numel()
     longest = rows if longest is None else min(rows, longest)
@@ -50,8 +60,9 @@ def plan(segments: Segments, rows: int, longest: int | None = None, shortest: in
     sparse = 4 * rows <= SOME * count
     batch = SOME if sparse or longest <= SOME else MORE
     # Each segment adds at most one item that is not full; at most rows // n segments have n rows or more.
-    short = min(count + (rows // SOME if batch < longest else 0), rows) if shortest <= MORE else 0
-    long = min(count, rows // (MORE + 1)) + rows // MANY if longest > MORE else 0
+    full = rows // batch if halves or batch < min(longest, MORE) else 0
+    short = min(count + full, rows) if halves or shortest <= MORE else 0
+    long = min(count, rows // (MORE + 1)) + rows // MANY if longest > MORE and not halves else 0
     items = torch.empty((short + long, 4), dtype=torch.int32, device=device)
     arrived = torch.empty((2, COUNTERS), dtype=torch.int32, device=device)
     partials = torch.empty((2 if long else 1, PARTIALS), dtype=torch.float32, device=device)
@@ -66,9 +77,9 @@ def plan(segments: Segments, rows: int, longest: int | None = None, shortest: in
         short,
         long,
         batch,
+        MORE if long else 2 * MORE,
         WIDTH=max(_SEGMENTS, power_of_2(count)),
         LONG=MANY,
-        CUT=MORE,
         COUNTERS=2 * COUNTERS,
         num_warps=4,
     )

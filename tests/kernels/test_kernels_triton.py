@@ -11,7 +11,7 @@ from torch import Tensor
 from deltazip_kernels import CODECS, LOW_RANK, RAW, PackedDelta, Segments, delta_matmul, quantize, triton_backend
 from deltazip_kernels.device import dense, grouped
 from deltazip_kernels.layout import from_positions
-from deltazip_kernels.plan import MANY, SOME, Work, plan
+from deltazip_kernels.plan import MANY, SOME, Work, in_halves, plan
 from deltazip_kernels.quantize import quantize_rows
 from deltazip_kernels.table import CODEC_IDS, DeltaTable
 from deltazip_kernels.triton_backend import Tile, grouped_matmul, low_rank_matmul, raw_matmul
@@ -279,6 +279,19 @@ def test_plan_of_long_segments_alone_is_one_list(device: torch.device) -> None:
     (work,) = plan(table([3, 33, 70], [-1, 2, 1], device), 106, longest=70, shortest=33)
     assert work.batch == MANY
     assert owners((work,), 106) == [-1] * 3 + [2] * 33 + [1] * 70
+
+
+@pytest.mark.parametrize("lengths", [[33, 31, 32, 30], [1, 64, 2, 3, 1], [20, 17, 33, 19, 0, 18]])
+def test_a_plan_cuts_few_segments_that_are_little_longer_in_two(lengths: list[int], device: torch.device) -> None:
+    rows, slots = sum(lengths), [*range(len(lengths))]
+    assert in_halves(lengths)
+    (work,) = plan(table(lengths, slots, device), rows, longest=max(lengths), shortest=min(lengths), halves=True)
+    assert owners((work,), rows) == [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
+
+
+@pytest.mark.parametrize("lengths", [[], [32, 16], [65, 1, 1, 1], [40, 40, 1, 1]])
+def test_other_plans_are_not_in_halves(lengths: list[int]) -> None:
+    assert not in_halves(lengths)
 
 
 def test_plan_of_nothing_is_empty(device: torch.device) -> None:

@@ -25,7 +25,7 @@ def _write(items, limit, slot, first, end, wanted, batch):
         tl.store(items + item * 4 + 2, tl.minimum(row + batch, last), mask=inside)
 
 
-@triton.jit(do_not_specialize=["starts", "slots", "S", "short_limit", "long_limit", "short"])
+@triton.jit(do_not_specialize=["starts", "slots", "S", "short_limit", "long_limit", "short", "cut"])
 def write_items(
     starts,
     slots,
@@ -35,18 +35,20 @@ def write_items(
     short_limit,
     long_limit,
     short,
+    cut,
     WIDTH: tl.constexpr,
     LONG: tl.constexpr,
-    CUT: tl.constexpr,
     COUNTERS: tl.constexpr,
 ):
-    """Segments of up to CUT rows to ``items[:short_limit]``, longer ones to the ``long_limit`` items after them; zeroes
-    to the COUNTERS ``arrived``."""
+    """Segments of up to ``cut`` rows to ``items[:short_limit]``, longer ones to the ``long_limit`` items after them.
+
+    The COUNTERS ``arrived`` become zero.
+    """
     tl.store(arrived + tl.arange(0, COUNTERS), 0)
     s = tl.arange(0, WIDTH)
     slot = tl.load(slots + s, mask=s < S, other=-1)
     first = tl.load(starts + s, mask=s < S, other=0)
     end = tl.load(starts + s + 1, mask=s < S, other=0)
     length = tl.where(slot >= 0, end - first, 0)
-    _write(items, short_limit, slot, first, end, (length > 0) & (length <= CUT), short)
-    _write(items + short_limit * 4, long_limit, slot, first, end, length > CUT, LONG)
+    _write(items, short_limit, slot, first, end, (length > 0) & (length <= cut), short)
+    _write(items + short_limit * 4, long_limit, slot, first, end, length > cut, LONG)
