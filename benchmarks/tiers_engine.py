@@ -1,6 +1,7 @@
 """What needs an engine of the tiers' benchmark: first tokens of cold versions, and steps beside loads."""
 
 import asyncio
+import gc
 import mmap
 import os
 import time
@@ -210,6 +211,8 @@ async def with_engine(
 
     engine = AsyncEngine(config, Path(), source, CollectorRegistry(), build=timed_build)
     await engine.start()
+    gc.collect()
+    gc.freeze()  # as replicas do
     found: dict[str, Any] = {"beside": await beside_traffic(engine, timed, config.max_model_len - 80, 8, rounds)}
     found["first_tokens"] = await first_tokens(engine, slots[0])
     found["disk"] = await from_disk(engine, source, folder, runs=5)

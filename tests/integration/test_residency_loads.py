@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -116,3 +117,12 @@ async def test_both_parts_are_measured(zoo: Zoo) -> None:
         await run.generate(PROMPT, zoo.versions[0].version)
         assert run.metric("fetch_seconds_count", tier="remote") == 1
         assert run.metric("load_seconds_count", tier="remote") == 1
+
+
+async def test_copies_keep_to_their_budget(zoo: Zoo) -> None:
+    size = sum(len(data) for data in zoo.versions[0].blobs.values())
+    async with running(zoo.base, MemorySource(*zoo.versions), copy_bytes_per_s=3 * size) as run:
+        began = time.monotonic()
+        await run.generate(PROMPT, zoo.versions[0].version)
+        # A burst of a tenth of a second passes at once, and the last copy, when the others are paid for.
+        assert time.monotonic() - began > 0.1

@@ -3,6 +3,7 @@
 import asyncio
 import mmap
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,16 @@ async def test_a_version_is_brought_from_the_store_and_found_in_memory_after_tha
     assert bench.store.count("/versions/") == 1
     assert first.manifest.version() == version
     assert bench.cache.versions == {version}
+
+
+async def test_the_store_gives_no_more_than_the_budget(bench: Bench) -> None:
+    settings = NodeStoreConfig(fetch_bytes_per_s=100_000)
+    cache = HostCache(bench.catalog, bench.arena, settings, CollectorRegistry())
+    began = time.monotonic()
+    await cache.acquire(bench.version(*"abcdefg"))
+    # A burst of a tenth of a second passes at once, and the last blob when the others are paid for.
+    assert time.monotonic() - began > 6 * len(page("a")) / 100_000 - 0.1
+    await cache.close()
 
 
 async def test_views_are_read_only_and_lie_where_offsets_says(bench: Bench) -> None:
