@@ -11,7 +11,6 @@ import os
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,7 +24,6 @@ from benchmarks.tiers_engine import PAGE, Source, with_engine
 from deltazip_deployments.node_store.arena import Arena, map_arena
 from deltazip_ray.artifact.digests import sha256_hex
 from deltazip_ray.config import MIB, EngineConfig
-from deltazip_ray.engine.uploads import CHUNK, Uploads
 from deltazip_ray.models.decoder_config import DecoderConfig
 from deltazip_ray.residency.tiers import HostDelta, HostMemory
 
@@ -51,25 +49,6 @@ def links(size: int) -> dict[str, float]:
         ("pageable", torch.ones(size, dtype=torch.uint8)),
     ):
         found[name] = size / min(seconds(lambda source=source: target.copy_(source, non_blocking=True)))  # type: ignore[misc]
-    return found
-
-
-def chunks(memory: HostMemory, uploads: Uploads) -> dict[str, float]:
-    """Bytes a second of a whole arena by the size of a chunk."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it may not be written
-        source = torch.frombuffer(memory.view, dtype=torch.uint8)
-    target = torch.empty(len(source), dtype=torch.uint8, device="cuda")
-    found = {}
-    for chunk in (1, 2, 4, 8, 16, 64):
-        uploads.copier.chunk = chunk * MIB
-
-        def copy() -> None:
-            with uploads.beside_steps() as upload:
-                upload.copy(target, source)
-
-        found[f"{chunk} MiB"] = len(source) / min(seconds(copy))
-    uploads.copier.chunk = CHUNK
     return found
 
 
@@ -99,8 +78,7 @@ def copies(shape: DecoderConfig, config: EngineConfig, delta: HostDelta, memory:
     began = time.perf_counter()
     slots.uploads.lock_pages(memory)
     found["lock_pages_s"] = time.perf_counter() - began
-    found["chunks_bytes_per_s"] = chunks(memory, slots.uploads)
-    found["slot_s"] = seconds(partial(slots.load, 0, delta), runs=11)[1:]
+    found["slot_s"] = seconds(partial(slots.load, 0, delta), runs=22)[1:]
     found["slot_of_pinned"] = size / statistics.median(found["slot_s"]) / found["links"]["pinned"]
     return found
 

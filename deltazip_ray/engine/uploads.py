@@ -1,18 +1,16 @@
 """Copies from the host to the device, beside the steps and never in their way.
 
-One thread makes the large copies of all loads, in chunks and on a stream of its own, while each load's own thread goes
-on to its next blob and does the rest on another stream. No more chunks are under way than keep the wire busy; the
-thread sleeps meanwhile instead of holding the interpreter. A copy engine that always finds work on one stream lets
-others wait without end (docs/tiers.md), so the wire is left free for a moment after each run of chunks: after each
-chunk while steps run, whose own copies are small.
+A load on an idle engine orders its copies itself, all at once: another thread would have to wait for the interpreter
+again and again, and the wire with it. While steps run, a thread makes the large copies of all loads in chunks, each
+when the one before is done, and sleeps meanwhile: a copy engine that always finds work on one stream lets others wait
+without end (docs/tiers.md). These copies have a stream of their own; what is small goes on another one.
 
 A load ends when the device has done all of it, which its thread waits for. So what is published after that is complete
 for every step launched later, on whatever stream, without an event between the streams. What was launched before does
-not use the slot, for the slot's pins are back. On a CPU the same thread makes plain copies.
+not use the slot, for the slot's pins are back. On a CPU the thread makes plain copies.
 """
 
 import sys
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,71 +23,63 @@ from deltazip_ray.engine.page_locks import PageLocks
 from deltazip_ray.residency.pace import Pace
 from deltazip_ray.residency.tiers import HostMemory
 
-CHUNK = 64 * MIB
-"""Bytes of one copy."""
-DEPTH = 4
-"""Copies under way at once: 5 ms, so that the wire stays busy while other threads have the interpreter."""
-RUN = 1024 * MIB
-"""Bytes after which the wire is left free for a moment."""
-GENTLE = 8 * MIB
-"""Bytes of one copy beside steps, and of one run."""
-AHEAD = 20
-GENTLY_AHEAD = 2
-"""Copies that a load asks for before it waits: its work between them takes the interpreter from copier and steps."""
+CHUNK = 8 * MIB
+"""Bytes of one copy beside steps."""
+AHEAD = 2
+"""Copies that a load beside steps asks for before it waits: its work between them takes the interpreter from theirs."""
 _SWITCH_S = 0.0005
 """Threads take turns at the interpreter. Loads are Python for some milliseconds; Python's own 5 would delay steps."""
 
 
 class Copier:
-    """The thread that makes large copies, in the order in which they were asked for. Thread-safe."""
+    """Makes large copies. Thread-safe."""
 
     def __init__(self, device: torch.device, pace: Pace, chunk: int = CHUNK) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.chunk = chunk
+        self._chunk = chunk
         self._pace = pace
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="deltazip-copy")
-        self._under_way: deque[torch.cuda.Event] = deque()
-        self._run = 0
-        """Bytes since the wire was free."""
 
-    def submit(self, target: torch.Tensor, source: torch.Tensor, *, gently: bool) -> Future[None]:
-        """Have ``source`` copied to ``target``, both ``[bytes]`` uint8; ``gently``: beside steps.
+    @property
+    def orders(self) -> bool:
+        """Whether copies can be ordered at once: by a device, and without a bound."""
+        return self.stream is not None and self._pace.unbounded
 
-        Done means: the device has been told.
-        """
-        return self._thread.submit(self._copy, target, source, gently=gently)
+    def order(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Tell the device to copy ``source`` to ``target``, both ``[bytes]`` uint8, behind the copies so far."""
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+
+    def submit(self, target: torch.Tensor, source: torch.Tensor) -> Future[None]:
+        """Have the same copied in chunks by the thread, in the order in which copies are asked for."""
+        return self._thread.submit(self._copy, target, source)
+
+    def event(self) -> torch.cuda.Event | None:
+        """An event behind what was ordered so far; None on a CPU."""
+        return None if self.stream is None else _mark(self.stream)
 
     def mark(self) -> Mark:
-        """A mark behind all copies that were asked for so far."""
-        return self._thread.submit(lambda: None if self.stream is None else _mark(self.stream))
+        """A mark behind all copies that the thread was asked for so far."""
+        return self._thread.submit(self.event)
 
-    def _copy(self, target: torch.Tensor, source: torch.Tensor, *, gently: bool) -> None:
-        chunk = min(self.chunk, GENTLE) if gently else self.chunk
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         with torch.cuda.stream(self.stream):
-            for start in range(0, source.numel(), chunk):
-                part = slice(start, start + chunk)
-                self._pace.take(min(chunk, source.numel() - start))
-                self._leave_room(chunk if gently else RUN)
+            for start in range(0, source.numel(), self._chunk):
+                part = slice(start, start + self._chunk)
+                self._pace.take(min(self._chunk, source.numel() - start))
                 target[part].copy_(source[part], non_blocking=True)
-                self._run += chunk
                 if self.stream is not None:
-                    self._under_way.append(_mark(self.stream))
-
-    def _leave_room(self, run: int) -> None:
-        """Before a chunk: wait until there are few others, and when they are a long run, until there are none."""
-        most = DEPTH - 1
-        if self._run >= run:
-            self._run = most = 0
-        while len(self._under_way) > most:
-            self._under_way.popleft().synchronize()
+                    _mark(self.stream).synchronize()
 
 
 class Upload:
     """The device work of one load, in one thread."""
 
     def __init__(self, copier: Copier, *, gently: bool = False) -> None:
+        """``gently``: beside steps, which come first."""
         self._copier = copier
         self._gently = gently
+        self._at_once = copier.orders and not gently
         self._copies: list[Future[None]] = []
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -97,14 +87,20 @@ class Upload:
 
         What is launched in the same block sees the bytes after :meth:`join` only.
         """
-        ahead = GENTLY_AHEAD if self._gently else AHEAD
-        if len(self._copies) >= ahead:
-            self._copies[-ahead].result()
-        self._copies.append(self._copier.submit(target, source, gently=self._gently))
+        if self._at_once:
+            self._copier.order(target, source)
+            return
+        if self._gently and len(self._copies) >= AHEAD:
+            self._copies[-AHEAD].result()
+        self._copies.append(self._copier.submit(target, source))
 
     def mark(self) -> Mark:
         """What comes when the copies so far, and those of other loads, have been ordered."""
-        return self._copier.mark()
+        if not self._at_once:
+            return self._copier.mark()
+        mark: Mark = Future()
+        mark.set_result(self._copier.event())
+        return mark
 
     def join(self) -> None:
         """Let what is launched from now on wait for the copies so far."""

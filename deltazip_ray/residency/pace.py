@@ -21,6 +21,11 @@ class Pace:
         self._lock = threading.Lock()
         self._paid_until = clock()
 
+    @property
+    def unbounded(self) -> bool:
+        """Whether nobody ever waits."""
+        return self._rate is None
+
     def take(self, size: int) -> None:
         """Wait until ``size`` bytes may be moved. Those who come while somebody waits wait behind them."""
         if self._rate is None:

@@ -3,7 +3,6 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import cast
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from deltazip_ray.artifact.blob import read_blob, write_blob
 from deltazip_ray.artifact.digests import sha256_hex
 from deltazip_ray.artifact.manifest import BlobEntry, TensorEntry
 from deltazip_ray.engine.slot_layout import aligned, fill, room
-from deltazip_ray.engine.uploads import AHEAD, CHUNK, DEPTH, GENTLE, GENTLY_AHEAD, RUN, Copier, Upload, Uploads
+from deltazip_ray.engine.uploads import AHEAD, Copier, Upload, Uploads
 from deltazip_ray.layers.writes import Writes
 from deltazip_ray.residency.pace import Pace
 
@@ -143,8 +142,7 @@ def test_a_load_that_fails_leaves_copies_out_and_waits_for_the_one_that_runs() -
     assert [int(target.sum()) for target in targets] == [8, 0, 0]
 
 
-@pytest.mark.parametrize(("gently", "ahead"), [(True, GENTLY_AHEAD), (False, AHEAD)])
-def test_a_load_is_few_copies_ahead_of_the_wire(gently: bool, ahead: int) -> None:
+def test_beside_steps_a_load_is_few_copies_ahead_of_the_wire() -> None:
     """Else its work on later blobs would keep the interpreter from copier and steps."""
     go_on, asked = threading.Event(), []
 
@@ -157,8 +155,8 @@ def test_a_load_is_few_copies_ahead_of_the_wire(gently: bool, ahead: int) -> Non
     source = torch.ones(8, dtype=torch.uint8)
 
     def load() -> None:
-        with uploads.beside_steps(gently=gently) as upload:
-            for _ in range(3 * AHEAD):
+        with uploads.beside_steps(gently=True) as upload:
+            for _ in range(9):
                 upload.copy(torch.zeros_like(source), source)
                 asked.append(1)
 
@@ -166,63 +164,10 @@ def test_a_load_is_few_copies_ahead_of_the_wire(gently: bool, ahead: int) -> Non
         loading = thread.submit(load)
         with pytest.raises(TimeoutError):
             loading.result(0.05)
-        assert len(asked) == ahead
+        assert len(asked) == AHEAD
         go_on.set()
         loading.result(10)
-    assert len(asked) == 3 * AHEAD
-
-
-class Wire:
-    """Chunks that a device has been told of, as the copier waits for them."""
-
-    def __init__(self, copier: Copier) -> None:
-        self.copier = copier
-        self.under_way: list[int] = []
-        self.most = 0
-
-    def order(self, chunk: int, run: int) -> None:
-        """One chunk as the copier orders it."""
-        self.copier._leave_room(run)
-        number = self.copier._run
-        self.copier._run += chunk
-        self.under_way.append(number)
-        self.most = max(self.most, len(self.under_way))
-        self.copier._under_way.append(cast("torch.cuda.Event", Done(self, number)))
-
-
-class Done:
-    """The end of a chunk."""
-
-    def __init__(self, wire: Wire, number: int) -> None:
-        self.wire, self.number = wire, number
-
-    def synchronize(self) -> None:
-        self.wire.under_way.remove(self.number)
-
-
-def test_beside_steps_the_wire_is_free_after_each_chunk() -> None:
-    wire = Wire(Copier(CPU, Pace(None)))
-    for _ in range(20):
-        wire.order(GENTLE, GENTLE)
-    assert wire.most == 1
-
-
-def test_alone_a_few_chunks_are_under_way_and_the_wire_is_free_after_a_run() -> None:
-    wire = Wire(Copier(CPU, Pace(None)))
-    free = []
-    for number in range(40):
-        wire.order(CHUNK, RUN)
-        free += [number] if len(wire.under_way) == 1 else []
-    assert wire.most == DEPTH
-    assert free == [0, 16, 32]
-
-
-def test_after_a_load_that_was_alone_the_next_one_leaves_room_at_once() -> None:
-    wire = Wire(Copier(CPU, Pace(None)))
-    for _ in range(5):
-        wire.order(CHUNK, RUN)
-    wire.order(GENTLE, GENTLE)
-    assert len(wire.under_way) == 1
+    assert len(asked) == 9
 
 
 def test_writes_are_sent_together_and_the_last_one_to_a_place_stays() -> None:
