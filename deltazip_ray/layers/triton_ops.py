@@ -153,7 +153,7 @@ class TritonOps(LayerOps):
             work = plan(segments, spans[-1].stop, max(lengths), min(lengths), halves=in_halves(lengths))
         return Rows(index, versions, None, work, merged)
 
-    def graph_rows(self, index: torch.Tensor, segments: Segments, longest: int, *, halves: bool) -> Rows:
+    def graph_rows(self, index: torch.Tensor, segments: Segments, longest: int, *, halves: bool = False) -> Rows:
         """Rows of a step to be captured: any that ``index`` and ``segments`` hold at its replay."""
         return Rows(index, work=plan(segments, len(index), longest, halves=halves))
 

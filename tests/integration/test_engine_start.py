@@ -141,6 +141,8 @@ def batches(ops: TritonOps) -> Iterator[Rows]:
             for longest in (SOME, MORE, rows):
                 starts = torch.zeros(min(rows, versions) + 2, dtype=torch.int32)
                 yield ops.graph_rows(starts, Segments(starts, starts[1:]), longest)
+            starts = torch.zeros(min(rows, versions) + 2, dtype=torch.int32)
+            yield ops.graph_rows(starts, Segments(starts, starts[1:]), 2 * MORE, halves=True)
     draw = random.Random(0)
     for _ in range(200):
         lengths = [draw.choice((1, 1, 1, 7, 30, 100, 600)) for _ in range(draw.randint(1, 32))]
