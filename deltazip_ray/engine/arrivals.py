@@ -8,6 +8,7 @@ by PipeSwitch (Bai et al., OSDI 2020).
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from functools import lru_cache
 
 import torch
 
@@ -17,6 +18,7 @@ Mark = Future["torch.cuda.Event | None"]
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
+@lru_cache(8192)
 def layer_of(weight: str) -> int | None:
     """The decoder layer that a weight belongs to; None: to none of them."""
     found = _LAYER.search(weight)

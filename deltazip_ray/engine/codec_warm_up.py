@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -64,11 +65,11 @@ class CodecWarmUp:
         Only codecs that are new are compiled, for launches of their own. That one launch serves them and the others is
         compiled later, when steps run already.
         """
-        wanted: dict[TritonStack, _Wanted] = {}
+        wanted = defaultdict[TritonStack, _Wanted](_Wanted)
         for blob in manifest.blobs:
             for name, entry in blob.tensors.items():
                 if name in self._stacks:
-                    one = wanted.setdefault(self._stacks[name], _Wanted())
+                    one = wanted[self._stacks[name]]
                     one.codecs.add(entry.codec)
                     one.rank = max(one.rank, entry.rank or 0)
         if any(one.is_new(stack) for stack, one in wanted.items()):

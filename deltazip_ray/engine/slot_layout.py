@@ -3,6 +3,7 @@
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,7 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+@lru_cache(1024)
 def room(codec: str, shape: tuple[int, ...], dtype: torch.dtype, rank: int | None = None) -> int:
     """Bytes of a slot that one matrix takes; raw ones and products of a low ``rank`` are kept in ``dtype``."""
     if codec == RAW:
