@@ -45,7 +45,8 @@ _FEW = Tile(64, 4, 4)
 _BATCHES = {SOME: (8, 16), MORE: (8, 32), MANY: (32, 64)}
 """By rows that an item may have: the widths of tiles that a launch has code for."""
 _CROWD, _ENOUGH = 512, 128
-"""Programs up to which K is split: with items of up to ``SOME`` rows or long walks, and else, as sums cost more."""
+"""Programs up to which more warps or sharing K pay: with items of up to ``SOME`` rows or long walks, and else, as sums
+cost more."""
 _LONG_WALK, _LEAST_WALK = 28, 4
 """Steps of two groups that a program walks."""
 
@@ -122,10 +123,11 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
     """Two launches: the same for low-rank deltas of rank ``rank`` at most."""
     _check(y, table)
     width = max(16, power_of_2(rank))
-    batch, warps, numbers = (8, 2, 16384) if work.sparse else (work.batch, 4, 8192)
+    batch, numbers = (8, 16384) if work.sparse else (work.batch, 8192)
     block = numbers // width
     rows, tiles = _cut(table.shapes, block)
     chunks = ceil_div(x.shape[1], _INNER_CHUNK)
+    few = len(rows) * chunks * len(work.items) <= _CROWD
     inner = torch.empty((len(rows), chunks, x.shape[0], width), dtype=torch.float32, device=x.device)
     launch(
         shrink,
@@ -144,7 +146,7 @@ def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: i
         BM=batch,
         BK=min(128, 4096 // width),
         PLAIN=triton.knobs.runtime.interpret,
-        num_warps=warps,
+        num_warps=(2 if few else 1) if work.sparse else 4,
         num_stages=4,
         **overlap(y.device),
     )
