@@ -10,27 +10,41 @@ from typing import Any
 import torch
 import triton
 
-_compiling: ContextVar[bool] = ContextVar("compiling", default=False)
+_compiled: ContextVar[list[Any] | None] = ContextVar("compiled", default=None)
+"""What was compiled so far, in a block of :func:`compiling`."""
 
 
 def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) -> None:
     """Launch a Triton ``kernel``; in a block of :func:`compiling`, only have it compiled."""
-    kernel.run(*arguments, grid=grid, warmup=_compiling.get(), **options)
+    compiled = _compiled.get()
+    made = kernel.run(*arguments, grid=grid, warmup=compiled is not None, **options)
+    if compiled is not None:
+        compiled.append(made)
 
 
 @contextmanager
 def compiling(threads: int) -> Iterator[None]:
-    """Compile what this thread launches in the block, each kernel once, beside each other; at its end all are there.
+    """Compile what this thread launches in the block, each kernel once, beside each other; at its end all are on the
+    device.
 
     Nothing runs: results are undefined. Triton traces a kernel in the interpreter, a fourth or so of the time; the rest
     is done without it.
     """
-    with ThreadPoolExecutor(threads, thread_name_prefix="deltazip-compile") as pool, triton.AsyncCompileMode(pool):
-        before = _compiling.set(True)
-        try:
-            yield
-        finally:
-            _compiling.reset(before)
+    compiled: list[Any] = []
+    with ThreadPoolExecutor(threads, thread_name_prefix="deltazip-compile") as pool:
+        with triton.AsyncCompileMode(pool):
+            before = _compiled.set(compiled)
+            try:
+                yield
+            finally:
+                _compiled.reset(before)
+        if not triton.knobs.runtime.interpret:
+            list(pool.map(_load, set(compiled)))
+
+
+def _load(kernel: Any) -> None:
+    """Have a kernel on the device, and what launches it, which for some versions of Triton takes a C compiler."""
+    (kernel.result() if hasattr(kernel, "result") else kernel).run  # noqa: B018
 
 
 def ceil_div(value: int, step: int) -> int:
