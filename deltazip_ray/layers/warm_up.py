@@ -19,6 +19,7 @@ _BATCHES = (
     (SOME * MORE, SOME, MORE),
     (40, 1, 40),
     (64, 1, 64),
+    (512, 4, 512),
 )
 """Rows, segments and rows of the longest of steps that together need every launch there is: items of some rows, of more
 and of many, each by few programs that share K, by few, and by plenty; single rows of many versions."""

@@ -61,7 +61,6 @@ def grouped_matmul(
     _check(y, table)
     tile = tile or _tile(table, work, codecs)
     rows, tiles = _cut(table.shapes, tile.rows)
-    groups = -(-x.columns // GROUP)
     shared = sum(tiles) * len(work.items) if tile.splits > 1 else 0
     if tile.splits > MOST_SPLITS.value or shared > COUNTERS or shared * tile.splits * tile.rows * work.batch > PARTIALS:
         raise ValueError(f"{shared} tiles are too many to be shared by {tile.splits} programs each")
@@ -80,9 +79,8 @@ def grouped_matmul(
         _padded(rows),
         _padded(tiles),
         len(rows),
-        groups,
+        GROUPS=ceil_div(x.columns, GROUP),
         CODECS=tuple(CODEC_IDS[name] for name in codecs),
-        ODD=groups % 2 == 1,
         SPLIT=tile.splits > 1,
         BN=tile.rows,
         BATCHES=_BATCHES[work.batch],

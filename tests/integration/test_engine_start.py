@@ -138,22 +138,21 @@ def test_no_step_launches_what_was_not_compiled(codecs: tuple[str, ...], launche
 def batches(ops: TritonOps) -> Iterator[Rows]:
     for rows in (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 96, 128, 192, 256):
         for versions in (1, 2, 4, 8, 16, 32):
-            for longest in (SOME, MORE, rows):
-                starts = torch.zeros(min(rows, versions) + 2, dtype=torch.int32)
-                yield ops.graph_rows(starts, Segments(starts, starts[1:]), longest)
-            starts = torch.zeros(min(rows, versions) + 2, dtype=torch.int32)
-            yield ops.graph_rows(starts, Segments(starts, starts[1:]), 2 * MORE, halves=True)
+            for longest, halves in ((SOME, False), (MORE, False), (rows, False), (2 * MORE, True)):
+                starts, index = (torch.zeros(size, dtype=torch.int32) for size in (min(rows, versions) + 2, rows))
+                yield ops.graph_rows(index, Segments(starts, starts[1:]), longest, halves=halves)
     draw = random.Random(0)
     for _ in range(200):
         lengths = [draw.choice((1, 1, 1, 7, 30, 100, 600)) for _ in range(draw.randint(1, 32))]
         yield ops.rows([(slot, length) for slot, length in enumerate(lengths)], ops.device)
 
 
-def test_linears_of_different_sizes_share_their_kernels(launched: set[str]) -> None:
+def test_linears_of_one_input_share_their_kernels(launched: set[str]) -> None:
+    """Whatever their widths, and however many lie side by side."""
     ops = TritonOps(torch.device("cpu"), torch.bfloat16)
     for shapes in STACKS:
         launch_all(ops.stack(shapes, 1), ("int2",), 0, torch.empty(64, shapes[0][1]), looked_up=False)
-    assert len([one for one in launched if one.startswith("grouped")]) <= 10
+    assert len([one for one in launched if one.startswith("grouped")]) <= 16
 
 
 def test_compiled_kernels_are_kept_where_the_settings_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

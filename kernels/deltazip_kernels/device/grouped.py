@@ -91,9 +91,8 @@ def _product(
     tile,
     scale_word,
     scale_tile,
-    groups,
     CODEC: tl.constexpr,
-    ODD: tl.constexpr,
+    GROUPS: tl.constexpr,
     SPLIT: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
@@ -105,20 +104,20 @@ def _product(
     SHARED: tl.constexpr = CODEC == INT1 or CODEC == SPARSE2  # codes of two groups in one byte
     EXTRA: tl.constexpr = CODEC == INT3 or CODEC == SPARSE4 or CODEC == SPARSE2
     UNIT: tl.constexpr = unit(CODEC)
-    pairs = (groups + 1) // 2
-    steps = pairs if SHARED else groups
+    PAIRS: tl.constexpr = (GROUPS + 1) // 2
+    STEPS: tl.constexpr = PAIRS if SHARED else GROUPS
     C_STEP: tl.constexpr = 64 * LANES if SHARED else 128 * LANES
     begin = 0
-    end = groups // 2
+    end = GROUPS // 2
     if SPLIT:
-        each = tl.cdiv(groups // 2, tl.num_programs(2))  # steps of two groups
-        begin = tl.minimum(tl.program_id(2) * each, groups // 2)
-        end = tl.minimum(begin + each, groups // 2)
+        each = tl.cdiv(GROUPS // 2, tl.num_programs(2))  # steps of two groups
+        begin = tl.minimum(tl.program_id(2) * each, GROUPS // 2)
+        end = tl.minimum(begin + each, GROUPS // 2)
     row = n & 63
     lane = tl.arange(0, LANES)
-    c = codes + begin * C_STEP + (tile * (steps * (64 * LANES)) + row * LANES)[:, None] + lane[None, :]
-    e = extra + begin * 2048 + (tile * (pairs * 2048) + row * 32)[:, None] + tl.arange(0, 32)[None, :]
-    s = scales + begin * 64 + scale_tile * (groups * 32) + scale_word
+    c = codes + begin * C_STEP + (tile * (STEPS * 64 * LANES) + row * LANES)[:, None] + lane[None, :]
+    e = extra + begin * 2048 + (tile * (PAIRS * 2048) + row * 32)[:, None] + tl.arange(0, 32)[None, :]
+    s = scales + begin * 64 + scale_tile * (GROUPS * 32) + scale_word
     x += begin * 256 + tl.arange(0, 128)[:, None]
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     for _ in tl.range(begin, end, num_stages=STAGES):
@@ -133,7 +132,7 @@ def _product(
         e += 2048
         s += 64
         x += 256
-    if ODD and (not SPLIT or tl.program_id(2) == tl.num_programs(2) - 1):
+    if GROUPS % 2 and (not SPLIT or tl.program_id(2) == tl.num_programs(2) - 1):
         even = tl.load(c)
         both = tl.load(e) if EXTRA else even
         x0 = tl.load(x, mask=live[None, :], other=0)
@@ -178,9 +177,8 @@ def _add_rows(
     codes,
     scales,
     extra,
-    groups,
+    GROUPS: tl.constexpr,
     CODECS: tl.constexpr,
-    ODD: tl.constexpr,
     SPLIT: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
@@ -196,7 +194,7 @@ def _add_rows(
     scale_tile = tl.minimum(words >> 5, last_tile)
     m = first + tl.arange(0, BM)
     live = m < end
-    x = values + m.to(tl.int64)[None, :] * (groups * 128)
+    x = values + m.to(tl.int64)[None, :] * (GROUPS * 128)
     x_scale = tl.load(x_scales + m, mask=live, other=0.0)
     EARLY: tl.constexpr = BM <= 16 and not SPLIT  # more rows would hold too many registers through the walk
     if EARLY:
@@ -206,7 +204,7 @@ def _add_rows(
         if codec == CODECS[i]:
             acc = _product(
                 pointer(codes, tl.uint8), pointer(extra, tl.uint8), pointer(scales, tl.int32), x, live,
-                n, tile, words & 31, scale_tile, groups, CODECS[i], ODD, SPLIT, BN, BM, STAGES, PLAIN,
+                n, tile, words & 31, scale_tile, CODECS[i], GROUPS, SPLIT, BN, BM, STAGES, PLAIN,
             )  # fmt: skip
     let_next_start(OVERLAP)
     complete = True
@@ -218,7 +216,7 @@ def _add_rows(
         add_outputs(y, y_stride, m, column + n, live, n < width, before, acc * x_scale[None, :])
 
 
-@triton.jit(do_not_specialize=["turn", "tiles", "parts", "groups"])
+@triton.jit(do_not_specialize=["turn", "tiles", "parts"])
 def grouped(
     y,
     y_stride,
@@ -232,9 +230,8 @@ def grouped(
     widths,
     tiles,
     parts,
-    groups,
+    GROUPS: tl.constexpr,
     CODECS: tl.constexpr,
-    ODD: tl.constexpr,
     SPLIT: tl.constexpr,
     BN: tl.constexpr,
     BATCHES: tl.constexpr,
@@ -264,7 +261,7 @@ def grouped(
         if rows <= BATCHES[i] and rows > (BATCHES[i - 1] if i > 0 else 0):
             _add_rows(
                 y, y_stride, values, x_scales, partials, arrived, first, end, column, width, block,
-                codec, codes, scales, extra, groups, CODECS, ODD, SPLIT, BN, BATCHES[i], STAGES, PLAIN, OVERLAP,
+                codec, codes, scales, extra, GROUPS, CODECS, SPLIT, BN, BATCHES[i], STAGES, PLAIN, OVERLAP,
             )  # fmt: skip
     if turn == 2:
         wait(OVERLAP)
