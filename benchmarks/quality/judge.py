@@ -13,7 +13,7 @@ from deltazip_deployments.demo.corpus import IGNORED
 from deltazip_deployments.demo.tasks import Example
 from deltazip_deployments.demo.tokenizer import Frame
 
-ROWS = 256
+ROWS = 512
 """Sequences in one forward pass."""
 MORE = 2
 """Tokens that an answer may have beyond the longest right one."""

@@ -29,6 +29,7 @@ from deltazip_ray.compress import solver
 from deltazip_ray.compress.options import Coding
 
 THREADS = 2
+WAIT_S = 0.2
 ADAPTER = "LoRA"
 """Is trained and measured after all others."""
 
@@ -54,7 +55,7 @@ def measure(job: Job) -> None:
     torch.set_num_threads(THREADS)
     job.scratch.mkdir()
     known = _measured(job.out)
-    benches = {task: Bench(job, task) for task in job.tasks}
+    benches = {task: _bench(job, task) for task in job.tasks}
     names = job.forms or [name for name in next(iter(benches.values())).forms if name != ADAPTER]
     slowest = 0.0
     for name, task in product(names, job.tasks):
@@ -67,6 +68,13 @@ def measure(job: Job) -> None:
         with job.out.open("a") as out:
             out.write(json.dumps(row) + "\n")
         slowest = max(slowest, time.time() - began)
+
+
+def _bench(job: Job, task: str) -> "Bench":
+    """The bench of a fine-tune, once it is trained."""
+    while not (job.cache / task).is_dir():
+        time.sleep(WAIT_S)
+    return Bench(job, task)
 
 
 def _measured(out: Path) -> set[tuple[str, str]]:

@@ -15,7 +15,8 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from multiprocessing import get_context
 from multiprocessing.context import SpawnProcess
@@ -65,24 +66,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "scale": asdict(scale),
         },
     )
-    for name in (BASE, *given.tasks):
-        path = trainer.base() if name == BASE else trainer.finetune(name)
-        moved = {} if name == BASE else {"unchanged_rows": unchanged_rows(trainer.base(), path)}
-        _write(given.out, {"trained": name} | trained(path) | moved)
-        _log(began, f"{name} is trained")
+    _note(given.out, BASE, trainer.base())
+    _log(began, "the base is trained")
     forms = tuple(name for name in given.forms or () if name != ADAPTER)
-    if forms or not given.forms:
-        _measure(given, cache, forms, deadline)
-        _log(began, "full fine-tunes are measured")
+    # They load what is there already, and wait for the rest.
+    with _measuring(given, cache, forms, deadline) if forms or not given.forms else nullcontext():
+        for name in given.tasks:
+            _note(
+                given.out, name, trainer.finetune(name), unchanged_rows=unchanged_rows(trainer.base(), cache.path(name))
+            )
+            _log(began, f"{name} is trained")
+    _log(began, "full fine-tunes are measured")
     if time.time() < deadline and (not given.forms or ADAPTER in given.forms):
         for name in given.tasks:
-            _write(given.out, {"trained": f"{name}-lora"} | trained(trainer.adapter(name)))
-        _measure(given, cache, (ADAPTER,), deadline)
+            _note(given.out, f"{name}-lora", trainer.adapter(name))
+        with _measuring(given, cache, (ADAPTER,), deadline):
+            pass
     _log(began, "all is measured")
 
 
-def _measure(given: argparse.Namespace, cache: CheckpointCache, forms: tuple[str, ...], deadline: float) -> None:
-    """Measure ``forms`` in some processes, which share out the tasks: more hold each other up on one GPU."""
+def _note(out: Path, name: str, path: Path, **more: Any) -> None:
+    """Write down how a model came to be."""
+    _write(out, {"trained": name} | trained(path) | more)
+
+
+@contextmanager
+def _measuring(
+    given: argparse.Namespace, cache: CheckpointCache, forms: tuple[str, ...], deadline: float
+) -> Iterator[None]:
+    """Measure ``forms`` beside the block and after it.
+
+    The tasks are shared out to some processes: more hold each other up on one GPU.
+    """
     workers = range(min(given.workers, len(given.tasks)))
     shares = [tuple(given.tasks[worker :: len(workers)]) for worker in workers]
     with tempfile.TemporaryDirectory(dir=given.scratch) as scratch:
@@ -90,9 +105,11 @@ def _measure(given: argparse.Namespace, cache: CheckpointCache, forms: tuple[str
             Job(share, forms, given.scale, cache.folder, given.out, Path(scratch, share[0]), given.device, deadline)
             for share in shares
         ]
-        running = [get_context("spawn").Process(target=measure, args=(job,)) for job in jobs]
+        # Daemons: they end with a training that fails.
+        running = [get_context("spawn").Process(target=measure, args=(job,), daemon=True) for job in jobs]
         for process in running:
             process.start()
+        yield
         _join(running)
 
 

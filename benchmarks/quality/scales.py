@@ -49,16 +49,16 @@ FULL = Scale(
     heads=16,
     kv_heads=4,
     vocab=8192,
-    corpus_bytes=140_000_000,
-    tokenizer_bytes=16_000_000,
-    skills=160_000,
-    pretrain=Phase(batch=64, length=512, peak_lr=1.2e-3, warmup=60, steps=1620),
-    finetune=Phase(batch=128, length=64, peak_lr=3e-4, warmup=20, steps=400),
-    adapter=Phase(batch=128, length=64, peak_lr=1.5e-3, warmup=20, steps=400),
+    corpus_bytes=40_000_000,
+    tokenizer_bytes=8_000_000,
+    skills=80_000,
+    pretrain=Phase(batch=32, length=512, peak_lr=1.2e-3, warmup=60, steps=1100),
+    finetune=Phase(batch=128, length=64, peak_lr=3e-4, warmup=20, steps=300),
+    adapter=Phase(batch=128, length=64, peak_lr=1.5e-3, warmup=20, steps=300),
     distil=Phase(batch=32, length=64, peak_lr=1e-2, warmup=5, steps=60),
     questions=500,
     windows=32,
-    calibration=1024,
+    calibration=512,
 )
 """151 million parameters; embedding and head take a ninth of them, as in an 8B model."""
 TINY = Scale(
