@@ -12,7 +12,7 @@ from deltazip_ray.layers.triton_ops import TritonStack
 _BATCHES = (
     (SOME, 1, SOME),
     (8, 8, 1),
-    (32, 32, MORE),
+    (64, 64, 1),
     (8 * SOME, SOME, SOME),
     (MORE, 1, MORE),
     (2 * MORE, 2, MORE),
