@@ -81,6 +81,8 @@ Calibration = Annotated[
     ),
 ]
 HUB = "hf:"
+_EXACT = ("raw", "low_rank")
+"""Codecs that look at no data."""
 _SAMPLED = (
     "note: no --calibration, so the fine-tune wrote its own. Where its training left questions out of the loss, that "
     "cost int2 2.7 times the KL divergence that its chats would have (docs/compression.md)."
@@ -128,7 +130,9 @@ def compress(
     with fraction_progress() as advance:
         where = store_config(to, endpoint_url, path_style)
         manifest = compress_checkpoint(base, finetuned, where, options, advance, replace=force)
-    if calibration is None:
+    if calibration is None and any(
+        entry.codec not in _EXACT for blob in manifest.blobs for entry in blob.tensors.values()
+    ):
         err.print(_SAMPLED, style="yellow")
     if as_json:
         print_json(summary(manifest))
