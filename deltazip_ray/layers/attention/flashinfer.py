@@ -12,7 +12,6 @@ from deltazip_ray.layers.attention.backend import SequenceRows
 from deltazip_ray.layers.attention.cache import CacheShape
 from deltazip_ray.layers.attention.paged import PagedDecodes
 from deltazip_ray.layers.attention.tables import page_tables
-from deltazip_ray.layers.staging import to_device
 
 _WORKSPACE = 256 << 20
 _INTEGERS = 8 << 20
@@ -22,8 +21,8 @@ _INTEGERS = 8 << 20
 class Prefills:
     """Those of a step."""
 
-    rows: torch.Tensor
-    """``[rows]`` int64, which of the step's."""
+    rows: slice
+    """From the first of theirs to the last one."""
     wrappers: Mapping[int | None, Any]
     """By window of a layer; FlashInfer's own plans are inside."""
 
@@ -60,9 +59,9 @@ class FlashInferBackend(PagedDecodes[Prefills]):
     def plan_prefills(self, sequences: Sequence[SequenceRows], rows: np.ndarray) -> Prefills:
         """See :meth:`PagedDecodes.plan_prefills`."""
         shape = self.shape
+        sequences = self._without_gaps(sequences, rows)
         tables = page_tables(sequences, shape.block_size)
-        queries = np.array([sequence.queries for sequence in sequences])
-        starts = np.concatenate(([0], np.cumsum(queries)))
+        starts = np.cumsum([0, *(sequence.queries for sequence in sequences)])
         for window in self._wrappers.values():
             window.prepare().plan(
                 torch.from_numpy(starts.astype(np.int32)),
@@ -79,16 +78,29 @@ class FlashInferBackend(PagedDecodes[Prefills]):
                 logits_soft_cap=shape.softcap,
                 q_data_type=self.dtype,
             )
-        own = np.arange(starts[-1]) + np.repeat(rows - starts[:-1], queries)
-        return Prefills(to_device(own, self.device), {w: window.wrapper for w, window in self._wrappers.items()})
+        first = int(rows[0])
+        wrappers = {name: window.wrapper for name, window in self._wrappers.items()}
+        return Prefills(slice(first, first + int(starts[-1])), wrappers)
+
+    def _without_gaps(self, sequences: Sequence[SequenceRows], rows: np.ndarray) -> Sequence[SequenceRows]:
+        """FlashInfer wants rows that lie together: decodes between prefills become sequences of the padding block.
+
+        What comes out for these is overwritten by their own kernels, later.
+        """
+        filled: list[SequenceRows] = []
+        end = int(rows[0])
+        for sequence, row in zip(sequences, rows.tolist(), strict=True):
+            if row > end:
+                gap = row - end
+                filled.append(SequenceRows(gap, gap, [self.padding] * -(-gap // self.shape.block_size)))
+            filled.append(sequence)
+            end = row + sequence.queries
+        return filled
 
     def attend_prefills(self, layer: int, q: torch.Tensor, plan: Prefills, out: torch.Tensor) -> None:
         """See :meth:`PagedDecodes.attend_prefills`."""
         wrapper, pages = plan.wrappers[self.shape.window(layer)], (self.layers[layer].keys, self.layers[layer].values)
-        if len(plan.rows) == len(q):
-            wrapper.run(q, pages, out=out)
-        else:
-            out[plan.rows] = wrapper.run(q[plan.rows], pages)
+        wrapper.run(q[plan.rows], pages, out=out[plan.rows])
 
 
 def _hopper(device: torch.device) -> str:

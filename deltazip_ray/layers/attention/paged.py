@@ -67,7 +67,10 @@ class PagedDecodes(CapturableBackend[PagedPlan[PrefillsT]]):
 
     @abstractmethod
     def attend_prefills(self, layer: int, q: torch.Tensor, plan: PrefillsT, out: torch.Tensor) -> None:
-        """Attention of their rows of ``q`` ``[rows, heads, head_dim]``, to the same rows of ``out``."""
+        """Attention of their rows of ``q`` ``[rows, heads, head_dim]``, to the same rows of ``out``.
+
+        What is in the rows of decodes afterwards does not matter: theirs comes later.
+        """
 
     def plan(self, sequences: Sequence[SequenceRows]) -> PagedPlan[PrefillsT]:
         """See :meth:`AttentionBackend.plan`."""
@@ -130,11 +133,11 @@ class PagedDecodes(CapturableBackend[PagedPlan[PrefillsT]]):
     def attend(self, layer: int, q: torch.Tensor, plan: PagedPlan[PrefillsT]) -> torch.Tensor:
         """See :meth:`AttentionBackend.attend`."""
         out = torch.empty_like(q)
+        if plan.prefills is not None:
+            self.attend_prefills(layer, q, plan.prefills, out)
         if plan.decodes is not None:
             work = plan.decodes[self.shape.window(layer)]
             decode_attention(q, self.cache(layer), work, self.scoring(layer), self._parts, out)
-        if plan.prefills is not None:
-            self.attend_prefills(layer, q, plan.prefills, out)
         return out.flatten(1)
 
     def cache(self, layer: int) -> PagedCache:
