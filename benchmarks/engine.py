@@ -96,7 +96,7 @@ async def details(engine: AsyncEngine, options: argparse.Namespace, put: Put) ->
     """Prompts, and where a step's time goes."""
     for count in options.versions:
         if options.prompts:
-            put(f"{count}.prompts", await prompts(engine, count, options.runs))
+            put(f"{count}.prompts", await prompts(engine, count))
         if options.profile:
             put(f"{count}.profile_32", await profile(engine, 32, 512, count))
             put(f"{count}.profile_256", await profile(engine, 256, 256, count))
@@ -146,7 +146,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--growth", type=numbers, default="", help="more numbers, of which only decodes are measured")
     parser.add_argument("--requests", type=numbers, default="", help="numbers of requests whose decodes are measured")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--saturated-runs", type=int, default=5)
+    parser.add_argument("--saturated-runs", type=int, default=3)
     parser.add_argument("--memory-fraction", type=float, default=0.95)
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     parser.add_argument("--prompts", action="store_true", help="prompt tokens a second")

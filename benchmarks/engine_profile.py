@@ -12,7 +12,7 @@ from deltazip_ray.engine.async_engine import AsyncEngine
 
 async def profile(engine: AsyncEngine, requests: int, prompt: int, versions: int) -> dict[str, Any]:
     """Milliseconds of device time of a decode step, by kind of kernel, and one step's launches."""
-    running = asyncio.ensure_future(batch(engine, requests, prompt, 300, versions, 7))
+    running = asyncio.ensure_future(batch(engine, requests, prompt, 180, versions, 7))
     await asyncio.sleep(0.4 + requests * prompt / 30_000)  # the prompts are over
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         await asyncio.sleep(0.25)

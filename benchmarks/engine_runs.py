@@ -88,10 +88,10 @@ async def saturated(engine: AsyncEngine, registry: CollectorRegistry, versions: 
     return {"tokens_per_s": statistics.median(samples), "samples": samples, "host_ms_per_step": host, "steps": count}
 
 
-async def prompts(engine: AsyncEngine, versions: int, runs: int) -> dict[str, Any]:
+async def prompts(engine: AsyncEngine, versions: int) -> dict[str, Any]:
     """Prompt tokens a second of 64 requests of 512, and milliseconds to the token of one request of 64."""
-    samples = [64 * 512 / await batch(engine, 64, 512, 1, versions, 300 + seed) for seed in range(runs + 1)][1:]
-    first = [1e3 * await batch(engine, 1, 64, 1, versions, 400 + seed) for seed in range(2 * runs + 1)][1:]
+    samples = [64 * 512 / await batch(engine, 64, 512, 1, versions, 300 + seed) for seed in range(4)][1:]
+    first = [1e3 * await batch(engine, 1, 64, 1, versions, 400 + seed) for seed in range(11)][1:]
     return {"tokens_per_s": statistics.median(samples), "samples": samples, "first_ms": statistics.median(first)}
 
 
