@@ -128,6 +128,7 @@ async def measure(running: int, sampling: SamplingParams, seconds: float) -> dic
     source = RandomVersions(random_delta(shape, "int2", outer=False))
     engine = AsyncEngine(config, Path(), source, CollectorRegistry(), build=partial(core_of, running, clock))
     await engine.start()
+    gc.unfreeze()  # the engine of the run before
     gc.collect()
     gc.freeze()  # as replicas do
     tasks = [
