@@ -6,6 +6,7 @@ from typing import Any
 Row = dict[str, Any]
 _EIGHT_B = ("qkv", "o", "gate_up", "down")
 _NUMBERS = ("raw", "low_rank")
+_LONG = ("beside", "merged", "fused")
 _ONCE = ("plan", "quantize", "rms_norm_quantize", "silu_mul_quantize")
 
 
@@ -50,13 +51,13 @@ def layers(rows: Sequence[Row], bandwidth: float) -> str:
 
 
 def long_segments(rows: Sequence[Row], codec: str) -> str:
-    """Total time over that of the base GEMM alone: beside / merged."""
-    mine = [row for row in rows if row["codec"] == codec and row["kind"] in ("beside", "merged")]
+    """Total time over that of the base GEMM alone: beside / merged / fused."""
+    mine = [row for row in rows if row["codec"] == codec and row["kind"] in _LONG]
     lengths = list(dict.fromkeys(row["rows"] for row in mine))
     lines = ["| linear | " + " | ".join(f"{n} rows" for n in lengths) + " |", "|---|" + "---|" * len(lengths)]
     for linear in dict.fromkeys(row["linear"] for row in mine):
         ratio = {(r["kind"], r["rows"]): r["seconds"] / r["reference"] for r in mine if r["linear"] == linear}
-        cells = [f"{ratio['beside', n]:.2f} / {ratio['merged', n]:.2f}" for n in lengths]
+        cells = [" / ".join(f"{ratio[kind, n]:.2f}" for kind in _LONG if (kind, n) in ratio) for n in lengths]
         lines.append(f"| {linear} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

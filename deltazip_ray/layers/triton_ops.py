@@ -8,6 +8,7 @@ import torch
 
 from deltazip_kernels import CODECS, LOW_RANK, RAW, PackedDelta, Segments
 from deltazip_kernels.fp8 import Fp8Matrix
+from deltazip_kernels.fused import FUSED_ALONE_ROWS, FUSED_ROWS, FusedProduct
 from deltazip_kernels.gather import gather_rows
 from deltazip_kernels.merged import MERGE_ROWS, merge_weight
 from deltazip_kernels.plan import Work, in_halves, plan
@@ -127,6 +128,7 @@ class TritonOps(LayerOps):
         """Held while ``generation`` grows, and what it stands for."""
         self._scratch = torch.empty(0, dtype=dtype, device=device)
         self._product = BaseProduct(device)
+        self.fused = FusedProduct(device)
 
     def scratch(self, like: BaseWeight) -> torch.Tensor:
         """Room for one weight of the shape of ``like``, the same memory for all."""
@@ -144,7 +146,8 @@ class TritonOps(LayerOps):
         spans = join_runs(runs)
         index = send_index(spans, device)
         versions = tuple(span for span in spans if span.slot >= 0)
-        merged = tuple(span for span in versions if span.stop - span.start >= MERGE_ROWS)
+        least = self._long_rows(alone=len(spans) == 1)
+        merged = tuple(span for span in versions if span.stop - span.start >= least)
         short = [span for span in versions if span not in merged]
         work: tuple[Work, ...] = ()
         if short:
@@ -152,6 +155,12 @@ class TritonOps(LayerOps):
             lengths = [span.stop - span.start for span in short]
             work = plan(segments, spans[-1].stop, max(lengths), min(lengths), halves=in_halves(lengths))
         return Rows(index, versions, None, work, merged)
+
+    def _long_rows(self, *, alone: bool) -> int:
+        """So many rows make a segment long."""
+        if self.fp8 or self.dtype != torch.bfloat16 or not self.fused.available:
+            return MERGE_ROWS
+        return FUSED_ALONE_ROWS if alone else FUSED_ROWS
 
     def graph_rows(self, index: torch.Tensor, segments: Segments, longest: int, *, halves: bool = False) -> Rows:
         """Rows of a step to be captured: any that ``index`` and ``segments`` hold at its replay."""
@@ -168,10 +177,18 @@ class TritonOps(LayerOps):
         for span in (*rows.merged, Span(-1, y.shape[0], y.shape[0])):
             self._multiply(y[start : span.start], x, start, weight)
             if span.start < span.stop:
-                self._multiply(y[span.start : span.stop], x, span.start, stack.merged(weight, span.slot))
+                self._multiply_long(y[span.start : span.stop], x, span, weight, stack)
             start = span.stop
         stack.add_product(y, x, rows)
         return y
+
+    def _multiply_long(
+        self, y: torch.Tensor, x: Activations, span: Span, weight: BaseWeight, stack: TritonStack
+    ) -> None:
+        """``y`` ``[rows, N]`` gets the rows of ``span`` times the sum of ``weight`` and the slot's deltas."""
+        deltas = [deltas[span.slot] for deltas in stack.deltas]
+        if not self.fused(y, x.values[span.start : span.stop], weight, deltas):
+            self._multiply(y, x, span.start, stack.merged(weight, span.slot))
 
     def _multiply(self, y: torch.Tensor, x: Activations, start: int, weight: BaseWeight) -> None:
         """``y`` ``[rows, N]`` gets rows ``start`` and following of ``x`` times ``weight``."""

@@ -3,11 +3,12 @@
 import torch
 
 from deltazip_kernels import CODECS, PackedDelta, Segments, packed_layout
+from deltazip_kernels.fused import FUSED_HEIGHTS
 from deltazip_kernels.merged import merge_weight
 from deltazip_kernels.plan import MORE, SOME, plan
 from deltazip_ray.layers.activations import Activations, BaseWeight, weight_rows
 from deltazip_ray.layers.rows import Rows
-from deltazip_ray.layers.triton_ops import TritonStack
+from deltazip_ray.layers.triton_ops import TritonOps, TritonStack
 
 _BATCHES = (
     (SOME, 1, SOME),
@@ -23,7 +24,7 @@ _BATCHES = (
 )
 """Rows, segments and rows of the longest of steps that together need every launch there is: items of some rows, of more
 and of many, each by few programs that share K, by few, and by plenty; single rows of many versions."""
-_ROWS = 64
+_OUTPUTS = 128
 
 
 def launch_all(stack: TritonStack, codecs: tuple[str, ...], rank: int, base: BaseWeight, *, looked_up: bool) -> None:
@@ -45,11 +46,15 @@ def launch_all(stack: TritonStack, codecs: tuple[str, ...], rank: int, base: Bas
             twin.add_weights(x, torch.empty(1, dtype=torch.int64, device=device), batch)
     for codec in codecs:
         if codec in CODECS:
-            _merge(codec, weight_rows(base, 0, _ROWS), x)
+            _multiply_long(stack.ops, weight_rows(base, 0, _OUTPUTS), codec)
 
 
-def _merge(codec: str, weight: BaseWeight, like: torch.Tensor) -> None:
+def _multiply_long(ops: TritonOps, weight: BaseWeight, codec: str) -> None:
     shape = (weight.shape[0], weight.shape[1])
     layout = packed_layout(codec, shape)
-    parts = {name: like.new_empty(size, dtype=kind) for name, (size, kind) in layout.items()}
-    merge_weight(weight, PackedDelta(codec, shape, parts), like.new_empty(shape))
+    parts = {name: torch.empty(size, dtype=kind, device=ops.device) for name, (size, kind) in layout.items()}
+    delta = PackedDelta(codec, shape, parts)
+    merge_weight(weight, delta, torch.empty(shape, dtype=ops.dtype, device=ops.device))
+    for rows in FUSED_HEIGHTS:
+        x = torch.empty((rows, shape[1]), dtype=ops.dtype, device=ops.device)
+        ops.fused(x.new_empty((rows, shape[0])), x, weight, [delta])

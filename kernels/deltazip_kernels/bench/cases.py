@@ -22,6 +22,7 @@ from deltazip_kernels.bench.reading import reading_times
 from deltazip_kernels.bench.result import Result
 from deltazip_kernels.bench.timing import graph_times
 from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta
+from deltazip_kernels.fused import FusedProduct
 from deltazip_kernels.layout import CODECS
 from deltazip_kernels.merged import merge_weight
 from deltazip_kernels.plan import Work, plan
@@ -105,10 +106,12 @@ def overheads() -> Iterator[Result]:
 
 
 def long_segments(codecs: Sequence[str], lengths: Sequence[int]) -> Iterator[Result]:
-    """One version with many rows: the product beside the base GEMM, or one GEMM over a merged scratch weight.
+    """One version with many rows: the product beside the base GEMM, one GEMM over a merged scratch weight, and the
+    product that merges in registers.
 
-    ``reference`` is the base GEMM alone; both totals include the GEMM.
+    ``reference`` is the base GEMM alone; all totals include the base's part.
     """
+    fused = FusedProduct(DEVICE)
     for name, shapes in SHAPES.items():
         outputs, columns = sum(n for n, _ in shapes), shapes[0][1]
         # Two weights in turn, so that the next one is not in the L2.
@@ -125,6 +128,10 @@ def long_segments(codecs: Sequence[str], lengths: Sequence[int]) -> Iterator[Res
                 yield Result("beside", codec, name, "1", rows, size, graph_times(beside * 3), alone)
                 merged = [partial(_merged, x, base, whole, scratch) for base in bases]
                 yield Result("merged", codec, name, "1", rows, size, graph_times(merged * 3), alone)
+                deltas = [[random_delta(codec, shape) for shape in shapes] for _ in bases]
+                if fused(y, x, bases[0], deltas[0]):
+                    launches = [partial(fused, y, x, *pair) for pair in zip(bases, deltas, strict=True)]
+                    yield Result("fused", codec, name, "1", rows, size, graph_times(launches * 3), alone)
 
 
 def _beside(x: Tensor, y: Tensor, base: Tensor, table: DeltaTable, works: Sequence[Work], codec: str) -> None:
