@@ -127,6 +127,7 @@ class AsyncEngine:
         parts, self._to_stop = self._to_stop, None
         if parts is not None:
             await parts.versions.close()
+            parts.core.slots.warm_up.close()
             await asyncio.to_thread(parts.steps.stop)
             self._end()
         elif self._breaking is not None:

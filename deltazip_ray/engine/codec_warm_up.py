@@ -4,9 +4,10 @@ import logging
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -22,6 +23,21 @@ logger = logging.getLogger(__name__)
 _AT_START = min(16, os.cpu_count() or 1)
 _BESIDE_STEPS = 3
 """Threads that compile. Tracing a kernel, a fourth of the work or so, takes the interpreter from the steps."""
+
+
+class _Later(ThreadPoolExecutor):
+    """Once closed it leaves out what has not begun: futures that are cancelled would not end who waits for several."""
+
+    closed = False
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        """As the base class."""
+        return super().submit(self._unless_closed, work, *args, **options)
+
+    def _unless_closed(self, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if self.closed:
+            raise RuntimeError("nobody waits for this any more")
+        return work(*args, **options)
 
 
 @dataclass
@@ -54,10 +70,12 @@ class CodecWarmUp:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._joins = ThreadPoolExecutor(1, thread_name_prefix="deltazip-join")
+        self._later = _Later(1, thread_name_prefix="deltazip-compile")
 
     def codecs(self, codecs: Sequence[str]) -> None:
         """Be ready for versions with all matrices in one of ``codecs``; before the first step."""
-        self._compile([(stack, (codec,), 0) for codec in codecs for stack in self._targets], _AT_START)
+        with _threads(_AT_START) as pool:
+            self._compile([(stack, (codec,), 0) for codec in codecs for stack in self._targets], pool)
 
     def version(self, manifest: Manifest) -> None:
         """Be ready for a version beside those that are there; from the thread that loads it, before it is published.
@@ -73,32 +91,39 @@ class CodecWarmUp:
                     one.codecs.add(entry.codec)
                     one.rank = max(one.rank, entry.rank or 0)
         if any(one.is_new(stack) for stack, one in wanted.items()):
-            with self._lock:  # what two versions bring at once is compiled once
+            with self._lock, _threads(_BESIDE_STEPS) as pool:  # what two versions bring at once is compiled once
                 new = {stack: one for stack, one in wanted.items() if one.is_new(stack)}
-                self._compile([(stack, one.missing(stack), one.rank) for stack, one in new.items()], _BESIDE_STEPS)
+                self._compile([(stack, one.missing(stack), one.rank) for stack, one in new.items()], pool)
                 for stack, one in new.items():
                     stack.grow(one.codecs, one.rank)
-            self._joins.submit(self._join).add_done_callback(_tell)
+            self._joins.submit(self._join).add_done_callback(self._tell)
+
+    def close(self) -> None:
+        """Leave out what nobody waits for; no version comes any more."""
+        self._later.closed = True
 
     def _join(self) -> None:
         """Where several launches serve a stack, have one do it."""
         several = [stack for stack in self._targets if len(stack.groups) > 1]
         joined = [(stack, ordered(stack.codecs), stack.rank) for stack in several]
-        self._compile(joined, 1)
+        self._compile(joined, self._later)
         for stack, codecs, _ in joined:
             stack.join({*codecs})
 
-    def _compile(self, wanted: Sequence[tuple[TritonStack, tuple[str, ...], int]], threads: int) -> None:
+    def _compile(self, wanted: Sequence[tuple[TritonStack, tuple[str, ...], int]], pool: Executor) -> None:
         """For each stack, codecs that share it and the largest rank: what steps then launch."""
         distinct = {
             (stack.shapes, type(self._targets[stack].base), codecs, rank): stack for stack, codecs, rank in wanted
         }
-        with torch.inference_mode(), compiling(threads):
+        with torch.inference_mode(), compiling(pool):
             for (shapes, _, codecs, rank), stack in distinct.items():
                 looked_up = len(shapes) == 1 and shapes[0][0] == self._vocab_size
                 launch_all(stack, codecs, rank, self._targets[stack].base, looked_up=looked_up)
 
+    def _tell(self, job: Future[None]) -> None:
+        if not self._later.closed and (error := job.exception()) is not None:
+            logger.error("several codecs stay in launches of their own: one for all was not compiled", exc_info=error)
 
-def _tell(job: Future[None]) -> None:
-    if (error := job.exception()) is not None:
-        logger.error("several codecs stay in launches of their own: one for all was not compiled", exc_info=error)
+
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="deltazip-compile")

@@ -1,7 +1,7 @@
 """How kernels are launched, or only compiled, and the options that launches share."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -23,23 +23,22 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) ->
 
 
 @contextmanager
-def compiling(threads: int) -> Iterator[None]:
-    """Compile what this thread launches in the block, each kernel once, beside each other; at its end all are on the
-    device.
+def compiling(pool: Executor) -> Iterator[None]:
+    """Compile what this thread launches in the block, each kernel once, by the threads of ``pool``; at its end all are
+    on the device.
 
     Nothing runs: results are undefined. Triton traces a kernel in the interpreter, a fourth or so of the time; the rest
     is done without it.
     """
     compiled: list[Any] = []
-    with ThreadPoolExecutor(threads, thread_name_prefix="deltazip-compile") as pool:
-        with triton.AsyncCompileMode(pool):
-            before = _compiled.set(compiled)
-            try:
-                yield
-            finally:
-                _compiled.reset(before)
-        if not triton.knobs.runtime.interpret:
-            list(pool.map(_load, set(compiled)))
+    with triton.AsyncCompileMode(pool):
+        before = _compiled.set(compiled)
+        try:
+            yield
+        finally:
+            _compiled.reset(before)
+    if not triton.knobs.runtime.interpret:
+        list(pool.map(_load, set(compiled)))
 
 
 def _load(kernel: Any) -> None:
