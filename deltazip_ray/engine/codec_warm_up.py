@@ -25,7 +25,7 @@ _BESIDE_STEPS = 3
 """Threads that compile. Tracing a kernel, a fourth of the work or so, takes the interpreter from the steps."""
 
 
-class _Later(ThreadPoolExecutor):
+class Later(ThreadPoolExecutor):
     """Once closed it leaves out what has not begun: futures that are cancelled would not end who waits for several."""
 
     closed = False
@@ -48,7 +48,7 @@ class _Wanted:
     rank: int = 0
 
     def is_new(self, stack: TritonStack) -> bool:
-        """Whether the stack is not."""
+        """Whether the stack is not ready for it."""
         return not self.codecs <= stack.codecs or self.rank > stack.rank
 
     def missing(self, stack: TritonStack) -> tuple[str, ...]:
@@ -70,7 +70,7 @@ class CodecWarmUp:
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._joins = ThreadPoolExecutor(1, thread_name_prefix="deltazip-join")
-        self._later = _Later(1, thread_name_prefix="deltazip-compile")
+        self._later = Later(1, thread_name_prefix="deltazip-compile")
 
     def codecs(self, codecs: Sequence[str]) -> None:
         """Be ready for versions with all matrices in one of ``codecs``; before the first step."""
