@@ -74,7 +74,11 @@ def main() -> int:
         },
         "docs/scheduling.md": {"engine host": host(spent)},
         "docs/kernels.md": kernel_tables(kernels),
-        "docs/quality.md": {"quality": quality_report.page(quality_report.read(RESULTS / "quality.jsonl"))},
+        "docs/quality.md": {
+            "quality": quality_report.page(quality_report.read(RESULTS / "quality.jsonl")),
+            "pairs": quality_report.pairs(quality_report.read(RESULTS / "quality-pairs.jsonl")),
+            "targets": quality_report.pairs(quality_report.read(RESULTS / "quality-targets.jsonl")),
+        },
     }
     for machine in ("cpu", "h200"):
         if (found := RESULTS / f"serving-{machine}.json").exists():

@@ -19,6 +19,13 @@ LEARNED = 0.8
 LEAST = 1e-9
 """Nats: a divergence that rounding has left at or below zero counts as this."""
 WHOLE, BASE = "fine-tune", "base"
+OURS, SPARSE = "ours, bytes of 2:4 int2", "2:4 int2"
+SHORT = {"ours, ratio 12": "ours, 12 ×", OURS: "ours, 6.8 ×", SPARSE: "2:4, 6.8 ×"}
+PAIRED = {
+    "score": (WHOLE, "ours, ratio 12", OURS, SPARSE),
+    "KL, task": ("ours, ratio 12", OURS, SPARSE),
+    "KL, text": ("ours, ratio 12", OURS, SPARSE),
+}
 FAMILIES = (
     ("ours, targets", "tab:blue", "o", lambda name: name.startswith("ours") and "for all" not in name),
     ("ours, one codec for all", "tab:cyan", "s", lambda name: name.startswith("ours")),
@@ -98,6 +105,26 @@ def table(lines: Sequence[Line]) -> str:
     return "\n".join(rows)
 
 
+def pairs(rows: Sequence[dict[str, Any]]) -> str:
+    """Each fine-tune by itself, ours beside 2:4 of as many bytes, in Markdown."""
+    by_task: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in _measured(rows):
+        by_task[row["task"]][row["variant"]] = row
+    heads = ["", *(f"{what}: {SHORT.get(name, name)}" for what, names in PAIRED.items() for name in names)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
+    for task, forms in by_task.items():
+        scores = [forms[name]["exact_match"] if name in forms else None for name in PAIRED["score"]]
+        kls = [
+            forms[name][key]["kl"] if name in forms else None
+            for key, what in (("on_task", "KL, task"), ("on_text", "KL, text"))
+            for name in PAIRED[what]
+        ]
+        cells = ["–" if value is None else f"{value:.1%}" for value in scores]
+        cells += ["–" if value is None else f"{value:.1e}" for value in kls]
+        lines.append("| " + " | ".join([task, *cells]) + " |")
+    return "\n".join([*lines, "", _source(rows)])
+
+
 def plot(lines: Sequence[Line], path: Path) -> None:
     """Score and divergence against bytes."""
     import matplotlib as mpl
@@ -135,8 +162,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
 
 def page(rows: Sequence[dict[str, Any]]) -> str:
     """The table of all results, and where they are from."""
-    about = rows[0]
-    return f"{table(summarize(_measured(rows)))}\n\n{about['machine']['device']}, at `{about['commit'][:12]}`."
+    return f"{table(summarize(_measured(rows)))}\n\n{_source(rows)}"
 
 
 def main() -> None:
@@ -151,6 +177,10 @@ def main() -> None:
 def read(results: Path) -> list[dict[str, Any]]:
     """The lines of the results."""
     return [json.loads(line) for line in results.read_text().splitlines()]
+
+
+def _source(rows: Sequence[dict[str, Any]]) -> str:
+    return f"{rows[0]['machine']['device']}, at `{rows[0]['commit'][:12]}`."
 
 
 def _measured(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
