@@ -108,8 +108,9 @@ class EngineConfig(Settings):
         None, description="folder for compiled kernels; Triton's and FlashInfer's own in the user's home when absent"
     )
     threads: int | None = Field(None, ge=1, description="torch CPU threads; torch's default when absent")
-    overlap_loads: bool = Field(
-        False, description="on an idle engine, launch a version's first step while its weights are copied"
+    overlap_loads: bool | None = Field(
+        None,
+        description="on an idle engine, launch a version's first step while its weights come; on cuda when absent",
     )
     async_steps: bool | None = Field(
         None, description="prepare a step while the device runs the one before; only on cuda when absent"

@@ -95,7 +95,7 @@ def assemble(
         start.end("codecs")
     scheduler = Scheduler(settled)
     slots.idle = lambda: not scheduler.has_work
-    slots.overlap = config.overlap_loads
+    slots.overlap = device.type == "cuda" if config.overlap_loads is None else config.overlap_loads
     return EngineCore(identity, max_model_len, slots, slot_blocks, runner, scheduler, start)
 
 
