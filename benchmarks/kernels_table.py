@@ -25,7 +25,6 @@ def tables(data: dict[str, Any]) -> dict[str, str]:
         "others": shares([row for row in products if row["linear"] not in _EIGHT_B]),
         "mixtures": shares([row for row in results if row["kind"] == "mixture"]),
         "layers": layers([row for row in results if row["kind"] == "layer"], data["copy_bandwidth"]),
-        "long": long_segments(results, "int2"),
         "once": once(results),
     }
 
@@ -48,6 +47,12 @@ def layers(rows: Sequence[Row], bandwidth: float) -> str:
         times = (row["reference"], row["seconds"], row["seconds"] - row["reference"], row["bytes"] / bandwidth)
         lines.append(f"| {row['segments']} | " + " | ".join(f"{1e6 * seconds:.0f}" for seconds in times) + " |")
     return "\n".join(lines)
+
+
+def long_tables(data: dict[str, Any]) -> dict[str, str]:
+    """Those of ``python -m deltazip_kernels.bench --long``."""
+    tables = {f"long-{codec}": long_segments(data["results"], codec) for codec in ("int2", "int4")}
+    return tables | {"long-machine": _machine(data)}
 
 
 def long_segments(rows: Sequence[Row], codec: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks import serving_table
 from benchmarks.engine_table import breakdown, figures, fp8_quality, gemm, growth, own_figures
 from benchmarks.host_table import host, sampling
+from benchmarks.kernels_table import long_tables
 from benchmarks.kernels_table import tables as kernel_tables
 from benchmarks.kv_table import fp8_cache
 from benchmarks.quality import report as quality_report
@@ -57,9 +58,9 @@ def render(readme: str, name: str, table: str) -> str:
 def main() -> int:
     """Rewrite or check the pages."""
     names = ["demo", "engine-h200", "engine-fp8-quality", "engine-h200-fp8", "base-gemm-h200"]
-    names += ["kernels-h200", "sampling-h200", "engine-host", "kv-fp8"]
+    names += ["kernels-h200", "sampling-h200", "engine-host", "kv-fp8", "kernels-h200-long"]
     reports = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
-    demo, engine, quality, in_fp8, products, kernels, drawn, spent, cached = reports
+    demo, engine, quality, in_fp8, products, kernels, drawn, spent, cached, long = reports
     pages = {
         "README.md": {"demo": demo_table(demo), "engine": figures(engine)},
         "docs/engine.md": {
@@ -73,7 +74,7 @@ def main() -> int:
             "fp8-cache": fp8_cache(cached),
         },
         "docs/scheduling.md": {"engine host": host(spent)},
-        "docs/kernels.md": kernel_tables(kernels),
+        "docs/kernels.md": kernel_tables(kernels) | long_tables(long),
         "docs/quality.md": {
             "quality": quality_report.page(quality_report.read(RESULTS / "quality.jsonl")),
             "pairs": quality_report.pairs(quality_report.read(RESULTS / "quality-pairs.jsonl")),

@@ -35,7 +35,11 @@ def cases(quick: bool) -> Iterator[Result]:
         return
     yield from products([RAW], {8: [1, 16]})
     yield from products([LOW_RANK], {32: [1]})
-    yield from long_segments(["int4", "int2"], [64, 128, 256, 384, 512, 1024, 2048, 4096])
+
+
+def long_cases() -> Iterator[Result]:
+    """Those of long segments."""
+    return long_segments(["int4", "int2"], [64, 128, 256, 384, 512, 640, 768, 1024, 2048, 4096])
 
 
 def line(result: Result, bandwidth: float) -> str:
@@ -64,6 +68,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all results with raw samples here")
     parser.add_argument("--commit", default=None, help="the commit to record, where the checkout is not at hand")
     parser.add_argument("--quick", action="store_true", help="a few cases only")
+    parser.add_argument("--long", action="store_true", help="long segments instead of the rest")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
@@ -71,7 +76,7 @@ def main() -> None:
     torch.cuda.empty_cache()
     sys.stdout.write(f"copy bandwidth {bandwidth / 1e12:.3f} TB/s\n")
     records = []
-    for result in cases(options.quick):
+    for result in long_cases() if options.long else cases(options.quick):
         records.append(result.record(bandwidth))
         sys.stdout.write(line(result, bandwidth) + "\n")
         sys.stdout.flush()

@@ -20,7 +20,7 @@ from deltazip_kernels.bench.data import (
 )
 from deltazip_kernels.bench.reading import reading_times
 from deltazip_kernels.bench.result import Result
-from deltazip_kernels.bench.timing import graph_times
+from deltazip_kernels.bench.timing import Launch, graph_times
 from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta
 from deltazip_kernels.fused import FusedProduct
 from deltazip_kernels.layout import CODECS
@@ -117,21 +117,21 @@ def long_segments(codecs: Sequence[str], lengths: Sequence[int]) -> Iterator[Res
         # Two weights in turn, so that the next one is not in the L2.
         bases = [torch.randn((outputs, columns), device=DEVICE, dtype=torch.bfloat16) * 0.02 for _ in range(2)]
         scratch = torch.empty_like(bases[0])
-        for rows in lengths:
+        for rows, codec in product(lengths, codecs):
             x, y = random_batch(rows, columns, outputs)
             works = plan(segments_of([rows]), rows)
-            alone = median(graph_times([partial(linear, x, base) for base in bases] * 3))
-            for codec in codecs:
-                tables, size = make_tables(shapes, [codec], 0)
-                whole = random_delta(codec, (outputs, columns))
-                beside = [partial(_beside, x, y, base, tables[0], works, codec) for base in bases]
-                yield Result("beside", codec, name, "1", rows, size, graph_times(beside * 3), alone)
-                merged = [partial(_merged, x, base, whole, scratch) for base in bases]
-                yield Result("merged", codec, name, "1", rows, size, graph_times(merged * 3), alone)
-                deltas = [[random_delta(codec, shape) for shape in shapes] for _ in bases]
-                if fused(y, x, bases[0], deltas[0]):
-                    launches = [partial(fused, y, x, *pair) for pair in zip(bases, deltas, strict=True)]
-                    yield Result("fused", codec, name, "1", rows, size, graph_times(launches * 3), alone)
+            tables, size = make_tables(shapes, [codec], 0)
+            whole = random_delta(codec, (outputs, columns))
+            launches: dict[str, list[Launch]] = {
+                "beside": [partial(_beside, x, y, base, tables[0], works, codec) for base in bases],
+                "merged": [partial(_merged, x, base, whole, scratch) for base in bases],
+                "fused": [
+                    partial(fused, y, x, base, [random_delta(codec, shape) for shape in shapes]) for base in bases
+                ],
+            }
+            for kind, ways in launches.items():  # the clock follows the temperature: each has a reference beside it
+                alone = median(graph_times([partial(linear, x, base) for base in bases] * 3))
+                yield Result(kind, codec, name, "1", rows, size, graph_times(ways * 3), alone)
 
 
 def _beside(x: Tensor, y: Tensor, base: Tensor, table: DeltaTable, works: Sequence[Work], codec: str) -> None:
