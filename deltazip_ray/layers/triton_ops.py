@@ -2,13 +2,14 @@
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Sequence, Set
 
 import torch
 
 from deltazip_kernels import CODECS, LOW_RANK, RAW, PackedDelta, Segments
 from deltazip_kernels.fp8 import Fp8Matrix
-from deltazip_kernels.fused import FUSED_ALONE_ROWS, FUSED_ROWS, FusedProduct
+from deltazip_kernels.fused import FUSED_ALONE_ROWS, FUSED_CODECS, FUSED_ROWS, FusedProduct
 from deltazip_kernels.gather import gather_rows
 from deltazip_kernels.merged import MERGE_ROWS, merge_weight
 from deltazip_kernels.plan import Work, in_halves, plan
@@ -56,6 +57,7 @@ class TritonStack(DeltaStack):
 
     def put(self, slot: int, part: int, delta: PackedDelta | None, writes: Writes) -> None:
         """As the base class says; seen by the steps that are launched afterwards."""
+        self.ops.count(slot, self.deltas[part][slot], delta)
         super().put(slot, part, delta, writes)
         writes.put(self.table.rows[slot][part], self.table.hold(slot, part, delta))
         if delta is None:
@@ -129,6 +131,8 @@ class TritonOps(LayerOps):
         self._scratch = torch.empty(0, dtype=dtype, device=device)
         self._product = BaseProduct(device)
         self.fused = FusedProduct(device)
+        self.unfused = Counter[int]()
+        """For each slot, deltas of codecs that ``fused`` does not take."""
 
     def scratch(self, like: BaseWeight) -> torch.Tensor:
         """Room for one weight of the shape of ``like``, the same memory for all."""
@@ -146,8 +150,8 @@ class TritonOps(LayerOps):
         spans = join_runs(runs)
         index = send_index(spans, device)
         versions = tuple(span for span in spans if span.slot >= 0)
-        least = self._long_rows(alone=len(spans) == 1)
-        merged = tuple(span for span in versions if span.stop - span.start >= least)
+        alone = len(spans) == 1
+        merged = tuple(span for span in versions if span.stop - span.start >= self._long_rows(span.slot, alone=alone))
         short = [span for span in versions if span not in merged]
         work: tuple[Work, ...] = ()
         if short:
@@ -156,9 +160,16 @@ class TritonOps(LayerOps):
             work = plan(segments, spans[-1].stop, max(lengths), min(lengths), halves=in_halves(lengths))
         return Rows(index, versions, None, work, merged)
 
-    def _long_rows(self, *, alone: bool) -> int:
-        """So many rows make a segment long."""
-        if self.fp8 or self.dtype != torch.bfloat16 or not self.fused.available:
+    def count(self, slot: int, before: PackedDelta | None, after: PackedDelta | None) -> None:
+        """Keep ``unfused`` right where a slot gets a delta in place of another."""
+        with self.growth:  # loads run beside each other
+            for delta, change in ((before, -1), (after, 1)):
+                if delta is not None and delta.codec not in FUSED_CODECS:
+                    self.unfused[slot] += change
+
+    def _long_rows(self, slot: int, *, alone: bool) -> int:
+        """So many rows of a slot make a segment long."""
+        if self.fp8 or self.dtype != torch.bfloat16 or not self.fused.available or self.unfused[slot]:
             return MERGE_ROWS
         return FUSED_ALONE_ROWS if alone else FUSED_ROWS
 
