@@ -129,20 +129,21 @@ def replay(run: Run, rate: float, duration: float) -> None:
     names = ",".join(run.models)
     lengths = ["--prompt-words", "lognormal:64:1:512", "--max-tokens", "lognormal:48:1:256"]
     run.command("trace", trace, "-m", names, "-r", rate, "-d", duration, "--arrivals", "burst", "--off", 5, *lengths)
+    before = metrics(run)
     run.command("replay", trace, "--url", run.url, "--json", out, "--quiet", "--extra-body", '{"ignore_eos": true}')
     told = json.loads(out.read_text())
     run.report["replay"] = {kind: told["total"][kind] for kind in ("all", "warm", "cold")}
+    run.report["replay"]["metrics"] = {name: value - before.get(name, 0.0) for name, value in metrics(run).items()}
 
 
 def metrics(run: Run) -> dict[str, float]:
-    """Sums over all labels of what the engine and the host say."""
+    """What the engine and the host have counted, over all labels."""
     text = httpx.get(f"{run.url}/metrics", timeout=10).text
     sums: defaultdict[str, float] = defaultdict(float)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            if sample.name.startswith(("deltazip_engine", "deltazip_host")) and not sample.name.endswith(
-                ("_bucket", "_created")
-            ):
+            ours = sample.name.startswith(("deltazip_engine", "deltazip_host"))
+            if ours and sample.name.endswith(("_total", "_count", "_sum")):
                 sums[sample.name] += sample.value
     return dict(sums)
 
@@ -189,7 +190,6 @@ def main() -> None:
                     run.report["regret"] = judge(run, found)
                 with run.stage("replay"):
                     replay(run, args.rate, args.duration)
-                run.report["metrics"] = metrics(run)
                 if args.kill_until:
                     with run.stage("kill"):
                         found = asyncio.run(kill_under_load(run, 16, 3.0, args.kill_until))

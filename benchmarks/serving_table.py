@@ -39,7 +39,23 @@ def load(report: dict[str, Any]) -> str:
         cells += [f"{1000 * first[p]:,.0f} ms" for p in ("p50", "p90")]
         cells += [f"{1000 * each[p]:.1f} ms" for p in ("p50", "p90")]
         lines.append("| " + " | ".join([kind, *cells]) + " |")
+    if "metrics" in report["replay"]:
+        lines += ["", steps(report["replay"]["metrics"])]
     return "\n".join(lines)
+
+
+def steps(counted: dict[str, float]) -> str:
+    """What the engine did for the trace."""
+    name = "deltazip_engine_step"
+    count = counted[f"{name}_seconds_count"]
+    rows, versions = (counted[f"{name}_{what}_sum"] / counted[f"{name}_{what}_count"] for what in ("rows", "versions"))
+    each = 1000 * counted[f"{name}_seconds_sum"] / count
+    loads = counted["deltazip_engine_load_seconds_count"]
+    load = 1000 * counted["deltazip_engine_load_seconds_sum"] / max(loads, 1)
+    return (
+        f"{count:,.0f} steps of {each:.1f} ms with {rows:.0f} rows of {versions:.1f} models on average; "
+        f"{loads:.0f} loads of {load:,.0f} ms."
+    )
 
 
 def killed(report: dict[str, Any]) -> str:
