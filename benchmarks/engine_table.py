@@ -8,7 +8,8 @@ VLLM = {
     8: ("8 LoRAs, rank 16", 9.3, 10.0, 7_900),
     32: ("32 LoRAs, rank 16", None, 19.2, 5_680),
 }
-KINDS = ("base GEMM", "delta", "attention", "norms and activation", "rest", "gaps")
+STEP_TOKENS, DECODE_TOKENS = 512 + 136 / 2, 256 + 80 / 2
+"""Tokens of a request's context, in the middle of what ``step`` and ``decodes`` measure."""
 
 
 def figures(report: dict[str, Any]) -> str:
@@ -18,48 +19,55 @@ def figures(report: dict[str, Any]) -> str:
     lines = ["| | " + " | ".join(heads) + " |", "|---" + "|--:" * 5 + "|---" + "|--:" * 3 + "|"]
     for count, (name, few, many, rate) in VLLM.items():
         mine = "base alone" if count == 0 else f"{count} full fine-tunes, {report['codec']}"
-        cells = [_ms(report, f"{count}.step_8"), _ms(report, f"{count}.step_32"), f"{limit(report, count):.1f} ms"]
-        cells += [_rate(report, f"{count}.{what}") for what in ("saturated", "prefill")]
         theirs = [name, f"{few} ms" if few else "–", f"{many} ms", f"{rate:,} tok/s"]
-        lines.append("| " + " | ".join([mine, *cells, *theirs]) + " |")
-    return "\n".join(lines)
-
-
-def limit(report: dict[str, Any], versions: int) -> float:
-    """Milliseconds of reading weights, keys and values of 32 requests and ``versions`` deltas at copy speed."""
-    parts = report["limits_ms"]
-    return float(parts["weights"] + parts["cache"] + versions * parts["delta"])
-
-
-def growth(report: dict[str, Any]) -> str:
-    """The step of 32 requests by the number of versions that share it."""
-    counts = sorted(int(key.split(".")[0]) for key in report if key.endswith(".step_32"))
-    heads = "| versions | " + " | ".join(map(str, counts)) + " |"
-    steps = [f"{report[f'{n}.step_32']['ms']:.2f}" for n in counts]
-    ratios = [f"{report[f'{n}.step_32']['ms'] / limit(report, n):.2f}" for n in counts]
-    rows = ["| step, ms | " + " | ".join(steps) + " |", "| times its limit | " + " | ".join(ratios) + " |"]
-    return "\n".join([heads, "|---|" + "--:|" * len(counts), *rows])
-
-
-def breakdown(report: dict[str, Any]) -> str:
-    """Where the time of a step of 32 requests goes, in milliseconds."""
-    counts = sorted(int(key.split(".")[0]) for key in report if key.endswith(".profile_32"))
-    lines = ["| versions | " + " | ".join(KINDS) + " | whole step |", "|---|" + "--:|" * (len(KINDS) + 1)]
-    for count in counts:
-        parts = report[f"{count}.profile_32"]
-        cells = [f"{parts.get(kind, 0.0):.2f}" for kind in (*KINDS, "whole step")]
-        lines.append(f"| {count} | " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join([mine, *_figures(report, count), *theirs]) + " |")
     return "\n".join(lines)
 
 
 def own_figures(report: dict[str, Any]) -> str:
     """Step times and throughput of one report beside the memory's limit."""
     heads = ["versions", "step, 8 requests", "step, 32 requests", "its limit", "saturated", "prompts"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * 5 + "|"]
-    for count in sorted(int(key.split(".")[0]) for key in report if key.endswith(".step_32")):
-        cells = [_ms(report, f"{count}.step_8"), _ms(report, f"{count}.step_32"), f"{limit(report, count):.1f} ms"]
-        cells += [_rate(report, f"{count}.{what}") for what in ("saturated", "prefill")]
-        lines.append("| " + " | ".join([str(count), *cells]) + " |")
+    lines = ["| " + " | ".join(heads) + " |", "| " + "--:|" * len(heads)]
+    counts = sorted(int(key.split(".")[0]) for key in report if key.endswith(".step_32"))
+    lines += ["| " + " | ".join([str(count), *_figures(report, count)]) + " |" for count in counts]
+    return "\n".join(lines)
+
+
+def _figures(report: dict[str, Any], count: int) -> list[str]:
+    steps = [_ms(report, f"{count}.step_{requests}") for requests in (8, 32)]
+    rates = [_rate(report, f"{count}.{what}") for what in ("saturated", "prompts")]
+    return [*steps, f"{limit(report, count, 32 * STEP_TOKENS):.1f} ms", *rates]
+
+
+def limit(report: dict[str, Any], versions: int, tokens: float) -> float:
+    """Milliseconds of reading weights, ``versions`` deltas and the keys and values of ``tokens`` at copy speed."""
+    parts = report["limits_ms"]
+    return float(parts["weights"] + versions * parts["delta"] + tokens / (32 * STEP_TOKENS) * parts["cache"])
+
+
+def growth(report: dict[str, Any]) -> str:
+    """Milliseconds of a decode step by versions and requests, and how many times the memory's limit that is."""
+    found: dict[int, dict[int, float]] = {}
+    for key, value in report.items():
+        versions, _, what = key.partition(".")
+        if what.startswith("decodes_"):
+            found.setdefault(int(versions), {})[value["requests"]] = value["ms"]
+    columns = sorted({requests for row in found.values() for requests in row})
+    lines = ["| versions | " + " | ".join(f"{n} requests" for n in columns) + " |", "| " + "--:|" * (1 + len(columns))]
+    for versions, row in sorted(found.items()):
+        times = {n: row[n] / limit(report, versions, n * DECODE_TOKENS) for n in row}
+        cells = [f"{row[n]:.2f} ({times[n]:.2f} ×)" if n in row else "–" for n in columns]
+        lines.append("| " + " | ".join([str(versions), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def breakdown(report: dict[str, Any]) -> str:
+    """Where the device's time of the steps of a saturated run goes, in milliseconds."""
+    kinds = ("base GEMM", "attention", "norms and activation", "rest", "idle", "whole step")
+    lines = ["| step | how many | " + " | ".join(kinds) + " |", "|---|" + "--:|" * (len(kinds) + 1)]
+    for name, what in (("decode", "256 decodes"), ("mixed", "decodes and prompts, 8,192 rows")):
+        cells = [f"{report[name][kind]:.2f}" for kind in kinds]
+        lines.append("| " + " | ".join([what, str(report[name]["steps"]), *cells]) + " |")
     return "\n".join(lines)
 
 
