@@ -17,6 +17,7 @@ from benchmarks.kernels_table import long_tables
 from benchmarks.kernels_table import tables as kernel_tables
 from benchmarks.kv_table import fp8_cache
 from benchmarks.quality import report as quality_report
+from benchmarks.tiers_table import goals, ways
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -59,8 +60,9 @@ def main() -> int:
     """Rewrite or check the pages."""
     names = ["demo", "engine-h200", "engine-fp8-quality", "engine-h200-fp8", "base-gemm-h200"]
     names += ["kernels-h200", "sampling-h200", "engine-host", "kv-fp8", "kernels-h200-long", "engine-h200-trace"]
+    names += ["tiers-h200", "tiers-s3-h200-host", "tiers-policy"]
     reports = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
-    demo, engine, quality, in_fp8, products, kernels, drawn, spent, cached, long, traced = reports
+    demo, engine, quality, in_fp8, products, kernels, drawn, spent, cached, long, traced, *tiers = reports
     pages = {
         "README.md": {"demo": demo_table(demo), "engine": figures(engine)},
         "docs/engine.md": {
@@ -74,6 +76,7 @@ def main() -> int:
             "fp8-cache": fp8_cache(cached),
         },
         "docs/scheduling.md": {"engine host": host(spent)},
+        "docs/tiers.md": {"goals": goals(*tiers), "ways": ways(tiers[0])},
         "docs/kernels.md": kernel_tables(kernels) | long_tables(long),
         "docs/quality.md": {
             "quality": quality_report.page(quality_report.read(RESULTS / "quality.jsonl")),
