@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 if not torch.cuda.is_available():
     # Read when a kernel is defined, triton's own among them: so before anybody imports triton.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell has its background jobs ignore Ctrl-C, and so would the commands that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ("tests.support.s3",)
 

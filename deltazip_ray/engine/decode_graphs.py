@@ -178,8 +178,10 @@ class DecodeGraphs:
 
         with torch.cuda.stream(stream):
             self._begin(graphs)
-            self._step(shape, plan, cut)
-            graphs[-1].capture_end()
+            try:
+                self._step(shape, plan, cut)
+            finally:
+                graphs[-1].capture_end()  # or the stream would go on recording
         here.wait_stream(stream)
         return _Captured(graphs, state)
 
