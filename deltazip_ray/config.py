@@ -4,11 +4,13 @@ A Serve config's ``args`` is one :class:`AppConfig`. Credentials never appear he
 from where boto3 looks (environment, profiles, web identity).
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from deltazip_ray.errors import ConfigError
 
@@ -27,7 +29,7 @@ class Settings(BaseModel):
 class StoreConfig(Settings):
     """Where artifacts live."""
 
-    url: str = Field(description="file:///path or s3://bucket/prefix", pattern=r"^(file|s3)://.+")
+    url: str = Field(description="file:///path or s3://bucket/prefix")
     endpoint_url: str | None = Field(None, description="S3 endpoint; boto3's own default when absent")
     region: str | None = Field(None, description="region of the bucket; boto3's own when absent")
     profile: str | None = Field(None, description="a profile of the AWS configuration files")
@@ -37,6 +39,15 @@ class StoreConfig(Settings):
     path_style: bool = Field(False, description="address buckets as a path, as most S3-compatible servers want")
     timeout_s: float = Field(10.0, gt=0, description="connect and read timeout of one request")
     max_attempts: int = Field(4, ge=1, description="tries of one request, the first included")
+
+    @field_validator("url")
+    @classmethod
+    def _is_url(cls, url: str) -> str:
+        if not re.match("(file|s3)://.", url):
+            raise PydanticCustomError(
+                "store_url", "must be file:///path or s3://bucket/prefix; a path alone is not enough"
+            )
+        return url
 
     @model_validator(mode="after")
     def _no_credentials(self) -> Self:

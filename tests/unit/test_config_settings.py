@@ -25,7 +25,7 @@ def test_config_is_frozen() -> None:
 
 @pytest.mark.parametrize("url", ["/plain/path", "http://host/x", "s3://", "file:", ""])
 def test_config_refuses_urls_it_cannot_open(url: str) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValidationError, match="must be file:///path or s3://bucket/prefix"):
         StoreConfig(url=url)
 
 
