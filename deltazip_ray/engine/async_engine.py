@@ -21,7 +21,7 @@ from deltazip_ray.engine.split import Split
 from deltazip_ray.engine.step_loop import StepLoop
 from deltazip_ray.engine.token_stream import TokenStream
 from deltazip_ray.engine.versions import Versions
-from deltazip_ray.errors import DeltaZipError, EngineStopped, InvalidRequest, Overloaded
+from deltazip_ray.errors import DeltaZipError, EngineError, EngineStopped, InvalidRequest, Overloaded
 from deltazip_ray.observability.engine_metrics import EngineMetrics, EngineStats
 from deltazip_ray.residency.slot_table import Pin
 from deltazip_ray.residency.tiers import DeltaSource, HostMemory, PrefetchTier
@@ -81,9 +81,8 @@ class AsyncEngine:
         self._source = source
         self._metrics = EngineMetrics(registry, self.stats)
         self._parts: _Running | None = None
-        self._to_stop: _Running | None = None
         self._stopped = False
-        self._breaking: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
         self._splitting: asyncio.Task[None] | None = None
         self._ids = itertools.count()
         self._active: dict[str, _Active] = {}
@@ -114,24 +113,16 @@ class AsyncEngine:
             threads=self._config.threads,
         )
         slots, half_life = self._config.slots, self._config.eviction_half_life
-        versions = Versions(self._source, core.slots, slots, self._metrics, half_life, self._break)
-        self._parts = self._to_stop = _Running(core, versions, steps, Delivery(here))
+        versions = Versions(self._source, core.slots, slots, self._metrics, half_life, self._begin_to_stop)
+        self._parts = _Running(core, versions, steps, Delivery(here))
         steps.start()
         if self._config.slots_min is not None:
             split = Split(versions, core.scheduler, steps, core.slot_blocks, self._config.slots_min)
             self._splitting = asyncio.create_task(split.run())
 
     async def stop(self) -> None:
-        """Stop after the running step; whoever still waits gets EngineStopped. A second call does nothing."""
-        self._stopped = True
-        parts, self._to_stop = self._to_stop, None
-        if parts is not None:
-            await parts.versions.close()
-            parts.core.slots.warm_up.close()
-            await asyncio.to_thread(parts.steps.stop)
-            self._end()
-        elif self._breaking is not None:
-            await self._breaking
+        """Stop after the running step; whoever still waits gets EngineStopped. A second call waits for the first."""
+        await asyncio.shield(self._begin_to_stop())
 
     async def adopt(self, memory: HostMemory) -> None:
         """Prepare for loads from ``memory``, so that not the first one has to. Raises EngineStopped."""
@@ -193,6 +184,10 @@ class AsyncEngine:
         """Check that blocks, slots and pins add up. Raises EngineError when not, EngineStopped."""
         parts = self._open()
         parts.versions.table.check()
+        if self._splitting is not None and self._splitting.done():
+            raise EngineError("slots that are lent no longer come back; restart the replica and report this") from (
+                self._splitting.exception()
+            )
         here = asyncio.get_running_loop()
         verdict: asyncio.Future[DeltaZipError | None] = here.create_future()
         self._verdicts.add(verdict)
@@ -304,9 +299,19 @@ class AsyncEngine:
         self._metrics.output_tokens.inc(tokens)
         delivery.settle()
 
-    def _break(self) -> None:
-        """Nothing that this engine computes can be trusted any more."""
-        self._breaking = asyncio.create_task(self.stop())
+    def _begin_to_stop(self) -> asyncio.Task[None]:
+        """Take no more requests, and end the rest, once."""
+        self._stopped = True
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop())
+        return self._stopping
+
+    async def _stop(self) -> None:
+        if self._parts is not None:
+            await self._parts.versions.close()
+            self._parts.core.slots.warm_up.close()
+            await asyncio.to_thread(self._parts.steps.stop)
+            self._end()
 
     def _end(self) -> None:
         """The loop of steps is over, on purpose or not: nobody waits for it any longer."""

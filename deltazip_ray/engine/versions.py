@@ -30,7 +30,7 @@ class Versions:
         count: int,
         metrics: EngineMetrics,
         half_life: float = HALF_LIFE,
-        broken: Callable[[], None] = lambda: None,
+        broken: Callable[[], object] = lambda: None,
     ) -> None:
         """``count`` slots; ``half_life`` of a request, in requests, for what stays in them.
 

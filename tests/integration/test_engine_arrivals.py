@@ -89,8 +89,9 @@ async def test_a_slot_that_is_left_is_not_filled_again_before_its_copies_end(zoo
         assert await other == zoo.oracles[second].greedy(PROMPT, GREEDY.max_tokens)
 
 
-async def test_no_token_of_bytes_that_were_not_held(zoo: Zoo, caplog: pytest.LogCaptureFixture) -> None:
-    """The hold was lost during the copy: whatever was computed is not told, and the engine ends."""
+@pytest.mark.parametrize("count", [1, 2])
+async def test_no_token_of_bytes_that_were_not_held(count: int, zoo: Zoo, caplog: pytest.LogCaptureFixture) -> None:
+    """Holds were lost during the copies: whatever was computed is not told, and the engine ends, once."""
 
     class Forgetful(MemorySource):
         async def release(self, version: str) -> None:
@@ -101,13 +102,15 @@ async def test_no_token_of_bytes_that_were_not_held(zoo: Zoo, caplog: pytest.Log
         EngineConfig(**SETTINGS | {"overlap_loads": True}), zoo.base, Forgetful(*zoo.versions), CollectorRegistry()
     )
     await engine.start()
+    slots_of(engine).idle = lambda: True
     run = RunningEngine(engine, CollectorRegistry())
     pace = gate(run)
-    waiting = asyncio.create_task(run.generate(PROMPT, zoo.versions[0].version))
-    await until(lambda: pace.reached.is_set() and engine.stats().running == 1)
+    waiting = [asyncio.create_task(run.generate(PROMPT, version.version)) for version in zoo.versions[:count]]
+    await until(lambda: pace.reached.is_set() and len(engine.stats().resident) == count)
     pace.go.set()
-    with pytest.raises((StoreUnavailable, EngineStopped)):
-        await waiting
+    for answer in waiting:
+        with pytest.raises((StoreUnavailable, EngineStopped)):
+            await answer
     with pytest.raises(EngineStopped):
         await run.generate(PROMPT)
     await engine.stop()

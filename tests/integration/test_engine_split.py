@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from deltazip_ray.engine.split import Split
+from deltazip_ray.errors import EngineError
 from tests.support.engines import GREEDY, RunningEngine, random_prompt, running
 from tests.support.splits import make_restless
 from tests.support.versions import MemorySource
@@ -53,3 +55,14 @@ async def test_outputs_stay_as_they_are_and_nothing_leaks(
     assert len(lent) > 2
     assert len(moves) > 1
     assert not any(source.held.values())
+
+
+async def test_an_engine_whose_split_has_broken_is_replaced(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def breaks(split: Split) -> None:
+        raise IndexError("a bug")
+
+    monkeypatch.setattr(Split, "look", breaks)
+    with pytest.raises(EngineError, match="no longer come back") as caught:
+        async with running(zoo.base, MemorySource(), slots=SLOTS, **SETTINGS):
+            await asyncio.sleep(0.1)
+    assert isinstance(caught.value.__cause__, IndexError)
