@@ -129,6 +129,20 @@ async def test_a_store_that_was_out_of_reach_keeps_its_memory_and_takes_its_hold
     assert 'state="held"} 0.0' in (await host.lives[0].store.report()).store
 
 
+@pytest.mark.parametrize("noticed", [False, True])
+async def test_a_hold_is_given_back_to_a_store_that_is_out_of_reach_just_then(
+    client: NodeStoreClient, host: Host, versions: list[str], noticed: bool
+) -> None:
+    await client.acquire(versions[0])
+    beat = asyncio.create_task(client.heartbeat("")) if noticed else None
+    host.lives[0].lost_calls = 1
+    await asyncio.sleep(0.05)
+    await client.release(versions[0])
+    if beat is not None:
+        await beat
+    assert 'state="held"} 0.0' in (await host.lives[0].store.report()).store
+
+
 async def test_of_two_lives_the_living_ones_hold_is_kept_to_the_end(
     client: NodeStoreClient, host: Host, versions: list[str]
 ) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from deltazip_deployments.node_store.arena import ArenaRef, map_arena
 from deltazip_deployments.node_store.protocol import StoredDelta
@@ -68,13 +68,7 @@ class NodeStoreClient:
         Then the bytes may have been overwritten since, and what was read from them must not be used.
         """
         link = self._oldest_hold(version)
-        if link is not self._link:
-            return
-        try:
-            kept = await _result(link.actor.release.remote(self._replica, version))
-        except RayActorError:
-            return
-        if not kept:
+        if link is self._last and not await self._released(link, version):
             raise StoreUnavailable(f"the node store took version {version[:12]} for abandoned: load it again")
 
     async def prefetch(self, version: str) -> bool:
@@ -131,6 +125,22 @@ class NodeStoreClient:
         self._held[version].append(held_by[0])
         views = {block: arena.view[offset : offset + size] for block, (offset, size) in stored.blobs.items()}
         return HostDelta(stored.manifest, views, stored.tier, arena)
+
+    async def _released(self, link: _Link, version: str) -> bool:
+        """Whether the store still had the hold; True when it is dead, for nobody wrote to the bytes.
+
+        Raises StoreUnavailable when it stays out of reach.
+        """
+        for attempt in range(_ATTEMPTS):
+            await asyncio.sleep(_PAUSE_S * attempt)
+            try:
+                kept: bool = await _result(link.actor.release.remote(self._replica, version))
+            except ActorUnavailableError:
+                continue
+            except RayActorError:
+                return True
+            return kept
+        raise StoreUnavailable("the node store of this host cannot be reached: load the version again")
 
     def _oldest_hold(self, version: str) -> _Link:
         """Take back the oldest: whoever holds bytes of a store that died needs no hold, for nobody writes them."""
