@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from prometheus_client import CollectorRegistry, generate_latest
 
+from deltazip_deployments.background import in_background
 from deltazip_deployments.node_store.arena import Arena, ArenaRef
 from deltazip_deployments.node_store.leases import Leases
 from deltazip_deployments.node_store.protocol import NodeReport, StoredDelta
@@ -155,9 +156,10 @@ class _SelfEnding(NodeStore):
             clock=lambda: self._awake_s,
             retire_after_s=settings.retire_after_s,
         )
-        loop = asyncio.get_running_loop()
-        self._watch_task = loop.create_task(self._watch(settings.lease_timeout_s))
-        self._names_task = loop.create_task(self._follow_names(catalog))
+        self._tasks = (
+            in_background(self._watch(settings.lease_timeout_s), "what silent replicas hold is no longer dropped"),
+            in_background(self._follow_names(catalog), "versions are no longer replaced as their aliases move"),
+        )
 
     async def _follow_names(self, catalog: Catalog) -> None:
         while True:

@@ -5,9 +5,9 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
+from deltazip_deployments.background import in_background
 from deltazip_deployments.openai.models import model_list
 from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
 from deltazip_deployments.router.backend import Backend, ReplicaDescription
@@ -56,15 +56,13 @@ class RouterService:
 
     async def start(self) -> None:
         """Begin to look for replicas and variants, in the background."""
-        self._background = asyncio.create_task(self._learn())
-        self._background.add_done_callback(_log_end)
+        self._background = in_background(self._learn(), "the list of variants is no longer refreshed")
 
     async def stop(self) -> None:
         """End the background work."""
         if self._background is not None:
             self._background.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._background
+            await asyncio.wait({self._background})
         if self._directory is not None:
             self._directory.close()
 
@@ -184,11 +182,6 @@ class RouterService:
         if self._catalog is None:
             raise StoreUnavailable("the list of variants could not be read yet: try again in a moment")
         return load_version_text(version_files(self._catalog, version, self._base_files))
-
-
-def _log_end(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("the list of variants is no longer refreshed", exc_info=error)
 
 
 async def _prompt(request: CompletionRequest | ChatRequest, text: VersionText, room: int) -> list[int]:

@@ -1,0 +1,20 @@
+"""Tasks that nobody waits for."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def in_background(work: Coroutine[Any, Any, None], consequence: str) -> asyncio.Task[None]:
+    """Run ``work`` beside everything else. Should it fail, the log has the error at once, and its ``consequence``."""
+    task = asyncio.create_task(work)
+
+    def tell(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("%s", consequence, exc_info=error)
+
+    task.add_done_callback(tell)
+    return task
