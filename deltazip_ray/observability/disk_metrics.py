@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+
+from deltazip_ray.observability.moment import register_at_scrape
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,10 @@ class DiskMetrics:
         self.failures = Counter(
             f"{prefix}failures", "Operations that the disk refused", ["operation"], registry=registry
         )
-        registry.register(_StatsCollector(prefix, stats))
+        register_at_scrape(registry, lambda: _of_the_moment(prefix, stats()))
 
 
-class _StatsCollector(Collector):
-    def __init__(self, prefix: str, stats: Callable[[], DiskStats]) -> None:
-        self._prefix = prefix
-        self._stats = stats
-
-    def collect(self) -> Iterable[Metric]:
-        """Figures of the moment."""
-        stats = self._stats()
-        yield GaugeMetricFamily(self._prefix + "bytes", "Bytes of blobs and manifests", stats.bytes)
-        yield GaugeMetricFamily(self._prefix + "files", "Blobs and manifests on the disk", stats.files)
-        yield CounterMetricFamily(self._prefix + "evictions", "Files that left to make room", stats.evictions)
+def _of_the_moment(prefix: str, stats: DiskStats) -> Iterable[Metric]:
+    yield GaugeMetricFamily(prefix + "bytes", "Bytes of blobs and manifests", stats.bytes)
+    yield GaugeMetricFamily(prefix + "files", "Blobs and manifests on the disk", stats.files)
+    yield CounterMetricFamily(prefix + "evictions", "Files that left to make room", stats.evictions)

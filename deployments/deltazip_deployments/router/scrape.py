@@ -1,20 +1,13 @@
 """One scrape for the whole application: many Prometheus texts become one, told apart by labels."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
+
+from deltazip_ray.observability.moment import register_at_scrape
 
 Labels = Mapping[str, str]
-
-
-class _Merged(Collector):
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = list(families)
-
-    def collect(self) -> Iterator[Metric]:
-        yield from self._families
 
 
 def merge(sources: Iterable[tuple[Labels, str]]) -> bytes:
@@ -28,6 +21,6 @@ def merge(sources: Iterable[tuple[Labels, str]]) -> bytes:
             merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             for sample in family.samples:
                 merged.samples.append(sample._replace(labels={**sample.labels, **labels}))
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Merged(families.values()))
+    registry = CollectorRegistry()
+    register_at_scrape(registry, families.values)
     return generate_latest(registry)

@@ -5,6 +5,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from deltazip_deployments.background import in_background
@@ -17,18 +18,20 @@ from deltazip_deployments.router.resume import generate_resuming, without_output
 from deltazip_deployments.text.choices import Asked, Choices, nth
 from deltazip_deployments.text.generation import Generation
 from deltazip_deployments.text.output import OutputText
-from deltazip_deployments.text.text_cache import TextCache
 from deltazip_deployments.text.version_files import version_files
 from deltazip_deployments.text.version_text import VersionText, load_version_text
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.names import parse_ref
 from deltazip_ray.config import AppConfig
 from deltazip_ray.errors import DeltaZipError, EngineStopped, InvalidRequest, PromptTooLong, StoreUnavailable
+from deltazip_ray.once import Once
 from deltazip_ray.scheduler.request import GenerateRequest
 
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
+_TEXTS = 64
+"""Versions whose tokenizers are in memory."""
 _NO_REPLICA = "no replica has answered yet: try again in a moment"
 
 
@@ -48,7 +51,7 @@ class RouterService:
         self._open_catalog = open_catalog
         self._base_files = base_files
         self._since = int(time.time())
-        self._texts = TextCache(self._load_text)
+        self._texts = Once[str | None, VersionText](_TEXTS)
         self._replicas: ReplicaDescription | None = None
         self._catalog: Catalog | None = None
         self._directory: Directory | None = None
@@ -94,7 +97,7 @@ class RouterService:
         """Start to answer, and wait for the first tokens. The caller closes what it gets. Raises DeltaZipError."""
         self._check_offered(request)
         version = await self.resolve(request.model)
-        text = await self._texts.get(version)
+        text = await self._texts.get(version, partial(self._load_text, version))
         prompt = await _prompt(request, text, self._described().max_model_len)
         sampling = request.sampling(
             max_tokens=self._output_limit(len(prompt), request.output_limit),
