@@ -8,17 +8,16 @@ from torch import Tensor
 
 
 @contextmanager
-def aside(tensor: Tensor) -> Iterator[None]:
-    """Within, the values of ``tensor`` wait on the host and take no memory of its GPU; nobody may look at them."""
-    if not tensor.is_cuda:
-        yield
-        return
-    storage = tensor.untyped_storage()
-    size, waiting = storage.nbytes(), torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    waiting.copy_(tensor)
-    storage.resize_(0)
+def aside(*tensors: Tensor) -> Iterator[None]:
+    """Within, the values of ``tensors`` wait on the host and take no memory of their GPU; nobody may look at them."""
+    there = [tensor for tensor in tensors if tensor.is_cuda]
+    waiting = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor) for tensor in there]
+    sizes = [tensor.untyped_storage().nbytes() for tensor in there]
+    for tensor in there:
+        tensor.untyped_storage().resize_(0)
     try:
         yield
     finally:
-        storage.resize_(size)
-        tensor.copy_(waiting)
+        for tensor, size, values in zip(there, sizes, waiting, strict=True):
+            tensor.untyped_storage().resize_(size)
+            tensor.copy_(values)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deltazip_ray.artifact.manifest import TensorEntry
+from deltazip_ray.compress.aside import aside
 from deltazip_ray.compress.coding import Outcome, Plan, code
 from deltazip_ray.compress.hessian import Hessian
 from deltazip_ray.compress.options import CompressOptions
@@ -142,12 +143,15 @@ class BlockCompressor:
         self._runner.visit_inputs(block, linears[0], hidden[: self._runner.fitted], hessian.add)
         hessian.check(weights.full(linears[0]))
         solver = Solver(hessian.damp(self._options.damping))
-        for linear in linears:
-            name = weights.full(f"{linear}.weight")
-            outcome = self._code(f"{linear}.weight", weights, hessian, solver)
-            rebuilt = self._runner.place(outcome.added.add_(weights.base[name].to(weights.device)))
-            block.get_submodule(linear).weight = nn.Parameter(rebuilt, requires_grad=False)
-            parts.add(name, outcome, weights.finetuned[name])
+        rebuilt = {}
+        with aside(*block.parameters()):
+            for linear in linears:
+                name = weights.full(f"{linear}.weight")
+                outcome = self._code(f"{linear}.weight", weights, hessian, solver)
+                parts.add(name, outcome, weights.finetuned[name])
+                rebuilt[linear] = self._runner.place(outcome.added.add_(weights.base[name].to(weights.device)))
+        for linear, weight in rebuilt.items():
+            block.get_submodule(linear).weight = nn.Parameter(weight, requires_grad=False)
 
     def _code(self, name: str, weights: BlockWeights, hessian: Hessian, solver: Solver) -> Outcome:
         """Code the delta of one matrix."""

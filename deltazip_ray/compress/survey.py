@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from deltazip_ray.compress.aside import aside
 from deltazip_ray.compress.blocks import BlockWeights, place_block, read_block, same
 from deltazip_ray.compress.calibration import Calibration
 from deltazip_ray.compress.choices import BLOB_HEADER, Survey
@@ -50,20 +51,25 @@ class Surveyor:
     def survey(self, progress: Callable[[float], None]) -> Survey:
         """Measure everything; ``progress`` gets the fraction done. Raises CheckpointInvalid, CompressionError."""
         blocks = self._pair.skeleton.blocks
-        skeleton = self._pair.skeleton
-        rows = load_tensor(self._pair.finetuned, skeleton.embedding)[self._tokens.cpu()]
-        # The states before every block wait on the host, as pages that may be swapped: there are many.
-        states = [skeleton.embed(self._runner.place(rows)).cpu()]
-        for index in range(blocks):
-            block = place_block(read_block(self._pair, index, self._mask.device), skeleton, self._runner)
-            states.append(self._runner.run(block, states[-1]).clone())
-            progress(FORWARD * (index + 1) / blocks)
+        states = self._forth(lambda done: progress(FORWARD * done))
         slopes = self._outer(states.pop())
         for index in reversed(range(blocks)):
             slopes = self._block(index, states.pop(), slopes)
             progress(1 - (1 - FORWARD) * index / blocks)
         self._embedding(slopes)
         return self._survey
+
+    def _forth(self, progress: Callable[[float], None]) -> list[Tensor]:
+        """The states before every block and behind the last, on the host as pages that may be swapped."""
+        skeleton = self._pair.skeleton
+        rows = load_tensor(self._pair.finetuned, skeleton.embedding)[self._tokens.cpu()]
+        states = [skeleton.embed(self._runner.place(rows)).cpu()]
+        for index in range(skeleton.blocks):
+            weights = read_block(self._pair, index, self._mask.device)
+            # Not bound to a name: the next one would be placed beside it.
+            states.append(self._runner.run(place_block(weights, skeleton, self._runner), states[-1]).clone())
+            progress((index + 1) / skeleton.blocks)
+        return states
 
     def _block(self, index: int, hidden: Tensor, slopes: Tensor) -> Tensor:
         """Measure the linears of a block; returns the gradient by its inputs."""
@@ -110,7 +116,8 @@ class Surveyor:
         self._runner.visit_inputs(block, linears[0], hidden, hessian.add)
         hessian.check(weights.full(linears[0]))
         solver = Solver(hessian.damp(self._options.damping))
-        return {linear: Trials(weights.delta(f"{linear}.weight"), solver.solve) for linear in linears}
+        with aside(*block.parameters()):
+            return {linear: Trials(weights.delta(f"{linear}.weight"), solver.solve) for linear in linears}
 
     def _cost(self, products: Tensor) -> float:
         """The divergence per token that goes with products ⟨Γ, E⟩ of single sequences."""

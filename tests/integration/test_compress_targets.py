@@ -1,11 +1,13 @@
 """Codecs chosen matrix by matrix: targets are met, and the choice is worth it."""
 
 import math
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from deltazip_kernels.layout import ROWS as TILE
@@ -18,6 +20,7 @@ from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.compress.pairing import open_pair
 from deltazip_ray.compress.pipeline import compress_checkpoint
 from deltazip_ray.compress.runner import Runner
+from deltazip_ray.compress.skeleton import Skeleton
 from deltazip_ray.compress.survey import Surveyor
 from deltazip_ray.errors import CompressionError
 from tests.support.tiny import make_base, make_finetune
@@ -74,6 +77,25 @@ def test_equal_bytes_lose_less_when_they_go_where_they_matter(base: Path, finetu
     assert chosen.bytes_artifact <= uniform.bytes_artifact
     assert kl(chosen) < 0.7 * kl(uniform)
     assert entries(chosen)[LOUD].codec in {"int3", "int4", "raw"}
+
+
+def test_one_block_is_alive_at_a_time(
+    base: Path, finetuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = Skeleton.part
+    made: list[weakref.ref[nn.Module]] = []
+
+    def counted(skeleton: Skeleton, name: str, weights: dict[str, Tensor]) -> nn.Module:
+        if ".layers." not in name:
+            return part(skeleton, name, weights)
+        assert not any(block() for block in made)
+        block = part(skeleton, name, weights)
+        made.append(weakref.ref(block))
+        return block
+
+    monkeypatch.setattr(Skeleton, "part", counted)
+    compress(base, finetuned, tmp_path / "out", target_ratio=8)
+    assert len(made) == 2 * 4  # fine-tune forth and back, base and fine-tune while coding
 
 
 @pytest.mark.parametrize("ratio", [5.0, 8.0, 12.0])
