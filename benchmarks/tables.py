@@ -63,6 +63,7 @@ def main() -> int:
     names += ["tiers-h200", "tiers-s3-h200-host", "tiers-policy"]
     reports = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
     demo, engine, quality, in_fp8, products, kernels, drawn, spent, cached, long, traced, *tiers = reports
+    forms = quality_report.read(RESULTS / "quality.jsonl")
     pages = {
         "README.md": {"demo": demo_table(demo), "engine": figures(engine)},
         "docs/engine.md": {
@@ -79,9 +80,9 @@ def main() -> int:
         "docs/tiers.md": {"goals": goals(*tiers), "ways": ways(tiers[0])},
         "docs/kernels.md": kernel_tables(kernels) | long_tables(long),
         "docs/quality.md": {
-            "quality": quality_report.page(quality_report.read(RESULTS / "quality.jsonl")),
-            "pairs": quality_report.pairs(quality_report.read(RESULTS / "quality-pairs.jsonl")),
-            "targets": quality_report.pairs(quality_report.read(RESULTS / "quality-targets.jsonl")),
+            "quality": quality_report.page(forms),
+            "tasks": quality_report.by_task(forms),
+            "itself": quality_report.page(quality_report.read(RESULTS / "quality-itself.jsonl")),
         },
     }
     for machine in ("cpu", "h200"):

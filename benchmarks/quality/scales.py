@@ -60,7 +60,7 @@ FULL = Scale(
     windows=32,
     calibration=512,
 )
-"""151 million parameters; embedding and head take a ninth of them, as in an 8B model."""
+"""152 million parameters; embedding and head take a ninth of them, as in an 8B model."""
 TINY = Scale(
     layers=2,
     hidden=256,
