@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PARALLEL = 16
-"""Ranged requests of one store under way at once, whatever the number of readers."""
+"""Ranged requests of one store that are under way at once beside the readers' own, one for each."""
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 _CHUNK = MIB
 _BACKOFF_S = 0.1
@@ -99,8 +99,11 @@ class S3Store(ObjectStore):
             raise BlobCorrupt(f"{self.url}/{key} is not empty: publish it again with --repair")
         tasks = [self._ranges.submit(self._read_range, key, where, start, part, len(buffer)) for start, part in parts]
         try:
-            for task, (_, part) in zip(tasks, parts, strict=True):
-                task.result()
+            for task, (start, part) in zip(tasks, parts, strict=True):
+                if task.cancel():  # The pool is busy, maybe with what hangs: nobody waits for other objects' ranges.
+                    self._read_range(key, where, start, part, len(buffer))
+                else:
+                    task.result()
                 arrived(part)
         finally:
             # Nobody may write into the buffer once this call has failed.

@@ -3,15 +3,19 @@
 import os
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from deltazip_ray.artifact import s3_store
 from deltazip_ray.artifact.object_store import PART
+from deltazip_ray.artifact.s3_store import PARALLEL
 from deltazip_ray.artifact.store import ObjectStore, open_store
 from deltazip_ray.config import StoreConfig
 from deltazip_ray.errors import DeltaZipError, StoreFull, StoreUnavailable
-from tests.support.fault_proxy import Fault, FaultProxy, flipped, refused, reset, slow, stalled, truncated
+from tests.support.fault_proxy import Fault, FaultProxy, flipped, refused, reset, slow, stalled, trickling, truncated
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server
+from tests.support.serve_app import wait_until
 
 DATA = os.urandom(PART + 5)
 
@@ -147,6 +151,25 @@ def test_the_servers_own_wish_for_a_pause_is_passed_on(proxy: FaultProxy, bucket
         with pytest.raises(StoreUnavailable) as caught:
             store.get("blob")
         assert caught.value.retry_after_s == expected
+
+
+def test_an_object_that_trickles_takes_nobody_elses_connections(
+    proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_store, "PART", 1024)
+    store, sick, sound = store_at(proxy, bucket, timeout_s=5), DATA[: 3 * PARALLEL * 1024], DATA[:3000]
+    store.put("sick", sick)
+    store.put("sound", sound)
+    proxy.inject(trickling(0.05), "sick")
+    buffer = bytearray(len(sound))
+    with ThreadPoolExecutor(2) as readers:
+        readers.submit(store.read_into, "sick", memoryview(bytearray(len(sick))))
+        try:
+            wait_until(lambda: proxy.count("sick") == PARALLEL)
+            readers.submit(store.read_into, "sound", memoryview(buffer)).result(timeout=15)
+        finally:
+            proxy.released.set()
+    assert buffer == sound
 
 
 def test_nothing_that_a_server_wrote_gets_into_errors(proxy: FaultProxy, bucket: str) -> None:
