@@ -10,8 +10,6 @@ from deltazip_kernels import Segments
 from deltazip_kernels.plan import Work
 from deltazip_ray.layers.staging import to_device
 
-BASE_SLOT = -1
-
 
 @dataclass(frozen=True)
 class Span:

@@ -69,11 +69,11 @@ def trace(
 ) -> None:
     """Make a trace: who is asked what, and when.
 
-    A minute of skewed Poisson traffic:  trace out.jsonl -m base,math,sql -r 4
+    A minute of skewed Poisson traffic:  deltazip trace out.jsonl -m base,math,sql -r 4
 
-    Bursts, as of many small tenants:  trace out.jsonl -m a,b,c,d --arrivals burst --on 5 --off 60
+    Bursts, as of many small tenants:  deltazip trace out.jsonl -m a,b,c,d --arrivals burst --on 5 --off 60
 
-    Your own prompts, 200 requests:  trace out.jsonl -m math,sql --prompts pool.jsonl -n 200
+    Your own prompts, 200 requests:  deltazip trace out.jsonl -m math,sql --prompts pool.jsonl -n 200
 
     A line of a prompt pool is {"model": …, "messages": […]} or {"model": …, "prompt": …}, and may hold max_tokens,
     expected (the right answer, checked in the report) and tags. Without a model it serves all of them.
@@ -121,7 +121,7 @@ def replay(
     Requests start when the trace says, whether or not earlier ones were answered, so a slow server cannot slow
     down its own test. Ctrl-C stops and reports what was done. Ends with 1 when no request succeeded.
 
-    Example: replay out.jsonl --url http://127.0.0.1:8000 --slo-ttft 0.5 --records records.jsonl
+    Example: deltazip replay out.jsonl --url http://127.0.0.1:8000 --slo-ttft 0.5 --records records.jsonl
     """
     with _explained() as console:
         options = ReplayOptions(
@@ -153,7 +153,7 @@ def report(
 ) -> None:
     """Report again on the records of an earlier replay, for example with another SLO.
 
-    Example: report records.jsonl --slo-ttft 0.2 --plot report.png
+    Example: deltazip report records.jsonl --slo-ttft 0.2 --plot report.png
     """
     with _explained() as console:
         outputs = Outputs(json, plot)
