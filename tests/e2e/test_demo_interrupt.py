@@ -25,10 +25,10 @@ MARK = "DELTAZIP_TEST_MARK"
 class Demo:
     """``deltazip demo`` as a process group of its own, as a terminal starts it."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(self, folder: Path, cache: Path, **settings: Any) -> None:
         config = folder / "config.json"
         config.write_text(json.dumps(QUICK | settings))
-        self.cache, self.json, self.scratch = folder / "cache", folder / "report.json", folder / "scratch"
+        self.cache, self.json, self.scratch = cache, folder / "report.json", folder / "scratch"
         self.scratch.mkdir()
         self.mark = uuid.uuid4().hex
         self.log: list[str] = []
@@ -82,13 +82,19 @@ class Demo:
         self.process.stdout.close()
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained models, so that not every test has to train its own."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def start() -> Iterator[Callable[..., Demo]]:
+def start(cache: Path) -> Iterator[Callable[..., Demo]]:
     """Starts the demo with settings that differ from QUICK, in a folder with a short name: Ray puts sockets into it."""
     with tempfile.TemporaryDirectory(prefix="dz") as name, ExitStack() as stack:
 
         def started(**settings: Any) -> Demo:
-            demo = Demo(Path(name), **settings)
+            demo = Demo(Path(name), cache, **settings)
             stack.callback(demo.kill)
             return demo
 
