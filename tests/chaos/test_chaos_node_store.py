@@ -28,6 +28,6 @@ async def test_a_store_that_was_stopped_does_not_take_its_replicas_for_gone(tmp_
         if "silent" not in store._leases.replicas:
             break
     assert not await store.release("silent", version), "who shows no life still loses its holds"
-    assert not store._watch_task.done()
-    for task in (store._watch_task, store._names_task):
+    for task in store._tasks:
+        assert not task.done()
         task.cancel()
