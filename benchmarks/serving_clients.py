@@ -77,7 +77,7 @@ async def kill_under_load(run: Run, clients: int, after_s: float, until_s: float
 
     async def kill() -> None:
         await asyncio.sleep(after_s)
-        for process in processes(run, REPLICA):
+        for process in processes(run.folder, REPLICA):
             os.kill(process, signal.SIGKILL)
 
     async with httpx.AsyncClient(base_url=run.url, timeout=until_s + 60) as client:

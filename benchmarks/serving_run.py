@@ -56,9 +56,9 @@ class Run:
         return done.stdout
 
 
-def processes(run: Run, name: bytes = b"") -> list[int]:
-    """Those that the server started, with ``name`` in their command line."""
-    found, mark = [], f"{MARK}={run.folder}".encode()
+def processes(folder: Path, name: bytes = b"") -> list[int]:
+    """Those that the server of ``folder`` started, with ``name`` in their command line."""
+    found, mark = [], f"{MARK}={folder}".encode()
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             ours = entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0")

@@ -14,6 +14,10 @@ from deltazip_ray.config import AppConfig
 
 _STATS_PERIOD_S = 0.1
 _QUEUED_PER_ONGOING = 8
+# Serve runs calls on one thread and talks gRPC on others. Ours never block, and each hop costs what a token does.
+_ONE_LOOP = {
+    "env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+}
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -35,7 +39,11 @@ def _source(config: AppConfig, base_digest: Any) -> HostSource:
 
 def _replica_options(config: AppConfig) -> dict[str, Any]:
     resources = config.resources
-    actor: dict[str, Any] = {"num_cpus": resources.pop("CPU", 0.0), "num_gpus": resources.pop("GPU", 0.0)}
+    actor: dict[str, Any] = {
+        "num_cpus": resources.pop("CPU", 0.0),
+        "num_gpus": resources.pop("GPU", 0.0),
+        "runtime_env": _ONE_LOOP,
+    }
     placement: dict[str, Any] = {
         "request_router_class": DeltaAwareRouter,
         "request_routing_stats_period_s": _STATS_PERIOD_S,
@@ -58,7 +66,7 @@ def _router_options(config: AppConfig) -> dict[str, Any]:
     return {
         "name": "router",
         # It waits for replicas and writes text: it shares a core with whatever runs beside it.
-        "ray_actor_options": {"num_cpus": 0},
+        "ray_actor_options": {"num_cpus": 0, "runtime_env": _ONE_LOOP},
         "max_ongoing_requests": config.router.max_ongoing_requests,
         "max_queued_requests": config.router.max_ongoing_requests * _QUEUED_PER_ONGOING,
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import sys
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
 logger = logging.getLogger(__name__)
 
 _MAX_BEAT_S = 1.0
+_SWITCH_S = 0.0005
+"""How long the event loop may keep the interpreter from the thread that steps, which asks for it at every launch."""
 
 
 class Engine(Protocol):
@@ -96,6 +99,7 @@ class Replica:
             # What is here now stays: looking through it for garbage again and again would hold up steps by 0.2 s.
             gc.collect()
             gc.freeze()
+            sys.setswitchinterval(_SWITCH_S)
             self._beats = asyncio.create_task(self._beat())
             self._started = True
         if self._beats is not None and self._beats.done():

@@ -59,7 +59,9 @@ class HandleBackend:
         self._heat = Heat()
         self._hints: set[asyncio.Task[None]] = set()
         self._describe = handle.options(method_name="describe", _by_reference=False)
-        self._generate = handle.options(method_name="generate", stream=True, _by_reference=False)
+        self._generate = handle.options(
+            method_name="generate", stream=True, _by_reference=False, response_serialization="pickle"
+        )
 
     async def describe(self) -> ReplicaDescription:
         """See Backend."""
