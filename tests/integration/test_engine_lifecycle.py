@@ -33,6 +33,7 @@ from deltazip_ray.residency.tiers import HostDelta
 from deltazip_ray.scheduler.request import GenerateRequest, Matcher, SamplingParams, Structure
 from tests.support.engines import GREEDY, SETTINGS, RunningEngine, random_prompt, running
 from tests.support.versions import MemorySource
+from tests.support.waiting import until
 from tests.support.zoo import Zoo
 
 PROMPT = random_prompt(0, 12)
@@ -68,15 +69,6 @@ def slow_source(zoo: Zoo) -> SlowSource:
     source = SlowSource(*zoo.versions)
     source.gate = asyncio.Event()
     return source
-
-
-async def until(condition: Any) -> None:
-    """Wait for a condition that another task or thread makes true."""
-    for _ in range(5000):
-        if condition():
-            return
-        await asyncio.sleep(0.004)
-    pytest.fail("it did not come true within 20 s")
 
 
 @pytest.mark.parametrize(

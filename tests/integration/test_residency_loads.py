@@ -10,8 +10,9 @@ import pytest
 
 from deltazip_ray.errors import BaseMismatch, LoadTimeout, StoreUnavailable
 from deltazip_ray.residency.tiers import HostDelta
-from tests.support.engines import GREEDY, RunningEngine, random_prompt, running
+from tests.support.engines import GREEDY, random_prompt, running
 from tests.support.versions import BuiltVersion, MemorySource
+from tests.support.waiting import until
 from tests.support.zoo import Zoo
 
 PROMPT = random_prompt(0, 12)
@@ -46,14 +47,6 @@ class SlowSource(MemorySource):
                 data[:] = bytes(len(data))
 
 
-async def until_loading(run: RunningEngine, version: str) -> None:
-    for _ in range(5000):
-        if version in run.engine.stats().loading:
-            return
-        await asyncio.sleep(0.004)
-    pytest.fail("the load has not begun within 20 s")
-
-
 @pytest.mark.parametrize("end", ["comes", "fails", "is late", "does not fit"])
 async def test_a_version_that_comes_slowly_leaves_the_slots_to_others(zoo: Zoo, tied_zoo: Zoo, end: str) -> None:
     warm, other = (version.version for version in zoo.versions[:2])
@@ -64,7 +57,7 @@ async def test_a_version_that_comes_slowly_leaves_the_slots_to_others(zoo: Zoo, 
     async with running(zoo.base, source, slots=1, load_timeout_s=1 if end == "is late" else 60) as run:
         await run.generate(PROMPT, warm)
         waiting = asyncio.create_task(run.generate(PROMPT, cold))
-        await until_loading(run, cold)
+        await until(lambda: cold in run.engine.stats().loading)
         for version in (warm, other, warm):
             assert await run.generate(PROMPT, version) == zoo.oracles[version].greedy(PROMPT, GREEDY.max_tokens)
         assert source.acquired == [warm, cold, other, warm]

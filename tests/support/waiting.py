@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 
-async def until(reached: Callable[[], bool], within_s: float = 10.0) -> None:
+async def until(reached: Callable[[], object], within_s: float = 20.0) -> None:
     """Wait until a condition holds, or fail."""
     async with asyncio.timeout(within_s):
         while not reached():  # noqa: ASYNC110
