@@ -92,6 +92,7 @@ class VariantDocuments:
         self._store = store
         self._prefix = prefix
         self._read_before: dict[str, frozenset[_Event]] = {}
+        """What documents say, by key, of those that were there at the last look."""
 
     def all(self) -> list[Variant]:
         """All variants by name, but for those with a broken document, which are logged: it hurts only its own."""
@@ -100,6 +101,8 @@ class VariantDocuments:
             match = _KEY.fullmatch(key.removeprefix(self._prefix))
             if match and is_name(match.group(1)):
                 keys.setdefault(match.group(1), []).append(key)
+        for gone in self._read_before.keys() - {key for each in keys.values() for key in each}:
+            self._read_before.pop(gone, None)
         with ThreadPoolExecutor(_READERS) as pool:
             found = list(pool.map(self._read_or_log, keys, keys.values()))
         return sorted((variant for variant in found if variant), key=lambda variant: variant.name)
@@ -160,7 +163,8 @@ class VariantDocuments:
 
     def _events(self, name: str, key: str) -> frozenset[_Event]:
         # A document never changes, so what was read once need not be read again.
-        if key not in self._read_before:
+        events = self._read_before.get(key)
+        if events is None:
             where = f"{self._store.url}/{key}"
             try:
                 document = _Document.model_validate_json(self._store.get(key, _MAX_DOCUMENT))
@@ -171,8 +175,8 @@ class VariantDocuments:
                 ) from error
             if document.name != name:
                 raise ManifestInvalid(f"{where} belongs to variant {document.name!r}: delete it and publish again")
-            self._read_before[key] = document.events
-        return self._read_before[key]
+            events = self._read_before[key] = document.events
+        return events
 
 
 def _union(documents: Documents) -> frozenset[_Event]:

@@ -149,6 +149,17 @@ def test_history_does_not_pile_up(catalog: Catalog, publish: Callable[..., str])
     assert len(catalog.store.list(f"{BASE}/variants/")) <= 2
 
 
+def test_a_reader_remembers_no_more_than_there_is(
+    store: ObjectStore, catalog: Catalog, publish: Callable[..., str]
+) -> None:
+    """A router reads the variants every few seconds for months."""
+    reader = Catalog(store, BASE)
+    for i in range(6):
+        publish(float(i % 2))
+        reader.variants()
+    assert len(reader._variants._read_before) <= len(store.list(f"{BASE}/variants/"))
+
+
 def test_blobs_are_shared_and_mended(catalog: Catalog, publish: Callable[..., str]) -> None:
     one = catalog.manifest(publish(1.0))
     shared = catalog.blob_key(one.blobs[0].object_digest)
