@@ -5,7 +5,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from deltazip_deployments.background import in_background
@@ -18,21 +18,26 @@ from deltazip_deployments.router.resume import generate_resuming, without_output
 from deltazip_deployments.text.choices import Asked, Choices, nth
 from deltazip_deployments.text.generation import Generation
 from deltazip_deployments.text.output import OutputText
-from deltazip_deployments.text.version_files import version_files
-from deltazip_deployments.text.version_text import VersionText, load_version_text
+from deltazip_deployments.text.texts import Texts
+from deltazip_deployments.text.version_text import VersionText
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.names import parse_ref
 from deltazip_ray.config import AppConfig
-from deltazip_ray.errors import DeltaZipError, EngineStopped, InvalidRequest, PromptTooLong, StoreUnavailable
-from deltazip_ray.once import Once
+from deltazip_ray.errors import DeltaZipError, EngineStopped, InvalidRequest, PromptTooLong
 from deltazip_ray.scheduler.request import GenerateRequest
 
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.5
-_TEXTS = 64
-"""Versions whose tokenizers are in memory."""
-_NO_REPLICA = "no replica has answered yet: try again in a moment"
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What there is once a replica has answered."""
+
+    replicas: ReplicaDescription
+    directory: Directory
+    texts: Texts
 
 
 class RouterService:
@@ -51,10 +56,7 @@ class RouterService:
         self._open_catalog = open_catalog
         self._base_files = base_files
         self._since = int(time.time())
-        self._texts = Once[str | None, VersionText](_TEXTS)
-        self._replicas: ReplicaDescription | None = None
-        self._catalog: Catalog | None = None
-        self._directory: Directory | None = None
+        self._known: _Known | None = None
         self._background: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -66,23 +68,23 @@ class RouterService:
         if self._background is not None:
             self._background.cancel()
             await asyncio.wait({self._background})
-        if self._directory is not None:
-            self._directory.close()
+        if self._known is not None:
+            self._known.directory.close()
 
     def health(self) -> Health:
         """Whether requests can be answered, and what is in the way."""
         if self._background is not None and self._background.done():
             return Health("degraded", ("the list of variants is no longer refreshed: see the router's log",))
-        if self._directory is None:
+        if self._known is None:
             return Health("starting", ("no replica has answered yet",))
-        if not self._directory.tried:
+        if not self._known.directory.tried:
             return Health("starting", ("the list of variants is being read",))
-        problem = self._directory.problem
+        problem = self._known.directory.problem
         return Health("ok") if problem is None else Health("degraded", (problem,))
 
     async def models(self) -> list[dict[str, Any]]:
         """OpenAI's objects of all that ``model`` may name; raises StoreUnavailable, EngineStopped."""
-        return model_list(self.config.base_name, self._since, await self._ready_directory().variants())
+        return model_list(self.config.base_name, self._since, await self._ready().directory.variants())
 
     async def resolve(self, model: str) -> str | None:
         """The version that ``model`` stands for, None for the base.
@@ -91,14 +93,14 @@ class RouterService:
         """
         if model == self.config.base_name:
             return None
-        return await self._ready_directory().resolve(parse_ref(model))
+        return await self._ready().directory.resolve(parse_ref(model))
 
     async def begin(self, request: CompletionRequest | ChatRequest) -> Choices:
         """Start to answer, and wait for the first tokens. The caller closes what it gets. Raises DeltaZipError."""
         self._check_offered(request)
         version = await self.resolve(request.model)
-        text = await self._texts.get(version, partial(self._load_text, version))
-        prompt = await _prompt(request, text, self._described().max_model_len)
+        text = await self._ready().texts.get(version)
+        prompt = await _prompt(request, text, self._ready().replicas.max_model_len)
         sampling = request.sampling(
             max_tokens=self._output_limit(len(prompt), request.output_limit),
             end_token_ids=text.end_token_ids,
@@ -145,7 +147,7 @@ class RouterService:
         )
 
     def _output_limit(self, prompt_tokens: int, wanted: int | None) -> int:
-        context = self._described().max_model_len
+        context = self._ready().replicas.max_model_len
         room = context - prompt_tokens
         if room < (wanted or 1):
             raise PromptTooLong(
@@ -154,37 +156,27 @@ class RouterService:
             )
         return wanted or room
 
-    def _described(self) -> ReplicaDescription:
-        if self._replicas is None:
-            raise EngineStopped(_NO_REPLICA)
-        return self._replicas
-
-    def _ready_directory(self) -> Directory:
-        if self._directory is None:
-            raise EngineStopped(_NO_REPLICA)
-        return self._directory
+    def _ready(self) -> _Known:
+        if self._known is None:
+            raise EngineStopped("no replica has answered yet: try again in a moment")
+        return self._known
 
     async def _learn(self) -> None:
-        while self._replicas is None:
+        replicas = await self._describe()
+        catalog, router = self._open_catalog(replicas.base_digest), self.config.router
+        directory = Directory(
+            catalog, self.config.base_name, router.catalog_refresh_s, self._backend.bring, router.heir_wait_s
+        )
+        self._known = _Known(replicas, directory, Texts(catalog, self._base_files))
+        await directory.keep_fresh()
+
+    async def _describe(self) -> ReplicaDescription:
+        while True:
             try:
-                self._replicas = await self._backend.describe()
+                return await self._backend.describe()
             except DeltaZipError as error:
                 logger.warning("no replica answers yet: %s", error.message)
                 await asyncio.sleep(_RETRY_S)
-        self._catalog = self._open_catalog(self._replicas.base_digest)
-        router = self.config.router
-        self._directory = Directory(
-            self._catalog, self.config.base_name, router.catalog_refresh_s, self._backend.bring, router.heir_wait_s
-        )
-        await self._directory.keep_fresh()
-
-    def _load_text(self, version: str | None) -> VersionText:
-        """Blocking: runs in a thread."""
-        if version is None:
-            return load_version_text(self._base_files)
-        if self._catalog is None:
-            raise StoreUnavailable("the list of variants could not be read yet: try again in a moment")
-        return load_version_text(version_files(self._catalog, version, self._base_files))
 
 
 async def _prompt(request: CompletionRequest | ChatRequest, text: VersionText, room: int) -> list[int]:

@@ -1,0 +1,50 @@
+"""What text means to the base and to versions, in memory while it is used."""
+
+from collections.abc import Mapping
+from functools import partial
+
+from deltazip_deployments.text.version_text import VersionText, load_version_text
+from deltazip_ray.artifact.catalog import Catalog
+from deltazip_ray.artifact.digests import sha256_hex
+from deltazip_ray.artifact.manifest import FILES
+from deltazip_ray.once import Once
+
+_VERSIONS = 4096
+"""Of which it is known what files they have."""
+_LOADED = 64
+
+_Files = frozenset[tuple[str, str]]
+"""Names of files and the sha256 of each."""
+
+
+class Texts:
+    """Tokenizers take long to load and much memory: versions with equal files share one, also with the base.
+
+    Belongs to one event loop; reads and loads run in threads.
+    """
+
+    def __init__(self, catalog: Catalog, base_files: Mapping[str, bytes]) -> None:
+        """``base_files``: by name."""
+        self._catalog = catalog
+        self._of_base = {name: sha256_hex(data) for name, data in base_files.items()}
+        self._contents = {self._of_base[name]: data for name, data in base_files.items()}
+        self._files = Once[str, _Files](_VERSIONS)
+        self._loaded = Once[_Files, VersionText](_LOADED)
+
+    async def get(self, version: str | None) -> VersionText:
+        """That of ``version``, None for the base. Raises ArtifactError, StoreError."""
+        files = frozenset(self._of_base.items())
+        if version is not None:
+            files = await self._files.get(version, partial(self._find, version))
+        return await self._loaded.get(files, partial(self._load, files))
+
+    def _find(self, version: str) -> _Files:
+        """A version's own files come before the base's; with a tokenizer of its own it has none of the base's."""
+        entries = self._catalog.manifest(version).files
+        own = {name: entry.digest for name, entry in entries.items() if name in FILES}
+        return frozenset((own if "tokenizer.json" in own else self._of_base | own).items())
+
+    def _load(self, files: _Files) -> VersionText:
+        """What the base has too is not fetched."""
+        known, fetch = self._contents, self._catalog.file
+        return load_version_text({name: known[one] if one in known else fetch(one) for name, one in files})
