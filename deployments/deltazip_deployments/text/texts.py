@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 
+from deltazip_deployments.text.version_files import beside
 from deltazip_deployments.text.version_text import VersionText, load_version_text
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.digests import sha256_hex
@@ -39,10 +40,9 @@ class Texts:
         return await self._loaded.get(files, partial(self._load, files))
 
     def _find(self, version: str) -> _Files:
-        """A version's own files come before the base's; with a tokenizer of its own it has none of the base's."""
         entries = self._catalog.manifest(version).files
         own = {name: entry.digest for name, entry in entries.items() if name in FILES}
-        return frozenset((own if "tokenizer.json" in own else self._of_base | own).items())
+        return frozenset(beside(self._of_base, own).items())
 
     def _load(self, files: _Files) -> VersionText:
         """What the base has too is not fetched."""

@@ -27,7 +27,7 @@ class Vocabularies:
         files = base_files(Path(self._config.base))
         if version is not None:
             catalog = Catalog(open_store(self._config.store), self._base_digest())
-            files = dict(version_files(catalog, version, files))
+            files = version_files(catalog, version, files)
         text = load_version_text(files)
         with blamed_on_files(ManifestInvalid, "the version's tokenizer is none that structured output can use"):
             return make_vocabulary(text.tokenizer, text.end_token_ids)
