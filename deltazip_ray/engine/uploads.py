@@ -12,7 +12,7 @@ not use the slot, for the slot's pins are back. On a CPU the thread makes plain 
 
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 import torch
@@ -105,6 +105,7 @@ class Upload:
     def join(self) -> None:
         """Let what is launched from now on wait for the copies so far."""
         copies, self._copies = self._copies, []
+        wait(copies)  # for those behind one that failed, too
         for copy in copies:
             copy.result()
         if self._copier.stream is not None:

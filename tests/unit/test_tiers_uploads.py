@@ -142,6 +142,18 @@ def test_a_load_that_fails_leaves_copies_out_and_waits_for_the_one_that_runs() -
     assert [int(target.sum()) for target in targets] == [8, 0, 0]
 
 
+def test_a_load_whose_copy_fails_waits_for_those_behind_it() -> None:
+    """Until then they write to its slot."""
+    uploads = Uploads(CPU)
+    target, ones = torch.zeros(1 << 20, dtype=torch.uint8), torch.ones(1 << 20, dtype=torch.uint8)
+    uploads.copier = Copier(CPU, Pace(20.0 * (1 << 20)), chunk=1 << 18)
+    with pytest.raises(RuntimeError), uploads.beside_steps() as upload:  # noqa: PT012 - the copies fail at the end
+        upload.copy(torch.zeros(7, dtype=torch.uint8), ones)
+        upload.copy(target, ones)
+        upload.copy(target, 2 * ones)
+    assert bool((target == 2).all())
+
+
 def test_beside_steps_a_load_is_few_copies_ahead_of_the_wire() -> None:
     """Else its work on later blobs would keep the interpreter from copier and steps."""
     go_on, asked = threading.Event(), []
