@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from prometheus_client import CollectorRegistry
 
 from benchmarks.engine_model import DIGEST, RandomVersions, build
@@ -243,17 +244,13 @@ async def beside_traffic(engine: AsyncEngine, timed: Timed, length: int, cold: i
 
 async def first_tokens(engine: AsyncEngine, slots: DeviceSlots) -> dict[str, Any]:
     """Of versions that are in the arena, published when all of it is there or used while they arrive; and of a
-    resident one. Also how long loads take alone. All on an idle engine.
-
-    The slots are wiped before: a step that does not wait for its weights makes other numbers than a later one.
-    """
-    slots.memory.zero_()
+    resident one. Also how long loads take alone. All on an idle engine."""
     found: dict[str, Any] = {"prompt_tokens": PROMPT}
     answers: list[str] = []
     configured = slots.overlap
     for overlap in (False, True):
         slots.overlap = overlap
-        runs = [await first_token(engine, f"{2000 + 100 * overlap + i:064x}", "host") for i in range(_RUNS + 2)]
+        runs = [await over_zeros(engine, slots, f"{2000 + 100 * overlap + i:064x}") for i in range(_RUNS + 2)]
         found["overlapped_s" if overlap else "published_s"] = [seconds for seconds, _ in runs[2:]]
         answers += [answer for _, answer in runs]
     slots.overlap = configured
@@ -265,6 +262,14 @@ async def first_tokens(engine: AsyncEngine, slots: DeviceSlots) -> dict[str, Any
     found["load_s"] = [await prefetched(engine, f"{4000 + i:064x}") for i in range(_RUNS)]
     found["answers"] = Counter(answers)
     return found
+
+
+async def over_zeros(engine: AsyncEngine, slots: DeviceSlots, version: str) -> tuple[float, str]:
+    """As :func:`first_token`, of a version in the arena, when the slots hold nothing: a step that does not wait for its
+    weights makes other numbers then."""
+    slots.memory.zero_()
+    torch.cuda.synchronize()
+    return await first_token(engine, version, "host")
 
 
 async def prefetched(engine: AsyncEngine, version: str) -> float:

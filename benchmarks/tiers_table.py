@@ -96,6 +96,8 @@ def ways(gpu: dict[str, Any]) -> str:
     lines = ["| way | median | least | most | runs |", "|---|--:|--:|--:|--:|"]
     for name, found in rows.items():
         lines.append(f"| {name} | {_ms(found)} | {_ms([min(found)])} | {_ms([max(found)])} | {len(found)} |")
+    answers = first["answers"].values()
+    lines += ["", f"{max(answers)} of {sum(answers)} first tokens and log-probabilities are equal in all digits."]
     return "\n".join(lines)
 
 
