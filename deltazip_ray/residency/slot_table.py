@@ -1,8 +1,4 @@
-"""The device tier's policy: which version is in which slot, who may stay, and who is next.
-
-A slot is free, loading, or resident. A resident version is pinned by the requests that use it and never leaves while
-it is; unpinned ones stay until somebody needs the room. Then that one goes which is worth least: popularity times the
-seconds that bringing it back would take, see :mod:`popularity`.
+"""The device tier's policy: who waits for which version, and who is next. Who is in which slot: :mod:`slots`.
 
 * **A slot is taken last.** A load asks for its slot when everything is there that may be slow or fail. Until then it
   costs no resident version its place, and when nobody waits for it any more it is cancelled.
@@ -16,18 +12,18 @@ seconds that bringing it back would take, see :mod:`popularity`.
   for it queue up like everybody's, so that it drains and its slot becomes free. Each overdue version closes one slot,
   but half of them stay open, so that popular versions go on while many rare ones take turns (docs/scheduling.md).
 * **A failed load** frees its slot and fails those who waited for it, nobody else.
-* **Slots are lent.** One that nobody uses may be taken out of use for a while: its memory serves something else.
 """
 
 import asyncio
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from deltazip_ray.errors import ConfigError, EngineError, EngineStopped, LoadTimeout
-from deltazip_ray.residency.popularity import HALF_LIFE, Popularity
+from deltazip_ray.residency.popularity import HALF_LIFE
 from deltazip_ray.residency.slot_entries import AskSlot, Coming, Load, Occupant, Pin, cancel, fail
+from deltazip_ray.residency.slots import Slots
 from deltazip_ray.residency.tiers import Tier
 
 __all__ = ["AskSlot", "Load", "Pin", "SlotTable"]
@@ -49,43 +45,39 @@ class SlotTable:
         version back. ``half_life``: of uses, in uses. Raises ConfigError."""
         if slots < 1 or max_overtakes < 0:
             raise ConfigError(f"{slots} slots and {max_overtakes} overtakes: at least 1 and at least 0 are needed")
-        self.evictions = 0
-        """Versions that had to leave since the start."""
-        self._cost = cost
-        self._popularity = Popularity[str](half_life)
+        self._slots = Slots(slots, cost, half_life)
         self._max_overtakes = max_overtakes
         self._overtakes = 0
-        self._free = list(range(slots - 1, -1, -1))
-        self._all = slots
-        self._lent: set[int] = set()
-        self._occupants: dict[str, Occupant] = {}  # least recently used first
-        self._cancelled: set[Occupant] = set()  # loads that were told to stop and still have their slots
         self._coming: dict[str, Coming] = {}
         self._dropped: set[Coming] = set()  # loads that were told to stop before they had a slot
         self._queue: dict[str, Coming] = {}  # those that have asked for a slot, first come first
-        self._pins: set[Pin] = set()
         self._stopped = False
 
     @property
     def slots(self) -> int:
         """Those that are not lent."""
-        return self._all - len(self._lent)
+        return self._slots.count
+
+    @property
+    def evictions(self) -> int:
+        """Versions that had to leave since the start."""
+        return self._slots.evictions
 
     @property
     def resident(self) -> frozenset[str]:
         """Versions that are on the device."""
-        return frozenset(o.version for o in self._occupants.values() if o.load is None)
+        return frozenset(one.version for one in self._slots.residents)
 
     @property
     def loading(self) -> frozenset[str]:
         """Versions that are on their way, without those that wait for a slot."""
-        copied = {o.version for o in self._occupants.values() if o.load is not None}
+        copied = {one.version for one in self._slots.occupants.values() if one.load is not None}
         return frozenset(copied | (self._coming.keys() - self._queue.keys()))
 
     @property
     def has_room(self) -> bool:
         """Whether a load would get a slot at once."""
-        return not self._queue and (bool(self._free) or any(self._unpinned()))
+        return not self._queue and self._slots.has_room
 
     @property
     def waiting(self) -> tuple[str, ...]:
@@ -100,9 +92,9 @@ class SlotTable:
         """
         if self._stopped:
             raise EngineStopped("the engine has stopped: send the request to another replica")
-        occupant = self._occupants.get(version)
+        occupant = self._slots.occupants.get(version)
         if occupant is not None and occupant.load is None and not occupant.closed:
-            pin = self._grant(occupant, "device")
+            pin = self._slots.pin(occupant, "device")
             self._count_overtake()
             return pin
         waiter: asyncio.Future[Pin] = asyncio.get_running_loop().create_future()
@@ -122,26 +114,18 @@ class SlotTable:
 
     def unpin(self, pin: Pin) -> None:
         """Give a pin back, once nothing reads the slot on its behalf any more. Raises EngineError the second time."""
-        if pin not in self._pins:
-            raise EngineError(f"the pin of version {pin.version[:12]} in slot {pin.slot} was given back already")
-        self._pins.remove(pin)
-        occupant = self._occupants[pin.version]
-        occupant.pins -= 1
-        self._occupants[pin.version] = self._occupants.pop(pin.version)
-        self._popularity.used((pin.version,))
-        if occupant.leaving and not occupant.pins:
-            self._free_slot(occupant)
+        self._slots.unpin(pin)
         self._dispatch()
 
     def discard(self, version: str) -> None:
         """Free the slot of a version as soon as nobody uses it; one that is wanted and not there yet is left alone."""
-        occupant = self._occupants.get(version)
+        occupant = self._slots.occupants.get(version)
         if occupant is None or occupant.load is not None:
             return
         if occupant.pins:
             occupant.leaving = True
         else:
-            self._free_slot(occupant)
+            self._slots.vacate(occupant)
             self._dispatch()
 
     def lend(self, least: int) -> int | None:
@@ -151,15 +135,11 @@ class SlotTable:
         """
         if self._queue or self.slots <= least:
             return None
-        slot = self._take_slot()
-        if slot is not None:
-            self._lent.add(slot)
-        return slot
+        return self._slots.lend()
 
     def take_back(self, slot: int) -> None:
         """Use a slot again that was lent, and whose memory serves nothing else any more."""
-        self._lent.remove(slot)
-        self._free.append(slot)
+        self._slots.take_back(slot)
         self._dispatch()
 
     async def close(self) -> None:
@@ -169,28 +149,22 @@ class SlotTable:
         for coming in list(self._coming.values()):
             fail(coming.waiters, stopped)
             self._drop(coming)
-        loading = [o for o in self._occupants.values() if o.load is not None]
+        loading = [o for o in self._slots.occupants.values() if o.load is not None]
         for occupant in loading:
             fail(occupant.waiters, stopped)
             cancel(occupant.load)
         self._balance_closed()
-        ending: list[Occupant | Coming] = [*loading, *self._cancelled, *self._dropped]
+        ending: list[Occupant | Coming] = [*loading, *self._slots.cancelled, *self._dropped]
         loads = [one.load for one in ending if one.load is not None]
         if loads:
             await asyncio.wait(loads)
 
     def check(self) -> None:
         """Raise EngineError unless slots, pins and the queue agree with the rules above. Linear in the slots."""
-        residents = [o for o in self._occupants.values() if o.load is None]
-        closed = [o for o in residents if o.closed]
-        taken = [o.slot for o in (*self._occupants.values(), *self._cancelled)]
+        residents, closed = self._slots.residents, self._closed()
         first = next(iter(self._queue), None)
         rules = {
-            "a slot is lost or taken twice": sorted([*taken, *self._free, *self._lent]) == list(range(self._all)),
-            "pins do not add up": all(o.pins == sum(p.slot == o.slot for p in self._pins) for o in residents)
-            and len(self._pins) == sum(o.pins for o in self._occupants.values()),
-            "a version waits though there is room": not self._queue
-            or not (self._free or any(not o.pins for o in residents)),
+            "a version waits though there is room": not (self._queue and self._slots.has_room),
             "a version waits for itself": first is None or all(o.version != first for o in residents),
             "a resident version has waiters": not any(o.waiters for o in residents),
             "nobody waits for a version on its way": all(c.waiters for c in self._coming.values()),
@@ -198,13 +172,12 @@ class SlotTable:
             "an open version is loaded again": all(o.closed for o in residents if o.version in self._coming),
             "too many or too few slots are closed": len(closed) == min(self._overdue(), len(residents)),
         }
-        for problem, holds in rules.items():
-            if not holds:
-                raise EngineError(f"slot table: {problem}; restart the replica and report this")
+        for problem in (*self._slots.check(), *(problem for problem, holds in rules.items() if not holds)):
+            raise EngineError(f"slot table: {problem}; restart the replica and report this")
 
     def _join(self, version: str, load: Load, waiter: asyncio.Future[Pin]) -> None:
         """Put a waiter where its version is: in a slot, on the way to one, or nowhere yet."""
-        occupant, coming = self._occupants.get(version), self._coming.get(version)
+        occupant, coming = self._slots.occupants.get(version), self._coming.get(version)
         if occupant is not None and occupant.load is not None:
             occupant.waiters[waiter] = None
             self._count_overtake()
@@ -223,8 +196,8 @@ class SlotTable:
             if waiter.exception() is None:
                 self.unpin(waiter.result())
             return
-        if version in self._occupants:
-            self._occupants[version].waiters.pop(waiter, None)
+        if version in self._slots.occupants:
+            self._slots.occupants[version].waiters.pop(waiter, None)
         coming = self._coming.get(version)
         if coming is not None:
             coming.waiters.pop(waiter, None)
@@ -260,53 +233,27 @@ class SlotTable:
             self._overtakes += 1
             self._dispatch()
 
-    def _grant(self, occupant: Occupant, tier: Tier) -> Pin:
-        occupant.pins += 1
-        pin = Pin(occupant.version, occupant.slot, tier)
-        self._pins.add(pin)
-        return pin
-
     def _dispatch(self) -> None:
         """Serve the queue as far as there are slots, then see to it that slots become free for the rest."""
         while self._queue:
             version, coming = next(iter(self._queue.items()))
-            occupant = self._occupants.get(version)
+            occupant = self._slots.occupants.get(version)
             if occupant is not None:  # It was closed for others, and they are gone.
                 self._reopen(occupant)
                 continue
-            slot = self._take_slot()
+            slot = self._slots.take()
             if slot is None:
                 break
             self._start(coming, slot)
         self._cancel_abandoned()
         self._balance_closed()
 
-    def _take_slot(self) -> int | None:
-        if self._free:
-            return self._free.pop()
-        victim = min(
-            self._unpinned(), key=lambda o: self._popularity.worth(o.version, self._cost(o.version)), default=None
-        )
-        if victim is None:
-            return None
-        del self._occupants[victim.version]
-        self.evictions += 1
-        return victim.slot
-
-    def _unpinned(self) -> Iterator[Occupant]:
-        """Residents that may leave."""
-        return (o for o in self._occupants.values() if o.load is None and not o.pins)
-
-    def _free_slot(self, occupant: Occupant) -> None:
-        del self._occupants[occupant.version]
-        self._free.append(occupant.slot)
-
     def _start(self, coming: Coming, slot: int) -> None:
         """Give a load its slot."""
         del self._queue[coming.version]
         del self._coming[coming.version]
         coming.occupant = Occupant(coming.version, slot, coming.waiters, coming.load)
-        self._occupants[coming.version] = coming.occupant
+        self._slots.occupants[coming.version] = coming.occupant
         if coming.place is not None and not coming.place.cancelled():  # else it has given up, and will end soon
             coming.place.set_result(slot)
 
@@ -326,37 +273,36 @@ class SlotTable:
 
     def _filled(self, occupant: Occupant, load: asyncio.Future[Tier], error: BaseException | None) -> None:
         occupant.load = None
-        if occupant in self._cancelled:
-            self._cancelled.remove(occupant)
-            self._free.append(occupant.slot)
+        if occupant in self._slots.cancelled:
+            self._slots.cancelled.remove(occupant)
+            self._slots.give_back(occupant.slot)
         elif error is None:
             for waiter in occupant.waiters:
-                waiter.set_result(self._grant(occupant, load.result()))
+                waiter.set_result(self._slots.pin(occupant, load.result()))
             occupant.waiters.clear()
         else:
-            del self._occupants[occupant.version]
-            self._free.append(occupant.slot)
+            self._slots.vacate(occupant)
             if not occupant.waiters:
                 logger.warning("version %s did not load, but nobody waits for it: %r", occupant.version[:12], error)
             fail(occupant.waiters, error)
 
     def _cancel_abandoned(self) -> None:
         """Stop loads that nobody waits for, one for each version that waits for a slot."""
-        abandoned = [o for o in self._occupants.values() if o.load is not None and not o.waiters]
-        for occupant in abandoned[: max(0, len(self._queue) - len(self._cancelled))]:
-            del self._occupants[occupant.version]
-            self._cancelled.add(occupant)
-            cancel(occupant.load)
+        abandoned = [o for o in self._slots.occupants.values() if o.load is not None and not o.waiters]
+        for occupant in abandoned[: max(0, len(self._queue) - len(self._slots.cancelled))]:
+            self._slots.cancel(occupant)
 
     def _balance_closed(self) -> None:
         """Have one closed slot for each overdue version, as far as there are resident ones and half of them allow."""
-        closed = sorted((o for o in self._occupants.values() if o.closed), key=lambda o: o.pins)
-        for occupant in closed[self._overdue() :]:
+        for occupant in sorted(self._closed(), key=lambda o: o.pins)[self._overdue() :]:
             self._reopen(occupant)
-        residents = [o for o in self._occupants.values() if o.load is None]
+        residents = self._slots.residents
         missing = self._overdue() - sum(o.closed for o in residents)
         for occupant in sorted((o for o in residents if not o.closed), key=lambda o: o.pins)[: max(0, missing)]:
             occupant.closed = True
+
+    def _closed(self) -> list[Occupant]:
+        return [o for o in self._slots.residents if o.closed]
 
     def _overdue(self) -> int:
         """Versions that slots are closed for: those overdue, which are the first of the queue, up to half the slots."""
@@ -369,7 +315,7 @@ class SlotTable:
         coming = self._coming.get(occupant.version)
         if coming is not None:
             for waiter in coming.waiters:
-                waiter.set_result(self._grant(occupant, "device"))
+                waiter.set_result(self._slots.pin(occupant, "device"))
             coming.waiters.clear()
             self._drop(coming)
             self._overtakes += 1

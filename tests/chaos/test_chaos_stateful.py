@@ -1,4 +1,4 @@
-"""Loads, hints, evictions, pins, replacements, cancellations, damage, repair: in any order, against one host.
+"""Loads, hints, evictions, pins, unloads, lent slots, cancellations, damage, repair: in any order, against one host.
 
 Hypothesis looks for an order that breaks an invariant: no slot and no room of the arena leaks, no byte is used that
 was not verified, everybody who waits is answered. ``DELTAZIP_CHAOS_EXAMPLES`` sets how many orders are tried.
@@ -118,6 +118,10 @@ class Host(RuleBasedStateMachine):
     @rule(version=versions, disk=st.booleans())
     def unload(self, version: str, disk: bool) -> None:
         self.loop.run(partial(self.host.unload, version, disk=disk))
+
+    @rule(back=st.booleans())
+    def lend(self, back: bool) -> None:
+        self.loop.run(self.host.take_back if back else self.host.lend)
 
     @rule()
     def restart(self) -> None:

@@ -42,7 +42,8 @@ class ByteSlots:
     def __init__(self, count: int, truth: Mapping[str, Blobs]) -> None:
         self.contents: list[Blobs | None] = [None] * count
         self._truth = truth
-        self._writing = [threading.Lock() for _ in range(count)]
+        self.writing = [threading.Lock() for _ in range(count)]
+        """Who has one may write to that slot."""
 
     def check(self, manifest: Manifest) -> None:
         """All fit."""
@@ -51,7 +52,7 @@ class ByteSlots:
         return 1
 
     def load(self, slot: int, delta: HostDelta, usable: Callable[[], object]) -> None:
-        if not self._writing[slot].acquire(blocking=False):
+        if not self.writing[slot].acquire(blocking=False):
             raise AssertionError(f"two loads write to slot {slot}")
         try:
             self.contents[slot] = None
@@ -63,7 +64,7 @@ class ByteSlots:
                 raise AssertionError("unverified bytes were copied to a slot")
             self.contents[slot] = copied
         finally:
-            self._writing[slot].release()
+            self.writing[slot].release()
 
 
 class Restartable:
@@ -119,6 +120,7 @@ class ChaosHost:
         metrics = EngineMetrics(CollectorRegistry(), lambda: cast("EngineStats", None))
         self.versions = Versions(self.source, cast("Any", self.slots), SLOTS, metrics)
         self.clients: list[Client] = []
+        self._lent: list[int] = []
         self._hints: set[asyncio.Task[None]] = set()
         self.forgotten: list[str] = []
         """What went wrong and nobody was told."""
@@ -181,6 +183,21 @@ class ChaosHost:
         """Nobody will want a version any more."""
         self._hint(self.versions.unload(version, disk=disk))
 
+    async def lend(self) -> None:
+        """Something else takes a slot, if one can be had, and writes to it."""
+        slot = await self.versions.lend(1)
+        if slot is not None:
+            assert self.slots.writing[slot].acquire(blocking=False), "a slot was lent while a load wrote to it"
+            self.slots.contents[slot] = None
+            self._lent.append(slot)
+
+    def take_back(self) -> None:
+        """A slot that was lent serves versions again."""
+        if self._lent:
+            slot = self._lent.pop()
+            self.slots.writing[slot].release()
+            self.versions.table.take_back(slot)
+
     async def restart_cache(self) -> None:
         """The node's store dies and comes back empty; the disk stays."""
         self.store.gate.set()
@@ -204,6 +221,8 @@ class ChaosHost:
         """All faults end; everybody is answered, everything that is intact can be had, and nothing is left over."""
         self.store.faults.clear()
         self.store.gate.set()
+        while self._lent:
+            self.take_back()
         for client in self.clients:
             client.may_go.set()
         done = asyncio.gather(*(client.task for client in self.clients), return_exceptions=True)
