@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def merge(
 
     ``dtype`` is that of the fine-tune when absent; float32 gives the sums exactly as they were computed. Blobs are
     verified. Holds one block at a time and one shard. Raises BaseMismatch when the artifact belongs to another base,
-    ArtifactError, StoreError, CheckpointInvalid, and ConfigError when ``out`` exists.
+    ArtifactError, StoreError, CheckpointInvalid, and ConfigError when ``out`` exists or cannot be written.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already: give a new folder")
@@ -56,6 +57,23 @@ def merge(
     dtype = dtype or _dtype(config)
     config["dtype"] = str(dtype).removeprefix("torch.")
     config.pop("torch_dtype", None)
+    try:
+        _write(out, config, manifest, store, _weights(checkpoint, manifest, store, progress), dtype)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot write {out}: {error}: free space, or give another folder") from error
+    progress("done", 1.0)
+    return manifest
+
+
+def _write(
+    out: Path,
+    config: dict[str, Any],
+    manifest: Manifest,
+    store: ObjectStore,
+    weights: Iterator[tuple[str, Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    """Fill a folder beside ``out`` that gets its name when it is complete."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         partial = Path(folder) / out.name
@@ -63,10 +81,8 @@ def merge(
         for name, entry in manifest.files.items():
             (partial / name).write_bytes(read_verified(store, blob_key(entry.object_digest), entry))
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        _write_weights(partial, _weights(checkpoint, manifest, store, progress), dtype)
+        _write_weights(partial, weights, dtype)
         partial.rename(out)
-    progress("done", 1.0)
-    return manifest
 
 
 def _weights(

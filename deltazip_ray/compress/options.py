@@ -57,10 +57,14 @@ class CompressOptions(Settings):
 
     @field_validator("require")
     @classmethod
-    def _is_readable(cls, require: str | None) -> str | None:
-        """Raise ConfigError now, and not after an hour of work."""
-        if require is not None:
-            parse_requirements(require)
+    def _can_be_checked(cls, require: str | None) -> str | None:
+        """Raise now, and not after an hour of work: ConfigError, or ValueError for what no compression measures."""
+        for bound in parse_requirements(require) if require is not None else ():
+            if bound.is_score:
+                raise ValueError(
+                    f"{bound.measure} is measured when there is an artifact: `deltazip eval --record`, "
+                    "then `deltazip publish --require`"
+                )
         return require
 
     @model_validator(mode="after")

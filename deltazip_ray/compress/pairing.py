@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from deltazip_ray.artifact.checkpoint import Checkpoint
 from deltazip_ray.compress.adapter import AdaptedCheckpoint, LowRank, is_adapter, open_adapter
 from deltazip_ray.compress.skeleton import Skeleton
@@ -13,6 +15,10 @@ from deltazip_ray.errors import CheckpointInvalid, CheckpointMismatch
 FIXED_ROPE = {"default", "linear", "llama3"}
 """Rotary types whose frequencies do not depend on ``max_position_embeddings``."""
 SHOWN = 5
+SAMPLED = 2**20
+"""Numbers of a matrix that are compared with the base's."""
+RELATED = 0.2
+"""Cosine of a fine-tune's weights with the base's, at least: far below any training's, far above that of strangers."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ def open_pair(base: Path, finetuned: Path) -> Pair:
             f"{finetuned} has {vocab} tokens, fewer than the {base_vocab} of {base}: a vocabulary may only grow; "
             "keep the base's rows when you resize the embedding"
         )
+    if not adapted:
+        _check_related(base_checkpoint, finetuned_checkpoint, skeleton)
     products = finetuned_checkpoint.products if isinstance(finetuned_checkpoint, AdaptedCheckpoint) else {}
     return Pair(base_checkpoint, finetuned_checkpoint, skeleton, base_vocab, vocab - base_vocab, products)
 
@@ -94,6 +102,24 @@ def _check_tensors(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
             raise CheckpointInvalid(
                 f"{checkpoint.path}: {name} is {list(checkpoint.shape(name))}, but by config.json it is {list(shape)}"
             )
+
+
+def _check_related(base: Checkpoint, finetuned: Checkpoint, skeleton: Skeleton) -> None:
+    """Raise CheckpointMismatch when no matrix of the first block is like the base's."""
+    prefix, shapes = f"{skeleton.block_name(0)}.", skeleton.shapes()
+    names = [name for name, shape in shapes.items() if name.startswith(prefix) and len(shape) == 2]
+    if all(_cosine(base.tensor(name), finetuned.tensor(name)) < RELATED for name in names):
+        raise CheckpointMismatch(
+            f"{finetuned.path} has the shape of {base.path}, but its weights have nothing in common with it: "
+            "give the base that it was trained from"
+        )
+
+
+def _cosine(base: Tensor, finetuned: Tensor) -> float:
+    """Size of the cosine between two weights as far as they are compared; 1 where one is zero."""
+    left, right = (weight.flatten()[:SAMPLED].float() for weight in (base, finetuned))
+    size = left.norm() * right.norm()
+    return float((left @ right / size).abs()) if size > 0 else 1.0
 
 
 def _listed(names: list[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from deltazip_ray.compress.hub_data import dataset_rows
 from deltazip_ray.compress.options import CompressOptions
@@ -81,8 +81,9 @@ def _rendered(source: str, chats: Iterable[tuple[str, str]], tokenizer: Any, len
         try:
             text = tokenizer.apply_chat_template(_Chat.model_validate_json(line).messages, tokenize=False)
         except (ValueError, TypeError, TemplateError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
             raise CompressionError(
-                f"{where} is no chat that the fine-tune's template takes ({error!r}): "
+                f"{where} is no chat that the fine-tune's template takes ({reason}): "
                 'write {"messages": [{"role": "user", "content": "…"}, …]}'
             ) from error
         yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:length]

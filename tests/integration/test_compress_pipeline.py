@@ -279,6 +279,9 @@ def test_merge_refuses_another_base_and_an_existing_folder(base: Path, finetuned
         merge(make_base(tmp_path / "other", seed=9), tmp_path / "artifact", tmp_path / "merged")
     with pytest.raises(ConfigError, match="exists already"):
         merge(base, tmp_path / "artifact", base)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot write .* free space, or give another folder"):
+        merge(base, tmp_path / "artifact", tmp_path / "file" / "merged")
 
 
 def test_merge_verifies_blobs_and_leaves_nothing_half_done(base: Path, finetuned: Path, tmp_path: Path) -> None:

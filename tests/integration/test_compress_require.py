@@ -37,6 +37,10 @@ def test_require_stops_compress_and_publish(tmp_path: Path) -> None:
     with pytest.raises(ManifestInvalid):
         open_artifact(tmp_path / "delta")
 
+    code, told = deltazip(*command, "--require", "kl<1000,sort:acc>0.5")
+    assert code == 1
+    assert "sort:acc is measured when there is an artifact" in told
+
     code, told = deltazip(*command, "--require", "kl<1000")
     assert code == 0
     assert told.startswith("note: no --calibration")

@@ -127,7 +127,7 @@ def test_a_journal_of_other_inputs_is_not_used(
     if what == "finetuned":
         finetuned = make_finetune(base, tmp_path / "other", seed=8)
     if what == "base":
-        base = make_base(tmp_path / "other", layers=3, seed=8)
+        base = make_finetune(base, tmp_path / "other", seed=8)
     if what == "calibration":
         text.write_text(text.read_text() + "more of it")
     if what == "journal":

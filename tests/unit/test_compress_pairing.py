@@ -95,6 +95,13 @@ def test_other_sizes(base: Path, tmp_path: Path) -> None:
         open_pair(base, make_base(tmp_path / "deep", layers=3))
 
 
+def test_a_stranger_of_the_same_shape(base: Path, finetuned: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointMismatch, match="nothing in common with it: give the base"):
+        open_pair(make_base(tmp_path / "stranger", seed=7), finetuned)
+    edit_tensors(finetuned, lambda tensors: [tensor.mul_(-1) for name, tensor in tensors.items() if "mlp" in name])
+    assert open_pair(base, finetuned).added == 0
+
+
 def test_tensors_that_the_architecture_does_not_know(base: Path, finetuned: Path) -> None:
     adapter = "model.layers.0.self_attn.q_proj.lora_A.weight"
     edit_tensors(finetuned, lambda tensors: tensors.update({adapter: torch.zeros(4, 128)}))
@@ -151,7 +158,8 @@ def test_biases_are_part_of_the_architecture(tmp_path: Path) -> None:
         num_attention_heads=2,
         attention_bias=True,
     )
+    model = LlamaForCausalLM(config)
     for name in ("base", "finetuned"):
-        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+        model.save_pretrained(tmp_path / name)
     pair = open_pair(tmp_path / "base", tmp_path / "finetuned")
     assert "self_attn.q_proj.bias" in pair.skeleton.block_weights(0)
