@@ -178,6 +178,7 @@ class AsyncEngine:
             preemptions=scheduler.preemptions,
             prefix_lookups=scheduler.prefix_lookups,
             prefix_hits=scheduler.prefix_hits,
+            stopped=self._stopped,
         )
 
     async def check(self) -> None:

@@ -35,6 +35,8 @@ class EngineStats:
     """Tokens of admitted requests, since the start."""
     prefix_hits: int = 0
     """Of those, tokens whose keys and values were in the KV cache already."""
+    stopped: bool = False
+    """Whether it has ended, on purpose or not: it takes no requests any more."""
 
 
 class EngineMetrics:

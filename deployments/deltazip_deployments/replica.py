@@ -129,6 +129,7 @@ class Replica:
             host=self._on_host,
             slots=stats.slots,
             capacity=self._config.engine.max_running,
+            stopped=stats.stopped,
         )
 
     async def __del__(self) -> None:

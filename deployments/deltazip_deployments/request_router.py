@@ -21,7 +21,7 @@ _SUSPECT_S = 3.0
 
 
 def routing_stats(
-    *, device: Iterable[str], loading: Iterable[str], host: Iterable[str], slots: int, capacity: int
+    *, device: Iterable[str], loading: Iterable[str], host: Iterable[str], slots: int, capacity: int, stopped: bool
 ) -> dict[str, Any]:
     """What a replica tells all routers. Only what changes seldom: each change is broadcast."""
     return {
@@ -30,6 +30,7 @@ def routing_stats(
         "host": sorted(host),
         "slots": slots,
         "capacity": capacity,
+        "stopped": stopped,
     }
 
 
@@ -99,11 +100,14 @@ class DeltaAwareRouter(LocalityMixin, RequestRouter):
         return [[replica for replica in candidate_replicas if replica.replica_id == best]]
 
     def _open_replicas(self) -> list[RunningReplica]:
-        """Replicas with room, without those that just failed to answer unless there is nothing else."""
+        """Replicas with room; those that just failed to answer, or whose engine has ended, if there is nothing else."""
         with_room = self.select_available_replicas()
-        now = time.monotonic()
-        trusted = [r for r in with_room if self._suspects.get(r.replica_id, 0.0) < now]
-        return trusted or with_room
+        return [replica for replica in with_room if self._is_trusted(replica)] or with_room
+
+    def _is_trusted(self, replica: RunningReplica) -> bool:
+        """An engine that has ended answers soonest of all: with an error, until Serve replaces its replica."""
+        stopped = (replica.routing_stats or {}).get("stopped", False)
+        return not stopped and self._suspects.get(replica.replica_id, 0.0) < time.monotonic()
 
     def _view(self, replica: RunningReplica) -> ReplicaView:
         stats = replica.routing_stats or {}

@@ -14,7 +14,7 @@ import ray
 from deltazip_deployments.node_store.discovery import NAMESPACE, find_or_start, list_stores
 from deltazip_ray.config import AppConfig, EngineConfig, NodeStoreConfig, RouterConfig, StoreConfig
 from tests.support.catalogs import BASE_DIGEST, publish, save_base_files
-from tests.support.fake_engine import Script, scripted_tokens
+from tests.support.fake_engine import FATAL_SEED, Script, scripted_tokens
 from tests.support.serve_app import ServeApp, private_ray, scratch, serve_app, wait_until
 from tests.support.tiny import make_tokenizer
 
@@ -199,6 +199,17 @@ def test_all_is_well_afterwards(app: ServeApp) -> None:
         assert answer.status_code == 200
     # The dead replica's silence ends its lease; its successor reports instead.
     wait_until(lambda: len(app.by_replica("fake_engine_running")) == 2)
+
+
+async def test_nothing_is_sent_to_a_replica_whose_engine_has_ended(app: ServeApp) -> None:
+    """Serve replaces it after three checks; until then it would be the fastest of all to answer, with an error."""
+    async with httpx.AsyncClient(base_url=app.url, timeout=60) as client:
+        fatal = await client.post("/v1/completions", json={"model": "v3", "prompt": "a", "seed": FATAL_SEED})
+        assert fatal.status_code == 200, fatal.text
+        for _ in range(10):
+            asked = [{"model": model, "prompt": "a", "max_tokens": 2} for model in ("tiny", *VARIANTS)]
+            answers = await asyncio.gather(*(client.post("/v1/completions", json=one) for one in asked))
+            assert [answer.status_code for answer in answers] == [200] * len(asked), answers[0].text
 
 
 def test_a_node_store_that_nobody_needs_ends_by_itself(app: ServeApp) -> None:

@@ -17,6 +17,8 @@ from deltazip_ray.errors import EngineStopped, InvalidRequest, Overloaded, Promp
 from deltazip_ray.residency.tiers import DeltaSource, HostMemory, PrefetchTier, Tier
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
 
+FATAL_SEED = 666
+"""The seed of a request over which an engine ends, as when its device is lost; on another replica it goes on."""
 FIRST_LETTER = 3  # in the vocabulary of tests.support.tiny: after <unk>, <bos>, <eos>
 
 
@@ -95,6 +97,7 @@ class FakeEngine:
             kv_blocks_free=CPU_KV_BLOCKS - self._running,
             kv_blocks=CPU_KV_BLOCKS,
             slots=self._config.slots,
+            stopped=not self._open,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
@@ -105,6 +108,8 @@ class FakeEngine:
             asked = request.prompt[: len(request.prompt) - request.output_offset]
             for position in range(request.output_offset, request.sampling.max_tokens):
                 await asyncio.sleep(self._script.step_s)
+                if request.sampling.seed == FATAL_SEED and not request.output_offset and position:
+                    await self.stop()
                 self._check_open()
                 token = scripted_token(request.version, asked, position)
                 if token in request.sampling.stop_token_ids and not request.sampling.ignore_eos:

@@ -1,5 +1,6 @@
 """Requests that survive their replica: another one goes on where it stopped."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -10,6 +11,9 @@ from deltazip_ray.errors import EngineStopped
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
 
 logger = logging.getLogger(__name__)
+
+_PAUSE_S = 0.5
+"""Before another try than the second: by then routers know of a replica whose engine has ended."""
 
 
 async def generate_resuming(
@@ -22,6 +26,8 @@ async def generate_resuming(
     """
     made: list[int] = []
     for attempt in range(attempts + 1):
+        if attempt > 1:
+            await asyncio.sleep(_PAUSE_S)
         if len(made) >= request.sampling.max_tokens:
             # The replica was lost between its last token and the word that it was the last.
             yield TokenChunk((), "length")
