@@ -1,5 +1,6 @@
 """Tiny random checkpoints of every model family."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def save_model(
     """
     torch.manual_seed(0)
     auto: Any = AutoModelForCausalLM
-    model = auto.from_config(config, dtype=torch.float32)
+    # Resizing changes the config.
+    model = auto.from_config(copy.deepcopy(config), dtype=torch.float32)
     if added:
         model.resize_token_embeddings(config.vocab_size + added, mean_resizing=False)
     noise = torch.Generator().manual_seed(1)
