@@ -30,7 +30,7 @@ from deltazip_ray.artifact.artifact import ArtifactWriter
 from deltazip_ray.artifact.blob import write_blob
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.file_store import FileStore
-from deltazip_ray.artifact.lossless import Decoding, encode
+from deltazip_ray.artifact.lossless import decode, encode
 from deltazip_ray.artifact.manifest import BaseRef, BlobEntry, CodecName, Manifest, TensorEntry
 from deltazip_ray.artifact.object_store import PART
 from deltazip_ray.artifact.s3_store import PARALLEL
@@ -170,21 +170,26 @@ async def fetch(catalog: Catalog, version: str, buffer: bytearray) -> float:
 
 
 def compare(config: StoreConfig, source: FileStore, manifest: Manifest, runs: int) -> dict[str, Any]:
-    """The product's fetch and the bare one, in turns."""
+    """The product's fetch and the bare one, in turns; also seconds of cores in this process, all threads together."""
     catalog = Catalog(open_store(config), BASE)
     catalog.publish(source, manifest, "name")
     objects = {catalog.blob_key(entry.object_digest): entry.object_size for entry in manifest.blobs}
     buffer = bytearray(manifest.bytes_artifact + 4096 * len(manifest.blobs))
-    ours, theirs = [], []
+    ours, theirs, cores = [], [], []
     for _ in range(runs + 1):
+        before = time.process_time()
         theirs.append(bare(config, objects, memoryview(buffer)))
+        between = time.process_time()
         ours.append(asyncio.run(fetch(catalog, manifest.version(), buffer)))
+        cores.append((time.process_time() - between, between - before))
     stored = sum(objects.values())
     return {
         "bytes": manifest.bytes_artifact,
         "bytes_stored": stored,
         "fetch_s": ours[1:],
         "bare_s": theirs[1:],
+        "fetch_core_s": statistics.median(fetched for fetched, _ in cores[1:]),
+        "bare_core_s": statistics.median(downloaded for _, downloaded in cores[1:]),
         "bare_bytes_per_s": stored / statistics.median(theirs[1:]),
         "of_bare": statistics.median(theirs[1:]) / statistics.median(ours[1:]),
     }
@@ -214,9 +219,8 @@ def lossless(codec: CodecName) -> dict[str, Any]:
         samples = []
         for _ in range(5):
             began = time.perf_counter()
-            decoding = Decoding(memoryview(buffer), entry)
-            decoding.update(memoryview(stored))
-            decoding.finish()
+            for _ in decode([memoryview(stored)], memoryview(buffer), entry):
+                pass
             samples.append(len(data) / (time.perf_counter() - began))
         found["decompress_bytes_per_s"] = max(samples)
     return found

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from deltazip_ray.artifact.object_store import MAX_OBJECT, PART, Arrived, ObjectStore, check_key, check_prefix, ignore
+from deltazip_ray.artifact.object_store import MAX_OBJECT, PART, ObjectStore, Pieces, check_key, check_prefix
 from deltazip_ray.errors import (
     BlobCorrupt,
     ConfigError,
@@ -57,12 +57,12 @@ class FileStore(ObjectStore):
         with self._reading(key), self._path(key).open("rb") as file:
             return os.fstat(file.fileno()).st_size
 
-    def read_into(self, key: str, buffer: memoryview, arrived: Arrived = ignore) -> None:
+    def pieces(self, key: str, buffer: memoryview) -> Pieces:
         with self._reading(key), self._path(key).open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             position = 0
             while position < size == len(buffer) and (count := file.readinto(buffer[position : position + PART])):
-                arrived(buffer[position : position + count])
+                yield buffer[position : position + count]
                 position += count
         if not position == size == len(buffer):
             raise BlobCorrupt(f"{self.url}/{key} has {size} bytes, not {len(buffer)}: publish it again with --repair")

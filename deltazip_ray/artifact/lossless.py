@@ -3,7 +3,7 @@
 Codes are nearly random, so what there is to gain is what entropy coding gains; the highest levels gain no more.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, cast
 
@@ -11,7 +11,8 @@ import zstandard
 
 from deltazip_ray.artifact.digests import sha256_hex, verify_blob
 from deltazip_ray.artifact.manifest import BlobEntry, FileEntry, StoredForm
-from deltazip_ray.artifact.object_store import Arrived, ObjectStore, ignore
+from deltazip_ray.artifact.object_store import ObjectStore
+from deltazip_ray.config import MIB
 from deltazip_ray.errors import BlobCorrupt
 
 LEVEL = 3
@@ -27,45 +28,35 @@ def encode(data: bytes) -> tuple[bytes, StoredForm | None]:
     return smaller, StoredForm(encoding="zstd", digest=sha256_hex(smaller), size=len(smaller))
 
 
-class Decoding:
-    """A blob that is decompressed while its stored form arrives.
+def decode(pieces: Iterable[memoryview], buffer: memoryview, entry: BlobEntry) -> Iterator[memoryview]:
+    """Decompress a blob into ``buffer``, of ``entry.size`` bytes, while ``pieces`` of its stored form arrive.
 
-    Nothing is written beyond ``buffer``, whatever the stored form says of itself. The digest is not checked.
+    Gives the parts of ``buffer`` in their order, each when it is there. Nothing is written beyond ``buffer``, whatever
+    the stored form says of itself. The digest is not checked. Raises BlobCorrupt.
     """
+    position = 0
+    with _refused(entry):
+        reader = zstandard.ZstdDecompressor().stream_reader(cast("IO[bytes]", _File(pieces)), read_across_frames=True)
+        while count := reader.readinto(buffer[position : position + MIB]):
+            yield buffer[position : position + count]
+            position += count
+        if position == len(buffer) and not reader.read(1):
+            return
+    raise BlobCorrupt(
+        f"blob {entry.object_digest[:12]} has not {len(buffer)} bytes when it is decompressed: "
+        "publish the version again with --repair"
+    )
 
-    def __init__(self, buffer: memoryview, entry: BlobEntry, arrived: Arrived = ignore) -> None:
-        """``buffer`` has ``entry.size`` bytes; ``arrived`` is told of those that are there."""
-        self._buffer = buffer
-        self._entry = entry
-        self._arrived = arrived
-        self._position = 0
-        self._decompressor = zstandard.ZstdDecompressor().stream_writer(cast("IO[bytes]", self), closefd=False)
 
-    def update(self, piece: memoryview) -> None:
-        """The next bytes of the stored form. Raises BlobCorrupt."""
-        with _refused(self._entry):
-            self._decompressor.write(piece)
+class _File:
+    """Pieces as zstandard reads a file: one after the other, of whatever size."""
 
-    def write(self, data: bytes) -> int:
-        """What the decompressor calls with some bytes of the blob. Raises BlobCorrupt."""
-        here = slice(self._position, self._position + len(data))
-        if here.stop > len(self._buffer):
-            raise self._wrong_size()
-        self._buffer[here] = data
-        self._arrived(self._buffer[here])
-        self._position = here.stop
-        return len(data)
+    def __init__(self, pieces: Iterable[memoryview]) -> None:
+        self._pieces = iter(pieces)
 
-    def finish(self) -> None:
-        """That was all. Raises BlobCorrupt when it does not make the blob."""
-        if self._position != len(self._buffer):
-            raise self._wrong_size()
-
-    def _wrong_size(self) -> BlobCorrupt:
-        return BlobCorrupt(
-            f"blob {self._entry.object_digest[:12]} has not {len(self._buffer)} bytes when it is decompressed: "
-            "publish the version again with --repair"
-        )
+    def read(self, _size: int) -> memoryview | bytes:
+        """The next piece; empty at the end."""
+        return next(self._pieces, b"")
 
 
 def read_object(store: ObjectStore, key: str, entry: BlobEntry | FileEntry) -> bytes:

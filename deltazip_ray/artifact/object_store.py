@@ -2,7 +2,8 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 
 from deltazip_ray.errors import InvalidName
 
@@ -12,13 +13,8 @@ MAX_OBJECT = 64 << 20
 PART = 8 << 20
 """Bytes of a large object that are read in one piece."""
 
-Arrived = Callable[[memoryview], object]
-"""Is told of a piece of a buffer that is there, in the order of the bytes, while others are on their way."""
-
-
-def ignore(piece: memoryview) -> None:
-    """For who wants all of a buffer only."""
-
+Pieces = Generator[memoryview, None, None]
+"""Pieces of a buffer in the order of the bytes, each when it is there, while others are on their way."""
 
 _MAX_KEY = 900
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
@@ -51,13 +47,18 @@ class ObjectStore(ABC):
         """An object's size in bytes; raises ObjectNotFound."""
 
     @abstractmethod
-    def read_into(self, key: str, buffer: memoryview, arrived: Arrived = ignore) -> None:
-        """Fill ``buffer`` with an object of exactly its size, in parallel where that helps.
-
-        ``arrived`` is called in this thread; together its pieces are all of ``buffer``. What it raises ends the read.
+    def pieces(self, key: str, buffer: memoryview) -> Pieces:
+        """Fill ``buffer`` with an object of exactly its size, in parallel where that helps; the pieces are all of it.
 
         Raises ObjectNotFound, and BlobCorrupt when the object has another size; ``buffer`` is undefined after both.
+        Whoever leaves half-way must close the generator: nobody writes into ``buffer`` after that, nor after an error.
         """
+
+    def read_into(self, key: str, buffer: memoryview) -> None:
+        """Fill ``buffer`` as :meth:`pieces` does, all of it."""
+        with closing(self.pieces(key, buffer)) as pieces:
+            for _ in pieces:
+                pass
 
     @abstractmethod
     def put(self, key: str, data: bytes) -> None:

@@ -26,11 +26,10 @@ from botocore.exceptions import (
 from deltazip_ray.artifact.object_store import (
     MAX_OBJECT,
     PART,
-    Arrived,
     ObjectStore,
+    Pieces,
     check_key,
     check_prefix,
-    ignore,
     is_key,
 )
 from deltazip_ray.artifact.s3_errors import PROVIDER_FAULTS, provider_fault, translated
@@ -88,12 +87,12 @@ class S3Store(ObjectStore):
         with translated(self.url, key):
             return self._client.head_object(Bucket=self._bucket, Key=where)["ContentLength"]
 
-    def read_into(self, key: str, buffer: memoryview, arrived: Arrived = ignore) -> None:
+    def pieces(self, key: str, buffer: memoryview) -> Pieces:
         where = self._where(key)
         parts = [(start, buffer[start : start + PART]) for start in range(0, len(buffer), PART)]
         if len(parts) == 1:
             self._read_range(key, where, 0, buffer, len(buffer))
-            arrived(buffer)
+            yield buffer
             return
         if not parts and self.size(key):
             raise BlobCorrupt(f"{self.url}/{key} is not empty: publish it again with --repair")
@@ -104,9 +103,9 @@ class S3Store(ObjectStore):
                     self._read_range(key, where, start, part, len(buffer))
                 else:
                     task.result()
-                arrived(part)
+                yield part
         finally:
-            # Nobody may write into the buffer once this call has failed.
+            # Nobody may write into the buffer once this has ended, however it ends.
             running = [task for task in tasks if not task.cancel()]
             for task in running:
                 task.exception()

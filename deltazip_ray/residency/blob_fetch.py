@@ -2,14 +2,14 @@
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing
 
 import numpy as np
 
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.digests import Verifier
-from deltazip_ray.artifact.lossless import Decoding
+from deltazip_ray.artifact.lossless import decode
 from deltazip_ray.artifact.manifest import BlobEntry
 from deltazip_ray.config import MIB
 from deltazip_ray.errors import BlobCorrupt
@@ -99,30 +99,31 @@ class BlobFetcher:
         """From the store; each piece is decompressed, if need be, and hashed while the next ones arrive."""
         self._pace.take(entry.object_size)
         key = self._catalog.blob_key(entry.object_digest)
+        stored = buffer if entry.stored_as is None else np.empty(entry.object_size, np.uint8).data
         verifier = Verifier(entry)
-        verify = _Timed(verifier.update)
-        with self._stage("store"):
-            if entry.stored_as is None:
-                self._catalog.store.read_into(key, buffer, verify)
-            else:
-                decoding = Decoding(buffer, entry, verify)
-                decode = _Timed(decoding.update)
-                stored = np.empty(entry.object_size, np.uint8).data
-                self._catalog.store.read_into(key, stored, decode)
-                decoding.finish()
-                self._metrics.stage_seconds.labels("decompress").observe(decode.seconds - verify.seconds)
-        self._metrics.stage_seconds.labels("verify").observe(verify.seconds)
+        began = time.perf_counter()
+        with self._stage("store"), closing(self._catalog.store.pieces(key, stored)) as pieces:
+            arriving = whole = _Timed(pieces)
+            if entry.stored_as is not None:
+                whole = _Timed(decode(arriving, buffer, entry))
+            for piece in whole:
+                verifier.update(piece)
+        if entry.stored_as is not None:
+            self._metrics.stage_seconds.labels("decompress").observe(whole.seconds - arriving.seconds)
+        self._metrics.stage_seconds.labels("verify").observe(time.perf_counter() - began - whole.seconds)
         verifier.check()
 
 
-class _Timed:
-    """Something that is called with every piece, and the seconds that it took in all."""
+class _Timed(Iterator[memoryview]):
+    """Pieces, and the seconds that it took to get them."""
 
-    def __init__(self, work: Callable[[memoryview], object]) -> None:
-        self._work = work
+    def __init__(self, pieces: Iterator[memoryview]) -> None:
+        self._pieces = pieces
         self.seconds = 0.0
 
-    def __call__(self, piece: memoryview) -> None:
+    def __next__(self) -> memoryview:
         began = time.perf_counter()
-        self._work(piece)
-        self.seconds += time.perf_counter() - began
+        try:
+            return next(self._pieces)
+        finally:
+            self.seconds += time.perf_counter() - began

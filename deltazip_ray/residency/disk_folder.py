@@ -6,10 +6,10 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from deltazip_ray.artifact.object_store import PART, Arrived, ignore
+from deltazip_ray.artifact.object_store import PART
 from deltazip_ray.errors import BlobCorrupt
 from deltazip_ray.residency.quarantine import BlobKey
 
@@ -52,7 +52,9 @@ class DiskFolder:
             self._use()
             return next((key for key in self._files if key[0] == digest), None)
 
-    def read_into(self, key: BlobKey, buffer: memoryview, arrived: Arrived = ignore) -> bool:
+    def read_into(
+        self, key: BlobKey, buffer: memoryview, arrived: Callable[[memoryview], object] = lambda _: None
+    ) -> bool:
         """Fill ``buffer``, of the blob's size, with its bytes as they are; False when there is no such file.
 
         ``arrived`` is told of each piece, in their order.

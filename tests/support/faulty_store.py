@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from deltazip_ray.artifact.file_store import FileStore
-from deltazip_ray.artifact.object_store import MAX_OBJECT, Arrived, ignore
+from deltazip_ray.artifact.object_store import MAX_OBJECT, Pieces
 from deltazip_ray.errors import BlobCorrupt, ObjectNotFound, StoreUnavailable
 
 Kind = Literal["unavailable", "wrong bytes", "truncated", "absent"]
@@ -47,17 +47,18 @@ class FaultyStore(FileStore):
             return bytes([data[0] ^ 1]) + data[1:]
         return data[:-1] if kind == "truncated" else data
 
-    def read_into(self, key: str, buffer: memoryview, arrived: Arrived = ignore) -> None:
+    def pieces(self, key: str, buffer: memoryview) -> Pieces:
         kind = self._begin(key)
         try:
             if kind == "truncated":
                 half = len(buffer) // 2
                 buffer[:half] = super().get(key)[:half]
                 raise BlobCorrupt(f"{key} has {half} bytes, not {len(buffer)}: publish it again")
-            super().read_into(key, buffer)
+            for _ in super().pieces(key, buffer):
+                pass
             if kind == "wrong bytes":
                 buffer[len(buffer) // 2] ^= 1
-            arrived(buffer)
+            yield buffer
         finally:
             self._end()
 

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deltazip_ray.artifact.catalog import Catalog
-from deltazip_ray.artifact.object_store import Arrived, ignore
+from deltazip_ray.artifact.object_store import Pieces
 from deltazip_ray.config import MIB, BreakerConfig, NodeStoreConfig
 from deltazip_ray.errors import BlobCorrupt, StoreFull, StoreUnavailable
 from deltazip_ray.residency.arena import ALIGNMENT
@@ -28,12 +28,12 @@ class Mischief(FaultyStore):
         self.rng = rng
         self.active = True
 
-    def read_into(self, key: str, buffer: memoryview, arrived: Arrived = ignore) -> None:
+    def pieces(self, key: str, buffer: memoryview) -> Pieces:
         if self.active and self.rng.random() < 0.12:
             kind = self.rng.choice(["unavailable", "wrong bytes", "truncated"])
             self.faults.append(Fault(kind, key, 1))  # type: ignore[arg-type]
         self.latency_s = self.rng.choice([0.0, 0.0, 0.002])
-        super().read_into(key, buffer, arrived)
+        return super().pieces(key, buffer)
 
 
 def make_versions(rng: random.Random, catalog: Catalog) -> dict[str, dict[str, bytes]]:

@@ -15,7 +15,7 @@ from deltazip_ray.artifact.blob import read_blob
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.digests import sha256_hex
 from deltazip_ray.artifact.file_store import FileStore
-from deltazip_ray.artifact.lossless import Decoding, encode, read_verified
+from deltazip_ray.artifact.lossless import decode, encode, read_verified
 from deltazip_ray.artifact.manifest import BaseRef, BlobEntry, Manifest, TensorEntry, blob_key
 from deltazip_ray.config import NodeStoreConfig
 from deltazip_ray.errors import BlobCorrupt
@@ -92,14 +92,10 @@ async def test_the_host_gets_the_bytes_that_the_digest_names(tmp_path: Path) -> 
             assert registry.get_sample_value("deltazip_host_stage_seconds_count", {"stage": stage}), stage
 
 
-def decode(stored: bytes, buffer: memoryview, entry: BlobEntry) -> None:
-    """As pieces that have nothing to do with those that were compressed."""
-    found: list[bytes] = []
-    decoding = Decoding(buffer, entry, lambda piece: found.append(bytes(piece)))
-    for start in range(0, len(stored), 777):
-        decoding.update(memoryview(stored)[start : start + 777])
-    decoding.finish()
-    assert b"".join(found) == buffer
+def decode_in_pieces(stored: bytes, buffer: memoryview, entry: BlobEntry) -> None:
+    """Pieces that have nothing to do with those that were compressed."""
+    pieces = (memoryview(stored)[start : start + 777] for start in range(0, len(stored), 777))
+    assert b"".join(bytes(part) for part in decode(pieces, buffer, entry)) == buffer
 
 
 def frame(data: bytes, *, size: bool = True) -> bytes:
@@ -123,7 +119,7 @@ def test_what_does_not_make_the_blob_is_refused_and_nothing_is_written_beyond(st
     tensors = {NORM: TensorEntry(codec="raw", shape=(1,), bytes_finetuned=2)}
     entry = BlobEntry(block="outer", digest="a" * 64, size=100, tensors=tensors)
     with pytest.raises(BlobCorrupt, match="--repair"):
-        decode(stored, memoryview(memory)[:100], entry)
+        decode_in_pieces(stored, memoryview(memory)[:100], entry)
     assert not any(memory[100:])
 
 
@@ -137,7 +133,7 @@ def test_streams_in_many_pieces_are_read_whole() -> None:
     tensors = {NORM: TensorEntry(codec="raw", shape=(1,), bytes_finetuned=2)}
     entry = BlobEntry(block="outer", digest="a" * 64, size=len(data), tensors=tensors)
     buffer = bytearray(len(data))
-    decode(out.getvalue(), memoryview(buffer), entry)
+    decode_in_pieces(out.getvalue(), memoryview(buffer), entry)
     assert buffer == data
 
 

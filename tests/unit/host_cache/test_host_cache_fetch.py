@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deltazip_ray.artifact.object_store import Arrived, ignore
+from deltazip_ray.artifact.object_store import Pieces
 from deltazip_ray.config import NodeStoreConfig
 from deltazip_ray.errors import (
     ConfigError,
@@ -100,14 +100,14 @@ async def test_one_version_leaves_threads_to_the_others(bench: Bench) -> None:
     cache = HostCache(bench.catalog, bytearray(20 * ALIGNMENT), settings, CollectorRegistry())
     slow, quick = bench.version(*"abcdefgh"), bench.version("x", "y", "z")
     hangs = {entry.digest for entry in bench.catalog.manifest(slow).blobs}
-    gate, read_into = threading.Event(), bench.store.read_into
+    gate, sound = threading.Event(), bench.store.pieces
 
-    def read(key: str, buffer: memoryview, arrived: Arrived = ignore) -> None:
+    def pieces(key: str, buffer: memoryview) -> Pieces:
         if key.rpartition("/")[2] in hangs:
             assert gate.wait(20)
-        read_into(key, buffer, arrived)
+        return sound(key, buffer)
 
-    bench.store.read_into = read  # type: ignore[method-assign]
+    bench.store.pieces = pieces  # type: ignore[method-assign]
     waiting = asyncio.create_task(cache.acquire(slow))
     await until(lambda: cache.stats().fetching == 8)
     async with asyncio.timeout(10):
