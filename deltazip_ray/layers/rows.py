@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from deltazip_kernels import Segments
+from deltazip_kernels.fused import RowTiles
 from deltazip_kernels.plan import Work
 from deltazip_ray.layers.staging import to_device
 
@@ -33,7 +34,9 @@ class Rows:
     work: tuple[Work, ...] = ()
     """What the grouped kernels do for the segments that are not ``merged``."""
     merged: tuple[Span, ...] = ()
-    """Segments so long that they multiply with the sum of base and delta."""
+    """Segments so long that they multiply with the sum of base and delta ..."""
+    tiles: RowTiles | None = None
+    """... and these, cut for the product that makes the sum as it goes."""
 
 
 def join_runs(runs: Sequence[tuple[int, int]]) -> tuple[Span, ...]:

@@ -5,11 +5,19 @@ import threading
 from collections import Counter
 from collections.abc import Sequence, Set
 
+import numpy as np
 import torch
 
 from deltazip_kernels import CODECS, LOW_RANK, RAW, PackedDelta, Segments
 from deltazip_kernels.fp8 import Fp8Matrix
-from deltazip_kernels.fused import FUSED_ALONE_ROWS, FUSED_CODECS, FUSED_ROWS, FusedProduct
+from deltazip_kernels.fused import (
+    FUSED_ALONE_ROWS,
+    FUSED_CODECS,
+    FUSED_ROWS,
+    FusedProduct,
+    RowTiles,
+    cut_rows,
+)
 from deltazip_kernels.gather import gather_rows
 from deltazip_kernels.merged import MERGE_ROWS, merge_weight
 from deltazip_kernels.plan import Work, in_halves, plan
@@ -30,6 +38,7 @@ from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.layers.rope import Rotary
 from deltazip_ray.layers.rows import Rows, Span, join_runs, send_index, send_segments
 from deltazip_ray.layers.stack import DeltaStack
+from deltazip_ray.layers.staging import to_device
 from deltazip_ray.layers.writes import Writes
 
 
@@ -158,7 +167,7 @@ class TritonOps(LayerOps):
             segments = send_segments([_without(span, merged) for span in spans], device)
             lengths = [span.stop - span.start for span in short]
             work = plan(segments, spans[-1].stop, max(lengths), min(lengths), halves=in_halves(lengths))
-        return Rows(index, versions, None, work, merged)
+        return Rows(index, versions, None, work, merged, _cut(merged, device) if merged else None)
 
     def count(self, slot: int, before: PackedDelta | None, after: PackedDelta | None) -> None:
         """Keep ``unfused`` right where a slot gets a delta in place of another."""
@@ -187,19 +196,19 @@ class TritonOps(LayerOps):
         start = 0
         for span in (*rows.merged, Span(-1, y.shape[0], y.shape[0])):
             self._multiply(y[start : span.start], x, start, weight)
-            if span.start < span.stop:
-                self._multiply_long(y[span.start : span.stop], x, span, weight, stack)
             start = span.stop
+        self._multiply_long(y, x, rows, weight, stack)
         stack.add_product(y, x, rows)
         return y
 
     def _multiply_long(
-        self, y: torch.Tensor, x: Activations, span: Span, weight: BaseWeight, stack: TritonStack
+        self, y: torch.Tensor, x: Activations, rows: Rows, weight: BaseWeight, stack: TritonStack
     ) -> None:
-        """``y`` ``[rows, N]`` gets the rows of ``span`` times the sum of ``weight`` and the slot's deltas."""
-        deltas = [deltas[span.slot] for deltas in stack.deltas]
-        if not self.fused(y, x.values[span.start : span.stop], weight, deltas):
-            self._multiply(y, x, span.start, stack.merged(weight, span.slot))
+        """Long segments of ``y`` ``[rows, N]`` get their rows times the sum of ``weight`` and their slots' deltas."""
+        done = self.fused(y, x.values, weight, stack.table, rows.tiles) if rows.tiles else set()
+        for span in rows.merged:
+            if span.slot not in done:
+                self._multiply(y[span.start : span.stop], x, span.start, stack.merged(weight, span.slot))
 
     def _multiply(self, y: torch.Tensor, x: Activations, start: int, weight: BaseWeight) -> None:
         """``y`` ``[rows, N]`` gets rows ``start`` and following of ``x`` times ``weight``."""
@@ -265,6 +274,13 @@ class TritonOps(LayerOps):
     ) -> torch.Tensor:
         """See :meth:`LayerOps.rotate`."""
         return rope_and_cache(qkv, positions, rotary.tables, cache.keys, cache.values, where, norm, cache.scales)
+
+
+def _cut(spans: Sequence[Span], device: torch.device) -> RowTiles:
+    def send(rows: list[list[int]]) -> torch.Tensor:
+        return to_device(np.array(rows, dtype=np.int32), device)
+
+    return cut_rows([(span.slot, span.start, span.stop) for span in spans], send)
 
 
 def _without(span: Span, merged: Sequence[Span]) -> Span:

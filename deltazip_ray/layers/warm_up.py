@@ -3,9 +3,10 @@
 import torch
 
 from deltazip_kernels import CODECS, PackedDelta, Segments, packed_layout
-from deltazip_kernels.fused import FUSED_HEIGHTS
+from deltazip_kernels.fused import FUSED_CODECS, RowTiles
 from deltazip_kernels.merged import merge_weight
 from deltazip_kernels.plan import MORE, SOME, plan
+from deltazip_kernels.table import table_of
 from deltazip_ray.layers.activations import Activations, BaseWeight, weight_rows
 from deltazip_ray.layers.rows import Rows
 from deltazip_ray.layers.triton_ops import TritonOps, TritonStack
@@ -55,6 +56,8 @@ def _multiply_long(ops: TritonOps, weight: BaseWeight, codec: str) -> None:
     parts = {name: torch.empty(size, dtype=kind, device=ops.device) for name, (size, kind) in layout.items()}
     delta = PackedDelta(codec, shape, parts)
     merge_weight(weight, delta, torch.empty(shape, dtype=ops.dtype, device=ops.device))
-    for rows in FUSED_HEIGHTS:
-        x = torch.empty((rows, shape[1]), dtype=ops.dtype, device=ops.device)
-        ops.fused(x.new_empty((rows, shape[0])), x, weight, [delta])
+    if codec in FUSED_CODECS:
+        table = table_of([delta], shape, ops.device, ops.dtype)
+        tiles = RowTiles(torch.empty((2, 4), dtype=torch.int32, device=ops.device), 1, 1, frozenset({0}))
+        x = torch.empty((1, shape[1]), dtype=ops.dtype, device=ops.device)
+        ops.fused(x.new_empty((1, shape[0])), x, weight, table, tiles)

@@ -1,30 +1,54 @@
 """Long segments in one launch: a product with the sum of base and delta, which is made in registers tile by tile."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import gcd
 
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from deltazip_kernels.delta import PackedDelta
-from deltazip_kernels.device.fused import BK, BN, BY, fused
+from deltazip_kernels.device.fused import LOW, TALL, fused
+from deltazip_kernels.device.fused_operand import BK, BN
 from deltazip_kernels.fp8 import Fp8Matrix
 from deltazip_kernels.launch import ceil_div, launch
 from deltazip_kernels.layout import GROUP
-from deltazip_kernels.table import CODEC_IDS
+from deltazip_kernels.table import CODEC_IDS, DeltaTable
 
 FUSED_CODECS = ("int4", "int2")
 FUSED_ROWS, FUSED_ALONE_ROWS = 256, 64
 """From so many rows on a segment is cheaper by itself than within the base's product, with a delta's beside that: among
 other rows, which keep the base's product, and without. Measured on an H200 (``docs/kernels.md``)."""
-FUSED_HEIGHTS = (128, 256)
-"""Rows of a tile, each with a kernel of its own."""
-MOST_PARTS = 3
+_MOST_PARTS = 3
 _NO_TILE = 1 << 30
 _OCCUPIED = 0.9
+_PHASES = 8
 _STAGES = 4
 """Steps under way at once: what fits into the shared memory."""
+
+
+@dataclass(frozen=True)
+class RowTiles:
+    """How a step's long segments are cut: ``table`` [tall + low, 4] int32 on the device has the slot, first row, end of
+    the segment (and nothing) of ``tall`` tiles of 256 rows, then of ``low`` ones of 128."""
+
+    table: Tensor
+    tall: int
+    low: int
+    slots: frozenset[int]
+    """Those of the segments."""
+
+
+def cut_rows(segments: Sequence[tuple[int, int, int]], send: Callable[[list[list[int]]], Tensor]) -> RowTiles:
+    """Row tiles of segments of a slot, first row and end; ``send`` makes an int32 tensor on the device."""
+    tall: list[list[int]] = []
+    low: list[list[int]] = []
+    for slot, start, end in segments:
+        for row in range(start, end, TALL.value):
+            (low if end - row <= LOW.value else tall).append([slot, row, end, 0])
+    return RowTiles(send(tall + low), len(tall), len(low), frozenset(slot for slot, _, _ in segments))
 
 
 class FusedProduct:
@@ -33,8 +57,8 @@ class FusedProduct:
     def __init__(self, device: torch.device) -> None:
         cuda = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
         self._programs = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 0
-        self._partials = torch.empty(0, device=device)
-        self._arrived = torch.zeros(self._programs, dtype=torch.int32, device=device)
+        self._partials = torch.empty(self._programs * BN.value * (TALL.value + LOW.value), device=device)
+        self._arrived = torch.zeros(2 * self._programs, dtype=torch.int32, device=device)
         """Programs that have left a part of a tile; zero between launches."""
 
     @property
@@ -42,66 +66,69 @@ class FusedProduct:
         """Whether there is a GPU that the kernel is made for."""
         return self._programs > 0
 
-    def __call__(self, y: Tensor, x: Tensor, weight: Tensor | Fp8Matrix, deltas: Sequence[PackedDelta | None]) -> bool:
-        """Write ``y`` ``[T, N]`` for ``x`` ``[T, K]``, ``weight`` ``[N, K]`` and the deltas of its stacked linears.
+    def __call__(
+        self, y: Tensor, x: Tensor, weight: Tensor | Fp8Matrix, table: DeltaTable, tiles: RowTiles
+    ) -> set[int]:
+        """Write the rows of ``tiles`` of ``y`` ``[T, N]`` for ``x`` ``[T, K]``, ``weight`` ``[N, K]``, all contiguous.
 
-        Returns whether it has: it takes a base in bfloat16 whose linears all have deltas of one of FUSED_CODECS and
-        whole tiles, on a Hopper GPU.
+        Returns the slots for which it has: those whose deltas for all the stacked linears are of FUSED_CODECS, if the
+        base is in bfloat16, the linears are whole tiles, and the GPU is a Hopper one. Others' rows are undefined.
         """
-        present = [delta for delta in deltas if delta is not None and delta.shape[0] % BN.value == 0]
-        if not self.available or not isinstance(weight, Tensor) or weight.dtype != torch.bfloat16:
-            return False
-        if len(present) != len(deltas) or len(present) > MOST_PARTS or weight.shape[1] % GROUP:
-            return False
-        codec = present[0].codec
-        if codec not in FUSED_CODECS or any(delta.codec != codec for delta in present):
-            return False
-        self._launch(y, x, weight, present)
-        return True
+        if not self.available or not isinstance(weight, Tensor) or not _fit(weight, table.shapes):
+            return set()
+        codecs = {slot: table.codecs_of(slot) for slot in tiles.slots}
+        taken = {slot for slot, names in codecs.items() if names <= {*FUSED_CODECS}}
+        for codec in sorted({name for slot in taken for name in codecs[slot] if name}):
+            self._launch(y, x, weight, table, tiles, codec)
+        return taken
 
-    def _launch(self, y: Tensor, x: Tensor, weight: Tensor, deltas: Sequence[PackedDelta]) -> None:
-        (rows, columns), outputs = x.shape, len(weight)
-        height = FUSED_HEIGHTS[rows > FUSED_HEIGHTS[0]]
-        tiles = outputs // BN.value
-        total = ceil_div(rows, height) * tiles * (columns // GROUP)
-        programs = min(deal(ceil_div(rows, height) * tiles, self._programs), total)
-        if self._partials.numel() < self._programs * height * BN.value:
-            self._partials = torch.empty(self._programs * height * BN.value, device=x.device)
-        padded = [*deltas, *[deltas[0]] * (MOST_PARTS - len(deltas))]
-        second = deltas[0].shape[0] // BN.value if len(deltas) > 1 else _NO_TILE
-        third = second + deltas[1].shape[0] // BN.value if len(deltas) > 2 else _NO_TILE
+    def _launch(self, y: Tensor, x: Tensor, weight: Tensor, table: DeltaTable, tiles: RowTiles, codec: str) -> None:
+        """Of the tiles those whose delta is in ``codec``."""
+        ends = [blocks // BN.value for blocks in accumulate(rows for rows, _ in table.shapes[:-1])]
+        width, groups = len(weight) // BN.value, x.shape[1] // GROUP
         launch(
             fused,
-            (programs,),
-            _descriptor(y, BY.value, BN.value),
-            _descriptor(x, BY.value, BK.value),
+            (self._programs,),
+            _descriptor(y, LOW.value, BN.value),
+            y,
+            _descriptor(x, LOW.value, BK.value),
             _descriptor(weight, BN.value, BK.value),
-            tuple(delta.tensors["codes"].view(torch.int32) for delta in padded),
-            tuple(delta.tensors["scales"] for delta in padded),
-            second,
-            third,
+            tiles.table,
+            table.entries,
+            len(table.shapes),
+            width,
+            *(*ends, _NO_TILE, _NO_TILE)[: _MOST_PARTS - 1],
+            tiles.tall,
+            *deal(tiles.tall * width, groups, self._programs),
+            tiles.low,
+            *deal(tiles.low * width, groups, self._programs),
             self._partials,
             self._arrived,
-            total,
-            rows,
-            columns,
-            tiles,
-            CODEC=CODEC_IDS[deltas[0].codec],
-            BM=height,
+            x.shape[1],
+            CODEC=CODEC_IDS[codec],
             STAGES=_STAGES,
             num_warps=8,
         )
 
 
-def deal(tiles: int, multiprocessors: int) -> int:
-    """How many programs share ``tiles``: such that a tile is whole or cut evenly, where that occupies nearly all.
+def _fit(weight: Tensor, shapes: Sequence[tuple[int, int]]) -> bool:
+    whole = not any(rows % BN.value or columns % GROUP for rows, columns in shapes)
+    return weight.dtype == torch.bfloat16 and whole and len(shapes) <= _MOST_PARTS
 
-    Programs that walk along K side by side read what the others have just read.
+
+def deal(tiles: int, groups: int, multiprocessors: int) -> tuple[int, int]:
+    """How many programs take part in ``tiles`` of so many ``groups`` of columns, and how many tiles they share.
+
+    All tiles are whole where that occupies nearly all multiprocessors. Where it does not, programs share what is left
+    of the last turn, at few different places along K: those at the same one read what others have just read.
     """
-    if tiles <= multiprocessors:
-        return tiles * (multiprocessors // tiles)
-    whole = ceil_div(tiles, ceil_div(tiles, multiprocessors))
-    return whole if whole >= _OCCUPIED * multiprocessors else multiprocessors
+    turns = ceil_div(tiles, multiprocessors)
+    if turns > 1 and ceil_div(tiles, turns) >= _OCCUPIED * multiprocessors:
+        return ceil_div(tiles, turns), 0
+    most = min(multiprocessors, max(tiles * groups, 1))
+    least = ceil_div(9 * most, 10)
+    programs = next((p for p in range(most, least - 1, -1) if p <= _PHASES * gcd(p, tiles)), most)
+    return programs, tiles % programs
 
 
 def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -40,6 +40,10 @@ class DeltaTable:
         present = {delta.codec for slot in self._held for delta in slot if delta is not None}
         return tuple(name for name in CODEC_IDS if name in present)
 
+    def codecs_of(self, slot: int) -> set[str | None]:
+        """The codecs of a slot's deltas; None for a part without one."""
+        return {None if delta is None else delta.codec for delta in self._held[slot]}
+
     def set(self, slot: int, deltas: Sequence[PackedDelta | None]) -> None:
         """Put one delta (or None) for each shape into ``slot``; ValueError when a kernel could not read it."""
         if len(deltas) != len(self.shapes):

@@ -1,19 +1,22 @@
 """One product with base and delta, against the product with their sum. The kernel has no form for the interpreter."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from deltazip_kernels import PackedDelta
-from deltazip_kernels.fused import FUSED_CODECS, FusedProduct, deal
+from deltazip_kernels.fused import FUSED_CODECS, FusedProduct, RowTiles, cut_rows, deal
 from deltazip_kernels.merged import merge_weight
+from deltazip_kernels.table import DeltaTable
 from tests.support.deltas import random_coded
 
 GPU = torch.device("cuda")
 SHAPES = {"one": [(256, 512)], "two": [(384, 1024)] * 2, "three": [(512, 4096), (128, 4096), (128, 4096)]}
 
 
-def random_deltas(codec: str, shapes: list[tuple[int, int]]) -> list[PackedDelta]:
-    coded = [random_coded(codec, shape, seed) for seed, shape in enumerate(shapes)]
+def random_deltas(codec: str, shapes: list[tuple[int, int]], seed: int = 0) -> list[PackedDelta | None]:
+    coded = [random_coded(codec, shape, seed + part) for part, shape in enumerate(shapes)]
     return [
         PackedDelta(codec, shape, {name: tensor.to(GPU) for name, tensor in one.packed().items()})
         for shape, one in zip(shapes, coded, strict=True)
@@ -24,13 +27,35 @@ def random_base(shapes: list[tuple[int, int]]) -> torch.Tensor:
     return (torch.randn(sum(n for n, _ in shapes), shapes[0][1], device=GPU) * 0.02).bfloat16()
 
 
-def merged(base: torch.Tensor, deltas: list[PackedDelta]) -> torch.Tensor:
+def table_of(slots: list[list[PackedDelta | None]], shapes: list[tuple[int, int]]) -> DeltaTable:
+    table = DeltaTable(shapes, len(slots), GPU)
+    for slot, deltas in enumerate(slots):
+        table.set(slot, deltas)
+    return table
+
+
+def tiles_of(segments: list[tuple[int, int, int]]) -> RowTiles:
+    return cut_rows(segments, partial(torch.tensor, dtype=torch.int32, device=GPU))
+
+
+def merged(base: torch.Tensor, deltas: list[PackedDelta | None]) -> torch.Tensor:
     out = torch.empty_like(base)
-    starts = [0]
-    for delta in deltas:
-        starts.append(starts[-1] + delta.shape[0])
-        merge_weight(base[starts[-2] : starts[-1]], delta, out[starts[-2] : starts[-1]])
+    parts = out.split([delta.shape[0] for delta in deltas if delta])
+    for part, delta, start in zip(parts, deltas, base.split([len(part) for part in parts]), strict=True):
+        assert delta
+        merge_weight(start, delta, part)
     return out
+
+
+def multiply(product: FusedProduct, x: torch.Tensor, base: torch.Tensor, table: DeltaTable, tiles: RowTiles):
+    out = torch.full((len(x), len(base)), torch.nan, device=GPU, dtype=torch.bfloat16)
+    return out, product(out, x, base, table, tiles)
+
+
+def check(out: torch.Tensor, x: torch.Tensor, base: torch.Tensor, deltas: list[PackedDelta | None]) -> None:
+    want = x.double() @ merged(base, deltas).double().T
+    # Sums in float32, one rounding to bfloat16: half a unit in the last of 8 bits.
+    assert bool(((out - want).abs() <= 2**-8 * want.abs() + 1e-4 * want.abs().max()).all())
 
 
 @pytest.mark.gpu
@@ -40,36 +65,58 @@ def merged(base: torch.Tensor, deltas: list[PackedDelta]) -> torch.Tensor:
 def test_the_product_is_that_with_the_sum(codec: str, shapes: list[tuple[int, int]], rows: int) -> None:
     torch.manual_seed(rows)
     base, deltas, product = random_base(shapes), random_deltas(codec, shapes), FusedProduct(GPU)
-    x = torch.randn(rows, shapes[0][1], device=GPU).bfloat16()
-    out = torch.full((rows + 64, len(base)), torch.nan, device=GPU, dtype=torch.bfloat16)
-    assert product(out[:rows], x, base, deltas)
-    want = x.double() @ merged(base, deltas).double().T
-    # Sums in float32, one rounding to bfloat16: half a unit in the last of 8 bits.
-    assert bool(((out[:rows] - want).abs() <= 2**-8 * want.abs() + 1e-4 * want.abs().max()).all())
-    assert bool(out[rows:].isnan().all()), "wrote rows that do not exist"
-    again = torch.empty_like(out)
-    assert product(again[:rows], x, base, deltas)
+    x = torch.randn(rows + 64, shapes[0][1], device=GPU).bfloat16()
+    case = x, base, table_of([deltas], shapes), tiles_of([(0, 0, rows)])
+    out, taken = multiply(product, *case)
+    assert taken == {0}
+    check(out[:rows], x[:rows], base, deltas)
+    assert bool(out[rows:].isnan().all()), "wrote rows of another segment"
+    again, _ = multiply(product, *case)
     assert torch.equal(again[:rows], out[:rows]), "programs that share a tile add up in any order"
 
 
 @pytest.mark.gpu
+def test_many_segments_in_one_launch() -> None:
+    """Of both codecs, among rows of none, so many that programs take whole tiles and share the last ones."""
+    shapes, rows = SHAPES["three"], 7000
+    segments = [(0, 0, 700), (3, 700, 1500), (2, 1600, 1860), (1, 1860, 6001), (4, 6009, 6300)]
+    slots = [random_deltas(FUSED_CODECS[slot % 2], shapes, 9 * slot) for slot in range(5)]
+    mixed = [*random_deltas("int2", shapes[:1]), *random_deltas("int4", shapes[1:])]
+    slots[4] = mixed
+    base, x = random_base(shapes), torch.randn(rows, shapes[0][1], device=GPU).bfloat16()
+    out, taken = multiply(FusedProduct(GPU), x, base, table_of(slots, shapes), tiles_of(segments))
+    assert taken == {0, 1, 2, 3, 4}
+    inside = torch.zeros(rows, dtype=torch.bool, device=GPU)
+    for slot, start, stop in segments:
+        check(out[start:stop], x[start:stop], base, slots[slot])
+        inside[start:stop] = True
+    assert bool(out[~inside].isnan().all())
+
+
+@pytest.mark.gpu
 def test_what_the_kernel_does_not_take() -> None:
-    base, deltas = random_base([(128, 256)]), random_deltas("int2", [(128, 256)])
-    x, product = torch.zeros(64, 256, device=GPU).bfloat16(), FusedProduct(GPU)
-    y = torch.empty(64, 128, device=GPU, dtype=torch.bfloat16)
-    assert product(y, x, base, deltas)
-    assert not product(y, x, base, [None])
-    assert not product(y, x, base, random_deltas("int3", [(128, 256)]))
-    assert not product(y, x, base.half(), deltas)
-    assert not product(y, x, random_base([(64, 256)] * 2), random_deltas("int2", [(64, 256)] * 2))
+    shapes, odd = [(128, 256)], [(64, 256)] * 2
+    deltas, product = random_deltas("int2", shapes), FusedProduct(GPU)
+    table = table_of([deltas, [None], random_deltas("int3", shapes)], shapes)
+    x, base, tiles = torch.zeros(600, 256, device=GPU).bfloat16(), random_base(shapes), [(0, 0, 64), (1, 64, 264)]
+    out, taken = multiply(product, x, base, table, tiles_of([*tiles, (2, 264, 564)]))
+    assert taken == {0}
+    assert bool(out[64:].isnan().all())
+    assert not multiply(product, x, base.half(), table, tiles_of(tiles))[1]
+    assert not multiply(product, x, random_base(odd), table_of([random_deltas("int2", odd)], odd), tiles_of(tiles))[1]
 
 
-@pytest.mark.parametrize(("tiles", "programs"), [(64, 128), (96, 96), (256, 128), (448, 132), (1792, 128), (200, 132)])
-def test_tiles_are_dealt_out_evenly(tiles: int, programs: int) -> None:
-    assert deal(tiles, 132) == programs
+@pytest.mark.parametrize(
+    ("tiles", "dealt"),
+    [(64, (128, 64)), (96, (128, 96)), (256, (128, 0)), (448, (128, 64)), (1792, (128, 0)), (200, (125, 75))],
+)
+def test_tiles_are_dealt_out_evenly(tiles: int, dealt: tuple[int, int]) -> None:
+    assert deal(tiles, 32, 132) == dealt
 
 
 def test_a_cpu_has_no_such_kernel() -> None:
-    product = FusedProduct(torch.device("cpu"))
+    product, table = FusedProduct(torch.device("cpu")), DeltaTable([(128, 256)], 1, torch.device("cpu"))
     assert not product.available
-    assert not product(torch.empty(1, 128), torch.empty(1, 256), torch.empty(128, 256, dtype=torch.bfloat16), [None])
+    tiles = cut_rows([(0, 0, 300)], torch.tensor)
+    assert (tiles.tall, tiles.low, tiles.table.tolist()) == (1, 1, [[0, 0, 300, 0], [0, 256, 300, 0]])
+    assert not product(torch.empty(1, 128), torch.empty(1, 256), torch.empty(128, 256).bfloat16(), table, tiles)

@@ -22,7 +22,7 @@ from deltazip_kernels.bench.reading import reading_times
 from deltazip_kernels.bench.result import Result
 from deltazip_kernels.bench.timing import Launch, graph_times
 from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta
-from deltazip_kernels.fused import FusedProduct
+from deltazip_kernels.fused import FusedProduct, cut_rows
 from deltazip_kernels.layout import CODECS
 from deltazip_kernels.merged import merge_weight
 from deltazip_kernels.plan import Work, plan
@@ -120,13 +120,14 @@ def long_segments(codecs: Sequence[str], lengths: Sequence[int]) -> Iterator[Res
         for rows, codec in product(lengths, codecs):
             x, y = random_batch(rows, columns, outputs)
             works = plan(segments_of([rows]), rows)
-            tables, size = make_tables(shapes, [codec], 0)
+            (tables, size), (more, _) = (make_tables(shapes, [codec], 0) for _ in range(2))
+            tiles = cut_rows([(0, 0, rows)], partial(torch.tensor, dtype=torch.int32, device=DEVICE))
             whole = random_delta(codec, (outputs, columns))
             launches: dict[str, list[Launch]] = {
                 "beside": [partial(_beside, x, y, base, tables[0], works, codec) for base in bases],
                 "merged": [partial(_merged, x, base, whole, scratch) for base in bases],
                 "fused": [
-                    partial(fused, y, x, base, [random_delta(codec, shape) for shape in shapes]) for base in bases
+                    partial(fused, y, x, base, table, tiles) for base, table in zip(bases, tables + more, strict=True)
                 ],
             }
             for kind, ways in launches.items():  # the clock follows the temperature: each has a reference beside it
