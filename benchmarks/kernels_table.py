@@ -52,17 +52,32 @@ def layers(rows: Sequence[Row], bandwidth: float) -> str:
 def long_tables(data: dict[str, Any]) -> dict[str, str]:
     """Those of ``python -m deltazip_kernels.bench --long``."""
     tables = {f"long-{codec}": long_segments(data["results"], codec) for codec in ("int2", "int4")}
-    return tables | {"long-machine": _machine(data)}
+    steps = [row for row in data["results"] if "+" in row["segments"]]
+    return tables | {"long-steps": long_steps(steps), "long-machine": _machine(data)}
 
 
 def long_segments(rows: Sequence[Row], codec: str) -> str:
     """Total time over that of the base GEMM alone: beside / merged / fused."""
-    mine = [row for row in rows if row["codec"] == codec and row["kind"] in _LONG]
+    mine = [row for row in rows if row["codec"] == codec and "+" not in row["segments"]]
     lengths = list(dict.fromkeys(row["rows"] for row in mine))
     lines = ["| linear | " + " | ".join(f"{n} rows" for n in lengths) + " |", "|---|" + "---|" * len(lengths)]
     for linear in dict.fromkeys(row["linear"] for row in mine):
         ratio = {(r["kind"], r["rows"]): r["seconds"] / r["reference"] for r in mine if r["linear"] == linear}
         cells = [" / ".join(f"{ratio[kind, n]:.2f}" for kind in _LONG if (kind, n) in ratio) for n in lengths]
+        lines.append(f"| {linear} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def long_steps(rows: Sequence[Row]) -> str:
+    """Total time over that of the base GEMM alone, of several versions in one step: merged / fused."""
+    columns = list(dict.fromkeys((row["codec"], row["segments"]) for row in rows))
+    titles = [f"{codec}, {segments.replace('+', ' + ')}" for codec, segments in columns]
+    lines = ["| linear | " + " | ".join(titles) + " |", "|---|" + "---|" * len(columns)]
+    for linear in dict.fromkeys(row["linear"] for row in rows):
+        of = {
+            (r["codec"], r["segments"], r["kind"]): r["seconds"] / r["reference"] for r in rows if r["linear"] == linear
+        }
+        cells = [" / ".join(f"{of[*column, kind]:.2f}" for kind in ("merged", "fused")) for column in columns]
         lines.append(f"| {linear} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -9,18 +9,14 @@ from deltazip_kernels import PackedDelta
 from deltazip_kernels.fused import FUSED_CODECS, FusedProduct, RowTiles, cut_rows, deal
 from deltazip_kernels.merged import merge_weight
 from deltazip_kernels.table import DeltaTable
-from tests.support.deltas import random_coded
+from tests.support.deltas import on_device, random_coded
 
 GPU = torch.device("cuda")
 SHAPES = {"one": [(256, 512)], "two": [(384, 1024)] * 2, "three": [(512, 4096), (128, 4096), (128, 4096)]}
 
 
 def random_deltas(codec: str, shapes: list[tuple[int, int]], seed: int = 0) -> list[PackedDelta | None]:
-    coded = [random_coded(codec, shape, seed + part) for part, shape in enumerate(shapes)]
-    return [
-        PackedDelta(codec, shape, {name: tensor.to(GPU) for name, tensor in one.packed().items()})
-        for shape, one in zip(shapes, coded, strict=True)
-    ]
+    return [on_device(random_coded(codec, shape, seed + part).delta(), GPU) for part, shape in enumerate(shapes)]
 
 
 def random_base(shapes: list[tuple[int, int]]) -> torch.Tensor:
@@ -47,7 +43,9 @@ def merged(base: torch.Tensor, deltas: list[PackedDelta | None]) -> torch.Tensor
     return out
 
 
-def multiply(product: FusedProduct, x: torch.Tensor, base: torch.Tensor, table: DeltaTable, tiles: RowTiles):
+def multiply(
+    product: FusedProduct, x: torch.Tensor, base: torch.Tensor, table: DeltaTable, tiles: RowTiles
+) -> tuple[torch.Tensor, set[int]]:
     out = torch.full((len(x), len(base)), torch.nan, device=GPU, dtype=torch.bfloat16)
     return out, product(out, x, base, table, tiles)
 

@@ -1,12 +1,14 @@
-"""Which segments get a product of their own."""
+"""Which segments get a product of their own, and that all rows of a step get theirs."""
 
 import pytest
 import torch
 
 from deltazip_kernels.fused import FUSED_ALONE_ROWS, FUSED_ROWS, FusedProduct
 from deltazip_kernels.merged import MERGE_ROWS
+from deltazip_ray.layers.activations import Activations
 from deltazip_ray.layers.triton_ops import TritonOps
-from tests.support.deltas import random_coded, random_low_rank
+from deltazip_ray.layers.writes import Writes
+from tests.support.deltas import on_device, random_coded, random_low_rank
 
 LIMITS = (FUSED_ALONE_ROWS, FUSED_ROWS, MERGE_ROWS)
 
@@ -30,3 +32,27 @@ def test_how_long_is_long_depends_on_the_version_and_its_company(monkeypatch: py
     assert least(ops, alone=False) == FUSED_ROWS
     for other in (TritonOps(ops.device, torch.float16), TritonOps(ops.device, torch.bfloat16, fp8=True)):
         assert least(other, alone=True) == MERGE_ROWS
+
+
+@pytest.mark.gpu
+def test_long_and_short_segments_of_many_codecs_in_one_step() -> None:
+    """Long ones in one launch, but for one that has int3 and one that has a delta for one part; short ones; the base's."""
+    shapes, gpu = [(256, 512), (128, 512)], torch.device("cuda")
+    codecs = [("int2", "int2"), ("int3", "int4"), ("int4", "int2"), ("int2", None), ("int4", "int4")]
+    ops = TritonOps(gpu, torch.bfloat16)
+    stack, writes = ops.stack(shapes, len(codecs)), Writes()
+    base = torch.randn(384, 512, dtype=torch.float64, device=gpu).mul_(0.02).bfloat16()
+    weights = {-1: base.double()}
+    for slot, names in enumerate(codecs):
+        coded = [name and random_coded(name, shape, slot) for name, shape in zip(names, shapes, strict=True)]
+        for part, one in enumerate(coded):
+            stack.put(slot, part, on_device(one.delta(), gpu) if one else None, writes)
+        dense = [one.dense() if one else torch.zeros(shape) for one, shape in zip(coded, shapes, strict=True)]
+        weights[slot] = base.double() + torch.cat(dense).to(gpu)
+    writes.send()
+    runs = [(-1, 7), (0, 300), (1, 400), (2, 900), (3, 390), (4, 20)]
+    x = torch.randn(sum(rows for _, rows in runs), 512, device=gpu).bfloat16()
+    y = ops.linear(base, Activations(x), stack, ops.rows(runs, gpu))
+    for (slot, _), got, given in zip(runs, y.split([n for _, n in runs]), x.split([n for _, n in runs]), strict=True):
+        want = given.double() @ weights[slot].T
+        assert float((got - want).norm() / want.norm()) < 0.02  # of short ones' int8

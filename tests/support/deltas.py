@@ -57,3 +57,7 @@ def random_low_rank(
     down = torch.randn((rank, shape[1]), generator=generator) * 0.05
     up = torch.randn((shape[0], rank), generator=generator) * 0.05
     return PackedDelta(LOW_RANK, shape, {"down": down.to(dtype), "up": up.to(dtype)})
+
+
+def on_device(delta: PackedDelta, device: torch.device) -> PackedDelta:
+    return PackedDelta(delta.codec, delta.shape, {name: part.to(device) for name, part in delta.tensors.items()})

@@ -22,6 +22,9 @@ BATCHES = {8: [1, 4, 16], 32: [1, 4, 16]}
 BUSY = {1: [8, 32, 64], 2: [16, 32], 8: [32, 64]}
 """Few versions, and versions of many rows."""
 
+STEPS = [[3072, 2816, 2304], [2700, 2600, 2500]]
+"""Rows of three versions in a step with room for 8192."""
+
 
 def cases(quick: bool) -> Iterator[Result]:
     """All measurements, or a few of each kind."""
@@ -39,7 +42,8 @@ def cases(quick: bool) -> Iterator[Result]:
 
 def long_cases() -> Iterator[Result]:
     """Those of long segments."""
-    return long_segments(["int4", "int2"], [64, 128, 256, 384, 512, 640, 768, 1024, 2048, 4096])
+    one = [[rows] for rows in (64, 128, 256, 384, 512, 640, 768, 1024, 2048, 4096)]
+    return long_segments(["int4", "int2"], [*one, *STEPS])
 
 
 def line(result: Result, bandwidth: float) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import product
+from itertools import accumulate, product
 from statistics import median
 
 import torch
@@ -20,7 +20,7 @@ from deltazip_kernels.bench.data import (
 )
 from deltazip_kernels.bench.reading import reading_times
 from deltazip_kernels.bench.result import Result
-from deltazip_kernels.bench.timing import Launch, graph_times
+from deltazip_kernels.bench.timing import Launch, graph_times, times_in_turns
 from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta
 from deltazip_kernels.fused import FusedProduct, cut_rows
 from deltazip_kernels.layout import CODECS
@@ -33,6 +33,8 @@ from deltazip_kernels.triton_backend import grouped_matmul, low_rank_matmul, raw
 POOL = 768 << 20
 """Bytes of deltas that a timed graph walks through: more than ten times the L2 of an H200."""
 RANK = 16
+_BUSY = 0.2
+"""Seconds for which long segments are multiplied, times the number of versions."""
 
 
 def products(
@@ -105,11 +107,11 @@ def overheads() -> Iterator[Result]:
         yield Result("silu_mul_quantize", "", "14336", "", rows, 7 * rows * 14336, times)
 
 
-def long_segments(codecs: Sequence[str], lengths: Sequence[int]) -> Iterator[Result]:
-    """One version with many rows: the product beside the base GEMM, one GEMM over a merged scratch weight, and the
-    product that merges in registers.
+def long_segments(codecs: Sequence[str], batches: Sequence[Sequence[int]]) -> Iterator[Result]:
+    """Versions of so many rows: the product beside the base GEMM, one GEMM for each over a merged scratch weight, and
+    the product that merges in registers.
 
-    ``reference`` is the base GEMM alone; all totals include the base's part.
+    ``reference`` is the base GEMM alone, for all rows; all totals include the base's part.
     """
     fused = FusedProduct(DEVICE)
     for name, shapes in SHAPES.items():
@@ -117,22 +119,29 @@ def long_segments(codecs: Sequence[str], lengths: Sequence[int]) -> Iterator[Res
         # Two weights in turn, so that the next one is not in the L2.
         bases = [torch.randn((outputs, columns), device=DEVICE, dtype=torch.bfloat16) * 0.02 for _ in range(2)]
         scratch = torch.empty_like(bases[0])
-        for rows, codec in product(lengths, codecs):
-            x, y = random_batch(rows, columns, outputs)
-            works = plan(segments_of([rows]), rows)
-            (tables, size), (more, _) = (make_tables(shapes, [codec], 0) for _ in range(2))
-            tiles = cut_rows([(0, 0, rows)], partial(torch.tensor, dtype=torch.int32, device=DEVICE))
+        for lengths, codec in product(batches, codecs):
+            x, y = random_batch(sum(lengths), columns, outputs)
+            works = plan(segments_of(lengths), len(x), max(lengths))
+            tables = [make_tables(shapes, [codec] * len(lengths), 0) for _ in bases]
             whole = random_delta(codec, (outputs, columns))
-            launches: dict[str, list[Launch]] = {
-                "beside": [partial(_beside, x, y, base, tables[0], works, codec) for base in bases],
-                "merged": [partial(_merged, x, base, whole, scratch) for base in bases],
+            ends = list(accumulate(lengths))
+            segments = [(slot, end - lengths[slot], end) for slot, end in enumerate(ends)]
+            tiles = cut_rows(segments, partial(torch.tensor, dtype=torch.int32, device=DEVICE))
+            parts = list(zip(x.split(lengths), y.split(lengths), strict=True))
+            ways: dict[str, list[Launch]] = {
+                "alone": [partial(linear, x, base) for base in bases],
+                "merged": [partial(_merged, parts, base, whole, scratch) for base in bases],
                 "fused": [
-                    partial(fused, y, x, base, table, tiles) for base, table in zip(bases, tables + more, strict=True)
+                    partial(fused, y, x, base, table, tiles) for base, ((table,), _) in zip(bases, tables, strict=True)
                 ],
             }
-            for kind, ways in launches.items():  # the clock follows the temperature: each has a reference beside it
-                alone = median(graph_times([partial(linear, x, base) for base in bases] * 3))
-                yield Result(kind, codec, name, "1", rows, size, graph_times(ways * 3), alone)
+            if len(lengths) == 1:
+                ways["beside"] = [partial(_beside, x, y, base, tables[0][0][0], works, codec) for base in bases]
+            times = times_in_turns({kind: launches * 3 for kind, launches in ways.items()}, _BUSY * len(lengths))
+            alone = median(times.pop("alone"))
+            label = "+".join(map(str, lengths))
+            for kind, samples in times.items():
+                yield Result(kind, codec, name, label, len(x), tables[0][1], samples, alone)
 
 
 def _beside(x: Tensor, y: Tensor, base: Tensor, table: DeltaTable, works: Sequence[Work], codec: str) -> None:
@@ -142,6 +151,7 @@ def _beside(x: Tensor, y: Tensor, base: Tensor, table: DeltaTable, works: Sequen
         grouped_matmul(y, rounded, table, work, [codec])
 
 
-def _merged(x: Tensor, base: Tensor, delta: PackedDelta, scratch: Tensor) -> None:
-    merge_weight(base, delta, scratch)
-    linear(x, scratch)
+def _merged(parts: Sequence[tuple[Tensor, Tensor]], base: Tensor, delta: PackedDelta, scratch: Tensor) -> None:
+    for x, y in parts:
+        merge_weight(base, delta, scratch)
+        torch.matmul(x, scratch.T, out=y)

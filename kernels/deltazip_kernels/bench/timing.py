@@ -1,7 +1,8 @@
 """Times on a GPU: graph replays over inputs that no cache holds, and the machine's own limits in the same run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from time import perf_counter
 
 import torch
 
@@ -15,15 +16,24 @@ def graph_times(launches: Sequence[Launch], repeats: int = REPEATS) -> list[floa
 
     Give launches that read different inputs, together several times the L2, and each finds its input in memory.
     """
-    for launch in launches:
-        launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    graph.replay()
+    graph = _graph(launches)
     return [seconds / len(launches) for seconds in _event_times(graph.replay, repeats)]
+
+
+def times_in_turns(ways: Mapping[str, Sequence[Launch]], seconds: float) -> dict[str, list[float]]:
+    """The same for each of several ways, in turns for ``seconds``, without those of the first third.
+
+    A GPU's clock follows its load: what is compared has to be measured together, on one that has been busy for a while.
+    """
+    graphs = {name: _graph(launches) for name, launches in ways.items()}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    end = perf_counter() + seconds
+    while perf_counter() < end or len(times[next(iter(ways))]) < REPEATS:
+        events = {name: _record(graph.replay) for name, graph in graphs.items()}
+        torch.cuda.synchronize()
+        for name, (first, last) in events.items():
+            times[name].append(first.elapsed_time(last) / 1e3 / len(ways[name]))
+    return {name: samples[len(samples) // 3 :] for name, samples in times.items()}
 
 
 def copy_bandwidth() -> float:
@@ -34,13 +44,30 @@ def copy_bandwidth() -> float:
     return 2 * COPY_BYTES / median(_event_times(lambda: target.copy_(source), REPEATS))
 
 
+def _graph(launches: Sequence[Launch]) -> torch.cuda.CUDAGraph:
+    for launch in launches:
+        launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            launch()
+    graph.replay()
+    return graph
+
+
 def _event_times(run: Callable[[], object], repeats: int) -> list[float]:
     times = []
     for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
+        start, end = _record(run)
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return times
+
+
+def _record(run: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    return start, end
