@@ -36,7 +36,7 @@ def test_how_long_is_long_depends_on_the_version_and_its_company(monkeypatch: py
 
 @pytest.mark.gpu
 def test_long_and_short_segments_of_many_codecs_in_one_step() -> None:
-    """Long ones in one launch, but for one that has int3 and one that has a delta for one part; short ones; the base's."""
+    """Long ones in one launch, but for one that has int3 and one with a delta for one part; short ones; the base's."""
     shapes, gpu = [(256, 512), (128, 512)], torch.device("cuda")
     codecs = [("int2", "int2"), ("int3", "int4"), ("int4", "int2"), ("int2", None), ("int4", "int4")]
     ops = TritonOps(gpu, torch.bfloat16)
