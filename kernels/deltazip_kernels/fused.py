@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from itertools import accumulate
 from math import gcd
 
@@ -85,7 +86,7 @@ class FusedProduct:
     def _launch(self, y: Tensor, x: Tensor, weight: Tensor, table: DeltaTable, tiles: RowTiles, codec: str) -> None:
         """Of the tiles those whose delta is in ``codec``."""
         ends = [blocks // BN.value for blocks in accumulate(rows for rows, _ in table.shapes[:-1])]
-        width, groups = len(weight) // BN.value, x.shape[1] // GROUP
+        width, groups = weight.shape[0] // BN.value, x.shape[1] // GROUP
         launch(
             fused,
             (self._programs,),
@@ -116,6 +117,7 @@ def _fit(weight: Tensor, shapes: Sequence[tuple[int, int]]) -> bool:
     return weight.dtype == torch.bfloat16 and whole and len(shapes) <= _MOST_PARTS
 
 
+@lru_cache
 def deal(tiles: int, groups: int, multiprocessors: int) -> tuple[int, int]:
     """How many programs take part in ``tiles`` of so many ``groups`` of columns, and how many tiles they share.
 
@@ -133,5 +135,9 @@ def deal(tiles: int, groups: int, multiprocessors: int) -> tuple[int, int]:
 
 def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """How the copy engine sees ``tensor``, in blocks of ``rows`` by ``columns``."""
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], layout)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], _layout(rows, columns))
+
+
+@cache
+def _layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
