@@ -33,6 +33,8 @@ from deltazip_ray.config import MIB
 
 _BEAT_S = 1.2
 """The router knows a replica's figures within that time."""
+OUTER_CODEC = "int4"
+"""Of embedding and head, whatever the rest is in."""
 CODECS = ("int2", "int4", "int2", "sparse24_int4", "int3", "int1")
 
 
@@ -68,8 +70,9 @@ def settings(run: Run, slots: int) -> dict[str, Any]:
     """The application's: fewer slots than variants."""
     engine = {"device": run.device, "slots": slots, "max_model_len": 1024, "max_running": 64}
     if run.device == "cuda":
-        # The first of each codec waits for compilers.
-        engine |= {"dtype": "bfloat16", "kv_blocks": 8192, "max_batch_tokens": 2048, "load_timeout_s": 170}
+        # Without the codecs named the first version of each would wait for compilers.
+        codecs = sorted({*CODECS[: len(run.variants)], OUTER_CODEC})
+        engine |= {"dtype": "bfloat16", "kv_blocks": 8192, "max_batch_tokens": 2048, "warm_codecs": codecs}
     return {
         "base": str(run.folder / "base"),
         "base_name": "base",
