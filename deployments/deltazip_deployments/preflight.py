@@ -57,8 +57,9 @@ def _check_port(host: str, port: int) -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror}): give another --port") from error
+        except (OSError, OverflowError, TypeError) as error:
+            problem = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"cannot listen on {host}:{port} ({problem}): give another --port") from error
 
 
 def _check_arena(folder: Path, size: int) -> None:

@@ -2,6 +2,7 @@
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,12 @@ def test_a_port_that_is_taken_is_named(config: AppConfig) -> None:
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=f"{HOST}:{port} .*--port"):
             check_host(config, HOST, port)
+
+
+@pytest.mark.parametrize("port", [80_000, -1, "http"])
+def test_a_port_that_is_none(config: AppConfig, port: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{HOST}:{port} .*--port"):
+        check_host(config, HOST, port)
 
 
 def test_a_base_that_is_not_there(config: AppConfig, tmp_path: Path) -> None:
