@@ -1,6 +1,7 @@
 """The whole engine on a GPU: FlashInfer, CUDA graphs, steps ahead, against transformers running the merged weights."""
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from deltazip_ray.artifact.file_store import FileStore
 from deltazip_ray.engine.decode_graphs import DecodeGraphs
+from deltazip_ray.engine.uploads import Uploads
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 from tests.support.engines import RunningEngine, random_prompt, running
 from tests.support.oracle import Oracle
@@ -115,6 +117,33 @@ async def test_short_prompts_run_recorded_behind_what_is_cached_too(wide_zoo: Zo
         await asyncio.gather(*(run.generate(random_prompt(i, 9), wide_zoo.names[i % 5], sampling) for i in range(5)))
         assert max(shape.rows for shape in graphs._graphs) >= 40
         assert run.engine.stats().prefix_hits > 0
+
+
+async def test_what_loads_write_while_a_step_is_recorded_is_written_and_not_recorded(
+    wide_zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch has 32 streams of a priority and hands them out in turn: so many loads have had each of them."""
+    written = torch.zeros(40, device="cuda")
+    threads: list[threading.Thread] = []
+    begin = DecodeGraphs._begin
+
+    def load() -> None:
+        uploads = Uploads(written.device)
+        for i in range(len(written)):
+            with uploads.beside_steps():
+                written[i] += 1
+
+    def begin_beside_loads(self: DecodeGraphs, graphs: list[torch.cuda.CUDAGraph]) -> None:
+        begin(self, graphs)
+        if not threads:
+            threads.append(threading.Thread(target=load))
+            threads[0].start()
+            threads[0].join()
+
+    monkeypatch.setattr(DecodeGraphs, "_begin", begin_beside_loads)
+    async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS) as run:
+        await run.generate(random_prompt(0, 20))
+    assert written.tolist() == [1] * len(written)
 
 
 async def test_versions_come_and_go_under_graphs(wide_zoo: Zoo) -> None:
