@@ -88,7 +88,7 @@ class DecodeGraphs:
             fields[name] = (size, np.int32)
         self._inputs = StepBuffer(fields, ops.device)
         vocab = len(decoder.head.target.base) + decoder.head.added.table.shape[1]
-        self._logits = torch.empty((most, vocab), dtype=torch.float32, device=ops.device)
+        self._logits = torch.empty((most, vocab), dtype=ops.dtype, device=ops.device)
         self._slots = slots
         self._pool = torch.cuda.graph_pool_handle()
         # Torch hands its 32 streams of one priority out in turn: one of a load's would be recorded with the step.
@@ -107,7 +107,7 @@ class DecodeGraphs:
         return all(chunk.start < _PROMPT_CONTEXT for chunk in batch.chunks if len(chunk.tokens) > 1)
 
     def run(self, batch: Batch, arrivals: Sequence[Arrival]) -> torch.Tensor:
-        """Launch a batch that fits; returns its logits ``[chunks, vocab + added]``, float32.
+        """Launch a batch that fits; returns its logits ``[chunks, vocab + added]``.
 
         ``arrivals``: versions in it that are on their way; each layer waits for its own weights.
         """

@@ -28,7 +28,7 @@ class StepGraphs(Protocol):
         """Whether ``batch`` can run so."""
 
     def run(self, batch: Batch, arrivals: Sequence[Arrival]) -> torch.Tensor:
-        """Its logits ``[sampled, vocab + added]``, float32; it waits for the weights of ``arrivals``."""
+        """Its logits ``[sampled, vocab + added]``; it waits for the weights of ``arrivals``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class ModelRunner:
         prompts = None
         if batch.scoring_chunks:
             prompts = PromptScores.of(batch, functools.partial(self._logits, states), len(self._drawn))
-        logits = self.decoder.logits(states, inputs.last, inputs.last_rows).float()
+        logits = self.decoder.logits(states, inputs.last, inputs.last_rows)
         return self._sample(logits, batch) if batch.sampling_chunks else None, prompts
 
     def _logits(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,3 +90,12 @@ def test_chunks_and_decodes_share_a_step(kind: str, kv_heads: int, kv_dtype: tor
         done = [a + b for a, b in zip(done, step, strict=True)]
     assert done == lengths
     assert (backend.layers[0].keys.view(torch.uint8) == 255).all(), "the other layer was not touched"
+
+
+def test_a_recorded_step_finds_keys_and_values_where_a_planned_one_does() -> None:
+    shape = CacheShape(layers=1, block_size=BLOCK, heads=4, kv_heads=2, head_dim=HEAD_DIM)
+    backend = PagedBackend(shape, torch.float32, torch.device("cpu"), decodes=8)
+    sequences = [SequenceRows(1, context, [9, 3, 5, 1]) for context in (1, BLOCK, BLOCK + 1, 4 * BLOCK)]
+    tables = {"where": np.zeros(9, np.int64), "work": np.zeros(backend.graph_inputs(4, 16)["work"], np.int32)}
+    backend.fill(sequences, tables)
+    assert tables["where"][:4].tolist() == backend.plan(sequences).where.tolist() == [36, 39, 12, 7]

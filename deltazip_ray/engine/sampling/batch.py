@@ -60,10 +60,12 @@ class SampledTokens:
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> SampledTokens:
-    """One token for each row of ``logits`` ``[rows, vocab]``, float32, -inf where a token cannot be.
+    """One token for each row of ``logits`` ``[rows, vocab]``, -inf where a token cannot be.
 
-    Overwrites ``logits``. Does not wait for the device.
+    May overwrite ``logits``. Does not wait for the device.
     """
+    if batch.edits or batch.random or batch.logprobs:
+        logits = logits.float()
     asked = batch.logprobs
     logprobs = None if asked is None else asked.of_all(logits)
     for edit in batch.edits:

@@ -96,7 +96,9 @@ class PagedDecodes(CapturableBackend[PagedPlan[PrefillsT]]):
         """See :meth:`CapturableBackend.fill`."""
         packed = self._pack_decodes(sequences, np.arange(len(sequences)))
         tables["work"][: len(packed)] = packed
-        tables["where"][: len(sequences)] = cache_rows(sequences, self.shape.block_size)
+        size = self.shape.block_size
+        last = [(sequence.context - 1, sequence.blocks) for sequence in sequences]
+        tables["where"][: len(last)] = [blocks[at // size] * size + at % size for at, blocks in last]
         return len(packed)
 
     def captured_plan(self, where: torch.Tensor, tables: Mapping[str, torch.Tensor]) -> PagedPlan[PrefillsT]:
