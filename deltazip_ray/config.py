@@ -113,7 +113,8 @@ class EngineConfig(Settings):
     )
     warm_codecs: tuple[_Codec, ...] = Field(
         (),
-        description="codecs whose kernels the warm-up compiles; others when the first version that has them is loaded",
+        description="codecs whose kernels the warm-up compiles and over which it records decode steps; others are "
+        "compiled when the first version that has them is loaded, and recorded when steps need it",
     )
     kernel_cache: Path | None = Field(
         None, description="folder for compiled kernels; Triton's and FlashInfer's own in the user's home when absent"

@@ -14,6 +14,7 @@ import torch
 from deltazip_kernels import LOW_RANK
 from deltazip_kernels.launch import compiling
 from deltazip_ray.artifact.manifest import Manifest
+from deltazip_ray.engine.arrivals import layer_of
 from deltazip_ray.layers.targets import DeltaTarget, MatrixTarget
 from deltazip_ray.layers.triton_ops import TritonStack, ordered
 from deltazip_ray.layers.warm_up import launch_all
@@ -73,9 +74,17 @@ class CodecWarmUp:
         self._later = Later(1, thread_name_prefix="deltazip-compile")
 
     def codecs(self, codecs: Sequence[str]) -> None:
-        """Be ready for versions with all matrices in one of ``codecs``; before the first step."""
+        """Be ready for versions with all matrices in ``codecs``, and let steps serve those of layers; before the first
+        step."""
+        if not codecs:
+            return
+        of_layers = {stack for name, stack in self._stacks.items() if layer_of(name) is not None}
+        others = self._targets.keys() - of_layers
+        wanted = [(stack, ordered({*codecs}), 0) for stack in of_layers]
         with _threads(_AT_START) as pool:
-            self._compile([(stack, (codec,), 0) for codec in codecs for stack in self._targets], pool)
+            self._compile(wanted + [(stack, (codec,), 0) for stack in others for codec in codecs], pool)
+        for stack in of_layers:
+            stack.grow({*codecs}, 0)
 
     def version(self, manifest: Manifest) -> None:
         """Be ready for a version beside those that are there; from the thread that loads it, before it is published.

@@ -89,10 +89,10 @@ def assemble(
     if config.warm_up or (config.warm_up is None and device.type == "cuda"):
         run_steps(runner, settled)
         start.end("warm-up")
-        record_graphs(runner)
-        start.end("graphs")
         slots.warm_up.codecs(config.warm_codecs)
         start.end("codecs")
+        record_graphs(runner, config.slots if config.warm_codecs else 0)
+        start.end("graphs")
     scheduler = Scheduler(settled)
     slots.idle = lambda: not scheduler.has_work
     slots.overlap = device.type == "cuda" if config.overlap_loads is None else config.overlap_loads

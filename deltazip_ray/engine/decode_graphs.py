@@ -24,8 +24,9 @@ from deltazip_ray.layers.triton_ops import TritonOps
 from deltazip_ray.models.decoder import Decoder, StepInputs, go_on
 from deltazip_ray.scheduler.batch import Batch, Chunk
 
-_FINE, _COARSE = 64, 256  # rows up to which the sizes of graphs lie 8 and 16 apart; then it is 64
-_SMALL = (1, 2, 4)
+_SMALL, _FINE, _COARSE = (1, 2, 4, 8, 16, 32, 64), 32, 256
+"""Rows of graphs: these, then every ``_FINE`` up to ``_COARSE``, then every 64. Up to 64, where a step is all reading,
+a row too many costs next to nothing; a size more is one recording more for each number of versions."""
 _PROMPT_ROWS, _PROMPT_CONTEXT = 64, 1024
 """Rows of a step with prompts, and what one may see: each row reads all of it, where a prefill's rows share it."""
 
@@ -163,10 +164,12 @@ class DecodeGraphs:
         return _shape(rows, lengths, self._slots, arriving=arriving)
 
     def _capture(self, shape: _Shape, plan: Any) -> _Captured:
-        """Run the step once, which compiles kernels and writes nothing that its replay would not, and record it."""
+        """Record the step. Kernels that are new are compiled meanwhile."""
         # Read first: a load that changes them meanwhile makes this graph an old one.
         state = self._state(shape)
-        self._step(shape, plan)
+        if not self._graphs:  # a pool ends with the last of its graphs, as which one counts whose capture failed
+            self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.current_blas_handle()  # which takes memory, which a recording must not
         here, stream = torch.cuda.current_stream(), self._stream
         stream.wait_stream(here)
         graphs: list[torch.cuda.CUDAGraph] = []
@@ -215,7 +218,7 @@ def single_tokens(chunks: Sequence[Chunk]) -> list[Chunk]:
 
 def _sizes(most: int) -> tuple[int, ...]:
     """Rows of the graphs for batches of up to ``most`` rows."""
-    sizes = [*_SMALL, *range(8, _FINE, 8), *range(_FINE, _COARSE, 16), *range(_COARSE, most, 64)]
+    sizes = [*_SMALL, *range(_SMALL[-1] + _FINE, _COARSE, _FINE), *range(_COARSE, most, 64)]
     return (*(size for size in sizes if size < most), most)
 
 

@@ -26,18 +26,21 @@ def run_steps(runner: ModelRunner, config: EngineConfig) -> None:
             _run(runner, [_chunk(runner, 1, _GREEDY), _chunk(runner, rows, _CUT)])
 
 
-def record_graphs(runner: ModelRunner) -> None:
-    """Run a decode of each size that can be recorded, over the base."""
+def record_graphs(runner: ModelRunner, slots: int) -> None:
+    """Run a decode of each size that can be recorded, over the base, and over 1, 2, 4 … up to ``slots`` versions with
+    like numbers of rows."""
     for rows in runner.graph_sizes:
         _run(runner, [_chunk(runner, 1, _GREEDY) for _ in range(rows)])
+        for versions in (1 << i for i in range(min(rows, slots).bit_length())):
+            _run(runner, [_chunk(runner, 1, _GREEDY, i * versions // rows) for i in range(rows)])
 
 
 def _run(runner: ModelRunner, chunks: Sequence[Chunk]) -> None:
     runner.launch(Batch(tuple(chunks))).wait()
 
 
-def _chunk(runner: ModelRunner, rows: int, sampling: SamplingParams) -> Chunk:
-    """A prompt of the base, of ``rows`` tokens."""
-    sequence = SequenceState(GenerateRequest("warm-up", None, (0,) * rows, sampling), -1)
+def _chunk(runner: ModelRunner, rows: int, sampling: SamplingParams, slot: int = -1) -> Chunk:
+    """A prompt of the base, or of a ``slot`` that is empty, of ``rows`` tokens."""
+    sequence = SequenceState(GenerateRequest("warm-up", None, (0,) * rows, sampling), slot)
     blocks = -(-rows // runner.attention.shape.block_size)
     return Chunk(sequence, sequence.request.prompt, 0, [runner.attention.padding] * blocks, samples=True)

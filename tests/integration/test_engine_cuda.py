@@ -11,6 +11,7 @@ import torch
 from deltazip_ray.artifact.file_store import FileStore
 from deltazip_ray.engine.decode_graphs import DecodeGraphs
 from deltazip_ray.engine.uploads import Uploads
+from deltazip_ray.errors import EngineError
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 from tests.support.engines import RunningEngine, random_prompt, running
 from tests.support.oracle import Oracle
@@ -144,6 +145,23 @@ async def test_what_loads_write_while_a_step_is_recorded_is_written_and_not_reco
     async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS) as run:
         await run.generate(random_prompt(0, 20))
     assert written.tolist() == [1] * len(written)
+
+
+async def test_after_a_recording_that_failed_steps_are_recorded(wide_zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed: list[object] = []
+    step = DecodeGraphs._step
+
+    def fail_once(self: DecodeGraphs, shape: object, *arguments: object) -> None:
+        step(self, shape, *arguments)  # type: ignore[arg-type]
+        if torch.cuda.is_current_stream_capturing() and not failed:
+            failed.append(shape)
+            raise RuntimeError("no room")
+
+    monkeypatch.setattr(DecodeGraphs, "_step", fail_once)
+    async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS | {"warm_up": False}) as run:
+        with pytest.raises(EngineError, match="no room"):
+            await run.generate(random_prompt(0, 20))
+        assert await all_of(run, wide_zoo, 10, 4) < 0.3
 
 
 async def test_versions_come_and_go_under_graphs(wide_zoo: Zoo) -> None:

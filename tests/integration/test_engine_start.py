@@ -89,8 +89,8 @@ async def test_kernels_of_a_codec_are_compiled_before_steps_see_it(
     assert (mlp.shapes, ("int4", "int2")) in compiled
 
 
-def test_codecs_of_the_settings_are_compiled_and_seen_by_no_step(
-    core: EngineCore, monkeypatch: pytest.MonkeyPatch
+def test_codecs_of_the_settings_are_ready_for_steps_before_a_version_comes(
+    core: EngineCore, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: set[tuple[object, tuple[str, ...]]] = set()
     monkeypatch.setattr(
@@ -98,8 +98,13 @@ def test_codecs_of_the_settings_are_compiled_and_seen_by_no_step(
     )
     core.slots.warm_up.codecs(("int4", "int2"))
     stack = stack_of(core, "model.layers.0.mlp.down_proj.weight")
-    assert {(stack.shapes, ("int4",)), (stack.shapes, ("int2",))} <= compiled
-    assert not stack.codecs
+    head = stack_of(core, "lm_head.weight")
+    assert {(stack.shapes, ("int4", "int2")), (head.shapes, ("int4",)), (head.shapes, ("int2",))} <= compiled
+    assert stack.groups == (("int4", "int2"),)
+    assert not head.groups, "few versions change it, and it is launched once for those that do"
+    generation = stack.ops.generation
+    load(core, 0, zoo.versions[0].without(r"^lm_head|embed_tokens"))
+    assert stack.ops.generation == generation, "what was recorded stays"
 
 
 def test_what_nobody_waits_for_ends_with_the_engine() -> None:

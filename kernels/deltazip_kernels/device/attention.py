@@ -8,7 +8,7 @@ where the sequence's pages begin in ``pages``, position of the first row, parts 
 import triton
 import triton.language as tl
 
-from deltazip_kernels.device.locate import wait
+from deltazip_kernels.device.locate import let_next_start, wait
 
 FIELDS = tl.constexpr(8)
 NEVER = tl.constexpr(-1e30)
@@ -96,6 +96,7 @@ def attention(
     One that is a part of several goes to the row of ``parts`` [items, HEADS * G, D] and of ``logs`` that is its number,
     in float32, for :func:`attention_merge`. Without CAUSAL all items have one row, which sees all their keys.
     """
+    let_next_start(OVERLAP)
     work = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
     # The list of items is older than the launch ahead of this one: it may be read before that has ended.
@@ -135,6 +136,7 @@ def attention_merge(
 
     Its parts are items ``firsts[i]`` to ``firsts[i + 1]``; a single one is in its place already.
     """
+    let_next_start(OVERLAP)
     i = tl.program_id(0)
     first = tl.load(firsts + i)
     stop = tl.load(firsts + i + 1)

@@ -1,9 +1,8 @@
 """The kernels behind ``deltazip_kernels.quantize``.
 
 A program holds one row in registers: GROUPS groups of 128 columns, padded to STEP, a power of two. It writes the row in
-int8 where ``int8`` is 1, for deltas, and with FP8 in e4m3, for a base in fp8. Norms and activations let the next launch
-start with them: a GEMM uses the time to fetch weights. They read norm weights and ``which`` before they wait: these
-must be older than the launch ahead.
+int8 where ``int8`` is 1, for deltas, and with FP8 in e4m3, for a base in fp8. All let the next launch start with them.
+They read norm weights and ``which`` before they wait: these must be older than the launch ahead.
 """
 
 import triton
@@ -59,6 +58,7 @@ def quantize(
     OVERLAP: tl.constexpr,
 ):
     """``x`` as it is."""
+    let_next_start(OVERLAP)
     wait(OVERLAP)
     column = _columns(STEP)
     v = tl.load(x + tl.program_id(0).to(tl.int64) * x_stride + column, mask=column < K, other=0.0)
