@@ -29,7 +29,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [128, 300])
+@pytest.mark.parametrize("columns", [128, 300, 1100])
 @pytest.mark.parametrize("act", ["silu", "gelu"])
 def test_gated(act: str, dtype: torch.dtype, columns: int, device: torch.device) -> None:
     wide = torch.randn(7, 2 * columns + 5, generator=torch.Generator().manual_seed(3)).to(device, dtype)
@@ -39,6 +39,9 @@ def test_gated(act: str, dtype: torch.dtype, columns: int, device: torch.device)
     want = (silu(gate) if act == "silu" else gelu(gate, approximate="tanh")) * up
     torch.testing.assert_close(out, want, rtol=tolerance(dtype), atol=tolerance(dtype))
     assert_quantizes(rows, out)
+    unrounded, rows = (silu_mul_quantize if act == "silu" else gelu_mul_quantize)(gate_up, int8=False)
+    assert torch.equal(unrounded, out)
+    assert not len(rows.values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -84,12 +84,13 @@ def gated(
 ):
     """``out = act(x[:, :K]) * x[:, K:]``, each factor rounded to the type of ``x``, and ``out`` quantized.
 
+    Rows that are not to be quantized may be cut: a program then has STEP of their GROUPS.
     ``act`` is silu, or with GELU the tanh approximation of gelu: both are ``x * sigmoid(...)``.
     """
     let_next_start(OVERLAP)
     wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
-    column = _columns(STEP)
+    column = tl.program_id(1) * (STEP * 128) + _columns(STEP)
     inside = column < K
     gate = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * x_stride + K + column, mask=inside, other=0.0).to(tl.float32)
@@ -101,7 +102,8 @@ def gated(
     gate = (gate / (1.0 + tl.exp(tl.minimum(-slope, 80.0)))).to(x.dtype.element_ty).to(tl.float32)
     product = (gate * up).to(x.dtype.element_ty)
     tl.store(out + row * K + column, product, mask=inside)
-    _store_rounded(int8, values, scales, fp8, fp8_scales, product.to(tl.float32), K, GROUPS, STEP, FP8)
+    if STEP >= GROUPS:
+        _store_rounded(int8, values, scales, fp8, fp8_scales, product.to(tl.float32), K, GROUPS, STEP, FP8)
 
 
 @triton.jit
