@@ -27,7 +27,7 @@ from deltazip_ray.scheduler.batch import Batch, Chunk
 _SMALL, _FINE, _COARSE = (1, 2, 4, 8, 16, 32, 64), 32, 256
 """Rows of graphs: these, then every ``_FINE`` up to ``_COARSE``, then every 64. Up to 64, where a step is all reading,
 a row too many costs next to nothing; a size more is one recording more for each number of versions."""
-_PROMPT_ROWS, _PROMPT_CONTEXT = 64, 1024
+_PROMPT_ROWS, _PROMPT_CONTEXT = 256, 1024
 """Rows of a step with prompts, and what one may see: each row reads all of it, where a prefill's rows share it."""
 
 
