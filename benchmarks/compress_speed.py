@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +30,7 @@ from deltazip_ray.artifact.manifest import Manifest
 from deltazip_ray.artifact.store import open_store
 from deltazip_ray.compress import blocks, journal, pipeline, solver, survey
 from deltazip_ray.compress.hessian import Hessian
-from deltazip_ray.compress.options import CompressOptions
+from deltazip_ray.compress.options import CompressOptions, Progress
 from deltazip_ray.compress.outer import OuterCompressor
 from deltazip_ray.compress.outputs import Outputs
 from deltazip_ray.compress.pairing import Pair
@@ -163,8 +162,8 @@ class Measured(NamedTuple):
     seconds: float
 
 
-def measure(pair: Pair, options: CompressOptions, out: Path) -> Measured:
-    """Compress, with a clock on every stage."""
+def measure(pair: Pair, options: CompressOptions, out: Path, log: Path) -> Measured:
+    """Compress, with a clock on every stage; ``log`` says how far it is and what it took until then."""
     if options.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -173,29 +172,34 @@ def measure(pair: Pair, options: CompressOptions, out: Path) -> Measured:
     store = open_store(StoreConfig(url=out.as_uri()))
     store.create()
     start = time.perf_counter()
+
+    def tell(what: str, fraction: float) -> None:
+        passed = time.perf_counter() - start
+        print(f"{time.strftime('%T')}  {passed:7.1f} s  {fraction:6.1%}  {what}", flush=True)
+        told = {"unfinished": what, "seconds": passed, "stages": watch.seconds, "peaks": watch.peaks}
+        log.write_text(json.dumps(told, indent=1) + "\n")
+
     try:
         with watch.stage("the rest"):
-            manifest = pipeline.compress_pair(pair, store, options, progress_to_stdout())
+            manifest = pipeline.compress_pair(pair, store, options, rarely(tell))
     finally:
         for each in undo:
             each()
-        # Also of a run that was stopped.
-        for name, seconds in sorted(watch.seconds.items(), key=lambda item: -item[1]):
-            print(f"{seconds:8.2f} s  {watch.peaks[name] / 1e9:6.2f} GB  {name}")
-    return Measured(manifest, dict(watch.seconds), dict(watch.peaks), time.perf_counter() - start)
+    peaks = {name: watch.peaks[name] for name in watch.seconds}
+    return Measured(manifest, dict(watch.seconds), peaks, time.perf_counter() - start)
 
 
-def progress_to_stdout() -> Callable[[str, float], None]:
-    """A line for every tenth of the whole."""
-    told, start = 0, time.perf_counter()
+def rarely(tell: Progress) -> Progress:
+    """``tell`` of every stage and of every hundredth of the whole."""
+    last = ("", -1.0)
 
-    def tell(what: str, fraction: float) -> None:
-        nonlocal told
-        if fraction * 10 >= told:
-            told = int(fraction * 10) + 1
-            print(f"{time.perf_counter() - start:7.1f} s  {fraction:4.0%}  {what}", flush=True)
+    def progress(what: str, fraction: float) -> None:
+        nonlocal last
+        if what != last[0] or fraction >= last[1] + 0.01:
+            last = (what, fraction)
+            tell(what, fraction)
 
-    return tell
+    return progress
 
 
 def gpu_memory(pair: Pair, options: CompressOptions, peaks: dict[str, int]) -> dict[str, Any]:
@@ -258,7 +262,7 @@ def main() -> None:
             | {"calibration": text, "samples": args.samples, "sequence_length": args.sequence_length}
             | {"device": device, "dtype": args.dtype}
         )
-        found = report(pair, options, measure(pair, options, folder / "artifact"), args)
+        found = report(pair, options, measure(pair, options, folder / "artifact", args.json), args)
     args.json.write_text(json.dumps(found, indent=1) + "\n")
     print("\n\n".join([stages(found), memory(found), str(dict(found["codecs"]))]))
 

@@ -6,6 +6,7 @@ columns were known, is then improved: group by group the best scale for the code
 the others stay (coordinate descent, as QuantEase, arXiv 2309.01885). Rows are independent of each other.
 """
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Protocol
 
@@ -23,6 +24,10 @@ SWEEPS = 4
 """Rounds of coordinate descent over all groups; a sixth still takes away some percent of the divergence."""
 PIECE = 2**25
 """Numbers of a matrix that are coded at a time: bounds the working memory, a few float32 copies of them."""
+
+
+PANEL = 1024
+"""Columns whose slopes are one product: by single groups it would be too narrow to occupy a GPU."""
 
 
 class Grid(Protocol):
@@ -148,14 +153,28 @@ def descend(delta: Tensor, coded: Coded, metric: Tensor, codec: Codec, grid: Gri
     codes, scales = coded.codes.clone(), coded.scales.clone()
     lost = coded.dequantized(codec)
     torch.sub(delta, lost, out=lost)
-    groups = [slice(start, min(start + GROUP, delta.shape[1])) for start in range(0, delta.shape[1], GROUP)]
     for _ in range(SWEEPS):
-        for index, group in enumerate(groups):
-            slopes = lost @ metric[:, group]
-            grid.improve_group(
-                delta[:, group], lost[:, group], codes[:, group], scales[:, index], slopes, metric[group, group], codec
-            )
+        for panel in _slices(0, delta.shape[1], PANEL):
+            slopes = lost @ metric[:, panel]
+            for group in _slices(panel.start, panel.stop, GROUP):
+                before = lost[:, group].clone()
+                grid.improve_group(
+                    delta[:, group],
+                    lost[:, group],
+                    codes[:, group],
+                    scales[:, group.start // GROUP],
+                    slopes[:, group.start - panel.start : group.stop - panel.start],
+                    metric[group, group],
+                    codec,
+                )
+                later = slice(group.stop, panel.stop)
+                slopes[:, group.stop - panel.start :].addmm_(lost[:, group] - before, metric[group, later])
     return Coded(codes, scales, None)
+
+
+def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    """What lies between, in slices of at most ``step``."""
+    return (slice(at, min(at + step, stop)) for at in range(start, stop, step))
 
 
 def _reordered(coded: Coded, order: Tensor) -> Coded:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from deltazip_kernels.layout import CODECS, Codec
+from deltazip_ray.compress import solver
 from deltazip_ray.compress.grid import Coded, round_to_nearest
 from deltazip_ray.compress.hessian import Hessian, inverse_factor
 from deltazip_ray.compress.solver import Solver, compensate, descend
@@ -47,6 +48,24 @@ def test_at_one_bit_descent_takes_away_most_of_what_compensation_leaves() -> Non
     before = squared_errors(delta, compensated, metric, codec).sum()
     after = squared_errors(delta, Solver(metric).solve(delta, codec), metric, codec).sum()
     assert after < 0.5 * before
+
+
+def test_slopes_of_a_panel_are_those_of_its_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    delta = 0.02 * torch.randn(16, 600, generator=torch.Generator().manual_seed(4))
+    metric, codec = correlated(600, 2000).float(), CODECS["int2"]
+    start = round_to_nearest(delta, metric.diagonal(), codec)
+    found = []
+    for panel in (128, 256, 1024):
+        monkeypatch.setattr(solver, "PANEL", panel)
+        found.append(descend(delta, start, metric, codec))
+    for other in found[1:]:
+        assert (other.codes == found[0].codes).float().mean() > 0.999
+        torch.testing.assert_close(
+            squared_errors(delta, other, metric.double(), codec),
+            squared_errors(delta, found[0], metric.double(), codec),
+            rtol=1e-3,
+            atol=0,
+        )
 
 
 @EVERY_DENSE
