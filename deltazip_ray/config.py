@@ -179,7 +179,10 @@ class RouterConfig(Settings):
         20.0, ge=0, description="an alias of a version in use moves when the new one is on a replica, or after this"
     )
     max_ongoing_requests: int = Field(
-        1024, ge=1, description="requests that the router answers at once; eight times as many may wait for that"
+        2048,
+        ge=1,
+        description="requests that the router answers at once; eight times as many may wait for that. When three "
+        "quarters are taken, more than half of them by one variant, that one's next requests get a 429",
     )
     request_timeout_s: float = Field(300.0, gt=0, description="until an answer must be complete, else it is a 504")
     resume_attempts: int = Field(2, ge=0, description="times a request moves on when its replica dies")

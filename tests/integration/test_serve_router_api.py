@@ -321,6 +321,29 @@ async def test_a_slow_answer_times_out(config: AppConfig) -> None:
         assert app.backend.engine.stats().running == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_flood_of_one_variant_leaves_places_for_others(
+    config: AppConfig, versions: dict[str, str], stream: bool
+) -> None:
+    router = config.router.model_copy(update={"max_ongoing_requests": 8})
+    config = config.model_copy(update={"router": router})
+    async with router_app(config, Script(step_s=0.02), Path(config.base)) as app:
+
+        async def ask(model: str) -> int:
+            asked = {"model": model, "prompt": "a", "max_tokens": 20, "ignore_eos": True, "stream": stream}
+            return (await app.client.post("/v1/completions", json=asked)).status_code
+
+        async def flood() -> None:
+            asked = [asyncio.create_task(ask("one@latest")) for _ in range(20)]
+            await until(lambda: sum(task.done() for task in asked) == 14)
+            assert {task.result() for task in asked if task.done()} == {429}
+            assert [await ask("two"), await ask("tiny")] == [200, 200]
+            assert sorted(await asyncio.gather(*asked)) == [200] * 6 + [429] * 14
+
+        await flood()
+        await flood()  # what was given back can be taken again
+
+
 @pytest.mark.parametrize("fields", [{}, {"n": 3}, {"n": 3, "stream": True}, {"stream": True}])
 async def test_a_client_that_leaves_cancels_the_work(config: AppConfig, fields: dict[str, Any]) -> None:
     async with router_app(config, Script(step_s=0.05), Path(config.base)) as app:

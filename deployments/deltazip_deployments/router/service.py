@@ -4,7 +4,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
 from deltazip_deployments.router.backend import Backend, ReplicaDescription
 from deltazip_deployments.router.directory import Directory
 from deltazip_deployments.router.health import Health
+from deltazip_deployments.router.places import Places
 from deltazip_deployments.router.resume import generate_resuming, without_output
 from deltazip_deployments.text.choices import Asked, Choices, nth
 from deltazip_deployments.text.generation import Generation
@@ -56,6 +58,7 @@ class RouterService:
         self._open_catalog = open_catalog
         self._base_files = base_files
         self._since = int(time.time())
+        self._places = Places(config.router.max_ongoing_requests)
         self._known: _Known | None = None
         self._background: asyncio.Task[None] | None = None
 
@@ -98,6 +101,22 @@ class RouterService:
     async def begin(self, request: CompletionRequest | ChatRequest) -> Choices:
         """Start to answer, and wait for the first tokens. The caller closes what it gets. Raises DeltaZipError."""
         self._check_offered(request)
+        variant = request.model.partition("@")[0]
+        with ExitStack() as held:
+            held.enter_context(self._places.one(variant))
+            asked, outputs = await self._prepare(request, self.config.router.weights.get(variant, 1.0))
+            choices = Choices(asked, outputs, held.pop_all())
+        try:
+            await choices.begin()
+        except BaseException:
+            await choices.aclose()
+            raise
+        return choices
+
+    async def _prepare(
+        self, request: CompletionRequest | ChatRequest, weight: float
+    ) -> tuple[Asked, Sequence[Generation]]:
+        """What is asked for, and its outputs, which have not begun."""
         version = await self.resolve(request.model)
         text = await self._ready().texts.get(version)
         prompt = await _prompt(request, text, self._ready().replicas.max_model_len)
@@ -108,7 +127,6 @@ class RouterService:
         )
         # vLLM's priorities come first when they are low, the scheduler's when they are high.
         priority = -(request.priority or 0)
-        weight = self.config.router.weights.get(request.model.partition("@")[0], 1.0)
         wanted = GenerateRequest(uuid.uuid4().hex, version, tuple(prompt), sampling, priority=priority, weight=weight)
         asked = Asked(
             model=request.model,
@@ -120,14 +138,7 @@ class RouterService:
             prompt_logprobs=request.prompt_logprobs,
             echo=_echo(request, text),
         )
-        outputs = [self._generation(nth(wanted, index), request, text) for index in range(request.candidates)]
-        choices = Choices(asked, outputs)
-        try:
-            await choices.begin()
-        except BaseException:
-            await choices.aclose()
-            raise
-        return choices
+        return asked, [self._generation(nth(wanted, index), request, text) for index in range(request.candidates)]
 
     def _check_offered(self, request: CompletionRequest | ChatRequest) -> None:
         """Refuse what the settings leave out."""

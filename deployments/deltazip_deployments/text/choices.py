@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -52,9 +52,11 @@ class Choice:
 class Choices:
     """Outputs in the making. :meth:`begin` them, take them in pieces or whole, and close them, whatever happened."""
 
-    def __init__(self, asked: Asked, outputs: Sequence[Generation]) -> None:
+    def __init__(self, asked: Asked, outputs: Sequence[Generation], held: ExitStack | None = None) -> None:
+        """``held``: what they keep until they are closed."""
         self.asked = asked
         self._outputs = outputs
+        self._held = held or ExitStack()
 
     @property
     def tier(self) -> Tier:
@@ -119,8 +121,9 @@ class Choices:
 
     async def aclose(self) -> None:
         """End the request everywhere; harmless when it is over."""
-        for output in self._outputs:
-            await output.aclose()
+        with self._held:
+            for output in self._outputs:
+                await output.aclose()
 
     async def __aenter__(self) -> Self:
         return self
