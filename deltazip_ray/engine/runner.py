@@ -85,10 +85,12 @@ class ModelRunner:
         """Rows of the decode steps that can be recorded."""
         return () if self._graphs is None else self._graphs.sizes
 
-    def launch(self, batch: Batch) -> LaunchedStep:
-        """See :class:`~deltazip_ray.engine.step_loop.StepRunner`."""
+    def launch(self, batch: Batch, arrivals: Sequence[Arrival] | None = None) -> LaunchedStep:
+        """See :class:`~deltazip_ray.engine.step_loop.StepRunner`. ``arrivals``, where given, count as the batch's."""
         with torch.inference_mode():
-            sampled, prompts = self._run(batch)
+            if arrivals is None:
+                arrivals = self._arriving({chunk.slot for chunk in batch.chunks})
+            sampled, prompts = self._run(batch, arrivals)
         if self.device.type != "cuda":
             return LaunchedStep(sampled, prompts, None)
         done = torch.cuda.Event(blocking=True)
@@ -126,8 +128,7 @@ class ModelRunner:
             last_rows=self.ops.rows([(c.slot, 1) for c in batch.sampling_chunks], self.device),
         )
 
-    def _run(self, batch: Batch) -> tuple[SampledTokens | None, PromptScores | None]:
-        arrivals = self._arriving({chunk.slot for chunk in batch.chunks})
+    def _run(self, batch: Batch, arrivals: Sequence[Arrival]) -> tuple[SampledTokens | None, PromptScores | None]:
         if self._graphs is not None and self._graphs.fits(batch):
             return self._sample(self._graphs.run(batch, arrivals), batch), None
         inputs = replace(self.prepare(batch), before_layer=functools.partial(wait_for_layer, arrivals))

@@ -6,6 +6,7 @@ Before the first real step only. Keys and values go to the block that no request
 from collections.abc import Sequence
 
 from deltazip_ray.config import EngineConfig
+from deltazip_ray.engine.arrivals import Arrival
 from deltazip_ray.engine.runner import ModelRunner
 from deltazip_ray.scheduler.batch import Batch, Chunk
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
@@ -28,15 +29,18 @@ def run_steps(runner: ModelRunner, config: EngineConfig) -> None:
 
 def record_graphs(runner: ModelRunner, slots: int) -> None:
     """Run a decode of each size that can be recorded, over the base, and over 1, 2, 4 … up to ``slots`` versions with
-    like numbers of rows."""
+    like numbers of rows; over one version also as if it were on its way."""
     for rows in runner.graph_sizes:
         _run(runner, [_chunk(runner, 1, _GREEDY) for _ in range(rows)])
         for versions in (1 << i for i in range(min(rows, slots).bit_length())):
-            _run(runner, [_chunk(runner, 1, _GREEDY, i * versions // rows) for i in range(rows)])
+            chunks = [_chunk(runner, 1, _GREEDY, i * versions // rows) for i in range(rows)]
+            _run(runner, chunks)
+            if versions == 1:
+                _run(runner, chunks, [Arrival({}, None)])
 
 
-def _run(runner: ModelRunner, chunks: Sequence[Chunk]) -> None:
-    runner.launch(Batch(tuple(chunks))).wait()
+def _run(runner: ModelRunner, chunks: Sequence[Chunk], arrivals: Sequence[Arrival] = ()) -> None:
+    runner.launch(Batch(tuple(chunks)), arrivals).wait()
 
 
 def _chunk(runner: ModelRunner, rows: int, sampling: SamplingParams, slot: int = -1) -> Chunk:

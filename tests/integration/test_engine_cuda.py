@@ -211,7 +211,7 @@ async def test_a_version_that_is_used_while_it_arrives_says_what_it_says_later(w
     sampling = SamplingParams(max_tokens=1, temperature=0.0, logprobs=0)
     found: dict[bool, list[str]] = {}
     for overlap in (True, False):
-        settings = SETTINGS | {"overlap_loads": overlap}
+        settings = SETTINGS | {"overlap_loads": overlap, "warm_codecs": ("int4", "int2")}
         async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **settings) as run:
             assert run.engine._parts is not None
             run.engine._parts.core.slots.memory.zero_()
