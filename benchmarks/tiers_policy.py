@@ -98,6 +98,10 @@ class NoStore:
         """Nothing to bring."""
         return "remote"
 
+    def tier(self, key: BlobKey) -> Tier:
+        """The same for all."""
+        return "remote"
+
     def seconds_per_byte(self, key: BlobKey) -> float:
         """The same for all."""
         return 1e-8
@@ -110,7 +114,7 @@ class Tiers:
         self.pool = FetchPool[Tier](1, 1)
         popularity = Popularity[BlobKey](half_life)
         memory = memoryview(bytearray(HOST * ALIGNMENT))
-        self.blobs = BlobTable(memory, NoStore(), self.pool, Quarantine(1.0), popularity)
+        self.blobs = BlobTable(memory, NoStore(), {"remote": self.pool}, Quarantine(1.0), popularity)
         self.slots = SlotTable(SLOTS, half_life=half_life)
         self.found = Counter[Tier]()
 

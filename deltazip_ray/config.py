@@ -148,7 +148,7 @@ class NodeStoreConfig(Settings):
 
     arena_bytes: int = Field(256 * MIB, ge=MIB, description="shared memory for blobs")
     shm_dir: Path = Field(Path("/dev/shm"), description="where the shared arena is created")  # noqa: S108
-    fetch_threads: int = Field(16, ge=1, description="blobs fetched in parallel")
+    fetch_threads: int = Field(16, ge=1, description="blobs fetched in parallel, and as many read from the disk")
     fetch_threads_per_version: int | None = Field(
         None, ge=1, description="of those, for one version at most; three quarters when absent"
     )

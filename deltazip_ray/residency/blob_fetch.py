@@ -54,10 +54,13 @@ class BlobFetcher:
         self._speeds: dict[Tier, _Speed] = {"disk": _Speed(1e-9), "remote": _Speed(1e-8)}
         self._lock = threading.Lock()
 
+    def tier(self, key: BlobKey) -> Tier:
+        """See :class:`Fetch`."""
+        return "disk" if self._disk is not None and self._disk.has(key) else "remote"
+
     def seconds_per_byte(self, key: BlobKey) -> float:
         """See :class:`Fetch`: by where the blob is now, and how fast that was of late."""
-        tier: Tier = "disk" if self._disk is not None and self._disk.has(key) else "remote"
-        return self._speeds[tier].seconds_per_byte
+        return self._speeds[self.tier(key)].seconds_per_byte
 
     def __call__(self, entry: BlobEntry, buffer: memoryview, asked: float) -> Tier:
         """Fill ``buffer``, of ``entry.size`` bytes, with the blob and check its sha256; returns where it was.

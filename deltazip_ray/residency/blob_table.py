@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import time
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,6 +28,10 @@ class Fetch(Protocol):
         """
         ...
 
+    def tier(self, key: BlobKey) -> Tier:
+        """Where a blob is now, ``disk`` or ``remote``. Cheap."""
+        ...
+
     def seconds_per_byte(self, key: BlobKey) -> float:
         """What it would take now, by experience. Cheap."""
         ...
@@ -41,6 +45,8 @@ class Blob:
     offset: int
     ready: asyncio.Future[Tier]
     """Where the bytes were found."""
+    pool: FetchPool[Tier]
+    """Where its fetch is, or was."""
     job: Job[Tier] | None = None
     """The fetch; None when it is over."""
     holds: int = 0
@@ -60,14 +66,15 @@ class BlobTable:
         self,
         memory: memoryview,
         fetch: Fetch,
-        pool: FetchPool[Tier],
+        pools: Mapping[Tier, FetchPool[Tier]],
         quarantine: Quarantine,
         popularity: Popularity[BlobKey],
     ) -> None:
+        """``pools``: by where a blob is, ``disk`` or ``remote``, so that the disk waits for no store."""
         self._popularity = popularity
         self._memory = memory
         self._fetch = fetch
-        self._pool = pool
+        self._pools = pools
         self._quarantine = quarantine
         self._arena = ArenaAllocator(len(memory))
         self._blobs: dict[BlobKey, Blob] = {}  # those that were let go of least recently come first
@@ -114,7 +121,7 @@ class BlobTable:
             blob.holds += 1
             blob.leaving = False
             if blob.job is not None and not ahead:
-                self._pool.hasten(blob.job)
+                blob.pool.hasten(blob.job)
         return blobs
 
     def refuse_quarantined(self, entries: Iterable[BlobEntry]) -> None:
@@ -129,7 +136,7 @@ class BlobTable:
             blob.holds -= 1
             if blob.holds or self._blobs.get(blob.key) is not blob:
                 continue
-            if blob.leaving if blob.job is None else self._pool.cancel(blob.job):
+            if blob.leaving if blob.job is None else blob.pool.cancel(blob.job):
                 self._remove(blob)
             else:
                 self._blobs[blob.key] = self._blobs.pop(blob.key)
@@ -152,7 +159,7 @@ class BlobTable:
     def cancel_fetches(self, error: Exception) -> None:
         """Fail the fetches that have not begun."""
         for blob in list(self._blobs.values()):
-            if blob.job is not None and self._pool.cancel(blob.job):
+            if blob.job is not None and blob.pool.cancel(blob.job):
                 self._remove(blob, error)
 
     def stats(self) -> HostStats:
@@ -213,10 +220,11 @@ class BlobTable:
         return self._popularity.worth(key, self._fetch.seconds_per_byte(key))
 
     def _start(self, version: str, entry: BlobEntry, offset: int, ahead: bool) -> None:
-        blob = Blob(blob_key(entry), offset, asyncio.get_running_loop().create_future())
+        key = blob_key(entry)
+        blob = Blob(key, offset, asyncio.get_running_loop().create_future(), self._pools[self._fetch.tier(key)])
         self._blobs[blob.key] = blob
         fetch = functools.partial(self._fetch, entry, self.view(blob), time.perf_counter())
-        blob.job = self._pool.submit(version, fetch, functools.partial(self._fetched, blob), ahead=ahead)
+        blob.job = blob.pool.submit(version, fetch, functools.partial(self._fetched, blob), ahead=ahead)
 
     def _fetched(self, blob: Blob, result: Future[Tier]) -> None:
         blob.job = None

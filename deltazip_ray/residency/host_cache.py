@@ -14,6 +14,7 @@
   until a later try succeeds, see :mod:`breakers`; a blob that came damaged twice is not fetched for a while, see
   :mod:`quarantine`. Neither concerns a version whose blobs are all here, nor any other one.
 * **Fair shares.** Versions take turns at the threads that fetch, and none gets all of them; see :mod:`fetch_pool`.
+  What is on disk has threads of its own, and waits for no store that hangs.
 * **Order, and no deadlock.** A version takes the room of all its missing blobs at once or none, so nobody keeps a part
   and waits for the rest. Versions that find no room wait, holding nothing, in the order in which their manifests came;
   one whose blobs are all here passes them. A version that is larger than the arena gets StoreFull at once, one that
@@ -25,7 +26,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
@@ -86,7 +87,10 @@ class HostCache:
             raise ConfigError("the host arena is read-only: map it writable")
         self._memory = HostMemory(memory)
         share = settings.fetch_threads_per_version or max(1, settings.fetch_threads * 3 // 4)
-        self._pool = FetchPool[Tier](settings.fetch_threads, share)
+        self._pools: Mapping[Tier, FetchPool[Tier]] = {
+            "disk": FetchPool(settings.fetch_threads, settings.fetch_threads),
+            "remote": FetchPool(settings.fetch_threads, share),
+        }
         self._metrics = HostMetrics(registry, self.stats)
         self._breakers = Breakers(settings.breaker, clock)
         self._quarantine = Quarantine(settings.quarantine_s, clock)
@@ -94,7 +98,7 @@ class HostCache:
         self._manifests = Manifests(catalog, self._disk)
         fetch = BlobFetcher(catalog, self._disk, self._metrics, settings.fetch_bytes_per_s)
         popularity = Popularity[BlobKey](settings.eviction_half_life)
-        self._blobs = BlobTable(memory, fetch, self._pool, self._quarantine, popularity)
+        self._blobs = BlobTable(memory, fetch, self._pools, self._quarantine, popularity)
         self._room_timeout_s = settings.room_timeout_s
         self._held: dict[str, _Held] = {}
         self._prefetches: dict[str, asyncio.Task[bool]] = {}
@@ -191,7 +195,8 @@ class HostCache:
         self._blobs.room_changed.set()
         self._blobs.cancel_fetches(_closed())
         await asyncio.gather(*self._prefetches.values(), return_exceptions=True)
-        await asyncio.to_thread(self._pool.shutdown)
+        for pool in self._pools.values():
+            await asyncio.to_thread(pool.shutdown)
         await self._manifests.close()
         if self._disk is not None:
             await asyncio.to_thread(self._disk.close)

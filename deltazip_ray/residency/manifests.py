@@ -3,6 +3,7 @@
 import asyncio
 import functools
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.digests import sha256_hex
@@ -13,6 +14,9 @@ from deltazip_ray.residency.disk_tier import DiskTier
 _KEPT = 1024
 """Manifests in memory, so that a version that is here can be had while the store is down."""
 
+_READERS = 16
+"""Threads that read from the store, apart from all others: it may hang, and the disk does not wait for it."""
+
 
 class Manifests:
     """One read for all who wait. It belongs to one event loop; reads run in threads."""
@@ -22,6 +26,7 @@ class Manifests:
         self._disk = disk
         self._known: dict[str, Manifest] = {}  # least recently used first
         self._reads: dict[str, asyncio.Task[Manifest]] = {}
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="deltazip-manifest")
 
     @property
     def known(self) -> Mapping[str, Manifest]:
@@ -38,7 +43,7 @@ class Manifests:
             return self._known[version]
         read = self._reads.get(version)
         if read is None:
-            read = self._reads[version] = asyncio.create_task(asyncio.to_thread(self._read, version))
+            read = self._reads[version] = asyncio.create_task(self._read(version))
             read.add_done_callback(functools.partial(self._done, version))
         return await asyncio.shield(read)
 
@@ -49,6 +54,7 @@ class Manifests:
     async def close(self) -> None:
         """Wait for the reads under way."""
         await asyncio.gather(*self._reads.values(), return_exceptions=True)
+        self._readers.shutdown()
 
     def _done(self, version: str, read: asyncio.Task[Manifest]) -> None:
         del self._reads[version]
@@ -57,13 +63,20 @@ class Manifests:
             if len(self._known) > _KEPT:
                 del self._known[next(iter(self._known))]
 
-    def _read(self, version: str) -> Manifest:
-        """Blocking. A version is named by its manifest's digest, so the disk tier keeps manifests like blobs."""
-        kept = None if self._disk is None else self._disk.find(check_digest(version))
+    async def _read(self, version: str) -> Manifest:
+        kept = None if self._disk is None else await asyncio.to_thread(self._kept, self._disk, version)
         if kept is not None:
-            manifest = parse_manifest(kept, version)
-            if manifest.base.digest == self._catalog.base_digest:
-                return manifest
+            return kept
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._fetch, version)
+
+    def _kept(self, disk: DiskTier, version: str) -> Manifest | None:
+        """Blocking. A version is named by its manifest's digest, so the disk tier keeps manifests like blobs."""
+        data = disk.find(check_digest(version))
+        manifest = None if data is None else parse_manifest(data, version)
+        return None if manifest is None or manifest.base.digest != self._catalog.base_digest else manifest
+
+    def _fetch(self, version: str) -> Manifest:
+        """Blocking."""
         manifest = self._catalog.manifest(version)
         data = manifest.canonical()
         if self._disk is not None and sha256_hex(data) == version:

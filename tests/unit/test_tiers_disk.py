@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.config import MIB, NodeStoreConfig
-from deltazip_ray.errors import BlobCorrupt
+from deltazip_ray.errors import BlobCorrupt, StoreUnavailable
 from deltazip_ray.observability.disk_metrics import DiskMetrics, DiskStats
 from deltazip_ray.residency.arena import ALIGNMENT
 from deltazip_ray.residency.disk_folder import DiskFolder
@@ -115,6 +115,31 @@ async def test_what_was_fetched_survives_a_restart(begin: Callable[..., Life]) -
     assert second.host_metric("acquires_total", tier="disk") == 1
     assert second.host_metric("fetch_seconds_count", tier="disk") == 2
     assert second.host_metric("fetched_bytes_total", tier="remote") == 0
+
+
+async def test_what_is_on_disk_waits_for_no_read_of_a_store_that_hangs(begin: Callable[..., Life]) -> None:
+    first = begin()
+    version = first.version(page("a"))
+    await first.tier(version)
+    await first.kept(1)
+    life = await restarted(first, lambda: begin(pages=100))
+    threads = 16
+    large = [life.version(*(bytes([65 + i, 65 + n]) for i in range(threads))) for n in range(2)]
+    life.store.faults = [Fault("unavailable", "/blobs/")]
+    for one in large:  # whose manifests are known then
+        with pytest.raises(StoreUnavailable):
+            await life.cache.acquire(one)
+    await until(lambda: not life.cache.stats().fetching)
+    life.store.faults = []
+    life.store.gate.clear()
+    unknown = [life.version(bytes([n])) for n in range(40)]
+    waiting = [asyncio.create_task(life.cache.acquire(one)) for one in (*large, *unknown)]
+    await until(lambda: life.store.reading == 2 * threads)
+    async with asyncio.timeout(5):
+        assert await life.tier(version) == "disk"
+    assert not any(task.done() for task in waiting)
+    life.store.gate.set()
+    await asyncio.gather(*waiting)
 
 
 async def test_what_left_the_arena_is_on_disk(begin: Callable[..., Life]) -> None:
