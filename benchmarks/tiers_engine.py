@@ -5,7 +5,6 @@ import gc
 import mmap
 import os
 import time
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -245,21 +244,19 @@ async def beside_traffic(engine: AsyncEngine, timed: Timed, length: int, cold: i
 async def first_tokens(engine: AsyncEngine, slots: DeviceSlots) -> dict[str, Any]:
     """Of versions that are in the arena, published when all of it is there or used while they arrive; and of a
     resident one. Also how long loads take alone, published at their ends. All on an idle engine."""
-    found: dict[str, Any] = {"prompt_tokens": PROMPT}
-    answers: list[str] = []
+    found: dict[str, Any] = {"prompt_tokens": PROMPT, "answers": {}}
     configured = slots.overlap
-    for overlap in (True, False):
+    for way, overlap in (("overlapped", True), ("published", False)):
         slots.overlap = overlap
         runs = [await over_zeros(engine, slots, f"{2000 + 100 * overlap + i:064x}") for i in range(_RUNS + 2)]
-        found["overlapped_s" if overlap else "published_s"] = [seconds for seconds, _ in runs[2:]]
-        answers += [answer for _, answer in runs]
+        found[f"{way}_s"] = [seconds for seconds, _ in runs[2:]]
+        found["answers"][way] = [answer for _, answer in runs]
     version = f"{3000:064x}"
     await prefetched(engine, version)
-    answers.append((await first_token(engine, version, "device"))[1])
+    found["answers"]["resident"] = [(await first_token(engine, version, "device"))[1]]
     # Other tokens than before: nothing of these prompts is in the prefix cache.
     found["resident_s"] = [(await first_token(engine, version, "device", 20 * i))[0] for i in range(1, _RUNS + 1)]
     found["load_s"] = [await prefetched(engine, f"{4000 + i:064x}") for i in range(_RUNS)]
-    found["answers"] = Counter(answers)
     slots.overlap = configured
     return found
 

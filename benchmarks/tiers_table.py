@@ -1,5 +1,6 @@
 """The tables of what the tiers reach, for docs/tiers.md."""
 
+from collections import Counter
 from statistics import median
 from typing import Any
 
@@ -96,8 +97,9 @@ def ways(gpu: dict[str, Any]) -> str:
     lines = ["| way | median | least | most | runs |", "|---|--:|--:|--:|--:|"]
     for name, found in rows.items():
         lines.append(f"| {name} | {_ms(found)} | {_ms([min(found)])} | {_ms([max(found)])} | {len(found)} |")
-    answers = first["answers"].values()
-    lines += ["", f"{max(answers)} of {sum(answers)} first tokens and log-probabilities are equal in all digits."]
+    answers = Counter(answer for way in first["answers"].values() for answer in way)
+    equal = f"{max(answers.values())} of {answers.total()}"
+    lines += ["", f"{equal} first tokens and log-probabilities are equal in all digits."]
     return "\n".join(lines)
 
 
