@@ -79,6 +79,9 @@ def main() -> int:
         "docs/scheduling.md": {"engine host": host(spent)},
         "docs/tiers.md": {"goals": goals(*tiers), "ways": ways(tiers[0])},
         "docs/kernels.md": kernel_tables(kernels) | long_tables(long),
+        "docs/compression.md": {
+            "allocation": quality_report.allocation(quality_report.read(RESULTS / "quality_allocation.jsonl"))
+        },
         "docs/quality.md": {
             "quality": quality_report.page(forms),
             "tasks": quality_report.by_task(forms),

@@ -29,6 +29,15 @@ TASKWISE = (
     ("KL", "ours, bytes of 2:4 int4"),
 )
 """What :func:`by_task` shows of which form; the divergence is that on the task."""
+MATCHED = ("int3", "int2", "int1")
+RULES = {
+    "one codec for all": "uniform",
+    "the same without descent": "no descent",
+    "2:4 of as many bytes for all": "sparse",
+    "least output error": "output error",
+    "**least KL**": "kl",
+}
+"""What :func:`allocation` shows, at the bytes of which codecs."""
 FAMILIES = (
     ("ours, targets", "tab:blue", "o", lambda name: name.startswith("ours") and "for all" not in name),
     ("ours, one codec for all", "tab:cyan", "s", lambda name: name.startswith("ours")),
@@ -122,6 +131,23 @@ def by_task(rows: Sequence[dict[str, Any]]) -> str:
         ]
         lines.append("| " + " | ".join([task, *cells]) + " |")
     return "\n".join(lines)
+
+
+def allocation(rows: Sequence[dict[str, Any]]) -> str:
+    """What ``benchmarks.quality.allocation`` found: geometric means of the divergences over the tasks, in Markdown."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        # Of 2:4, 4-bit values take 3 bits a weight.
+        at = {"sparse24_int4": "int3", "sparse24_int2": "int2"}.get(row["at"])
+        found[("sparse", at) if at else (row["rule"], row["at"])].append(row)
+    sizes = [fmean(row["ratio"] for row in found["uniform", codec]) for codec in MATCHED]
+    heads = ["", *(f"bytes of {codec}, {size:.1f} ×" for codec, size in zip(MATCHED, sizes, strict=True))]
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * len(MATCHED) + "|"]
+    for label, rule in RULES.items():
+        groups = [[row["kl"] for row in found[rule, codec]] for codec in MATCHED]
+        cells = [f"{geometric_mean(group):.1e}" if group else "–" for group in groups]
+        lines.append("| " + " | ".join([label, *cells]) + " |")
+    return "\n".join([*lines, "", f"{rows[0]['machine']}, at `{rows[0]['commit'][:12]}`."])
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:
