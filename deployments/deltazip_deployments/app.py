@@ -58,7 +58,8 @@ def _replica_options(config: AppConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": 20.0,
         "health_check_period_s": 5.0,
         # Answered between two steps, of which the first of a kind may have kernels to compile: FlashInfer's take 80 s.
-        "health_check_timeout_s": 60.0,
+        # Serve replaces a replica after three in a row that were not.
+        "health_check_timeout_s": 30.0,
     }
 
 
