@@ -19,7 +19,7 @@ from deltazip_kernels.layout import GROUP
 from deltazip_kernels.table import CODEC_IDS, DeltaTable
 
 FUSED_CODECS = ("int4", "int2")
-FUSED_ROWS, FUSED_ALONE_ROWS = 256, 64
+FUSED_ROWS, FUSED_ALONE_ROWS = 128, 64
 """From so many rows on a segment is cheaper by itself than within the base's product, with a delta's beside that: among
 other rows, which keep the base's product, and without. Measured on an H200 (``docs/kernels.md``)."""
 _MOST_PARTS = 3

@@ -23,13 +23,16 @@ def graph_times(launches: Sequence[Launch], repeats: int = REPEATS) -> list[floa
 def times_in_turns(ways: Mapping[str, Sequence[Launch]], seconds: float) -> dict[str, list[float]]:
     """The same for each of several ways, in turns for ``seconds``, without those of the first third.
 
-    A GPU's clock follows its load: what is compared has to be measured together, on one that has been busy for a while.
+    A GPU's clock follows its load: what is compared has to be measured together, on one that has been busy for a while,
+    and not always behind the same other: every other round goes backwards.
     """
     graphs = {name: _graph(launches) for name, launches in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
+    order = list(ways)
     end = perf_counter() + seconds
-    while perf_counter() < end or len(times[next(iter(ways))]) < REPEATS:
-        events = {name: _record(graph.replay) for name, graph in graphs.items()}
+    while perf_counter() < end or len(times[order[0]]) < REPEATS:
+        order.reverse()
+        events = {name: _record(graphs[name].replay) for name in order}
         torch.cuda.synchronize()
         for name, (first, last) in events.items():
             times[name].append(first.elapsed_time(last) / 1e3 / len(ways[name]))
