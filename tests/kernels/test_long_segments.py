@@ -20,9 +20,11 @@ def least(ops: TritonOps, *, alone: bool) -> int:
     return min(rows for rows in lengths if ops.rows([(0, rows), *others], ops.device).merged)
 
 
-def test_how_long_is_long_depends_on_the_version_and_its_company(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_long_is_long_depends_on_the_version_and_its_company(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(FusedProduct, "available", True)
-    ops = TritonOps(torch.device("cpu"), torch.bfloat16)
+    ops = TritonOps(device, torch.bfloat16)
     lora, int2 = random_low_rank((64, 128), 8), random_coded("int2", (64, 128)).delta()
     ops.count(0, None, int2)
     assert (least(ops, alone=True), least(ops, alone=False)) == (FUSED_ALONE_ROWS, FUSED_ROWS)
