@@ -130,7 +130,9 @@ def deal(tiles: int, groups: int, multiprocessors: int) -> tuple[int, int]:
     most = min(multiprocessors, max(tiles * groups, 1))
     least = ceil_div(9 * most, 10)
     programs = next((p for p in range(most, least - 1, -1) if p <= _PHASES * gcd(p, tiles)), most)
-    return programs, tiles % programs
+    shared = tiles % programs
+    # Who collects from the sharers of a tile waits for all of them: each has to have a group at least.
+    return programs, shared if shared * groups >= programs else 0
 
 
 def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -30,7 +30,7 @@ def test_every_group_of_every_tile_is_done_once(tiles: int, groups: int) -> None
     assert max(sizes, default=0) <= 1.12 * tiles * groups / PROGRAMS + groups * (tiles > PROGRAMS) + 1
 
 
-@pytest.mark.parametrize("tiles", [64, 96, 97, 448])
+@pytest.mark.parametrize("tiles", [1, 64, 96, 97, 133, 265, 448])
 def test_parts_are_left_first_and_collected_from_all_sharers(tiles: int) -> None:
     dealt = (tiles, *deal(tiles, 32, PROGRAMS))
     shares = [pieces(program, dealt, 32) for program in range(PROGRAMS)]
