@@ -19,6 +19,8 @@ _THREADS = 2
 _TIMEOUT_S = 30.0
 _VOCABULARIES = 16  # about 10 MB each for 128,000 tokens
 _COMPILED = 64
+_PENDING = 32
+"""Structures that wait for one of the threads, whoever still waits for them: more would only time out."""
 
 
 class Structures:
@@ -32,13 +34,13 @@ class Structures:
         self._timeout_s = timeout_s
         pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="deltazip-structure")
         self._vocabularies = Once[str | None, Vocabulary](_VOCABULARIES, pool)
-        self._compiled = Once[tuple[str | None, Structure], Compiled](_COMPILED, pool)
+        self._compiled = Once[tuple[str | None, Structure], Compiled](_COMPILED, pool, _PENDING)
 
     async def matcher(self, version: str | None, structure: Structure) -> Matcher:
         """What follows one output of ``version``.
 
-        Raises InvalidRequest for a structure that cannot be compiled or followed, RequestTimeout, and what loading the
-        version's vocabulary raises.
+        Raises InvalidRequest for a structure that cannot be compiled or followed, RequestTimeout, Overloaded, and what
+        loading the version's vocabulary raises.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
