@@ -11,8 +11,8 @@ outputs charged when they come, as their length is not known before (Sheng et al
 * **Priority.** Each step up in priority counts as ``step`` tokens less in the tag, and as arriving ``step`` tokens
   earlier in the version's queue, whose order is the virtual time of arrival. So it ages: a request that waits is passed
   by newcomers of higher priority only until ``now`` has moved on by ``step`` for each step between them.
-* **Grouping.** A version that is being prefilled in this step may go on while its tag is at most ``group`` above the
-  least one, since few long segments run faster than many short ones.
+* **Grouping.** One version, which the scheduler names, may go on while its tag is at most ``group`` above the least:
+  few long segments run faster than many short ones.
 
 **Bound.** From the moment on at which a request of version f becomes the first of its queue, until it is admitted, any
 other version g, of weight w, gets requests admitted with prompts of at most ::
@@ -100,7 +100,7 @@ class FairQueue:
         self._retag(flow, before)
 
     def first(self, grouped: SequenceState | None = None) -> SequenceState | None:
-        """Whose turn it is; None when nobody waits. ``grouped``: the request that this step prefilled last."""
+        """Whose turn it is; None when nobody waits. ``grouped``: a request of the version that may go on."""
         least, best = math.inf, None
         for flow in self._flows.values():
             if flow.waiting and (tag := self._tag(flow)) < least:
@@ -110,6 +110,11 @@ class FairQueue:
             if preferred.waiting and self._tag(preferred) <= least + self._group:
                 best = preferred
         return None if best is None else best.first
+
+    def waits(self, sequence: SequenceState) -> bool:
+        """Whether requests of its version wait."""
+        flow = self._flows.get(sequence.request.version)
+        return flow is not None and bool(flow.waiting)
 
     def admit(self, sequence: SequenceState, tokens: int) -> None:
         """Take out one that is ``first``; its version pays for the ``tokens`` that are to be computed for it."""

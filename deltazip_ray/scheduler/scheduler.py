@@ -29,7 +29,7 @@ may wait is decided where they arrive, since those that wait for their delta are
 """
 
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from operator import attrgetter
 
@@ -49,6 +49,8 @@ News = Sequence[tuple[str, End]]
 
 _AHEAD = 2
 """Batches that may be on their way at once."""
+ROWS_AT_ONCE = 32
+"""Decodes of one version that kernels serve in one pass over its delta (``deltazip_kernels.plan.MORE``)."""
 _NOT_FINITE = "the logits are not finite: the version is broken"
 
 _slot = attrgetter("slot")
@@ -240,7 +242,7 @@ class Scheduler:
 
     def _admit(self, last: SequenceState | None) -> SequenceState | None:
         """Start the request whose turn it is, if there is one and it fits; ``last`` was prefilled before it."""
-        sequence = self._queue.first(last) if len(self._running) < self._max_running else None
+        sequence = self._queue.first(self._filling(last)) if len(self._running) < self._max_running else None
         if sequence is None or sequence.drawing:
             return None  # One that was preempted just now is computed again with the token that is on its way.
         tokens = len(sequence)
@@ -257,6 +259,14 @@ class Scheduler:
         sequence.paid = max(sequence.paid, tokens)
         insort(self._running, sequence, key=_slot)
         return sequence
+
+    def _filling(self, last: SequenceState | None) -> SequenceState | None:
+        """Of the version that goes on if its turn may come: ``last``, or one that lacks the fewest of ROWS_AT_ONCE."""
+        counts = Counter(map(_slot, self._running))
+        if last is not None and counts[last.slot] % ROWS_AT_ONCE:
+            return last
+        some = [s for s in self._running if s.slot >= 0 and counts[s.slot] % ROWS_AT_ONCE and self._queue.waits(s)]
+        return max(some, key=lambda s: counts[s.slot] % ROWS_AT_ONCE, default=None)
 
     def _arrived(self, batch: Batch) -> None:
         """Take ``batch`` off the way, and tell the ends that waited for it."""

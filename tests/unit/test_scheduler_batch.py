@@ -1,14 +1,16 @@
 """What a step consists of: chunks, segments, sampling, budget."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
+from deltazip_kernels.plan import MORE
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.errors import EngineError, InvalidRequest, PromptTooLong
 from deltazip_ray.scheduler.batch import DRAWN, Batch, Drawn
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, TokenChunk
-from deltazip_ray.scheduler.scheduler import End, Scheduler
+from deltazip_ray.scheduler.scheduler import ROWS_AT_ONCE, End, Scheduler
 
 
 def request(name: str, prompt: int, max_tokens: int = 4, **sampling: object) -> GenerateRequest:
@@ -308,3 +310,23 @@ def test_a_failed_step_fails_its_requests_also_in_the_step_launched_behind_it() 
     assert isinstance(told.pop("a"), EngineError)
     assert told == {"b": TokenChunk((2,))}
     sched.check()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_versions_that_wait_get_as_many_rows_as_kernels_serve_at_once(*, ahead: bool) -> None:
+    """Also where a step's budget ends in the middle of one, and when rows are given again to others."""
+    sched = scheduler(max_running=128, max_batch_tokens=1024, kv_blocks=4096, fair_lead_tokens=4096)
+    for i in range(256):
+        prompt = GenerateRequest(str(i), f"v{i % 4}", (7,) * 32, SamplingParams(max_tokens=20, ignore_eos=True))
+        sched.add(prompt, i % 4)
+    uneven, waiting = 0, []
+    while sched.num_waiting or sched.num_running == 128:
+        waiting.append(sched.schedule())
+        starts, _ = waiting[-1].segments()
+        if waiting[-1].num_tokens == 128:
+            uneven += {stop - start for start, stop in pairwise(starts)} != {ROWS_AT_ONCE}
+        if len(waiting) > ahead:
+            batch = waiting.pop(0)
+            sched.update(batch, [Drawn(7)] * len(batch.sampling_chunks))
+    assert uneven == 0
+    assert ROWS_AT_ONCE == MORE
