@@ -30,7 +30,9 @@ class Plan:
     """What :func:`kept_products` says."""
 
     def ladder(self, name: str, uniform: Coding) -> tuple[Coding, ...]:
-        """Codings of a matrix that is no product, smallest first; ``uniform`` is that of its kind without a goal."""
+        """Codings of a matrix, smallest first; ``uniform`` is that of its kind without a goal."""
+        if name in self.products:
+            return ("low_rank",)
         if name in self.options.codecs:
             return (self.options.codecs[name],)
         if self.options.max_error is not None:
@@ -94,8 +96,7 @@ def code(
     """
     if name in plan.products:
         return _as_product(delta, plan.products[name], measure)
-    ladder = plan.ladder(name, uniform)
-    for coding in ladder:
+    for coding in plan.ladder(name, uniform):
         coded, added = attempt(delta, coding, encode)
         error = measure(delta, added)
         if plan.accepts(error):

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from deltazip_ray.compress.adapter import LowRank
 from deltazip_ray.compress.blocks import States, same
 from deltazip_ray.compress.calibration import Calibration
-from deltazip_ray.compress.coding import Encode, Plan, attempt, code
+from deltazip_ray.compress.coding import Encode, Plan, attempt
 from deltazip_ray.compress.grid import Coded
 from deltazip_ray.compress.hessian import Hessian
 from deltazip_ray.compress.options import CompressOptions
@@ -76,41 +77,36 @@ class OuterCompressor:
             hessian.add(norm(part)[mask])
         hessian.check(name)
         solver = Solver(hessian.damp(self._options.damping))
-        if name not in self._plan.products:
-            self._code(name, base, finetuned, solver.solve, hessian.squared_norm)
-            return
-        target = finetuned.to(device).float()
-        size = hessian.squared_norm(target)
-        outcome = code(
-            name,
-            target - base.to(device),
-            self._plan,
-            self._options.outer_codec,
-            solver.solve,
-            lambda delta, added: relative(hessian.squared_norm(delta, added), size),
-        )
-        self.parts.add(name, outcome, finetuned)
+        self._code(name, base, finetuned, solver.solve, hessian.squared_norm)
 
     def _code(
         self, name: str, base: Tensor, finetuned: Tensor, encode: Encode, squared_norm: Callable[[Tensor], Tensor]
     ) -> None:
-        """Code the rows that both have with the first codec of the ladder that is accurate enough, a piece at a time.
+        """Keep what the rows that both have make up for: a product, or the first codec that is accurate enough.
 
-        ``squared_norm`` of rows ``[N, K]`` is what their outputs sum up to.
+        A piece of the rows at a time. ``squared_norm`` of rows ``[N, K]`` is what their outputs sum up to.
         """
+        device = self._runner.mask.device
+        product = self._plan.products.get(name)
+        factors = None if product is None else product.stored(device)
         for coding in self._plan.ladder(name, self._options.outer_codec):
             pieces, lost, whole = [], 0.0, 0.0
             for rows in row_pieces(len(base)):
-                target = finetuned[rows].to(self._runner.mask.device).float()
-                delta = target - base[rows].to(target.device)
-                coded, added = attempt(delta, coding, encode)
+                target = finetuned[rows].to(device).float()
+                delta = target - base[rows].to(device)
+                if factors is not None:
+                    coded, added = None, LowRank(factors.down, factors.up[rows]).product()
+                else:
+                    coded, added = attempt(delta, coding, encode)
                 whole += float(squared_norm(target))
                 lost += float(squared_norm(delta - added))
                 pieces += [] if coded is None else [coded]
             error = relative(lost, whole)
             if self._plan.accepts(error):
                 break
-        if coding == "raw":
+        if factors is not None:
+            self.parts.add_factors(name, factors, error)
+        elif coding == "raw":
             self.parts.add_raw(name, finetuned)
         elif pieces:
             self.parts.add_coded(name, Coded.join(pieces), coding, error)

@@ -41,7 +41,7 @@ class Parts:
         if outcome.coding == "raw":
             self.add_raw(name, finetuned)
         elif outcome.factors is not None:
-            self._add_factors(name, outcome.factors, outcome.error)
+            self.add_factors(name, outcome.factors, outcome.error)
         elif outcome.coded is not None:
             self.add_coded(name, outcome.coded, outcome.coding, outcome.error)
 
@@ -57,7 +57,8 @@ class Parts:
         for part in packed[0]:
             self.tensors[f"{name}.{part}"] = torch.cat([piece[part].cpu() for piece in packed])
 
-    def _add_factors(self, name: str, factors: LowRank, error: float) -> None:
+    def add_factors(self, name: str, factors: LowRank, error: float) -> None:
+        """Keep a product as its factors; ``error`` as in :meth:`add_coded`."""
         self.entries[name] = TensorEntry(
             codec="low_rank",
             shape=factors.shape,
@@ -99,8 +100,11 @@ def rebuild_rows(name: str, base: Tensor, rows: Tensor, parts: Parts) -> Tensor:
     if entry is not None and entry.codec == "raw":
         values[old] = parts.tensors[name][rows[old]].float()
     elif entry is not None:
-        shape = (entry.shape[0], entry.shape[1])
-        values[old] += unpack_rows(entry.codec, packed(name, parts.tensors, entry), shape, rows[old])
+        found = packed(name, parts.tensors, entry)
+        if entry.rank is None:
+            values[old] += unpack_rows(entry.codec, found, (entry.shape[0], entry.shape[1]), rows[old])
+        else:
+            values[old] += LowRank(found["down"], found["up"][rows[old]]).product()
     if not bool(old.all()):
         values[~old] = parts.tensors[name + ADDED][rows[~old] - base.shape[0]].float()
     return values

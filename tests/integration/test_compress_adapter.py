@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from deltazip_kernels.layout import ROWS as TILE
 from deltazip_ray.artifact.manifest import Manifest
+from deltazip_ray.compress import vocabulary
 from deltazip_ray.compress.merge import merge
 from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.compress.pairing import open_pair
@@ -52,8 +54,9 @@ def products(adapter: Path, scales: dict[str, float]) -> dict[str, Tensor]:
     return found
 
 
-def test_an_adapter_becomes_an_artifact(base: Path, tmp_path: Path) -> None:
-    adapter = make_adapter(base, tmp_path / "adapter")
+def test_an_adapter_becomes_an_artifact(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "ROWS", TILE)
+    adapter = make_adapter(base, tmp_path / "adapter", modules=(*QKVO, "lm_head"))
     manifest = compress(base, adapter, tmp_path / "artifact")
     start, deltas = load_file(base / "model.safetensors"), products(adapter, {"": 2.0})
     assert {name for blob in manifest.blobs for name in blob.tensors} == deltas.keys()
