@@ -181,8 +181,8 @@ class RouterConfig(Settings):
     max_ongoing_requests: int = Field(
         2048,
         ge=1,
-        description="requests that the router answers at once; eight times as many may wait for that. When three "
-        "quarters are taken, more than half of them by one variant, that one's next requests get a 429",
+        description="requests that the router answers at once, of one variant at most twice as many as it has places "
+        "left: more get a 429. Eight times as many may wait for that",
     )
     request_timeout_s: float = Field(300.0, gt=0, description="until an answer must be complete, else it is a 504")
     resume_attempts: int = Field(2, ge=0, description="times a request moves on when its replica dies")

@@ -1,6 +1,8 @@
-"""Places for requests in a router: one variant's flood must not keep the others out.
+"""Places for requests in a router: the flood of one variant must not keep the others out.
 
-Who is served next is decided in the engines, by fair shares. They cannot see who waits for a router that is full.
+Who is served next is decided in the engines, by fair shares; they cannot see who waits for a router that is full. So it
+never is: a variant may have twice as many places as are free. One alone gets two thirds of all, two get two fifths
+each, and so on (dynamic thresholds: Choudhury and Hahne, 1998).
 """
 
 from collections import Counter
@@ -9,29 +11,28 @@ from contextlib import contextmanager
 
 from deltazip_ray.errors import Overloaded
 
-_NEARLY_FULL = 0.75
+_SHARE = 2
 
 
 class Places:
     """As many as the router answers requests at once. Belongs to one event loop."""
 
     def __init__(self, count: int) -> None:
-        self._nearly_full = _NEARLY_FULL * count
+        self._free = count
         self._taken: Counter[str] = Counter()
 
     @contextmanager
     def one(self, variant: str) -> Iterator[None]:
-        """A place for a request of ``variant``, while the block runs.
-
-        Raises Overloaded where few are left and the variant has more than half of those that are taken.
-        """
-        mine, all_taken = self._taken[variant], self._taken.total()
-        if all_taken >= self._nearly_full and 2 * mine > all_taken:
+        """A place for a request of ``variant``, while the block runs. Raises Overloaded when it may have no more."""
+        mine = self._taken[variant]
+        if mine >= _SHARE * self._free:
             raise Overloaded(f"{mine} requests for {variant[:80]!r} are being answered already: try again later")
+        self._free -= 1
         self._taken[variant] += 1
         try:
             yield
         finally:
+            self._free += 1
             self._taken[variant] -= 1
             if not self._taken[variant]:
                 del self._taken[variant]
