@@ -14,7 +14,7 @@ from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.compress.pipeline import compress_checkpoint
 from deltazip_ray.config import NodeStoreConfig
 from deltazip_ray.residency.host_cache import HostCache
-from tests.support.adapters import make_adapter
+from tests.support.adapters import QKVO, make_adapter
 from tests.support.engines import GREEDY, random_prompt, running
 from tests.support.oracle import Oracle
 from tests.support.tiny import make_base, make_finetune
@@ -33,7 +33,7 @@ MIXED = {
 async def test_mixtures_and_adapters_share_batches(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     finetuned = make_finetune(base, tmp_path / "finetuned", scale=0.05, added=("<one>",))
-    adapter = make_adapter(base, tmp_path / "adapter", lora_alpha=40)
+    adapter = make_adapter(base, tmp_path / "adapter", modules=(*QKVO, "lm_head"), lora_alpha=40)
     store = FileStore(tmp_path / "store")
     oracles: dict[str, Oracle] = {}
     for source, options in (
