@@ -14,7 +14,6 @@ import torch
 from deltazip_kernels import LOW_RANK
 from deltazip_kernels.launch import compiling
 from deltazip_ray.artifact.manifest import Manifest
-from deltazip_ray.engine.arrivals import layer_of
 from deltazip_ray.layers.targets import DeltaTarget, MatrixTarget
 from deltazip_ray.layers.triton_ops import TritonStack, ordered
 from deltazip_ray.layers.warm_up import launch_all
@@ -74,16 +73,13 @@ class CodecWarmUp:
         self._later = Later(1, thread_name_prefix="deltazip-compile")
 
     def codecs(self, codecs: Sequence[str]) -> None:
-        """Be ready for versions with all matrices in ``codecs``, and let steps serve those of layers; before the first
-        step."""
-        if not codecs:
-            return
-        of_layers = {stack for name, stack in self._stacks.items() if layer_of(name) is not None}
-        others = self._targets.keys() - of_layers
-        wanted = [(stack, ordered({*codecs}), 0) for stack in of_layers]
+        """Be ready for versions with any matrix in any of ``codecs``, before the first step.
+
+        A launch that no version needs costs steps little, a step that has to be recorded again more.
+        """
         with _threads(_AT_START) as pool:
-            self._compile(wanted + [(stack, (codec,), 0) for stack in others for codec in codecs], pool)
-        for stack in of_layers:
+            self._compile([(stack, ordered({*codecs}), 0) for stack in self._targets if codecs], pool)
+        for stack in self._targets:
             stack.grow({*codecs}, 0)
 
     def version(self, manifest: Manifest) -> None:

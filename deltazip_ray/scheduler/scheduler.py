@@ -261,12 +261,12 @@ class Scheduler:
         return sequence
 
     def _filling(self, last: SequenceState | None) -> SequenceState | None:
-        """Of the version that goes on if its turn may come: ``last``, or one that lacks the fewest of ROWS_AT_ONCE."""
+        """Of the version that may go on: ``last`` up to ROWS_AT_ONCE, or one that lacks one of them."""
         counts = Counter(map(_slot, self._running))
         if last is not None and counts[last.slot] % ROWS_AT_ONCE:
             return last
-        some = [s for s in self._running if s.slot >= 0 and counts[s.slot] % ROWS_AT_ONCE and self._queue.waits(s)]
-        return max(some, key=lambda s: counts[s.slot] % ROWS_AT_ONCE, default=None)
+        lacking = (s for s in self._running if s.slot >= 0 and (counts[s.slot] + 1) % ROWS_AT_ONCE == 0)
+        return next(filter(self._queue.waits, lacking), None)
 
     def _arrived(self, batch: Batch) -> None:
         """Take ``batch`` off the way, and tell the ends that waited for it."""
