@@ -5,7 +5,6 @@ The winners stand in ``deltazip_kernels.triton_backend``.
 
 import json
 import sys
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,9 +13,8 @@ from statistics import median
 import torch
 
 from deltazip_kernels.bench.cases import POOL
-from deltazip_kernels.bench.data import SHAPES, make_tables, random_batch, segments_of
+from deltazip_kernels.bench.data import SHAPES, make_tables, random_batch, work_of
 from deltazip_kernels.bench.timing import graph_times
-from deltazip_kernels.plan import plan
 from deltazip_kernels.quantize import quantize_rows
 from deltazip_kernels.triton_backend import Tile, grouped_matmul
 
@@ -40,8 +38,7 @@ def times(codec: str, linear: str, segments: int, rows: int) -> dict[Tile, float
     shapes = SHAPES[linear]
     tables, _ = make_tables(shapes, [codec] * segments, POOL)
     x, y = random_batch(segments * rows, shapes[0][1], sum(n for n, _ in shapes))
-    (*_, work) = plan(segments_of([rows] * segments), len(x), rows)
-    work = replace(work, turn=0)  # by itself
+    work = work_of([rows] * segments)
     rounded = quantize_rows(x)
     found = {}
     for tile in TILES:

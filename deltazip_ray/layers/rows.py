@@ -31,8 +31,8 @@ class Rows:
     """Segments that have a delta, where the host knows them (a captured step serves any)."""
     segments: Segments | None = None
     """The same for the device, those of the base included; None where nobody asks."""
-    work: tuple[Work, ...] = ()
-    """What the grouped kernels do for the segments that are not ``merged``."""
+    work: Work | None = None
+    """What the grouped kernels do for the segments that are not ``merged``, if there are any."""
     merged: tuple[Span, ...] = ()
     """Segments so long that they multiply with the sum of base and delta ..."""
     tiles: RowTiles | None = None

@@ -91,20 +91,19 @@ class TritonStack(DeltaStack):
 
     def add_product(self, y: torch.Tensor, x: Activations, rows: Rows) -> None:
         """As the base class says, for ``rows.work``; packed codecs see activations rounded to int8."""
-        if not rows.work:
+        if rows.work is None:
             return
         rounded = x.rounded
         for group in self.groups:
             packed = [name for name in group if name in CODECS]
             if packed and rounded is None:
                 rounded = quantize_rows(x.values)
-            for work in rows.work:
-                if packed and rounded is not None:
-                    grouped_matmul(y, rounded, self.table, work, packed)
-                if RAW in group:
-                    raw_matmul(y, x.values, self.table, work)
-                if LOW_RANK in group:
-                    low_rank_matmul(y, x.values, self.table, work, self.rank)
+            if packed and rounded is not None:
+                grouped_matmul(y, rounded, self.table, rows.work, packed)
+            if RAW in group:
+                raw_matmul(y, x.values, self.table, rows.work)
+            if LOW_RANK in group:
+                low_rank_matmul(y, x.values, self.table, rows.work, self.rank)
 
     def add_weights(self, hidden: torch.Tensor, chosen: torch.Tensor, rows: Rows) -> None:
         """As the base class says."""
@@ -162,11 +161,11 @@ class TritonOps(LayerOps):
         alone = len(spans) == 1
         merged = tuple(span for span in versions if span.stop - span.start >= self._long_rows(span.slot, alone=alone))
         short = [span for span in versions if span not in merged]
-        work: tuple[Work, ...] = ()
+        work: Work | None = None
         if short:
             segments = send_segments([_without(span, merged) for span in spans], device)
             lengths = [span.stop - span.start for span in short]
-            work = plan(segments, spans[-1].stop, max(lengths), min(lengths), halves=in_halves(lengths))
+            work = plan(segments, spans[-1].stop, max(lengths), halves=in_halves(lengths))
         return Rows(index, versions, None, work, merged, _cut(merged, device) if merged else None)
 
     def count(self, slot: int, before: PackedDelta | None, after: PackedDelta | None) -> None:
@@ -191,7 +190,7 @@ class TritonOps(LayerOps):
         if not isinstance(stack, TritonStack):
             raise TypeError("TritonOps multiply with the stacks that they made")
         if isinstance(weight, Fp8Matrix) and x.rounded is None:
-            x = Activations(x.values, quantize_rows(x.values, fp8=True, int8=bool(rows.work)))
+            x = Activations(x.values, quantize_rows(x.values, fp8=True, int8=rows.work is not None))
         y = x.values.new_empty((x.values.shape[0], weight.shape[0]))
         start = 0
         for span in (*rows.merged, Span(-1, y.shape[0], y.shape[0])):
@@ -261,7 +260,7 @@ class TritonOps(LayerOps):
 
     def _kinds(self, rows: Rows) -> dict[str, bool]:
         """What activations are rounded to besides: int8 where deltas are multiplied."""
-        return {"fp8": self.fp8, "int8": bool(rows.work)}
+        return {"fp8": self.fp8, "int8": rows.work is not None}
 
     def rotate(
         self,

@@ -42,7 +42,7 @@ _THIN_CODECS = frozenset({"int1", "sparse24_int2"})
 _PLENTY = 2048  # programs
 _FEW = Tile(64, 4, 4)
 """Where wider tiles would leave multiprocessors without work."""
-_BATCHES = {SOME: (8, 16), MORE: (8, 32), MANY: (32, 64)}
+_BATCHES = {SOME: (8, 16), MORE: (8, 32), MANY: (8, 32, 64)}
 """By rows that an item may have: the widths of tiles that a launch has code for."""
 _CROWD, _ENOUGH = 512, 128
 """Programs up to which more warps or sharing K pay: with items of up to ``SOME`` rows or long walks, and else, as sums
@@ -75,7 +75,6 @@ def grouped_matmul(
         table.entries,
         work.partials,
         work.arrived,
-        work.turn,
         _padded(rows),
         _padded(tiles),
         len(rows),
@@ -87,7 +86,7 @@ def grouped_matmul(
         STAGES=tile.stages,
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=tile.warps,
-        **overlap(y.device, starts_early=work.turn == 2),
+        **overlap(y.device, starts_early=False),
     )
 
 
@@ -179,16 +178,17 @@ def delta_matmul_triton(y: Tensor, x: Tensor, deltas: Sequence[PackedDelta | Non
     x = x.contiguous()
     table = table_of(deltas, (y.shape[1], x.shape[1]), x.device, x.dtype)
     packed = [name for name in table.codecs if name in CODECS]
-    works = plan(segments, x.shape[0])
+    work = plan(segments, x.shape[0])
+    if work is None:
+        return
     rounded = quantize_rows(x)  # also stands between the plan and launches that read it early
-    for work in works:
-        if packed:
-            grouped_matmul(y, rounded, table, work, packed)
-        if RAW in table.codecs:
-            raw_matmul(y, x, table, work)
-        if LOW_RANK in table.codecs:
-            ranks = [d.tensors["down"].shape[0] for d in deltas if d is not None and d.codec == LOW_RANK]
-            low_rank_matmul(y, x, table, work, max(ranks))
+    if packed:
+        grouped_matmul(y, rounded, table, work, packed)
+    if RAW in table.codecs:
+        raw_matmul(y, x, table, work)
+    if LOW_RANK in table.codecs:
+        ranks = [d.tensors["down"].shape[0] for d in deltas if d is not None and d.codec == LOW_RANK]
+        low_rank_matmul(y, x, table, work, max(ranks))
 
 
 def _tile(table: DeltaTable, work: Work, codecs: Sequence[str]) -> Tile:

@@ -166,6 +166,7 @@ def batches(ops: TritonOps) -> Iterator[Rows]:
             for longest, halves in ((SOME, False), (MORE, False), (rows, False), (2 * MORE, True)):
                 starts, index = (torch.zeros(size, dtype=torch.int32) for size in (min(rows, versions) + 2, rows))
                 yield ops.graph_rows(index, Segments(starts, starts[1:]), longest, halves=halves)
+    yield ops.rows([(0, 40)], ops.device)
     draw = random.Random(0)
     for _ in range(200):
         lengths = [draw.choice((1, 1, 1, 7, 30, 100, 600)) for _ in range(draw.randint(1, 32))]

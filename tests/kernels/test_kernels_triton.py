@@ -1,7 +1,6 @@
 """The Triton backend against float64. Its only approximation is the rounding of activations to int8, which the first
 test bounds; the others compare with the product of the rounded activations, to the rounding of the output."""
 
-from collections.abc import Sequence
 from itertools import accumulate
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor
 from deltazip_kernels import CODECS, LOW_RANK, RAW, PackedDelta, Segments, delta_matmul, quantize, triton_backend
 from deltazip_kernels.device import dense, grouped
 from deltazip_kernels.layout import from_positions
-from deltazip_kernels.plan import MANY, SOME, Work, in_halves, plan
+from deltazip_kernels.plan import MANY, MORE, SOME, Work, in_halves, plan
 from deltazip_kernels.quantize import quantize_rows
 from deltazip_kernels.table import CODEC_IDS, DeltaTable
 from deltazip_kernels.triton_backend import Tile, grouped_matmul, low_rank_matmul, raw_matmul
@@ -59,6 +58,12 @@ def make_deltas(
 def table(lengths: list[int], slots: list[int], device: torch.device) -> Segments:
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     return Segments(starts.to(device), torch.tensor(slots, dtype=torch.int32).to(device))
+
+
+def planned(segments: Segments, rows: int, longest: int | None = None, *, halves: bool = False) -> Work:
+    work = plan(segments, rows, longest, halves=halves)
+    assert work is not None
+    return work
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -130,9 +135,7 @@ def test_stacked_linears_and_odd_groups(codec: str, device: torch.device) -> Non
     segments = table([2, 5, 20], [0, 1, 2], device)
     x = torch.randn(27, 388, generator=torch.Generator().manual_seed(5)).to(device)
     y = torch.zeros(27, sum(n for n, _ in shapes), device=device)
-    works, rows_of_x = plan(segments, 27), quantize_rows(x)
-    for work in works:
-        grouped_matmul(y, rows_of_x, deltas, work, [codec])
+    grouped_matmul(y, quantize_rows(x), deltas, planned(segments, 27), [codec])
     for slot, rows in ((0, slice(2, 7)), (1, slice(7, 27))):
         dense = [c.dense().to(device) for c in coded[slot]]
         if slot == 1:
@@ -154,9 +157,9 @@ def test_stacked_raw_and_low_rank(dtype: torch.dtype, ranks: tuple[int, int], de
     deltas.set(1, [pairs[0], raws[1]])
     x = torch.randn(30, 1300, generator=torch.Generator().manual_seed(5)).to(device, dtype)
     y = torch.zeros(30, 140, device=device)
-    for work in plan(table([3, 27], [1, 0], device), 30):
-        raw_matmul(y, x, deltas, work)
-        low_rank_matmul(y, x, deltas, work, max(ranks))
+    work = planned(table([3, 27], [1, 0], device), 30)
+    raw_matmul(y, x, deltas, work)
+    low_rank_matmul(y, x, deltas, work, max(ranks))
 
     def dense(delta: PackedDelta) -> Tensor:
         parts = {key: value.double() for key, value in delta.tensors.items()}
@@ -179,7 +182,7 @@ def test_low_rank_segments_of_more_rows_than_most(device: torch.device) -> None:
     deltas.set(0, [pair])
     x = torch.randn(18, 300, generator=torch.Generator().manual_seed(5)).to(device)
     y = torch.zeros(18, 70, device=device)
-    (work,) = plan(table([1, 12, 1, 1, 1, 1, 1], [0, 0, -1, 0, 0, 0, 0], device), 18, 16)
+    work = planned(table([1, 12, 1, 1, 1, 1, 1], [0, 0, -1, 0, 0, 0, 0], device), 18, 16)
     assert work.sparse
     low_rank_matmul(y, x, deltas, work, 16)
     want = x.double() @ pair.tensors["down"].double().T @ pair.tensors["up"].double().T
@@ -197,10 +200,10 @@ def test_programs_share_a_tile_along_k(codec: str, splits: int, columns: int, de
     x = torch.randn(45, columns, generator=torch.Generator().manual_seed(5)).to(device)
     y, again = torch.zeros(2, 45, 100, device=device)
     rows_of_x = quantize_rows(x)
-    for work in plan(table([5, 40], [0, 0], device), 45):
-        for out in (y, again):
-            grouped_matmul(out, rows_of_x, deltas, work, [codec], Tile(64, 4, 3, splits))
-            assert not bool(work.arrived.any())
+    work = planned(table([5, 40], [0, 0], device), 45)
+    for out in (y, again):
+        grouped_matmul(out, rows_of_x, deltas, work, [codec], Tile(64, 4, 3, splits))
+        assert not bool(work.arrived.any())
     want = rounded(x) @ coded.dense().to(device).T
     assert float((y.double() - want).abs().max()) <= 1e-6 * float(want.abs().max())
     assert torch.equal(y, again)
@@ -209,7 +212,7 @@ def test_programs_share_a_tile_along_k(codec: str, splits: int, columns: int, de
 @pytest.mark.parametrize("tile", [Tile(64, 4, 3, 8), Tile(64, 4, 3, 2)])
 def test_no_more_programs_share_tiles_than_there_is_room_for(tile: Tile, device: torch.device) -> None:
     deltas = DeltaTable([(64 * 60, 128)], 1, device)
-    (work,) = plan(table([1] * 5, [0] * 5, device), 5)
+    work = planned(table([1] * 5, [0] * 5, device), 5)
     y, rows = torch.zeros(5, 64 * 60, device=device), quantize_rows(torch.zeros(5, 128, device=device))
     with pytest.raises(ValueError, match="300 tiles are too many to be shared"):
         grouped_matmul(y, rows, deltas, work, ["int2"], tile)
@@ -233,7 +236,7 @@ def test_a_codec_that_is_not_named_is_left_out(device: torch.device) -> None:
     deltas.set(0, [to_device(random_coded("int2", (64, 128)).delta(), device)])
     deltas.set(1, [to_device(random_raw((64, 128)), device)])
     y = torch.full((5, 64), -0.0, device=device)
-    (work,) = plan(table([2, 3], [0, 1], device), 5, 8)
+    work = planned(table([2, 3], [0, 1], device), 5, 8)
     grouped_matmul(y, quantize_rows(torch.randn(5, 128, device=device)), deltas, work, ["int4"])
     assert bool(torch.signbit(y).all()), "not even the sign of a zero changes"
 
@@ -245,15 +248,14 @@ def test_outputs_must_have_adjacent_columns(device: torch.device) -> None:
         delta_matmul(y, x, [delta], table([3], [0], device), backend="triton")
 
 
-def owners(works: Sequence[Work], rows: int) -> list[int]:
+def owners(work: Work, rows: int) -> list[int]:
     """The slot that takes each row, -1 for none; no row is taken twice."""
     covered = [-1] * rows
-    for work in works:
-        for slot, first, end, _ in work.items.tolist():
-            if slot >= 0:
-                assert 0 < end - first <= work.batch
-                assert covered[first:end] == [-1] * (end - first)
-                covered[first:end] = [slot] * (end - first)
+    for slot, first, end, _ in work.items.tolist():
+        if slot >= 0:
+            assert 0 < end - first <= work.batch
+            assert covered[first:end] == [-1] * (end - first)
+            covered[first:end] = [slot] * (end - first)
     return covered
 
 
@@ -265,28 +267,29 @@ def test_plan_covers_every_row_of_a_slot_once(longest: int | None, device: torch
         slots = torch.randint(-1, 4, (7,), generator=generator).tolist()
         rows = sum(lengths) + 4
         want = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)] + [-1] * 4
-        assert owners(plan(table(lengths, slots, device), rows, longest), rows) == want
+        assert owners(planned(table(lengths, slots, device), rows, longest), rows) == want
 
 
 @pytest.mark.parametrize("longest", [32, 40])
 def test_plan_cuts_the_one_long_segment_among_short_ones(longest: int, device: torch.device) -> None:
-    works = plan(table([1] * 15 + [25], [*range(16)], device), 40, longest)
-    assert works[0].batch == SOME, "single rows do not pay for programs of many"
-    assert owners(works, 40) == [*range(15), *[15] * 25]
+    work = planned(table([1] * 15 + [25], [*range(16)], device), 40, longest)
+    assert work.batch == SOME, "single rows do not pay for programs of many"
+    assert owners(work, 40) == [*range(15), *[15] * 25]
 
 
-def test_plan_of_long_segments_alone_is_one_list(device: torch.device) -> None:
-    (work,) = plan(table([3, 33, 70], [-1, 2, 1], device), 106, longest=70, shortest=33)
+def test_plan_of_long_segments(device: torch.device) -> None:
+    work = planned(table([3, 33, 70], [-1, 2, 1], device), 106, longest=70)
     assert work.batch == MANY
-    assert owners((work,), 106) == [-1] * 3 + [2] * 33 + [1] * 70
+    assert owners(work, 106) == [-1] * 3 + [2] * 33 + [1] * 70
 
 
 @pytest.mark.parametrize("lengths", [[33, 31, 32, 30], [1, 64, 2, 3, 1], [20, 17, 33, 19, 0, 18]])
 def test_a_plan_cuts_few_segments_that_are_little_longer_in_two(lengths: list[int], device: torch.device) -> None:
     rows, slots = sum(lengths), [*range(len(lengths))]
     assert in_halves(lengths)
-    (work,) = plan(table(lengths, slots, device), rows, longest=max(lengths), shortest=min(lengths), halves=True)
-    assert owners((work,), rows) == [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
+    work = planned(table(lengths, slots, device), rows, longest=max(lengths), halves=True)
+    assert work.batch == MORE
+    assert owners(work, rows) == [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
 
 
 @pytest.mark.parametrize("lengths", [[], [32, 16], [65, 1, 1, 1], [40, 40, 1, 1]])
@@ -295,8 +298,8 @@ def test_other_plans_are_not_in_halves(lengths: list[int]) -> None:
 
 
 def test_plan_of_nothing_is_empty(device: torch.device) -> None:
-    assert plan(table([], [], device), 5) == ()
-    assert plan(table([0], [1], device), 0) == ()
+    assert plan(table([], [], device), 5) is None
+    assert plan(table([0], [1], device), 0) is None
 
 
 def test_table_refuses_what_a_kernel_cannot_read(device: torch.device) -> None:
@@ -334,9 +337,7 @@ def test_a_captured_graph_serves_other_mixtures_and_slots(device: torch.device) 
 
     def step() -> None:
         y.zero_()
-        works, rows_of_x = plan(segments, rows), quantize_rows(x)
-        for work in works:
-            grouped_matmul(y, rows_of_x, deltas, work, ["int4", "int2"])
+        grouped_matmul(y, quantize_rows(x), deltas, planned(segments, rows), ["int4", "int2"])
 
     step()
     torch.cuda.synchronize()
@@ -364,7 +365,7 @@ def test_a_captured_graph_serves_other_mixtures_and_slots(device: torch.device) 
 def test_overlapping_launches_change_no_bit(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chains in which each launch needs what the one ahead wrote, with single rows beside a long segment."""
     shape = (1024, 1024)
-    tile = Tile(64, 4, 3, 2)  # both launches of a plan have programs that share K
+    tile = Tile(64, 4, 3, 2)  # programs share K
     names = ["int2", LOW_RANK]
     deltas = DeltaTable([shape], 2, device)
     deltas.set(0, [to_device(random_coded("int2", shape).delta(), device)])
@@ -377,13 +378,12 @@ def test_overlapping_launches_change_no_bit(device: torch.device, monkeypatch: p
 
     def chain() -> Tensor:
         x = start
-        works = plan(segments, len(x))
+        work = planned(segments, len(x))
         for _ in range(20):
             x, rows = quantize.rms_norm_quantize(x, ones, zeros, 1e-5)
             y = torch.nn.functional.linear(x, weight)
-            for work in works:
-                grouped_matmul(y, rows, deltas, work, names[:1], tile)
-                low_rank_matmul(y, x, deltas, work, 16)
+            grouped_matmul(y, rows, deltas, work, names[:1], tile)
+            low_rank_matmul(y, x, deltas, work, 16)
             x = y
         return x
 

@@ -17,6 +17,7 @@ from deltazip_kernels.bench.data import (
     random_batch,
     random_delta,
     segments_of,
+    work_of,
 )
 from deltazip_kernels.bench.reading import reading_times
 from deltazip_kernels.bench.result import Result
@@ -54,11 +55,14 @@ def products(
 
 
 def mixtures(codec: str, linears: Sequence[str]) -> Iterator[Result]:
-    """70 rows over 32 slots as popularity spreads them, a giant among single rows, all packed codecs in one batch."""
+    """70 rows over 32 slots as popularity spreads them, 256 over eight as chance does, a giant among single rows, all
+    packed codecs in one batch."""
     zipf = [max(1, round(24 / (i + 1) ** 1.5)) for i in range(32)]
     every = [codec for codec in CODECS for _ in range(2)]
     cases = [
         ("zipf", codec, [codec] * 32, zipf),
+        ("31 to 33", codec, [codec] * 8, [33, 33, 32, 32, 32, 32, 31, 31]),
+        ("27 to 37", codec, [codec] * 8, [37, 35, 34, 33, 31, 30, 29, 27]),
         ("one giant", codec, [codec] * 8, [1, 1, 1, 256, 1, 1, 1, 1]),
         ("2 of each codec, 4 rows", "all", every, [4] * len(every)),
     ]
@@ -72,18 +76,17 @@ def _product(tables: Sequence[DeltaTable], lengths: Sequence[int]) -> list[float
     """Seconds a product of ``lengths[i]`` rows of slot ``i``."""
     shapes = tables[0].shapes
     x, y = random_batch(sum(lengths), shapes[0][1], sum(n for n, _ in shapes))
-    works = plan(segments_of(lengths), len(x), max(lengths))
+    work = work_of(lengths)
     rounded = quantize_rows(x)
     packed = [c for c in tables[0].codecs if c in CODECS]
 
     def launch(table: DeltaTable) -> None:
-        for work in works:
-            if packed:
-                grouped_matmul(y, rounded, table, work, packed)
-            if RAW in table.codecs:
-                raw_matmul(y, x, table, work)
-            if LOW_RANK in table.codecs:
-                low_rank_matmul(y, x, table, work, RANK)
+        if packed:
+            grouped_matmul(y, rounded, table, work, packed)
+        if RAW in table.codecs:
+            raw_matmul(y, x, table, work)
+        if LOW_RANK in table.codecs:
+            low_rank_matmul(y, x, table, work, RANK)
 
     return graph_times([partial(launch, table) for table in tables])
 
@@ -121,7 +124,7 @@ def long_segments(codecs: Sequence[str], batches: Sequence[Sequence[int]]) -> It
         scratch = torch.empty_like(bases[0])
         for lengths, codec in product(batches, codecs):
             x, y = random_batch(sum(lengths), columns, outputs)
-            works = plan(segments_of(lengths), len(x), max(lengths))
+            work = work_of(lengths)
             tables = [make_tables(shapes, [codec] * len(lengths), 0) for _ in bases]
             whole = random_delta(codec, (outputs, columns))
             ends = list(accumulate(lengths))
@@ -136,7 +139,7 @@ def long_segments(codecs: Sequence[str], batches: Sequence[Sequence[int]]) -> It
                 ],
             }
             if len(lengths) == 1:
-                ways["beside"] = [partial(_beside, x, y, base, tables[0][0][0], works, codec) for base in bases]
+                ways["beside"] = [partial(_beside, x, y, base, tables[0][0][0], work, codec) for base in bases]
             times = times_in_turns({kind: launches * 3 for kind, launches in ways.items()}, _BUSY * len(lengths))
             alone = median(times.pop("alone"))
             label = "+".join(map(str, lengths))
@@ -144,11 +147,10 @@ def long_segments(codecs: Sequence[str], batches: Sequence[Sequence[int]]) -> It
                 yield Result(kind, codec, name, label, len(x), tables[0][1], samples, alone)
 
 
-def _beside(x: Tensor, y: Tensor, base: Tensor, table: DeltaTable, works: Sequence[Work], codec: str) -> None:
+def _beside(x: Tensor, y: Tensor, base: Tensor, table: DeltaTable, work: Work, codec: str) -> None:
     linear(x, base)
     rounded = quantize_rows(x)
-    for work in works:
-        grouped_matmul(y, rounded, table, work, [codec])
+    grouped_matmul(y, rounded, table, work, [codec])
 
 
 def _merged(parts: Sequence[tuple[Tensor, Tensor]], base: Tensor, delta: PackedDelta, scratch: Tensor) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deltazip_kernels.delta import LOW_RANK, RAW, PackedDelta, Segments
 from deltazip_kernels.layout import packed_layout
+from deltazip_kernels.plan import Work, in_halves, plan
 from deltazip_kernels.table import DeltaTable
 
 DEVICE = torch.device("cuda")
@@ -67,6 +68,14 @@ def segments_of(lengths: Sequence[int]) -> Segments:
     """Segment ``i`` of ``lengths[i]`` rows, of slot ``i``."""
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
     return Segments(starts, torch.arange(len(lengths), dtype=torch.int32, device=DEVICE))
+
+
+def work_of(lengths: Sequence[int]) -> Work:
+    """What a step does for :func:`segments_of` as many rows; ValueError where there are none."""
+    work = plan(segments_of(lengths), sum(lengths), max(lengths), halves=in_halves(lengths))
+    if work is None:
+        raise ValueError("no segment has rows")
+    return work
 
 
 def random_batch(rows: int, columns: int, outputs: int) -> tuple[Tensor, Tensor]:

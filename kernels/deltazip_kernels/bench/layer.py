@@ -21,11 +21,11 @@ _LAYERS = 2  # in turn, so that no weight is in the L2
 
 
 class Layer:
-    """Weights of one layer and a table of ``codec`` deltas for each linear; ``works`` empty: the base alone."""
+    """Weights of one layer and a table of ``codec`` deltas for each linear; without ``work`` the base alone."""
 
-    def __init__(self, rows: int, slots: int, codec: str, works: Sequence[Work]) -> None:
+    def __init__(self, rows: int, slots: int, codec: str, work: Work | None) -> None:
         self.product = BaseProduct(DEVICE)
-        self.works = works
+        self.work = work
         self.codec = codec
         self.weights = {name: _random(sum(n for n, _ in shapes), shapes[0][1]) for name, shapes in SHAPES.items()}
         made = {name: make_tables(shapes, [codec] * slots, 0) for name, shapes in SHAPES.items()}
@@ -53,8 +53,8 @@ class Layer:
         weight = self.weights[name]
         y = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
         self.product(y, x, weight)
-        for work in self.works:
-            grouped_matmul(y, rounded, self.tables[name], work, [self.codec])
+        if self.work is not None:
+            grouped_matmul(y, rounded, self.tables[name], self.work, [self.codec])
         return y
 
 
@@ -63,12 +63,12 @@ def layers(codec: str, batches: Sequence[tuple[int, int]]) -> Iterator[Result]:
     for count, each in batches:
         rows = count * each
         longest = next(limit for limit in (SOME, MORE, rows) if limit >= each)
-        works = plan(segments_of([each] * count), rows, longest)  # for any mixture like it, as a captured step has it
-        stack = [Layer(rows, count, codec, works) for _ in range(_LAYERS)]
+        work = plan(segments_of([each] * count), rows, longest)  # for any mixture like it, as a captured step has it
+        stack = [Layer(rows, count, codec, work) for _ in range(_LAYERS)]
         state = _random(rows, _HIDDEN), _random(rows, _HIDDEN)
         times = graph_times([partial(layer.step, *state) for layer in stack] * 3)
         for layer in stack:
-            layer.works = ()
+            layer.work = None
         alone = median(graph_times([partial(layer.step, *state) for layer in stack] * 3))
         yield Result("layer", codec, "all", f"{count}x{each}", rows, stack[0].bytes, times, alone)
 

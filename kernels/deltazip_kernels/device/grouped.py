@@ -216,7 +216,7 @@ def _add_rows(
         add_outputs(y, y_stride, m, column + n, live, n < width, before, acc * x_scale[None, :])
 
 
-@triton.jit(do_not_specialize=["turn", "tiles", "parts"])
+@triton.jit(do_not_specialize=["tiles", "parts"])
 def grouped(
     y,
     y_stride,
@@ -226,7 +226,6 @@ def grouped(
     table,
     partials,
     arrived,
-    turn,
     widths,
     tiles,
     parts,
@@ -241,10 +240,8 @@ def grouped(
 ):
     """Adds the products of quantized rows with packed deltas; CODECS are the ids that may occur.
 
-    An item takes the narrowest of BATCHES, ascending, that holds its rows. The first launch of a plan (``turn`` 1) lets
-    the second (2) start with it, which reads what the first may read and adds to other rows, and so waits only at its
-    end. Where programs share a tile (SPLIT), the last one to come adds up what they left in ``partials``; the counters
-    ``arrived`` are zero before and after.
+    An item takes the narrowest of BATCHES, ascending, that holds its rows. Where programs share a tile (SPLIT), the
+    last one to come adds up what they left in ``partials``; the counters ``arrived`` are zero before and after.
     """
     slot, first, end = load_item(items)
     part, block, column, width = part_of(tl.program_id(0), widths, tiles)
@@ -253,15 +250,10 @@ def grouped(
     for i in tl.static_range(0, len(CODECS)):
         served = served | (codec == CODECS[i])
     rows = tl.where(served & (slot >= 0), end - first, 0)
-    if turn != 2:
-        wait(OVERLAP)
-    if turn == 1:
-        let_next_start(OVERLAP)
+    wait(OVERLAP)
     for i in tl.static_range(0, len(BATCHES)):
         if rows <= BATCHES[i] and rows > (BATCHES[i - 1] if i > 0 else 0):
             _add_rows(
                 y, y_stride, values, x_scales, partials, arrived, first, end, column, width, block,
                 codec, codes, scales, extra, GROUPS, CODECS, SPLIT, BN, BATCHES[i], STAGES, PLAIN, OVERLAP,
             )  # fmt: skip
-    if turn == 2:
-        wait(OVERLAP)
