@@ -30,8 +30,10 @@ def served(report: dict[str, Any]) -> str:
 def load(report: dict[str, Any]) -> str:
     """The replayed trace, warm and cold apart."""
     lines = ["| requests | answered | tok/s | TTFT p50 | p90 | time per token p50 | p90 |", "|---" + "|--:" * 6 + "|"]
-    for kind in ("all", "warm", "cold"):
-        group = report["replay"][kind]
+    groups = {kind: report["replay"][kind] for kind in ("all", "warm", "cold")}
+    if "first replay" in report:
+        groups = {"all, the first time": report["first replay"]["all"]} | groups
+    for kind, group in groups.items():
         if group is None:
             continue
         first, each = group["ttft_sent_s"], group["tpot_s"]
@@ -39,8 +41,10 @@ def load(report: dict[str, Any]) -> str:
         cells += [f"{1000 * first[p]:,.0f} ms" for p in ("p50", "p90")]
         cells += [f"{1000 * each[p]:.1f} ms" for p in ("p50", "p90")]
         lines.append("| " + " | ".join([kind, *cells]) + " |")
+    if "first replay" in report:
+        lines += ["", f"The first time: {steps(report['first replay']['metrics'])}"]
     if "metrics" in report["replay"]:
-        lines += ["", steps(report["replay"]["metrics"])]
+        lines += ["", f"Then: {steps(report['replay']['metrics'])}"]
     return "\n".join(lines)
 
 
@@ -77,3 +81,17 @@ def caption(report: dict[str, Any]) -> str:
         f"Shape {report['shape']}, {len(report['variants'])} variants over {report['slots']} slots, "
         f"{report.get('gpu', 'CPU')}, {report['cores']} cores, at `{report['commit'][:12]}`. Stages: {stages}."
     )
+
+
+def path(*reports: dict[str, Any]) -> str:
+    """The way of tokens without a device, before and after."""
+    heads = ["streams", "step", "groups/s", "a client hears every, p50", "p99", "CPU a token: replica", "router", "proxy"]
+    lines = ["| at | " + " | ".join(heads) + " |", "|---" + "|--:" * len(heads) + "|"]
+    for report in reports:
+        for run in report["runs"]:
+            gap, cpu = run["gap_ms"], run["cpu_us_per_token"]
+            cells = [f"`{report['commit'][:7]}`", str(run["streams"]), f"{run['step_ms']:.2f} ms"]
+            cells += [f"{run['groups_per_s']:,.0f}", f"{gap['p50']:.1f} ms", f"{gap['p99']:.1f} ms"]
+            cells += [f"{cpu[name]:.0f} µs" for name in ("replica", "router", "proxy")]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -88,10 +88,11 @@ def main() -> int:
             "itself": quality_report.page(quality_report.read(RESULTS / "quality-itself.jsonl")),
         },
     }
+    ways_of_tokens = json.loads((RESULTS / "serving-path.json").read_text())
+    pages["docs/serving.md"] = {"path": serving_table.path(*ways_of_tokens)}
     for machine in ("cpu", "h200"):
         if (found := RESULTS / f"serving-{machine}.json").exists():
-            serving = serving_table.page(json.loads(found.read_text()))
-            pages.setdefault("docs/serving.md", {})[f"serving-{machine}"] = serving
+            pages["docs/serving.md"][f"serving-{machine}"] = serving_table.page(json.loads(found.read_text()))
     stale = False
     for page, tables in pages.items():
         path = ROOT / page
