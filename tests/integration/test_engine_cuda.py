@@ -106,17 +106,17 @@ async def test_long_prompts_of_one_version_run_merged(wide_zoo: Zoo, base_dtype:
 async def test_short_prompts_run_recorded_behind_what_is_cached_too(wide_zoo: Zoo) -> None:
     sampling = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     shared = random_prompt(0, 48)
-    async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS) as run:
+    async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS | {"max_running": 128}) as run:
         assert run.engine._parts is not None
         graphs = run.engine._parts.core.runner._graphs
         assert isinstance(graphs, DecodeGraphs)
         for name in wide_zoo.names:
-            for length in (3, 20, 33):
+            for length in (3, 20, 33, 100):
                 prompt = [*shared[: length + 15], *random_prompt(length, length)]
                 output = await run.generate(prompt, name, sampling)
                 assert regrets(wide_zoo.oracles[name], prompt, output).max() < 0.3
         await asyncio.gather(*(run.generate(random_prompt(i, 9), wide_zoo.names[i % 5], sampling) for i in range(5)))
-        assert max(shape.rows for shape in graphs._graphs) >= 40
+        assert max(shape.rows for shape in graphs._graphs if shape.versions) == 128
         assert run.engine.stats().prefix_hits > 0
 
 
