@@ -96,6 +96,9 @@ def test_a_recorded_step_finds_keys_and_values_where_a_planned_one_does() -> Non
     shape = CacheShape(layers=1, block_size=BLOCK, heads=4, kv_heads=2, head_dim=HEAD_DIM)
     backend = PagedBackend(shape, torch.float32, torch.device("cpu"), decodes=8)
     sequences = [SequenceRows(1, context, [9, 3, 5, 1]) for context in (1, BLOCK, BLOCK + 1, 4 * BLOCK)]
-    tables = {"where": np.zeros(9, np.int64), "work": np.zeros(backend.graph_inputs(4, 16)["work"], np.int32)}
+    tables: dict[str, np.ndarray] = {
+        "where": np.zeros(9, np.int64),
+        "work": np.zeros(backend.graph_inputs(4, 16)["work"], np.int32),
+    }
     backend.fill(sequences, tables)
     assert tables["where"][:4].tolist() == backend.plan(sequences).where.tolist() == [36, 39, 12, 7]
