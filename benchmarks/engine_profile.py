@@ -22,17 +22,23 @@ async def profile(engine: AsyncEngine, requests: int, prompt: int, versions: int
 
 
 def step_times(launches: Sequence[Any]) -> dict[str, Any]:
-    """Milliseconds of a step by kind of kernel, and one whole step as it ran."""
+    """Milliseconds of a step by kind of kernel, and one whole step as it ran.
+
+    Where launches overlap, time counts for the one that ends first: others only wait for it.
+    """
     heads = [i for i, event in enumerate(launches) if "MaxOps" in event.name]
     steps = len(heads) - 1
     if steps < 1:
         return {"steps": 0}
-    inside = launches[heads[0] + 1 : heads[-1] + 1]
+    inside = sorted(launches[heads[0] + 1 : heads[-1] + 1], key=lambda event: event.time_range.end)
     totals: dict[str, float] = {}
+    ended = launches[heads[0]].time_range.end
     for event in inside:
         kind = kernel_kind(event.name)
-        totals[kind] = totals.get(kind, 0.0) + event.time_range.elapsed_us() / 1e3 / steps
-    span = (launches[heads[-1]].time_range.end - launches[heads[0]].time_range.end) / 1e3 / steps
+        spent = event.time_range.end - max(event.time_range.start, ended)
+        totals[kind] = totals.get(kind, 0.0) + max(0.0, spent) / 1e3 / steps
+        ended = max(ended, event.time_range.end)
+    span = (ended - launches[heads[0]].time_range.end) / 1e3 / steps
     one = launches[heads[-2] + 1 : heads[-1] + 1]
     began = one[0].time_range.start
     trace = [(e.name[:60], e.time_range.start - began, e.time_range.elapsed_us()) for e in one]
