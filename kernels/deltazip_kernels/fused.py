@@ -13,6 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from deltazip_kernels.device.fused import LOW, TALL, fused
 from deltazip_kernels.device.fused_operand import BK, BN
+from deltazip_kernels.device.fused_share import LOW_COST, TALL_COST
 from deltazip_kernels.fp8 import Fp8Matrix
 from deltazip_kernels.launch import ceil_div, launch
 from deltazip_kernels.layout import GROUP
@@ -100,9 +101,8 @@ class FusedProduct:
             width,
             *(*ends, _NO_TILE, _NO_TILE)[: _MOST_PARTS - 1],
             tiles.tall,
-            *deal(tiles.tall * width, groups, self._programs),
             tiles.low,
-            *deal(tiles.low * width, groups, self._programs),
+            *deal(tiles.tall * width, tiles.low * width, groups, self._programs),
             self._partials,
             self._arrived,
             x.shape[1],
@@ -118,21 +118,25 @@ def _fit(weight: Tensor, shapes: Sequence[tuple[int, int]]) -> bool:
 
 
 @lru_cache
-def deal(tiles: int, groups: int, multiprocessors: int) -> tuple[int, int]:
-    """How many programs take part in ``tiles`` of so many ``groups`` of columns, and how many tiles they share.
+def deal(tall: int, low: int, groups: int, multiprocessors: int) -> tuple[int, int, int]:
+    """How many programs take part in these tiles of so many ``groups`` of columns, and how many tall and low ones they
+    share.
 
-    All tiles are whole where that occupies nearly all multiprocessors. Where it does not, programs share what is left
-    of the last turn, at few different places along K: those at the same one read what others have just read.
+    Tiles of one kind are whole where that occupies nearly all multiprocessors; else programs share what is left of the
+    last turn, at few different places along K: those at the same one read what others have just read.
     """
-    turns = ceil_div(tiles, multiprocessors)
-    if turns > 1 and ceil_div(tiles, turns) >= _OCCUPIED * multiprocessors:
-        return ceil_div(tiles, turns), 0
-    most = min(multiprocessors, max(tiles * groups, 1))
-    least = ceil_div(9 * most, 10)
-    programs = next((p for p in range(most, least - 1, -1) if p <= _PHASES * gcd(p, tiles)), most)
-    shared = tiles % programs
+    tiles = tall + low
+    programs = min(multiprocessors, max(tiles * groups, 1))
+    if not tall or not low:
+        turns = ceil_div(tiles, multiprocessors)
+        if turns > 1 and ceil_div(tiles, turns) >= _OCCUPIED * multiprocessors:
+            return ceil_div(tiles, turns), 0, 0
+        fewer = range(programs, ceil_div(9 * programs, 10) - 1, -1)
+        programs = next((p for p in fewer if p <= _PHASES * gcd(p, tiles)), programs)
+    shared = tall % programs, low % programs
     # Who collects from the sharers of a tile waits for all of them: each has to have a group at least.
-    return programs, shared if shared * groups >= programs else 0
+    enough = (shared[0] + shared[1]) * groups * LOW_COST.value >= programs * TALL_COST.value
+    return programs, *(shared if enough else (0, 0))
 
 
 def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:

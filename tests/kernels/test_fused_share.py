@@ -2,44 +2,78 @@
 
 import pytest
 
-from deltazip_kernels.device.fused_share import find_piece, last_sharer, place, share_of
+from deltazip_kernels.device import fused_share
+from deltazip_kernels.device.fused_share import find_piece, kinds_of, last_sharer, place, share_of
 from deltazip_kernels.fused import deal
 
 PROGRAMS = 132
 
 
-def pieces(program: int, dealt: tuple[int, int, int], groups: int) -> list[tuple[int, int, int]]:
-    at, middle, end = share_of.fn(program, dealt, groups)
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the functions below call is as plain as they are."""
+    monkeypatch.setattr(fused_share, "_reached", fused_share._reached.fn)
+
+
+def pieces(tall: int, low: int, groups: int) -> list[list[list[tuple[int, int, int]]]]:
+    """For both kinds of tiles, what each program does of them: tile, first group and end."""
+    kinds = kinds_of.fn(tall, low, groups, *deal(tall, low, groups, PROGRAMS))
+    return [[pieces_of(program, kind, groups) for program in range(PROGRAMS)] for kind in kinds]
+
+
+def pieces_of(program: int, kind: tuple[int, ...], groups: int) -> list[tuple[int, int, int]]:
+    at, middle, end = share_of.fn(program, kind, groups)
     found = []
     while at < end:
-        tile, first, stop = find_piece.fn(at, middle, program, dealt, groups)
+        tile, first, stop = find_piece.fn(at, middle, program, kind, groups)
         found.append((tile, first, stop))
         at += stop - first
     assert at == end
     return found
 
 
-@pytest.mark.parametrize("tiles", [0, 1, 2, 63, 64, 96, 97, 132, 133, 200, 448, 1001])
+COUNTS = [
+    (0, 1),
+    (1, 0),
+    (2, 3),
+    (63, 0),
+    (64, 32),
+    (0, 96),
+    (97, 0),
+    (132, 1),
+    (133, 0),
+    (200, 131),
+    (448, 0),
+    (1001, 300),
+]
+
+
+@pytest.mark.parametrize(("tall", "low"), COUNTS)
 @pytest.mark.parametrize("groups", [1, 2, 32])
-def test_every_group_of_every_tile_is_done_once(tiles: int, groups: int) -> None:
-    dealt = (tiles, *deal(tiles, groups, PROGRAMS))
-    shares = [pieces(program, dealt, groups) for program in range(PROGRAMS)]
-    done = sorted((tile, k) for share in shares for tile, first, stop in share for k in range(first, stop))
-    assert done == [(tile, k) for tile in range(tiles) for k in range(groups)]
-    sizes = [sum(stop - first for _, first, stop in share) for share in shares if share]
-    assert max(sizes, default=0) <= 1.12 * tiles * groups / PROGRAMS + groups * (tiles > PROGRAMS) + 1
+def test_every_group_of_every_tile_is_done_once(tall: int, low: int, groups: int) -> None:
+    kinds = pieces(tall, low, groups)
+    for tiles, shares in zip((tall, low), kinds, strict=True):
+        done = sorted((tile, k) for share in shares for tile, first, stop in share for k in range(first, stop))
+        assert done == [(tile, k) for tile in range(tiles) for k in range(groups)]
 
 
-@pytest.mark.parametrize("tiles", [1, 64, 96, 97, 133, 265, 448])
-def test_parts_are_left_first_and_collected_from_all_sharers(tiles: int) -> None:
-    dealt = (tiles, *deal(tiles, 32, PROGRAMS))
-    shares = [pieces(program, dealt, 32) for program in range(PROGRAMS)]
-    for program, share in enumerate(shares):
-        assert all(first == 0 for _, first, _ in share[1:])
-        for tile, first, stop in share:
-            if first == 0 and stop < 32:
-                sharers = [other for other in range(PROGRAMS) if any(piece[0] == tile for piece in shares[other])]
-                assert sharers == list(range(program, last_sharer.fn(tile, dealt, 32) + 1))
+@pytest.mark.parametrize(("tall", "low"), [(63, 0), (64, 32), (0, 96), (97, 0), (200, 131), (448, 0), (1001, 300)])
+def test_programs_have_even_shares(tall: int, low: int) -> None:
+    done = [[sum(stop - first for _, first, stop in share) for share in shares] for shares in pieces(tall, low, 32)]
+    work = [3 * of_tall + 2 * of_low for of_tall, of_low in zip(*done, strict=True)]
+    assert max(work) <= 1.12 * (3 * tall + 2 * low) * 32 / PROGRAMS + 3
+
+
+@pytest.mark.parametrize(("tall", "low"), COUNTS)
+def test_parts_are_left_first_and_collected_from_all_sharers(tall: int, low: int) -> None:
+    kinds = kinds_of.fn(tall, low, 32, *deal(tall, low, 32, PROGRAMS))
+    for kind, shares in zip(kinds, pieces(tall, low, 32), strict=True):
+        for program, share in enumerate(shares):
+            assert all(first == 0 for _, first, _ in share[1:])
+            for tile, first, stop in share:
+                if first == 0 and stop < 32:
+                    sharers = [other for other in range(PROGRAMS) if any(piece[0] == tile for piece in shares[other])]
+                    assert sharers == list(range(program, last_sharer.fn(tile, kind, 32) + 1))
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 5), (8, 32), (9, 224), (32, 48)])

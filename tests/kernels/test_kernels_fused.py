@@ -57,7 +57,7 @@ def check(out: torch.Tensor, x: torch.Tensor, base: torch.Tensor, deltas: list[P
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 64, 129, 256, 500, 1000])
+@pytest.mark.parametrize("rows", [1, 64, 129, 256, 300, 500, 1000])
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("codec", FUSED_CODECS)
 def test_the_product_is_that_with_the_sum(codec: str, shapes: list[tuple[int, int]], rows: int) -> None:
@@ -106,10 +106,19 @@ def test_what_the_kernel_does_not_take() -> None:
 
 @pytest.mark.parametrize(
     ("tiles", "dealt"),
-    [(64, (128, 64)), (96, (128, 96)), (256, (128, 0)), (448, (128, 64)), (1792, (128, 0)), (200, (125, 75))],
+    [
+        ((64, 0), (128, 64, 0)),
+        ((96, 0), (128, 96, 0)),
+        ((256, 0), (128, 0, 0)),
+        ((448, 0), (128, 64, 0)),
+        ((992, 0), (124, 0, 0)),
+        ((992, 64), (132, 68, 64)),
+        ((6944, 0), (132, 0, 0)),
+        ((64, 32), (132, 64, 32)),
+    ],
 )
-def test_tiles_are_dealt_out_evenly(tiles: int, dealt: tuple[int, int]) -> None:
-    assert deal(tiles, 32, 132) == dealt
+def test_tiles_are_dealt_out_evenly(tiles: tuple[int, int], dealt: tuple[int, int, int]) -> None:
+    assert deal(*tiles, 32, 132) == dealt
 
 
 def test_a_cpu_has_no_such_kernel() -> None:

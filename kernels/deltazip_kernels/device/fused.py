@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from deltazip_kernels.device.fused_operand import BK, BN, load_words, merge, pair_of_scales, point
-from deltazip_kernels.device.fused_share import find_piece, last_sharer, place, share_of
+from deltazip_kernels.device.fused_share import find_piece, kinds_of, last_sharer, place, share_of
 from deltazip_kernels.device.grouped import INT4
 
 # Triton 3.9 has other names for these than 3.6.
@@ -234,10 +234,8 @@ def multiply(y, linear, rings, sums, tall, low, K, CODEC: gl.constexpr, STAGES: 
 
 
 @gluon.jit(
-    do_not_specialize=[
-        "parts", "width", "second", "third", "tall", "tall_programs", "tall_shared", "low", "low_programs", "low_shared"
-    ]
-)  # fmt: skip
+    do_not_specialize=["parts", "width", "second", "third", "tall", "low", "programs", "tall_shared", "low_shared"]
+)
 def fused(
     y,
     out,
@@ -250,10 +248,9 @@ def fused(
     second,
     third,
     tall,
-    tall_programs,
-    tall_shared,
     low,
-    low_programs,
+    programs,
+    tall_shared,
     low_shared,
     partials,
     arrived,
@@ -281,8 +278,9 @@ def fused(
     fence_async_shared()
     linear = (table, parts, width, second, third)
     rings = (base_tiles, x_tiles, full, empty)
-    tall_tiles = ((rows, tall), (tall * width, tall_programs, tall_shared))
-    low_tiles = ((rows + tall * 4, low), (low * width, low_programs, low_shared))
+    tall_kind, low_kind = kinds_of(tall * width, low * width, K // 128, programs, tall_shared, low_shared)
+    tall_tiles = ((rows, tall), tall_kind)
+    low_tiles = ((rows + tall * 4, low), low_kind)
     gl.warp_specialize(
         [
             (multiply, ((y, out, room), linear, rings, (partials, arrived), tall_tiles, low_tiles, K, CODEC, STAGES)),

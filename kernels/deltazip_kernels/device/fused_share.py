@@ -7,31 +7,53 @@ and few outputs between them, and the L2 has most of what they read.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+TALL_COST, LOW_COST = gl.constexpr(3), gl.constexpr(2)
+"""What the same columns of a tile of 256 and of one of 128 rows take."""
 BAND = gl.constexpr(8)
 """Row tiles that are walked along together: eight of 256 rows by 16 blocks of 128 outputs occupy a GPU."""
 
 
 @gluon.jit
-def share_of(program, dealt, groups):
-    """A program's units ``begin:end``, each 128 columns of a tile; those before ``middle`` are of shared tiles.
+def kinds_of(tall, low, groups, programs, tall_shared, low_shared):
+    """How ``tall`` and ``low`` tiles of so many groups are dealt: all of both, how many of them ``programs`` share,
+    what lies before these in a line of all that is shared, what a group of theirs takes in it, and all of it."""
+    before = tall_shared * groups * TALL_COST
+    line = before + low_shared * groups * LOW_COST
+    return (
+        (tall, tall_shared, 0, TALL_COST, line, programs),
+        (low, low_shared, before, LOW_COST, line, programs),
+    )
 
-    ``dealt``: how many tiles there are, the programs that take part, and the tiles that they share evenly. The others
-    they take whole, in turns.
-    """
-    tiles, programs, shared = dealt
-    begin = program * shared * groups // programs
-    middle = (program + 1) * shared * groups // programs
+
+@gluon.jit
+def _reached(program, kind, groups):
+    """Groups of a kind's shared tiles that programs before this one do."""
+    _, shared, before, cost, line, programs = kind
+    at = (program * line // programs - before) // cost
+    if at < 0:
+        at = 0
+    if at > shared * groups:
+        at = shared * groups
+    return at
+
+
+@gluon.jit
+def share_of(program, kind, groups):
+    """A program's units ``begin:end``, each a group of 128 columns of a tile; those before ``middle`` are of shared
+    tiles, of which every program has an even share. The others programs take whole, in turns."""
+    tiles, shared, _, _, _, programs = kind
+    begin = _reached(program, kind, groups)
+    middle = _reached(program + 1, kind, groups)
     end = middle + (tiles - shared - program + programs - 1) // programs * groups
     if program >= programs:
-        middle = begin
         end = begin
     return begin, middle, end
 
 
 @gluon.jit
-def find_piece(at, middle, program, dealt, groups):
+def find_piece(at, middle, program, kind, groups):
     """What a program does from its unit ``at`` on: a tile, its first group of columns, and the end of them."""
-    _, programs, shared = dealt
+    _, shared, _, _, _, programs = kind
     tile = at // groups
     first = at - tile * groups
     stop = groups
@@ -44,10 +66,10 @@ def find_piece(at, middle, program, dealt, groups):
 
 
 @gluon.jit
-def last_sharer(tile, dealt, groups):
+def last_sharer(tile, kind, groups):
     """The last of the programs that share a tile."""
-    _, programs, shared = dealt
-    return ((tile + 1) * groups * programs - 1) // (shared * groups)
+    _, _, before, cost, line, programs = kind
+    return ((before + (tile + 1) * groups * cost) * programs - 1) // line
 
 
 @gluon.jit
