@@ -70,9 +70,10 @@ def settings(run: Run, slots: int) -> dict[str, Any]:
     """The application's: fewer slots than variants."""
     engine = {"device": run.device, "slots": slots, "max_model_len": 1024, "max_running": 64}
     if run.device == "cuda":
-        # Without the codecs named the first version of each would wait for compilers.
+        # What is not prepared at the start waits for compilers: minutes on a machine that never had it.
         codecs = sorted({*CODECS[: len(run.variants)], OUTER_CODEC})
-        engine |= {"dtype": "bfloat16", "kv_blocks": 8192, "max_batch_tokens": 2048, "warm_codecs": codecs}
+        engine |= {"dtype": "bfloat16", "kv_blocks": 8192, "max_batch_tokens": 2048}
+        engine |= {"warm_codecs": codecs, "load_timeout_s": 170}
     return {
         "base": str(run.folder / "base"),
         "base_name": "base",
