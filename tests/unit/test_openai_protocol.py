@@ -141,6 +141,11 @@ def test_one_prompt_in_any_form() -> None:
     assert completion(prompt=[]).prompt == []
 
 
+def test_a_token_that_cannot_be_one_is_named() -> None:
+    with pytest.raises(InvalidField, match=r"^prompt\.1: .*greater than or equal to 0"):
+        parse_request(CompletionRequest, b'{"model": "m", "prompt": [5, -1]}')
+
+
 @pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], [-1], [1.5], {"a": 1}, [1, "a"]])
 def test_other_prompts_are_refused(prompt: Any) -> None:
     with pytest.raises(InvalidField, match="prompt"):

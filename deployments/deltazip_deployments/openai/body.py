@@ -105,8 +105,11 @@ def _like(value: Any) -> tuple[type, ...]:
 
 
 def _first_problem(error: ValidationError) -> InvalidField:
-    problem = error.errors(include_url=False, include_input=False)[0]
-    location = [str(part) for part in problem["loc"]]
+    problems = error.errors(include_url=False, include_input=False)
+    # Of a field that takes several kinds, that of the kind which the value comes closest to.
+    field = [one for one in problems if one["loc"][:1] == problems[0]["loc"][:1]]
+    problem = max(field, key=lambda one: len(one["loc"]))
+    location = [str(part) for part in problem["loc"] if not str(part).startswith("list[")]
     message = problem["msg"].removeprefix("Value error, ")
     if not location:
         return InvalidField(message, _named_first(message))
