@@ -34,7 +34,7 @@ from deltazip_kernels.triton_backend import grouped_matmul, low_rank_matmul, raw
 POOL = 768 << 20
 """Bytes of deltas that a timed graph walks through: more than ten times the L2 of an H200."""
 RANK = 16
-_BUSY = 0.2
+_BUSY = 0.1
 """Seconds for which long segments are multiplied, times the number of versions."""
 
 
