@@ -32,11 +32,16 @@ def record_graphs(runner: ModelRunner, slots: int) -> None:
     like numbers of rows; over one version also as if it were on its way."""
     for rows in runner.graph_sizes:
         _run(runner, [_chunk(runner, 1, _GREEDY) for _ in range(rows)])
-        for versions in (1 << i for i in range(min(rows, slots).bit_length())):
+        for versions in numbers_of_versions(min(rows, slots)):
             chunks = [_chunk(runner, 1, _GREEDY, i * versions // rows) for i in range(rows)]
             _run(runner, chunks)
             if versions == 1:
                 _run(runner, chunks, [Arrival({}, None)])
+
+
+def numbers_of_versions(most: int) -> list[int]:
+    """1, 2, 4 … and ``most``: those that there are recordings for."""
+    return sorted({min(1 << i, most) for i in range(most.bit_length() + 1)} - {0})
 
 
 def _run(runner: ModelRunner, chunks: Sequence[Chunk], arrivals: Sequence[Arrival] = ()) -> None:
