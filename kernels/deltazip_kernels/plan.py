@@ -12,7 +12,7 @@ from deltazip_kernels.launch import launch, power_of_2
 
 SOME, MORE, MANY = 16, 32, 64
 """Rows that the items of a list may have, by the longest segment; longer ones are cut. Where most segments are much
-shorter they are SOME, where few are little longer than MORE they are MORE."""
+shorter they are SOME, where no more than half are longer than MORE they may be MORE."""
 _SEGMENTS = 64
 """Plans of up to so many segments share one compiled kernel."""
 COUNTERS, PARTIALS = 256, 1 << 21
@@ -35,9 +35,9 @@ class Work:
 
 
 def in_halves(lengths: Sequence[int]) -> bool:
-    """Whether segments of these rows make items of ``MORE`` rows: the few that are little longer are cut in two."""
+    """Whether segments of these rows make items of ``MORE``: longer ones, half of them at most, are cut in two."""
     long = [length for length in lengths if length > MORE]
-    return 0 < 4 * len(long) <= len(lengths) and max(long) <= 2 * MORE
+    return 0 < 2 * len(long) <= len(lengths) and max(long) <= 2 * MORE
 
 
 def plan(segments: Segments, rows: int, longest: int | None = None, *, halves: bool = False) -> Work | None:
@@ -55,7 +55,8 @@ def plan(segments: Segments, rows: int, longest: int | None = None, *, halves: b
     widest = SOME if sparse else MORE if halves else longest
     batch = next((most for most in (SOME, MORE) if widest <= most), MANY)
     # Each segment adds at most one item that is not full.
-    limit = min(count + (rows // batch if batch < longest else 0), rows)
+    full = 0 if longest <= batch else count // 2 if batch == MORE else rows // batch
+    limit = min(count + full, rows)
     items = torch.empty((limit, 4), dtype=torch.int32, device=device)
     arrived = torch.empty(COUNTERS, dtype=torch.int32, device=device)
     partials = torch.empty(PARTIALS, dtype=torch.float32, device=device)
