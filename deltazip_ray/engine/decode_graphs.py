@@ -82,8 +82,8 @@ class DecodeGraphs:
             "drawn_rows": (most, np.int64),
             "where": (most, np.int64),
             "index": (most, np.int32),
-            "starts": (slots + 2, np.int32),
-            "slots": (slots + 1, np.int32),
+            "starts": (slots + 1, np.int32),
+            "slots": (slots, np.int32),
         }
         for name, size in attention.graph_inputs(most, pages + most).items():
             fields[name] = (size, np.int32)
@@ -155,12 +155,14 @@ class DecodeGraphs:
         arrays["tokens"][:rows] = [token for (token,) in tokens] + [0] * idle
         arrays["positions"][:rows] = [*positions, *[0] * idle]
         arrays["drawn_rows"][:rows] = [-1 if row is None else row for row in drawn_rows] + [-1] * idle
-        arrays["starts"][:] = starts + [count] * (self._slots + 2 - len(starts))
-        arrays["slots"][:] = slots + [-1] * (self._slots + 1 - len(slots))
-        arrays["index"][:count] = np.repeat(arrays["slots"][: len(slots)] + 1, np.diff(starts))
+        arrays["index"][:count] = np.repeat(np.array(slots) + 1, np.diff(starts))
         arrays["index"][count:rows] = 0
+        if slots[0] < 0:  # the base's rows would only make programs that idle, and those of others slower
+            starts, slots = starts[1:], slots[1:]
+        arrays["starts"][:] = starts + [count] * (self._slots + 1 - len(starts))
+        arrays["slots"][:] = slots + [-1] * (self._slots - len(slots))
         self._inputs.send(self._attention.fill(sequences, arrays))
-        lengths = [stop - start for (start, stop), slot in zip(pairwise(starts), slots, strict=True) if slot >= 0]
+        lengths = [stop - start for start, stop in pairwise(starts)]
         return _shape(rows, lengths, self._slots, arriving=arriving)
 
     def _capture(self, shape: _Shape, plan: Any) -> _Captured:
@@ -198,8 +200,8 @@ class DecodeGraphs:
         inputs = {name: tensor[: shape.rows] for name, tensor in self._inputs.tensors.items()}
         rows = Rows(inputs["index"])
         if shape.versions:
-            starts = self._inputs.tensors["starts"][: shape.versions + 2]
-            segments = Segments(starts, self._inputs.tensors["slots"][: shape.versions + 1])
+            starts = self._inputs.tensors["starts"][: shape.versions + 1]
+            segments = Segments(starts, self._inputs.tensors["slots"][: shape.versions])
             rows = self._ops.graph_rows(inputs["index"], segments, shape.longest, halves=shape.halves)
         source = inputs["drawn_rows"]
         tokens = torch.where(source >= 0, self._drawn[source.clamp(min=0)], inputs["tokens"])

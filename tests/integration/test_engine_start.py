@@ -174,7 +174,7 @@ def batches(ops: TritonOps) -> Iterator[Rows]:
     for rows in (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 96, 128, 192, 256):
         for versions in (1, 2, 4, 8, 16, 32):
             for longest, halves in ((SOME, False), (MORE, False), (rows, False), (2 * MORE, True)):
-                starts, index = (torch.zeros(size, dtype=torch.int32) for size in (min(rows, versions) + 2, rows))
+                starts, index = (torch.zeros(size, dtype=torch.int32) for size in (min(rows, versions) + 1, rows))
                 yield ops.graph_rows(index, Segments(starts, starts[1:]), longest, halves=halves)
     yield ops.rows([(0, 40)], ops.device)
     draw = random.Random(0)
