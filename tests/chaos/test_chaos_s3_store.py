@@ -37,7 +37,7 @@ def read(store: ObjectStore) -> bytes:
 
 
 def test_without_faults_the_proxy_is_not_noticed(proxy: FaultProxy, bucket: str) -> None:
-    store = store_at(proxy, bucket)
+    store = store_at(proxy, bucket, timeout_s=10)
     store.put("blob", DATA)
     store.put("large", DATA * 3)
     assert read(store) == DATA == store.get("blob")
