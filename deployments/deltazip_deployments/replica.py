@@ -111,7 +111,7 @@ class Replica:
         return ReplicaDescription(self._engine.base_digest, self._engine.max_model_len)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Tokens in groups: the first at once, then all that came within a few milliseconds."""
+        """Tokens in groups: the first and the last at once, the others when it is their turn."""
         async with contextlib.aclosing(self._engine.generate(request)) as chunks:
             async for chunk in chunks:
                 yield chunk
