@@ -43,7 +43,7 @@ class _Shape:
     arriving: bool
     """Whether a version is on its way: then each layer is a graph of its own."""
     halves: bool = False
-    """Whether a few versions have more rows than one item of work: see ``in_halves``."""
+    """Whether some versions have more rows than one item of work: see ``in_halves``."""
 
 
 @dataclass(frozen=True)
