@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,15 @@ class Host:
         self.folder = folder
         self.lives: list[Handle] = []
         self.broken = False
+        self.memory: Callable[[], object] = lambda: None
+        """Of an earlier life, which leaves no room for another one as long as somebody has it."""
 
     def find(self) -> Handle:
         if self.broken:
             raise StoreUnavailable("no memory left on this host")
         if not self.lives or not self.lives[-1].alive:
+            if self.memory() is not None:
+                raise ActorDiedError
             registry = CollectorRegistry()
             settings = NodeStoreConfig(arena_bytes=MIB)
             catalog = Catalog(open_store(StoreConfig(url=(self.folder / "store").as_uri())), BASE_DIGEST)
@@ -118,6 +123,17 @@ async def test_a_store_that_died_is_replaced_and_its_memory_stays(
     assert await host.lives[1].store.drop_silent() == 0.0
 
 
+async def test_the_memory_of_a_store_that_died_makes_room_for_the_next_one(
+    client: NodeStoreClient, host: Host, versions: list[str]
+) -> None:
+    delta = await client.acquire(versions[0])
+    await client.release(versions[0])
+    host.memory = weakref.ref(delta.memory)  # type: ignore[arg-type]
+    del delta
+    host.lives[0].alive = False
+    assert is_whole(await client.acquire(versions[1]))
+
+
 async def test_a_store_that_was_out_of_reach_keeps_its_memory_and_takes_its_holds_back(
     client: NodeStoreClient, host: Host, versions: list[str]
 ) -> None:
@@ -167,7 +183,10 @@ async def test_many_callers_make_one_new_connection(client: NodeStoreClient, hos
     assert all(is_whole(delta) for delta in deltas)
 
 
-async def test_a_host_without_a_store_is_unavailable(host: Host, versions: list[str]) -> None:
+async def test_a_host_without_a_store_is_unavailable(
+    host: Host, versions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltazip_deployments.node_store.client._PATIENCE_S", 0.3)
     host.broken = True
     client = NodeStoreClient("r1", host.find)
     with pytest.raises(StoreUnavailable, match="no memory left"):

@@ -10,13 +10,15 @@ from typing import Any, TypeVar
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from deltazip_deployments.node_store.arena import ArenaRef, map_arena
-from deltazip_deployments.node_store.protocol import StoredDelta
 from deltazip_deployments.ray_errors import unwrapped
 from deltazip_ray.errors import StoreUnavailable
 from deltazip_ray.residency.tiers import HostDelta, HostMemory
 
 _ATTEMPTS = 5
 _PAUSE_S = 0.2
+_PATIENCE_S = 15.0
+"""With a node store that does not come up: it finds no room before all replicas of the host have noticed that its
+predecessor is dead."""
 _UNKNOWN_S = 1.0
 """What is believed to be the time of a fetch before there was one."""
 _FETCHES = 8
@@ -74,9 +76,10 @@ class NodeStoreClient:
     async def prefetch(self, version: str) -> bool:
         """See DeltaSource."""
         try:
-            return await self._call(lambda link: link.actor.prefetch.remote(version))
+            there, _ = await self._call(lambda link: link.actor.prefetch.remote(version))
         except StoreUnavailable:
             return False
+        return bool(there)
 
     async def discard(self, version: str, *, disk: bool = False) -> None:
         """See DeltaSource; raises what the store raises, and StoreUnavailable."""
@@ -88,17 +91,18 @@ class NodeStoreClient:
 
     async def retired(self) -> frozenset[str]:
         """Versions that this replica should drop, each told once."""
-        versions: frozenset[str] = await self._call(lambda link: link.actor.retired.remote(self._replica))
+        versions: frozenset[str]
+        versions, _ = await self._call(lambda link: link.actor.retired.remote(self._replica))
         return versions
 
     async def connect(self) -> HostMemory:
         """Find or start the node store; returns its memory. Raises StoreUnavailable."""
-        await self._call(lambda link: link.actor.heartbeat.remote(self._replica, ""))
-        return (await self._connect()).arena
+        _, link = await self._call(lambda link: link.actor.heartbeat.remote(self._replica, ""))
+        return link.arena
 
     async def heartbeat(self, metrics: str) -> frozenset[str]:
         """Show life and leave the replica's metrics; returns the versions in the host's memory."""
-        self._on_host = await self._call(lambda link: link.actor.heartbeat.remote(self._replica, metrics))
+        self._on_host, _ = await self._call(lambda link: link.actor.heartbeat.remote(self._replica, metrics))
         return self._on_host
 
     async def leave(self) -> None:
@@ -110,21 +114,13 @@ class NodeStoreClient:
                 return
 
     async def _acquire(self, version: str) -> HostDelta:
-        held_by: list[_Link] = []
-
-        def ask(link: _Link) -> Awaitable[StoredDelta]:
-            held_by[:] = [link]
-            answer: Awaitable[StoredDelta] = link.actor.acquire.remote(self._replica, version)
-            return answer
-
         began = time.monotonic()
-        stored = await self._call(ask)
+        stored, link = await self._call(lambda link: link.actor.acquire.remote(self._replica, version))
         if stored.tier != "host":
             self._fetch_s += (time.monotonic() - began - self._fetch_s) / _FETCHES
-        arena = held_by[0].arena
-        self._held[version].append(held_by[0])
-        views = {block: arena.view[offset : offset + size] for block, (offset, size) in stored.blobs.items()}
-        return HostDelta(stored.manifest, views, stored.tier, arena)
+        self._held[version].append(link)
+        views = {block: link.arena.view[offset : offset + size] for block, (offset, size) in stored.blobs.items()}
+        return HostDelta(stored.manifest, views, stored.tier, link.arena)
 
     async def _released(self, link: _Link, version: str) -> bool:
         """Whether the store still had the hold; True when it is dead, for nobody wrote to the bytes.
@@ -150,23 +146,32 @@ class NodeStoreClient:
         link = self._oldest_hold(version)
         link.actor.release.remote(self._replica, version)
 
-    async def _call(self, ask: Callable[[_Link], Awaitable[_Answer]]) -> _Answer:
-        """Ask the store, another life of it if this one ends. Raises StoreUnavailable, and what the store raises."""
-        problem: Exception | None = None
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                await asyncio.sleep(_PAUSE_S * attempt)
+    async def _call(self, ask: Callable[[_Link], Awaitable[_Answer]]) -> tuple[_Answer, _Link]:
+        """Ask the store, another life of it if this one ends; returns also which life answered.
+
+        Raises StoreUnavailable, and what the store raises.
+        """
+        gives_up = time.monotonic() + _PATIENCE_S
+        while True:
             link: _Link | None = None
             try:
                 link = await self._connect()
-                return await _result(ask(link))
+                return await _result(ask(link)), link
             except (RayActorError, StoreUnavailable) as error:
                 if isinstance(error, StoreUnavailable) and link is not None:
                     raise
-                problem = error
-                if self._link is link:
-                    self._link = None
-        raise StoreUnavailable(f"the node store of this host does not stay up: {problem}") from problem
+                self._lost(link, dead=not isinstance(error, ActorUnavailableError | StoreUnavailable))
+                if time.monotonic() > gives_up:
+                    raise StoreUnavailable(f"the node store of this host does not stay up: {_reason(error)}") from error
+            del link  # and with it a dead store's memory, for which its successor may wait
+            await asyncio.sleep(_PAUSE_S)
+
+    def _lost(self, link: _Link | None, *, dead: bool) -> None:
+        """The memory of a dead store goes with its last user, so that its successor finds room."""
+        if self._link is link:
+            self._link = None
+            if dead:
+                self._last = None
 
     async def _connect(self) -> _Link:
         async with self._connecting:
@@ -177,6 +182,12 @@ class NodeStoreClient:
                     self._last = _Link(actor, ref, HostMemory(map_arena(ref)))
                 self._link = self._last
             return self._link
+
+
+def _reason(error: Exception) -> str:
+    """One line of what Ray tells of a dead actor: its last one has the error of a constructor that failed."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if "creation task" in lines[0] else 0]
 
 
 async def _result(answer: Awaitable[_Answer]) -> _Answer:
