@@ -80,7 +80,8 @@ def main() -> int:
         "docs/tiers.md": {"goals": goals(*tiers), "ways": ways(tiers[0])},
         "docs/kernels.md": kernel_tables(kernels) | long_tables(long),
         "docs/compression.md": {
-            "allocation": quality_report.allocation(quality_report.read(RESULTS / "quality_allocation.jsonl"))
+            "allocation": quality_report.allocation(quality_report.read(RESULTS / "quality_allocation.jsonl")),
+            "calibration": quality_report.calibration(quality_report.read(RESULTS / "quality_calibration.jsonl")),
         },
         "docs/quality.md": {
             "quality": quality_report.page(forms),

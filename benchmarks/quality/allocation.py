@@ -15,7 +15,7 @@ import platform
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,19 +60,23 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, required=True, help="JSON lines")
     arguments.add_argument("--tasks", nargs="*", default=[task.name for task in TASKS])
     given = arguments.parse_args()
-    torch.set_num_threads(RECIPE.threads)
-    sources = [Path(training.__file__).with_name(f"{name}.py") for name in ("corpus", "tasks", "tokenizer", "training")]
-    cache = CheckpointCache(given.cache, RECIPE.key(sources))
-    base = cache.get("base", partial(training.train_base, RECIPE, advance=lambda: None))
     with given.out.open("w") as out:
-        for task in TASKS:
-            if task.name not in given.tasks:
-                continue
-            make = partial(training.finetune, RECIPE, task, base, advance=lambda: None)
-            bench = Bench(base, cache.get(task.name, make), task)
+        for bench in benches(RECIPE, given.cache, given.tasks):
             for row in bench.rows():
                 out.write(json.dumps(row | machine()) + "\n")
                 out.flush()
+
+
+def benches(recipe: Recipe, folder: Path, tasks: Sequence[str]) -> Iterator["Bench"]:
+    """The fine-tunes of some tasks, trained or from ``folder``."""
+    torch.set_num_threads(recipe.threads)
+    sources = [Path(training.__file__).with_name(f"{name}.py") for name in ("corpus", "tasks", "tokenizer", "training")]
+    cache = CheckpointCache(folder, recipe.key(sources))
+    base = cache.get("base", partial(training.train_base, recipe, advance=lambda: None))
+    for task in TASKS:
+        if task.name in tasks:
+            make = partial(training.finetune, recipe, task, base, advance=lambda: None)
+            yield Bench(base, cache.get(task.name, make), task)
 
 
 class Bench:
@@ -126,7 +130,7 @@ class Bench:
             folder = Path(scratch)
             data = folder / "chats.jsonl"
             data.write_text("".join(chat(example) + "\n" for example in self.task.training(SEED, CALIBRATION)))
-            settings = CompressOptions(calibration=data, samples=CALIBRATION, **options)
+            settings = CompressOptions.model_validate({"calibration": data, "samples": CALIBRATION} | options)
             manifest = compress_checkpoint(self.base, self.finetuned, (folder / "artifact").as_uri(), settings)
             merge(self.base, folder / "artifact", folder / "merged", dtype=torch.float32)
             found = logits(folder / "merged", self.tokens, self.mask)

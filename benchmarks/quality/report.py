@@ -150,6 +150,20 @@ def allocation(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"{rows[0]['machine']}, at `{rows[0]['commit'][:12]}`."])
 
 
+def calibration(rows: Sequence[dict[str, Any]]) -> str:
+    """What ``benchmarks.quality.calibration`` found, over the tasks, in Markdown."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        found[row["at"], row["rule"]].append(row)
+    lines = ["| | KL: chats | KL: sampled | score: chats | score: sampled |", "|---|--:|--:|--:|--:|"]
+    for form in dict.fromkeys(row["at"] for row in rows):
+        both = [found[form, source] for source in ("chats", "sampled")]
+        cells = [f"{geometric_mean(row['kl'] for row in group):.1e}" for group in both]
+        cells += [f"{fmean(row['exact_match'] for row in group):.1%}" for group in both]
+        lines.append("| " + " | ".join([form, *cells]) + " |")
+    return "\n".join([*lines, "", f"{rows[0]['machine']}, at `{rows[0]['commit'][:12]}`."])
+
+
 def plot(lines: Sequence[Line], path: Path) -> None:
     """Score and divergence against bytes."""
     import matplotlib as mpl
