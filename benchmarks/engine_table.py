@@ -10,6 +10,9 @@ VLLM = {
 }
 STEP_TOKENS, DECODE_TOKENS = 512 + 136 / 2, 256 + 80 / 2
 """Tokens of a request's context, in the middle of what ``step`` and ``decodes`` measure."""
+PROFILE_TOKENS = {32: 512 + 90, 256: 256 + 90}
+"""The same of ``profile``, about, by requests."""
+_KINDS = ("base GEMM", "delta", "attention", "norms and activation", "rest", "gaps", "whole step")
 
 
 def figures(report: dict[str, Any]) -> str:
@@ -62,12 +65,21 @@ def growth(report: dict[str, Any]) -> str:
 
 
 def breakdown(report: dict[str, Any]) -> str:
-    """Where the device's time of the steps of a saturated run goes, in milliseconds."""
-    kinds = ("base GEMM", "attention", "norms and activation", "rest", "idle", "whole step")
-    lines = ["| step | how many | " + " | ".join(kinds) + " |", "|---|" + "--:|" * (len(kinds) + 1)]
-    for name, what in (("decode", "256 decodes"), ("mixed", "decodes and prompts, 8,192 rows")):
-        cells = [f"{report[name][kind]:.2f}" for kind in kinds]
-        lines.append("| " + " | ".join([what, str(report[name]["steps"]), *cells]) + " |")
+    """Where the device's time of decode steps goes, in milliseconds; in brackets what reading takes at copy speed."""
+    heads = ["versions", "requests", *_KINDS]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "--:|" * len(heads)]
+    keys = (key.split(".profile_") for key in report if ".profile_" in key)
+    for versions, requests in sorted((int(versions), int(requests)) for versions, requests in keys):
+        found, limits = report[f"{versions}.profile_{requests}"], report["limits_ms"]
+        tokens = requests * PROFILE_TOKENS[requests]
+        least = {
+            "base GEMM": limits["weights"],
+            "delta": versions * limits["delta"],
+            "attention": tokens / (32 * STEP_TOKENS) * limits["cache"],
+            "whole step": limit(report, versions, tokens),
+        }
+        cells = [f"{found.get(kind, 0):.2f}" + (f" ({least[kind]:.1f})" if least.get(kind) else "") for kind in _KINDS]
+        lines.append("| " + " | ".join([str(versions), str(requests), *cells]) + " |")
     return "\n".join(lines)
 
 

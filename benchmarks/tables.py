@@ -59,17 +59,17 @@ def render(readme: str, name: str, table: str) -> str:
 def main() -> int:
     """Rewrite or check the pages."""
     names = ["demo", "engine-h200", "engine-fp8-quality", "engine-h200-fp8", "base-gemm-h200"]
-    names += ["kernels-h200", "sampling-h200", "engine-host", "kv-fp8", "kernels-h200-long", "engine-h200-trace"]
+    names += ["kernels-h200", "sampling-h200", "engine-host", "kv-fp8", "kernels-h200-long"]
     names += ["tiers-h200", "tiers-s3-h200-host", "tiers-policy"]
     reports = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
-    demo, engine, quality, in_fp8, products, kernels, drawn, spent, cached, long, traced, *tiers = reports
+    demo, engine, quality, in_fp8, products, kernels, drawn, spent, cached, long, *tiers = reports
     forms = quality_report.read(RESULTS / "quality.jsonl")
     pages = {
         "README.md": {"demo": demo_table(demo), "engine": figures(engine)},
         "docs/engine.md": {
             "engine": figures(engine),
             "growth": growth(engine),
-            "breakdown": breakdown(traced),
+            "breakdown": breakdown(engine),
             "fp8-quality": fp8_quality(quality),
             "engine-fp8": own_figures(in_fp8),
             "gemm": gemm(products),
