@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.compress_table import memory, stages
+from benchmarks.compress_table import page
 from benchmarks.stopwatch import Stopwatch
 from deltazip_ray.artifact.artifact import ArtifactWriter
 from deltazip_ray.artifact.checkpoint import Checkpoint
@@ -264,7 +264,7 @@ def main() -> None:
         )
         found = report(pair, options, measure(pair, options, folder / "artifact", args.json), args)
     args.json.write_text(json.dumps(found, indent=1) + "\n")
-    print("\n\n".join([stages(found), memory(found), str(dict(found["codecs"]))]))
+    print(f"{page(found)}\n\n{dict(found['codecs'])}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,11 @@ LEAST = 0.01
 """Share of the whole below which a stage goes into the last row."""
 
 
+def page(report: dict[str, Any]) -> str:
+    """Both tables."""
+    return f"{stages(report)}\n\n{memory(report)}"
+
+
 def stages(report: dict[str, Any]) -> str:
     """Seconds and largest memory of each stage, in Markdown."""
     lines = ["| stage | s | GB on the GPU |", "|---|--:|--:|"]
@@ -37,7 +42,8 @@ def memory(report: dict[str, Any]) -> str:
 def _caption(report: dict[str, Any]) -> str:
     options = report["options"]
     goal = f"{options['target_bits']:g} bits a weight" if "target_bits" in options else "int2"
+    ended = f"; its time limit ended it at {report['unfinished']}" if "unfinished" in report else ""
     return (
-        f"{report['layers']} of the shape's blocks, head and embedding, random weights, {goal}; "
+        f"{report['layers']} of the shape's blocks, head and embedding, random weights, {goal}{ended}; "
         f"{report['machine']}, at `{report['commit'][:12]}`."
     )

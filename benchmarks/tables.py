@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import serving_table
+from benchmarks import compress_table, serving_table
 from benchmarks.engine_table import breakdown, figures, fp8_quality, gemm, growth, own_figures
 from benchmarks.host_table import host, sampling
 from benchmarks.kernels_table import long_tables
@@ -80,6 +80,7 @@ def main() -> int:
         "docs/tiers.md": {"goals": goals(*tiers), "ways": ways(tiers[0])},
         "docs/kernels.md": kernel_tables(kernels) | long_tables(long),
         "docs/compression.md": {
+            "compress": compress_table.page(json.loads((RESULTS / "compress-h200.json").read_text())),
             "allocation": quality_report.allocation(quality_report.read(RESULTS / "quality_allocation.jsonl")),
             "calibration": quality_report.calibration(quality_report.read(RESULTS / "quality_calibration.jsonl")),
         },
