@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 
 from benchmarks.engine_model import RandomVersions, decoder_shape, in_arena, random_delta, started
 from benchmarks.engine_profile import profile
-from benchmarks.engine_runs import LONG, batch, decodes, prompts, saturated, step
+from benchmarks.engine_runs import LONG, batch, decodes, saturated, step
 from deltazip_kernels.bench.__main__ import commit
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.async_engine import AsyncEngine
@@ -95,8 +95,6 @@ async def growth(engine: AsyncEngine, registry: CollectorRegistry, options: argp
 async def details(engine: AsyncEngine, options: argparse.Namespace, put: Put) -> None:
     """Prompts, and where a step's time goes."""
     for count in options.versions:
-        if options.prompts:
-            put(f"{count}.prompts", await prompts(engine, count))
         if options.profile:
             put(f"{count}.profile_32", await profile(engine, 32, 512, count))
             put(f"{count}.profile_256", await profile(engine, 256, 256, count))
@@ -149,7 +147,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--saturated-runs", type=int, default=3)
     parser.add_argument("--memory-fraction", type=float, default=0.95)
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
-    parser.add_argument("--prompts", action="store_true", help="prompt tokens a second")
     parser.add_argument("--commit", help="of this tree, where it is no checkout")
     options = parser.parse_args()
     if not torch.cuda.is_available():

@@ -88,13 +88,6 @@ async def saturated(engine: AsyncEngine, registry: CollectorRegistry, versions: 
     return {"tokens_per_s": statistics.median(samples), "samples": samples, "host_ms_per_step": host, "steps": count}
 
 
-async def prompts(engine: AsyncEngine, versions: int) -> dict[str, Any]:
-    """Prompt tokens a second of 64 requests of 512, and milliseconds to the token of one request of 64."""
-    samples = [64 * 512 / await batch(engine, 64, 512, 1, versions, 300 + seed) for seed in range(4)][1:]
-    first = [1e3 * await batch(engine, 1, 64, 1, versions, 400 + seed) for seed in range(11)][1:]
-    return {"tokens_per_s": statistics.median(samples), "samples": samples, "first_ms": statistics.median(first)}
-
-
 def thread_seconds() -> dict[int, float]:
     """CPU seconds of each thread so far."""
     return {thread.id: thread.user_time + thread.system_time for thread in psutil.Process().threads()}

@@ -17,9 +17,9 @@ _KINDS = ("base GEMM", "delta", "attention", "norms and activation", "rest", "ga
 
 def figures(report: dict[str, Any]) -> str:
     """Step times and throughput beside the memory's limit and vLLM's LoRAs."""
-    heads = ["step, 8 requests", "step, 32 requests", "its limit", "saturated", "prompts"]
+    heads = ["step, 8 requests", "step, 32 requests", "its limit", "saturated"]
     heads += ["vLLM's", "its step, 8", "its step, 32", "its saturated"]
-    lines = ["| | " + " | ".join(heads) + " |", "|---" + "|--:" * 5 + "|---" + "|--:" * 3 + "|"]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" + "|--:" * 4 + "|---" + "|--:" * 3 + "|"]
     for count, (name, few, many, rate) in VLLM.items():
         mine = "base alone" if count == 0 else f"{count} full fine-tunes, {report['codec']}"
         theirs = [name, f"{few} ms" if few else "–", f"{many} ms", f"{rate:,} tok/s"]
@@ -29,7 +29,7 @@ def figures(report: dict[str, Any]) -> str:
 
 def own_figures(report: dict[str, Any]) -> str:
     """Step times and throughput of one report beside the memory's limit."""
-    heads = ["versions", "step, 8 requests", "step, 32 requests", "its limit", "saturated", "prompts"]
+    heads = ["versions", "step, 8 requests", "step, 32 requests", "its limit", "saturated"]
     lines = ["| " + " | ".join(heads) + " |", "| " + "--:|" * len(heads)]
     counts = sorted(int(key.split(".")[0]) for key in report if key.endswith(".step_32"))
     lines += ["| " + " | ".join([str(count), *_figures(report, count)]) + " |" for count in counts]
@@ -38,8 +38,7 @@ def own_figures(report: dict[str, Any]) -> str:
 
 def _figures(report: dict[str, Any], count: int) -> list[str]:
     steps = [_ms(report, f"{count}.step_{requests}") for requests in (8, 32)]
-    rates = [_rate(report, f"{count}.{what}") for what in ("saturated", "prompts")]
-    return [*steps, f"{limit(report, count, 32 * STEP_TOKENS):.1f} ms", *rates]
+    return [*steps, f"{limit(report, count, 32 * STEP_TOKENS):.1f} ms", _rate(report, f"{count}.saturated")]
 
 
 def limit(report: dict[str, Any], versions: int, tokens: float) -> float:
