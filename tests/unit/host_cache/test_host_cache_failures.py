@@ -18,6 +18,7 @@ from deltazip_ray.errors import (
 from tests.support.faulty_store import Fault
 from tests.support.host_bench import Bench, as_bytes, page
 from tests.support.plain_versions import BASE, make_manifest, put_manifest
+from tests.support.waiting import until
 
 
 async def test_a_blob_that_came_damaged_is_fetched_again(bench: Bench) -> None:
@@ -111,6 +112,7 @@ async def test_what_is_in_memory_is_served_though_its_breaker_is_open(bench: Ben
     for _ in range(4):
         with pytest.raises(StoreUnavailable):
             await bench.cache.acquire(version)
+    await until(lambda: not bench.cache.stats().fetching)
     bench.store.faults = []
     await bench.cache.acquire(same)
     assert bench.metric("open_breakers") == 1
