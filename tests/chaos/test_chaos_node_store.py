@@ -4,7 +4,7 @@ import asyncio
 import time
 from pathlib import Path
 
-from deltazip_deployments.node_store.actor import _SelfEnding
+from deltazip_deployments.node_store.actor import NodeStoreProcess
 from deltazip_ray.config import MIB, NodeStoreConfig, StoreConfig
 from tests.support.catalogs import BASE_DIGEST, publish
 
@@ -15,7 +15,7 @@ async def test_a_store_that_was_stopped_does_not_take_its_replicas_for_gone(tmp_
     config = StoreConfig(url=(tmp_path / "store").as_uri())
     version = await asyncio.to_thread(publish, config, tmp_path, "v")
     settings = NodeStoreConfig(arena_bytes=MIB, shm_dir=tmp_path, lease_timeout_s=LEASE_S)
-    store = _SelfEnding("node", config, settings, BASE_DIGEST)
+    store = NodeStoreProcess("node", config, settings, BASE_DIGEST)
     await store.acquire("replica", version)
     time.sleep(6 * LEASE_S)  # noqa: ASYNC251 - so does SIGSTOP, and a machine that moves
     await asyncio.sleep(LEASE_S / 3)

@@ -137,7 +137,7 @@ class NodeStore:
         return self._leases.alone_s(now)
 
 
-class _SelfEnding(NodeStore):
+class NodeStoreProcess(NodeStore):
     """Builds itself from settings, and ends its actor when nobody needs it."""
 
     def __init__(self, node: str, store: StoreConfig, settings: NodeStoreConfig, base_digest: str) -> None:
@@ -180,4 +180,4 @@ class _SelfEnding(NodeStore):
         ray.kill(ray.get_runtime_context().current_actor)
 
 
-NodeStoreActor: Any = ray.remote(_SelfEnding)
+NodeStoreActor: Any = ray.remote(NodeStoreProcess)
