@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -10,14 +9,6 @@ from deltazip_ray.errors import BlobCorrupt, EngineError
 from deltazip_ray.residency.slot_table import AskSlot
 from deltazip_ray.residency.tiers import Tier
 from tests.support.slot_bench import Bench, settle
-
-
-@pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
-    made = Bench(slots=2)
-    yield made
-    await made.table.close()
-    made.table.check()
 
 
 async def test_the_first_pin_loads_and_the_second_is_warm(bench: Bench) -> None:

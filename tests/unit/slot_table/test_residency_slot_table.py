@@ -1,21 +1,12 @@
 """Who waits for a slot, who is next, who may pass, and how it ends."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 
 from deltazip_ray.errors import ConfigError, EngineError, EngineStopped, LoadTimeout
 from deltazip_ray.residency.slot_table import SlotTable
 from tests.support.slot_bench import Bench, settle
-
-
-@pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
-    made = Bench(slots=2)
-    yield made
-    await made.table.close()
-    made.table.check()
 
 
 @pytest.mark.parametrize("pinned", [True, False])
