@@ -45,6 +45,10 @@ class Runner:
         # On the device first: a host takes long to convert a head.
         return tensor.to(self._device).to(self._dtype)
 
+    def pinned(self, states: Tensor) -> Tensor:
+        """``states`` on the host, in memory from which a GPU reads fast."""
+        return states.pin_memory() if self._device.type == "cuda" else states
+
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Outputs of ``block`` for all sequences. They stay on the host, as ``hidden`` may: only a batch is placed."""
         found = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=self._device.type == "cuda")
@@ -78,20 +82,23 @@ class Runner:
 
         ``watch`` gets what goes through each of ``linears``, a batch of sequences at a time.
         """
-        before = torch.empty_like(hidden)
+        before = torch.empty_like(hidden, pin_memory=hidden.is_pinned())
         count = max(1, min(self._batch, NUMBERS // hidden[0].numel()))
         parts = (torch.split(tensor, count) for tensor in (hidden, slopes, before))
         for part, slope, into in zip(*parts, strict=True):
-            passed: dict[str, tuple[Tensor, Tensor]] = {}
-            with torch.enable_grad(), _recorded(block, linears, passed):
-                leaf = part.to(self._device).requires_grad_()
-                outputs = self._forward(block, leaf)
-            wanted = [leaf, *(passed[linear][1] for linear in linears)]
-            first, *others = torch.autograd.grad(outputs, wanted, slope.to(self._device))
-            into.copy_(first)
-            for linear, gradient in zip(linears, others, strict=True):
-                watch(linear, passed[linear][0].detach(), gradient)
+            into.copy_(self._back(block, linears, part.to(self._device), slope.to(self._device), watch))
         return before
+
+    def _back(self, block: nn.Module, linears: Sequence[str], hidden: Tensor, slopes: Tensor, watch: Watch) -> Tensor:
+        """:meth:`backward` of one batch, on the device: nothing of it is held when the next one begins."""
+        passed: dict[str, tuple[Tensor, Tensor]] = {}
+        with torch.enable_grad(), _recorded(block, linears, passed):
+            leaf = hidden.requires_grad_()
+            outputs = self._forward(block, leaf)
+        first, *others = torch.autograd.grad(outputs, [leaf, *(passed[linear][1] for linear in linears)], slopes)
+        for linear, gradient in zip(linears, others, strict=True):
+            watch(linear, passed[linear][0].detach(), gradient)
+        return first
 
     def batches(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The states of the first sequences on the device with their masks, some sequences at a time."""

@@ -54,7 +54,7 @@ class Surveyor:
         states = self._forth(lambda done: progress(FORWARD * done))
         slopes = self._outer(states.pop())
         for index in reversed(range(blocks)):
-            slopes = self._block(index, states.pop(), slopes)
+            slopes = self._block(index, self._runner.pinned(states.pop()), slopes)
             progress(1 - (1 - FORWARD) * index / blocks)
         self._embedding(slopes)
         return self._survey
@@ -79,19 +79,20 @@ class Surveyor:
         for name, product in products.items():
             self._survey.add_product(name, product)
         coded = {name for name in weights.changed if weights.full(name) not in products}
+        before = None
         for stage in self._pair.skeleton.family.stages:
             linears = [linear for linear in stage if f"{linear}.weight" in coded]
             if linears:
-                self._stage(block, linears, weights, hidden, slopes)
+                before = self._stage(block, linears, weights, hidden, slopes)
             coded -= {f"{linear}.weight" for linear in stage}
         for name in sorted(coded):
             self._survey.add_rest(weights.full(name), weights.finetuned[weights.full(name)])
-        return self._runner.backward(block, [], hidden, slopes, lambda *_: None)
+        return self._runner.backward(block, [], hidden, slopes, lambda *_: None) if before is None else before
 
     def _stage(
         self, block: nn.Module, linears: Sequence[str], weights: BlockWeights, hidden: Tensor, slopes: Tensor
-    ) -> None:
-        """Try every coding on linears that share their input.
+    ) -> Tensor:
+        """Try every coding on linears that share their input; returns the gradient by the block's inputs.
 
         Each stage has a pass of its own, so that only its deltas are held beside what goes through the block.
         """
@@ -101,11 +102,12 @@ class Surveyor:
             # Padding has no gradient, for nothing before it looks at it.
             trials[linear].add(inputs.float(), gradient.float())
 
-        self._runner.backward(block, linears, hidden, slopes, watch)
+        before = self._runner.backward(block, linears, hidden, slopes, watch)
         for linear in linears:
             name = weights.full(f"{linear}.weight")
             costs = {coding: self._cost(found) for coding, found in trials[linear].products.items()}
             self._survey.add(name, weights.finetuned[name], costs)
+        return before
 
     def _trials(
         self, block: nn.Module, linears: Sequence[str], weights: BlockWeights, hidden: Tensor
@@ -182,7 +184,7 @@ class Surveyor:
         for rows in row_pieces(len(base)):
             placed = self._runner.place(finetuned[rows])
             delta = finetuned[rows].to(placed.device).float() - base[rows].to(placed.device)
-            for coding, lost in Trials(delta, encode).lost():
+            for coding, lost in Trials(delta, encode).lost.items():
                 found[coding].add(states, placed, states, (placed - lost).to(placed.dtype))
         for rows in row_pieces(len(finetuned) - len(base)):
             added = self._runner.place(finetuned[len(base) :][rows])
@@ -207,7 +209,7 @@ class Surveyor:
         delta = (kept[seen.cpu()].float() - base[seen.cpu()].float()).to(known.device)
         gradient = slopes.to(known.device)[known].float() * self._pair.skeleton.embedding_scale
         costs = {}
-        for coding, lost in Trials(delta, nearest).lost():
+        for coding, lost in Trials(delta, nearest).lost.items():
             products = gradient.new_zeros(len(self._tokens))
             products.index_add_(0, sequences[known], (gradient * lost[row]).sum(1))
             costs[coding] = self._cost(products) + self._tied_costs.get(coding, 0.0)

@@ -6,7 +6,8 @@ import torch
 from deltazip_kernels.layout import CODECS
 from deltazip_ray.compress import hessian, solver, vocabulary
 from deltazip_ray.compress.hessian import Hessian, inverse_factor
-from deltazip_ray.compress.solver import Solver, coding_order
+from deltazip_ray.compress.solver import Solver, coding_order, nearest
+from deltazip_ray.compress.trials import Trials
 from deltazip_ray.compress.vocabulary import Divergence, row_pieces
 from tests.support.tensor_bytes import TensorBytes
 
@@ -53,6 +54,17 @@ def test_solving_takes_a_few_copies_of_a_piece(codec: str, monkeypatch: pytest.M
         coded = solved.solve(delta, CODECS[codec])
     kept = sum(tensor.nbytes for tensor in (coded.codes, coded.scales, coded.kept) if tensor is not None)
     assert counted.peak < 2 * kept + 8 * delta.nbytes / pieces
+
+
+def test_trials_hold_ten_bytes_a_weight_and_decode_one_coding_at_a_time() -> None:
+    delta = 0.02 * torch.randn(512, COLUMNS, generator=torch.Generator().manual_seed(1))
+    inputs, gradient = torch.randn(1, 8, COLUMNS), torch.randn(1, 8, 512)
+    with TensorBytes() as counted:
+        trials = Trials(delta, nearest)
+    assert counted.now <= 10 * delta.numel() + 4096
+    with TensorBytes() as counted:
+        trials.add(inputs, gradient)
+    assert counted.peak < delta.nbytes + 4 * gradient.nbytes
 
 
 def test_a_divergence_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
