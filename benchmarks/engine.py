@@ -75,7 +75,7 @@ async def goals(engine: AsyncEngine, registry: CollectorRegistry, options: argpa
     for count in options.versions:
         await load(engine, count, put)
         for requests in (8, 32):
-            if count <= requests:
+            if options.runs and count <= requests:
                 put(f"{count}.step_{requests}", await step(engine, requests, count, options.runs))
         if options.saturated_runs:
             put(f"{count}.saturated", await saturated(engine, registry, count, options.saturated_runs))
