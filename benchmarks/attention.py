@@ -8,6 +8,7 @@ Microseconds a layer, medians of nine.
 
 import argparse
 import json
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -69,7 +70,7 @@ class Setting:
             if layer.scales is not None:
                 layer.scales.fill_(1.0)
         blocks = torch.randperm(count * each).view(count, each)
-        self.plan = self.backend.plan([SequenceRows(queries, context, row.tolist()) for row in blocks])
+        self.plan = self.backend.plan([SequenceRows(queries, context, array("i", row.tolist())) for row in blocks])
         self.qkv = torch.randn(count * queries, 48 * 128, device=DEVICE, dtype=DTYPE)
         self.q = self.qkv[:, :4096].contiguous().view(-1, 32, 128)
         self.positions = torch.arange(context - queries, context, device=DEVICE).repeat(count)

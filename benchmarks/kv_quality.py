@@ -8,6 +8,7 @@ tokens are all the most probable ones. ``kl``: mean divergence of the next token
 import argparse
 import json
 import sys
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def log_probabilities(core: EngineCore, prompts: Sequence[list[int]], answers: S
     texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     found: list[list[Tensor]] = [[] for _ in texts]
     states = [SequenceState(GenerateRequest(str(i), None, tuple(text)), -1) for i, text in enumerate(texts)]
-    tables = [list(range(i * BLOCKS, (i + 1) * BLOCKS)) for i in range(len(texts))]
+    tables = [array("i", range(i * BLOCKS, (i + 1) * BLOCKS)) for i in range(len(texts))]
     for token in range(max(map(len, answers))):
         live = [i for i, answer in enumerate(answers) if token < len(answer)]
         chunks = []

@@ -4,9 +4,10 @@ A token of a short prompt is a row as a decode is: it sees the keys and values b
 all rows before any of them attends.
 """
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from deltazip_kernels import Segments
 from deltazip_kernels.plan import MORE, SOME, in_halves
 from deltazip_ray.engine.arrivals import Arrival, wait_for_layer
 from deltazip_ray.engine.step_inputs import StepBuffer
-from deltazip_ray.layers.attention.backend import SequenceRows
 from deltazip_ray.layers.attention.capture import CapturableBackend
 from deltazip_ray.layers.rows import Rows
 from deltazip_ray.layers.staging import to_device
@@ -149,19 +149,20 @@ class DecodeGraphs:
         idle = rows - count
         each = batch.chunks if count == len(batch.chunks) else single_tokens(batch.chunks)
         _, tokens, positions, tables, _, _, drawn_rows, _ = zip(*each, strict=True)
-        sequences = [SequenceRows(1, position + 1, table) for position, table in zip(positions, tables, strict=True)]
-        sequences += [SequenceRows(1, 1, (self._attention.padding,))] * idle
         starts, slots = batch.segments()
-        arrays["tokens"][:rows] = [token for (token,) in tokens] + [0] * idle
-        arrays["positions"][:rows] = [*positions, *[0] * idle]
-        arrays["drawn_rows"][:rows] = [-1 if row is None else row for row in drawn_rows] + [-1] * idle
+        arrays["tokens"][:count] = list(chain.from_iterable(tokens))
+        arrays["positions"][:count] = positions
+        arrays["tokens"][count:rows] = arrays["positions"][count:rows] = 0
+        arrays["drawn_rows"][:count] = drawn_rows
+        arrays["drawn_rows"][count:rows] = -1
         arrays["index"][:count] = np.repeat(np.array(slots) + 1, np.diff(starts))
         arrays["index"][count:rows] = 0
         if slots[0] < 0:  # the base's rows would only make programs that idle, and those of others slower
             starts, slots = starts[1:], slots[1:]
         arrays["starts"][:] = starts + [count] * (self._slots + 1 - len(starts))
         arrays["slots"][:] = slots + [-1] * (self._slots - len(slots))
-        self._inputs.send(self._attention.fill(sequences, arrays))
+        tables += (array("i", [self._attention.padding]),) * idle
+        self._inputs.send(self._attention.fill(arrays["positions"][:rows], tables, arrays))
         lengths = [stop - start for start, stop in pairwise(starts)]
         return _shape(rows, lengths, self._slots, arriving=arriving)
 

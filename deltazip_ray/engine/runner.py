@@ -109,7 +109,7 @@ class ModelRunner:
         last: list[int] = []
         drawn: dict[int, int] = {}
         for chunk in batch.chunks:
-            if chunk.drawn_row is not None:
+            if chunk.drawn_row >= 0:
                 drawn[len(tokens)] = chunk.drawn_row
             tokens.extend(chunk.tokens)
             positions.extend(range(chunk.start, chunk.start + len(chunk.tokens)))

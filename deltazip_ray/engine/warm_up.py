@@ -3,6 +3,7 @@
 Before the first real step only. Keys and values go to the block that no request has.
 """
 
+from array import array
 from collections.abc import Sequence
 
 from deltazip_ray.config import EngineConfig
@@ -52,4 +53,4 @@ def _chunk(runner: ModelRunner, rows: int, sampling: SamplingParams, slot: int =
     """A prompt of the base, or of a ``slot`` that is empty, of ``rows`` tokens."""
     sequence = SequenceState(GenerateRequest("warm-up", None, (0,) * rows, sampling), slot)
     blocks = -(-rows // runner.attention.shape.block_size)
-    return Chunk(sequence, sequence.request.prompt, 0, [runner.attention.padding] * blocks, samples=True)
+    return Chunk(sequence, sequence.request.prompt, 0, array("i", [runner.attention.padding]) * blocks, samples=True)

@@ -1,7 +1,7 @@
 """Which KV blocks belong to which sequence, and which hold a prefix that another sequence may share.
 
 The KV cache on the device is ``num_blocks`` blocks of ``block_size`` token positions, of which some may be lent to it
-for a while. This module hands out their numbers; it never touches the memory. A table is a list of block numbers:
+for a while. This module hands out their numbers; it never touches the memory. A table is an array of block numbers:
 position ``p`` of its sequence lives in block ``table[p // block_size]``, at ``p % block_size``.
 
 A full block whose content is final gets a **name** (see :mod:`~deltazip_ray.kvcache.block_names`): equal names mean
@@ -10,10 +10,15 @@ nobody holds keeps its content, and its name, until somebody needs the room; the
 one sequence the last block goes first, as it is of no use without those before it.
 """
 
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 from deltazip_ray.errors import ConfigError, EngineError
+
+BlockTable: TypeAlias = "array[int]"
+"""Of one sequence; int32."""
 
 
 class BlockManager:
@@ -41,7 +46,7 @@ class BlockManager:
         """Blocks that ``tokens`` positions take."""
         return -(-tokens // self.block_size)
 
-    def start(self, tokens: int, names: Sequence[bytes], spare: int) -> tuple[list[int], int] | None:
+    def start(self, tokens: int, names: Sequence[bytes], spare: int) -> tuple[BlockTable, int] | None:
         """A new table for ``tokens`` positions, and how many of its blocks, the first ones, have their content already.
 
         Those are the blocks called ``names``, as far as there are any. None, with nothing changed, unless ``spare``
@@ -59,9 +64,9 @@ class BlockManager:
         for block in shared:
             self._kept.pop(block, None)
             self._holders[block] += 1
-        return shared + [self._take() for _ in range(missing)], len(shared)
+        return array("i", [*shared, *(self._take() for _ in range(missing))]), len(shared)
 
-    def grow(self, table: list[int], tokens: int) -> bool:
+    def grow(self, table: BlockTable, tokens: int) -> bool:
         """Make ``table`` cover ``tokens`` positions, all or nothing; it never shrinks.
 
         Returns False, with nothing changed, when too few blocks are free.
@@ -84,7 +89,7 @@ class BlockManager:
             self._unname(block)
 
     def free(self, table: Sequence[int]) -> None:
-        """Give up the blocks of a table. The list stays as it is, for the step that reads it."""
+        """Give up the blocks of a table. The table stays as it is, for the step that reads it."""
         for block in reversed(table):
             self._holders[block] -= 1
             if not self._holders[block]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from deltazip_ray.kvcache.block_manager import BlockTable
 from deltazip_ray.scheduler.request import FinishReason, SamplingParams, TokenChunk, TokenLogprobs
 from deltazip_ray.scheduler.sequence import SequenceState
 
@@ -48,12 +49,12 @@ class Chunk(NamedTuple):
     tokens: tuple[int, ...]
     """Known tokens, or ``(DRAWN,)``."""
     start: int
-    block_table: Sequence[int]
+    block_table: BlockTable
     samples: bool
     """Whether a token is drawn from the logits of the chunk's last token; False before the end of the prompt."""
     output_index: int = 0
     """Position, in the request's whole output, of the token to draw: with ``sampling.seed`` it determines the draw."""
-    drawn_row: int | None = None
+    drawn_row: int = -1
     """With ``DRAWN``: which of the ``sampling_chunks`` of the batch launched before this one drew it."""
     scored: range = _NOTHING
     """Positions of the chunk's tokens after which the log-probability of the prompt's next token is wanted."""
@@ -138,7 +139,7 @@ def next_chunk(sequence: SequenceState, count: int, pending: int) -> Chunk:
     if sequence.drawing:
         tokens, row = _DRAWN, sequence.row
     else:
-        tokens, row = tuple(sequence.tokens[start : start + count]), None
+        tokens, row = tuple(sequence.tokens[start : start + count]), -1
     samples = count == pending
     scored = sequence.score(start, count) if sequence.scored < sequence.score_end else _NOTHING
     chunk = Chunk(sequence, tokens, start, sequence.table, samples, sequence.output_index, row, scored)

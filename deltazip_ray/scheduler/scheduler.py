@@ -28,6 +28,7 @@ There is no torch here and no lock: everything but ``limits`` belongs to the eng
 may wait is decided where they arrive, since those that wait for their delta are not here yet.
 """
 
+from array import array
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -331,7 +332,7 @@ class Scheduler:
         """Take a running request off its blocks; batches on their way keep the old table."""
         self._running.remove(sequence)
         self.blocks.free(sequence.table)
-        sequence.table = []
+        sequence.table = array("i")
 
     def _tell_end(self, sequence: SequenceState, end: End) -> None:
         del self._sequences[sequence.request.request_id]

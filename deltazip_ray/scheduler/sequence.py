@@ -1,5 +1,6 @@
 """What the scheduler knows about one request."""
 
+from array import array
 from typing import Any
 
 from deltazip_ray.kvcache.block_names import BlockNames
@@ -55,7 +56,7 @@ class SequenceState:
         """Batches on their way that have tokens of this sequence."""
         self.over = False
         """Finished, failed or aborted: what batches on their way bring is dropped."""
-        self.table: list[int] = []
+        self.table = array("i")
         """KV blocks in the order of positions, none while it waits; another object after each admission."""
         self.names = BlockNames(request.version, self.tokens, block_size)
         self.named = 0

@@ -1,5 +1,6 @@
 """Attention backends against plain attention over each sequence, and with rubbish in free blocks."""
 
+from array import array
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_chunks_and_decodes_share_a_step(kind: str, kv_heads: int, kv_dtype: tor
         [torch.randn(n, heads, HEAD_DIM, generator=generator) for n in lengths] for heads in (4, kv_heads, kv_heads)
     )
     blocks = torch.randperm(40, generator=generator).tolist()
-    tables = [[blocks.pop() for _ in range(-(-n // BLOCK))] for n in lengths]
+    tables = [array("i", [blocks.pop() for _ in range(-(-n // BLOCK))]) for n in lengths]
     done = [0] * len(lengths)
     # Tokens that each sequence runs in each step: whole prompts, chunks across block borders, single tokens, none.
     for step in ([1, 4, 3, 1, 5], [0, 0, 7, 9, 1], [0, 0, 1, 7, 1], [0, 0, 0, 0, 2]):
@@ -95,10 +96,11 @@ def test_chunks_and_decodes_share_a_step(kind: str, kv_heads: int, kv_dtype: tor
 def test_a_recorded_step_finds_keys_and_values_where_a_planned_one_does() -> None:
     shape = CacheShape(layers=1, block_size=BLOCK, heads=4, kv_heads=2, head_dim=HEAD_DIM)
     backend = PagedBackend(shape, torch.float32, torch.device("cpu"), decodes=8)
-    sequences = [SequenceRows(1, context, [9, 3, 5, 1]) for context in (1, BLOCK, BLOCK + 1, 4 * BLOCK)]
+    contexts, table = (1, BLOCK, BLOCK + 1, 4 * BLOCK), array("i", [9, 3, 5, 1])
+    sequences = [SequenceRows(1, context, table) for context in contexts]
     tables: dict[str, np.ndarray] = {
         "where": np.zeros(9, np.int64),
         "work": np.zeros(backend.graph_inputs(4, 16)["work"], np.int32),
     }
-    backend.fill(sequences, tables)
+    backend.fill(np.array(contexts) - 1, [table] * 4, tables)
     assert tables["where"][:4].tolist() == backend.plan(sequences).where.tolist() == [36, 39, 12, 7]

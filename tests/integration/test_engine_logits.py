@@ -1,6 +1,7 @@
 """Logits of one mixed batch against transformers, in several architectures and number types."""
 
 import sys
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def last_logits(core: EngineCore, prompts: list[list[int]], slots: list[int], *,
         SequenceState(GenerateRequest(str(i), None, tuple(prompt)), slot)
         for i, (prompt, slot) in enumerate(zip(prompts, slots, strict=True))
     ]
-    tables = [list(range(i * 16, i * 16 + 16)) for i in range(len(prompts))]
+    tables = [array("i", range(i * 16, i * 16 + 16)) for i in range(len(prompts))]
     halves = [(0, len(prompt) // 2, len(prompt) - 1)[i % 3] for i, prompt in enumerate(prompts)]
     first = [
         Chunk(s, tuple(s.tokens[:half]), 0, table, samples=False)

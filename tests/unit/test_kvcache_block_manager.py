@@ -1,5 +1,6 @@
 """Blocks are handed out all or nothing, shared by name, forgotten least recently used first, and always add up."""
 
+from array import array
 from dataclasses import dataclass, field
 
 import pytest
@@ -7,17 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltazip_ray.errors import ConfigError, EngineError
-from deltazip_ray.kvcache.block_manager import BlockManager
+from deltazip_ray.kvcache.block_manager import BlockManager, BlockTable
 from deltazip_ray.kvcache.block_names import BlockNames
 
 
-def start(blocks: BlockManager, tokens: int, *names: bytes, spare: int = 0) -> list[int]:
+def of(*blocks: int) -> BlockTable:
+    return array("i", blocks)
+
+
+def start(blocks: BlockManager, tokens: int, *names: bytes, spare: int = 0) -> BlockTable:
     found = blocks.start(tokens, names, spare)
     assert found is not None
     return found[0]
 
 
-def named(blocks: BlockManager, *names: bytes) -> list[int]:
+def named(blocks: BlockManager, *names: bytes) -> BlockTable:
     """A freed table of one-token blocks with names."""
     table = start(blocks, len(names))
     for block, name in zip(table, names, strict=True):
@@ -29,7 +34,7 @@ def named(blocks: BlockManager, *names: bytes) -> list[int]:
 def test_a_table_grows_block_by_block_and_keeps_what_it_has() -> None:
     blocks = BlockManager(num_blocks=4, block_size=16)
     table = start(blocks, 16)
-    first = list(table)
+    first = table[:]
     assert len(first) == 1
     assert blocks.grow(table, 17)
     assert (table[:1], len(table)) == (first, 2)
@@ -50,7 +55,7 @@ def test_too_few_blocks_change_nothing() -> None:
 def test_a_freed_table_stays_readable_for_the_step_that_uses_it() -> None:
     blocks = BlockManager(num_blocks=2, block_size=1)
     table = start(blocks, 2)
-    before = list(table)
+    before = table[:]
     blocks.free(table)
     start(blocks, 2)
     assert table == before
@@ -61,14 +66,14 @@ def test_named_blocks_are_shared_while_held_and_after() -> None:
     table = start(blocks, 2)
     blocks.name(table[0], b"x")
     blocks.name(table[1], b"xy")
-    assert blocks.start(3, (b"x", b"xy", b"xyz"), 0) == ([*table, 2], 2)
+    assert blocks.start(3, (b"x", b"xy", b"xyz"), 0) == (of(*table, 2), 2)
     assert blocks.free_blocks == 3
     blocks.free(table)
     assert blocks.free_blocks == 3, "the other one holds them"
-    blocks.check([[*table, 2]])
-    blocks.free([*table, 2])
+    blocks.check([of(*table, 2)])
+    blocks.free(of(*table, 2))
     assert blocks.free_blocks == 6
-    assert blocks.start(2, (b"y", b"xy"), 0) == ([2, 3], 0), "a prefix or nothing"
+    assert blocks.start(2, (b"y", b"xy"), 0) == (of(2, 3), 0), "a prefix or nothing"
 
 
 def test_shared_blocks_that_nobody_holds_count_as_taken() -> None:
@@ -82,7 +87,7 @@ def test_blocks_without_a_name_go_first_then_the_least_recently_used_from_the_en
     blocks = BlockManager(num_blocks=5, block_size=1)
     old, new = named(blocks, b"a", b"ab"), named(blocks, b"c", b"cd")
     blocks.free(start(blocks, 2, b"a", b"ab"))
-    assert start(blocks, 5) == [4, new[1], new[0], old[1], old[0]]
+    assert start(blocks, 5) == of(4, new[1], new[0], old[1], old[0])
 
 
 def test_a_name_stays_with_its_block_and_a_block_with_its_name() -> None:
@@ -91,8 +96,8 @@ def test_a_name_stays_with_its_block_and_a_block_with_its_name() -> None:
     blocks.name(table[0], b"x")
     blocks.name(table[0], b"y")
     blocks.name(table[1], b"x")
-    assert blocks.start(1, (b"x",), 0) == ([table[0]], 1)
-    assert blocks.start(1, (b"y",), 0) == ([2], 0)
+    assert blocks.start(1, (b"x",), 0) == (of(table[0]), 1)
+    assert blocks.start(1, (b"y",), 0) == (of(2), 0)
 
 
 def test_forgotten_names_are_shared_no_more() -> None:
@@ -101,15 +106,15 @@ def test_forgotten_names_are_shared_no_more() -> None:
     held = start(blocks, 1, b"x")
     blocks.forget(table)
     assert blocks.free_blocks == 2
-    assert blocks.start(1, (b"x",), 0) == ([table[1]], 0), "free, and with nothing in it that is wanted"
-    assert held == [table[0]]
+    assert blocks.start(1, (b"x",), 0) == (of(table[1]), 0), "free, and with nothing in it that is wanted"
+    assert held == of(table[0])
 
 
 def test_lent_blocks_are_taken_last_and_go_with_their_names() -> None:
     blocks = BlockManager(num_blocks=2, block_size=1)
     blocks.lend(range(5, 8))
     table = start(blocks, 4)
-    assert table == [0, 1, 5, 6]
+    assert table == of(0, 1, 5, 6)
     blocks.name(table[3], b"x")
     with pytest.raises(EngineError, match="from 5 on are held"):
         blocks.take_back(range(5, 8))
@@ -117,7 +122,7 @@ def test_lent_blocks_are_taken_last_and_go_with_their_names() -> None:
     blocks.free(table)
     blocks.take_back(range(5, 8))
     assert (blocks.num_blocks, blocks.free_blocks) == (2, 2)
-    assert blocks.start(1, (b"x",), 0) == ([0], 0), "its content is somebody else's"
+    assert blocks.start(1, (b"x",), 0) == (of(0), 0), "its content is somebody else's"
 
 
 @pytest.mark.parametrize(("num_blocks", "block_size"), [(0, 1), (1, 0)])
@@ -161,7 +166,7 @@ class Model:
 
     blocks: BlockManager = field(default_factory=lambda: BlockManager(12, 1))
     content: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    tables: list[tuple[list[int], tuple[int, ...]]] = field(default_factory=list)
+    tables: list[tuple[BlockTable, tuple[int, ...]]] = field(default_factory=list)
     lent: bool = False
 
     def move(self) -> None:

@@ -19,7 +19,14 @@ def chunk(slot: int, prompt: tuple[int, ...], start: int, count: int, wanted: in
     request = GenerateRequest("r", None, prompt, SamplingParams(prompt_logprobs=wanted))
     sequence = SequenceState(request, slot)
     sequence.scored = start
-    return Chunk(sequence, prompt[start : start + count], start, [], samples=False, scored=sequence.score(start, count))
+    return Chunk(
+        sequence,
+        prompt[start : start + count],
+        start,
+        sequence.table,
+        samples=False,
+        scored=sequence.score(start, count),
+    )
 
 
 def rows_of(table: torch.Tensor, seen: list[tuple[int, Sequence[tuple[int, int]]]]) -> RowLogits:

@@ -74,7 +74,7 @@ class PagedModel:
         for chunk in batch.chunks:
             tokens = chunk.tokens
             if tokens == (DRAWN,):
-                assert chunk.drawn_row is not None
+                assert chunk.drawn_row >= 0
                 tokens = (self.drawn[chunk.drawn_row],)
             for offset, token in enumerate(tokens):
                 self.cache[self._place(chunk, chunk.start + offset)] = (chunk.sequence.request.version, token)

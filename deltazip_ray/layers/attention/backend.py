@@ -6,6 +6,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
+from deltazip_ray.kvcache.block_manager import BlockTable
 from deltazip_ray.layers.attention.cache import CacheShape, KVLayer, block_bytes, make_layers
 
 
@@ -15,7 +16,7 @@ class SequenceRows(NamedTuple):
     queries: int
     context: int
     """Tokens in the cache once this step has written its own."""
-    blocks: Sequence[int]
+    blocks: BlockTable
     """Block table: token ``t`` lies in block ``blocks[t // block_size]``."""
 
 

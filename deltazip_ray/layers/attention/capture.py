@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from deltazip_ray.layers.attention.backend import AttentionBackend, PlanT, SequenceRows
+from deltazip_ray.kvcache.block_manager import BlockTable
+from deltazip_ray.layers.attention.backend import AttentionBackend, PlanT
 
 
 class CapturableBackend(AttentionBackend[PlanT]):
@@ -24,5 +25,8 @@ class CapturableBackend(AttentionBackend[PlanT]):
         """A plan of ``len(where)`` decodes over the tables on the device, to be captured."""
 
     @abstractmethod
-    def fill(self, sequences: Sequence[SequenceRows], tables: Mapping[str, np.ndarray]) -> int:
-        """Write the tables of a step of decodes, and ``where`` its keys and values go; how long the last one is."""
+    def fill(self, positions: np.ndarray, blocks: Sequence[BlockTable], tables: Mapping[str, np.ndarray]) -> int:
+        """Write the tables of a step of decodes, and ``where`` its keys and values go; how long the last one is.
+
+        Each decode is the token at one of ``positions`` ``[n]`` of a sequence that has ``blocks``.
+        """

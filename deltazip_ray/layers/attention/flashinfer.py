@@ -1,5 +1,6 @@
 """Paged attention on NVIDIA GPUs: prefills by FlashInfer, decodes by our own kernels."""
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +93,7 @@ class FlashInferBackend(PagedDecodes[Prefills]):
         for sequence, row in zip(sequences, rows.tolist(), strict=True):
             if row > end:
                 gap = row - end
-                filled.append(SequenceRows(gap, gap, [self.padding] * -(-gap // self.shape.block_size)))
+                filled.append(SequenceRows(gap, gap, array("i", [self.padding]) * -(-gap // self.shape.block_size)))
             filled.append(sequence)
             end = row + sequence.queries
         return filled

@@ -19,10 +19,11 @@ from deltazip_kernels.attention import (
     wanted_items,
 )
 from deltazip_kernels.attention_items import FIELDS, Contexts, decode_items, pack, prefill_items
+from deltazip_ray.kvcache.block_manager import BlockTable
 from deltazip_ray.layers.attention.backend import SequenceRows
 from deltazip_ray.layers.attention.cache import CacheShape
 from deltazip_ray.layers.attention.capture import CapturableBackend
-from deltazip_ray.layers.attention.tables import cache_rows, page_tables
+from deltazip_ray.layers.attention.tables import cache_rows, joined, page_tables
 from deltazip_ray.layers.staging import to_device
 
 Windows = Mapping[int | None, AttentionWork]
@@ -81,7 +82,8 @@ class PagedDecodes(CapturableBackend[PagedPlan[PrefillsT]]):
         decodes: Windows | None = None
         prefills: PrefillsT | None = None
         if decoding:
-            packed = self._pack_decodes([sequences[i] for i in decoding], rows[decoding])
+            _, lengths, blocks = zip(*[sequences[i] for i in decoding], strict=True)
+            packed = self._pack_decodes(rows[decoding], np.array(lengths), *joined(blocks))
             most = self._items(len(decoding))
             decodes = self.by_window(to_device(packed, self.device), most, len(decoding) + 1)
         if filling:
@@ -92,13 +94,13 @@ class PagedDecodes(CapturableBackend[PagedPlan[PrefillsT]]):
         """See :meth:`CapturableBackend.graph_inputs`."""
         return {"work": len(self.windows) * (self._items(rows) * FIELDS + rows + 1) + pages}
 
-    def fill(self, sequences: Sequence[SequenceRows], tables: Mapping[str, np.ndarray]) -> int:
+    def fill(self, positions: np.ndarray, blocks: Sequence[BlockTable], tables: Mapping[str, np.ndarray]) -> int:
         """See :meth:`CapturableBackend.fill`."""
-        packed = self._pack_decodes(sequences, np.arange(len(sequences)))
+        starts, pages = joined(blocks)
+        packed = self._pack_decodes(np.arange(len(positions)), positions + 1, starts, pages)
         tables["work"][: len(packed)] = packed
-        size = self.shape.block_size
-        last = [(sequence.context - 1, sequence.blocks) for sequence in sequences]
-        tables["where"][: len(last)] = [blocks[at // size] * size + at % size for at, blocks in last]
+        page, offset = np.divmod(positions, self.shape.block_size)
+        tables["where"][: len(positions)] = pages[starts[:-1] + page].astype(np.int64) * self.shape.block_size + offset
         return len(packed)
 
     def captured_plan(self, where: torch.Tensor, tables: Mapping[str, torch.Tensor]) -> PagedPlan[PrefillsT]:
@@ -109,18 +111,14 @@ class PagedDecodes(CapturableBackend[PagedPlan[PrefillsT]]):
         """The most that ``rows`` decodes are cut into."""
         return rows + self._wanted
 
-    def _pack_decodes(self, sequences: Sequence[SequenceRows], rows: np.ndarray) -> np.ndarray:
-        """The work of decodes in ``rows`` ``[n]`` of a step: see ``attention_items.pack``; a launch for each window."""
-        contexts, pages = self.contexts(sequences, rows)
+    def _pack_decodes(self, rows: np.ndarray, lengths: np.ndarray, starts: np.ndarray, pages: np.ndarray) -> np.ndarray:
+        """The work of decodes in ``rows`` ``[n]`` of a step: see ``attention_items.pack``; a launch for each window.
+
+        Each sees ``lengths`` ``[n]`` tokens; see :func:`~deltazip_ray.layers.attention.tables.joined` for the others.
+        """
+        contexts = Contexts(rows, np.ones_like(rows), lengths, starts[:-1])
         launches = [decode_items(contexts, self._wanted, window) for window in self.windows]
         return pack(launches, pages, self._items(len(rows)))
-
-    def contexts(self, sequences: Sequence[SequenceRows], rows: np.ndarray) -> tuple[Contexts, np.ndarray]:
-        """Sequences whose rows begin at ``rows`` ``[n]``, and their pages."""
-        tables = page_tables(sequences, self.shape.block_size)
-        queries = np.array([sequence.queries for sequence in sequences])
-        lengths = np.array([sequence.context for sequence in sequences])
-        return Contexts(rows, queries, lengths, tables.starts[:-1]), tables.pages
 
     def by_window(self, packed: torch.Tensor, most: int, firsts: int) -> Windows:
         """The parts of ``packed``, with ``most`` items a window and so many ``firsts``."""
@@ -159,10 +157,12 @@ class PagedBackend(PagedDecodes[Windows]):
         """See :meth:`PagedDecodes.plan_prefills`."""
         shape = self.shape
         queries = prefill_queries(self.dtype, shape.heads, shape.kv_heads, shape.head_dim)
-        contexts, pages = self.contexts(sequences, rows)
+        tables = page_tables(sequences, shape.block_size)
+        counts = np.array([(sequence.queries, sequence.context) for sequence in sequences])
+        contexts = Contexts(rows, counts[:, 0], counts[:, 1], tables.starts[:-1])
         launches = [prefill_items(contexts, queries, window) for window in self.windows]
         most = len(launches[0].items)
-        return self.by_window(to_device(pack(launches, pages, most), self.device), most, 0)
+        return self.by_window(to_device(pack(launches, tables.pages, most), self.device), most, 0)
 
     def attend_prefills(self, layer: int, q: torch.Tensor, plan: Windows, out: torch.Tensor) -> None:
         """See :meth:`PagedDecodes.attend_prefills`."""

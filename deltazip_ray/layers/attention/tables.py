@@ -1,11 +1,11 @@
 """Block tables as the arrays that paged attention kernels take."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
 
 import numpy as np
 
+from deltazip_ray.kvcache.block_manager import BlockTable
 from deltazip_ray.layers.attention.backend import SequenceRows
 
 
@@ -22,10 +22,16 @@ class PagedTables:
 
 def page_tables(sequences: Sequence[SequenceRows], block_size: int) -> PagedTables:
     """Tables of ``sequences`` as they are once the step has written its keys."""
-    counts = [-(-sequence.context // block_size) for sequence in sequences]
-    used = (sequence.blocks[:count] for sequence, count in zip(sequences, counts, strict=True))
+    starts, pages = joined([sequence.blocks[: -(-sequence.context // block_size)] for sequence in sequences])
     last = [(sequence.context - 1) % block_size + 1 for sequence in sequences]
-    return PagedTables(_array(accumulate(counts, initial=0)), _array(chain.from_iterable(used)), _array(last))
+    return PagedTables(starts, pages, np.array(last, dtype=np.int32))
+
+
+def joined(tables: Sequence[BlockTable]) -> tuple[np.ndarray, np.ndarray]:
+    """Where each table begins, ``[tables + 1]``, and the pages of all, one after the other; int32."""
+    starts = np.zeros(len(tables) + 1, dtype=np.int32)
+    np.cumsum([len(table) for table in tables], out=starts[1:])
+    return starts, np.frombuffer(bytearray().join(tables), dtype=np.int32)
 
 
 def cache_rows(sequences: Sequence[SequenceRows], block_size: int) -> np.ndarray:
@@ -38,7 +44,3 @@ def cache_rows(sequences: Sequence[SequenceRows], block_size: int) -> np.ndarray
     blocks = tables.pages[tables.starts[of] + positions // block_size].astype(np.int64)
     rows: np.ndarray = blocks * block_size + positions % block_size
     return rows
-
-
-def _array(values: Iterable[int]) -> np.ndarray:
-    return np.fromiter(values, dtype=np.int32)
