@@ -111,7 +111,7 @@ class Tiers:
     """Slots over a host, as in the product."""
 
     def __init__(self, half_life: float) -> None:
-        self.pool = FetchPool[Tier](1, 1)
+        self.pool = FetchPool[Tier](1, shared=False)
         popularity = Popularity[BlobKey](half_life)
         memory = memoryview(bytearray(HOST * ALIGNMENT))
         self.blobs = BlobTable(memory, NoStore(), {"remote": self.pool}, Quarantine(1.0), popularity)

@@ -37,7 +37,9 @@ class StoreConfig(Settings):
         None, description="PEM file of the authorities that sign the endpoint's certificate; boto3's own when absent"
     )
     path_style: bool = Field(False, description="address buckets as a path, as most S3-compatible servers want")
-    timeout_s: float = Field(10.0, gt=0, description="connect and read timeout of one request")
+    timeout_s: float = Field(
+        10.0, gt=0, description="of one request: to connect, between two pieces, and for each MiB that is read"
+    )
     max_attempts: int = Field(4, ge=1, description="tries of one request, the first included")
 
     @field_validator("url")
@@ -149,9 +151,6 @@ class NodeStoreConfig(Settings):
     arena_bytes: int = Field(256 * MIB, ge=MIB, description="shared memory for blobs")
     shm_dir: Path = Field(Path("/dev/shm"), description="where the shared arena is created")  # noqa: S108
     fetch_threads: int = Field(16, ge=1, description="blobs fetched in parallel, and as many read from the disk")
-    fetch_threads_per_version: int | None = Field(
-        None, ge=1, description="of those, for one version at most; three quarters when absent"
-    )
     disk_dir: Path | None = Field(
         None, description="folder of its own for blobs that survive a restart; none if absent"
     )

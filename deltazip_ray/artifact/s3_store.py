@@ -5,10 +5,11 @@ Credentials come from where boto3 looks: environment, profiles, web identity.
 
 import io
 import re
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -64,6 +65,7 @@ class S3Store(ObjectStore):
         self._bucket = parts.netloc
         self._prefix = f"{prefix}/" if prefix else ""
         self._attempts = config.max_attempts
+        self._timeout_s = config.timeout_s
         self._client = _make_client(config)
         self._ranges = ThreadPoolExecutor(PARALLEL, thread_name_prefix="s3-range")
 
@@ -170,13 +172,34 @@ class S3Store(ObjectStore):
         while True:
             answer = ask()
             try:
-                with closing(answer["Body"]):
+                with self._ending(answer):
                     return read(answer)
             except _BROKEN_OFF:
                 if attempt == self._attempts:
                     raise
             time.sleep(_BACKOFF_S * 2**attempt)
             attempt += 1
+
+    @contextmanager
+    def _ending(self, answer: Mapping[str, Any]) -> Iterator[None]:
+        """Around the reading of a body, which breaks off when it takes longer than the timeout for each MiB begun.
+
+        A connection on which a byte comes now and then runs into no other timeout.
+        """
+        with answer["Body"] as body:
+            watch = threading.Timer(self._timeout_s * (1 + answer["ContentLength"] // MIB), _cut, (body,))
+            watch.daemon = True
+            watch.start()
+            try:
+                yield
+            finally:
+                watch.cancel()
+
+
+def _cut(body: urllib3.HTTPResponse) -> None:
+    """Have the thread that reads a body find its end."""
+    with suppress(RuntimeError):  # It has just come to its end, and the connection is back in the pool.
+        body.shutdown()
 
 
 def _whole_size(answer: Mapping[str, Any], asked: int, expected: int) -> int:

@@ -10,6 +10,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+_SHARE = 3
+"""Threads of one version at most, for each that is idle beside them."""
+
 
 @dataclass(eq=False)
 class Job(Generic[T]):
@@ -39,17 +42,19 @@ class _Share(Generic[T]):
 class FetchPool(Generic[T]):
     """Versions take turns: a thread that becomes free serves the one whose arrival or last turn is longest ago.
 
-    No version has more than ``share`` threads at once, so that one whose store does not answer leaves some to the
-    others. Jobs of one version begin in their order. Jobs for which nobody waits yet begin when there are no others,
-    and have half of the threads at most, so that others find one soon. It belongs to one event loop.
+    In a ``shared`` pool a version takes no thread beyond its first unless a third as many as it has then are left
+    idle (Choudhury and Hahne, "Dynamic queue length thresholds", 1998). Of 16 threads one version has 12, and where a
+    second one hangs beside it, the third still finds a thread. Jobs of one version begin in their order. Jobs for which
+    nobody waits yet begin when there are no others, and have half of the threads at most, so that others find one soon.
+    It belongs to one event loop.
     """
 
-    def __init__(self, threads: int, share: int) -> None:
-        """``threads`` in all, of which one version gets at most ``share``."""
+    def __init__(self, threads: int, *, shared: bool) -> None:
+        """``shared``: whether one version leaves threads to others that may come."""
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="deltazip-fetch")
         self._idle = threads
         self._ahead_idle = max(1, threads // 2)
-        self._share = share
+        self._shared = shared
         self._shares: dict[str, _Share[T]] = {}  # whose turn it is comes first
 
     def submit(
@@ -95,11 +100,15 @@ class FetchPool(Generic[T]):
 
     def _next_job(self) -> Job[T] | None:
         """The job whose turn it is."""
-        ready = [share for share in self._shares.values() if share.running < self._share]
+        ready = [share for share in self._shares.values() if self._may_start(share)]
         wanted = next((share.waiting[0] for share in ready if share.waiting), None)
         if wanted is not None or not self._ahead_idle:
             return wanted
         return next((share.ahead[0] for share in ready if share.ahead), None)
+
+    def _may_start(self, share: _Share[T]) -> bool:
+        """Whether a version may have one more thread."""
+        return not self._shared or not share.running or share.running + 1 <= _SHARE * (self._idle - 1)
 
     def _tell(self, loop: asyncio.AbstractEventLoop, job: Job[T], result: Future[T]) -> None:
         loop.call_soon_threadsafe(self._ended, job, result)

@@ -86,10 +86,9 @@ class HostCache:
         if memory.readonly:
             raise ConfigError("the host arena is read-only: map it writable")
         self._memory = HostMemory(memory)
-        share = settings.fetch_threads_per_version or max(1, settings.fetch_threads * 3 // 4)
         self._pools: Mapping[Tier, FetchPool[Tier]] = {
-            "disk": FetchPool(settings.fetch_threads, settings.fetch_threads),
-            "remote": FetchPool(settings.fetch_threads, share),
+            "disk": FetchPool(settings.fetch_threads, shared=False),
+            "remote": FetchPool(settings.fetch_threads, shared=True),
         }
         self._metrics = HostMetrics(registry, self.stats)
         self._breakers = Breakers(settings.breaker, clock)
@@ -222,7 +221,7 @@ class HostCache:
                 manifest = await self._manifests.get(version)
                 blobs = self._blobs.try_hold(version, manifest.blobs, ahead=True)
                 if blobs is None:
-                    return False
+                    raise StoreFull("there is no room for it now")
                 await self._arrival(blobs)
         except DeltaZipError as error:
             logger.info("version %s was not prefetched: %s", version[:12], error.message)

@@ -172,6 +172,22 @@ def test_an_object_that_trickles_takes_nobody_elses_connections(
     assert buffer == sound
 
 
+@pytest.mark.parametrize("size", [1000, PART + 5], ids=["small", "in parts"])
+def test_a_body_that_trickles_comes_to_an_end(proxy: FaultProxy, bucket: str, size: int) -> None:
+    store = store_at(proxy, bucket, timeout_s=0.1)
+    store.put("sick", DATA[:size])
+    proxy.inject(trickling(0.03), "sick")
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable):
+        store.read_into("sick", memoryview(bytearray(size)))
+    assert proxy.count("sick") >= 2, "it is tried again"
+    assert time.monotonic() - began < 10
+    proxy.heal()
+    buffer = bytearray(size)
+    store.read_into("sick", memoryview(buffer))
+    assert buffer == DATA[:size]
+
+
 def test_nothing_that_a_server_wrote_gets_into_errors(proxy: FaultProxy, bucket: str) -> None:
     store = store_at(proxy, bucket, max_attempts=1)
     quoted = f"the string to sign was {SECRET_KEY} of {ACCESS_KEY}, Signature=0123"

@@ -39,7 +39,6 @@ class Bench:
         """What the cache's clock is ahead."""
         settings = NodeStoreConfig(
             fetch_threads=fetch_threads,
-            fetch_threads_per_version=fetch_threads,
             room_timeout_s=room_timeout_s,
             breaker=BreakerConfig(failures=3, backoff_s=100, backoff_max_s=1000),
             quarantine_s=1000,

@@ -124,7 +124,7 @@ async def test_what_is_on_disk_waits_for_no_read_of_a_store_that_hangs(begin: Ca
     await first.kept(1)
     life = await restarted(first, lambda: begin(pages=100))
     threads = 16
-    large = [life.version(*(bytes([65 + i, 65 + n]) for i in range(threads))) for n in range(2)]
+    large = [life.version(*(bytes([65 + i, 65 + n]) for i in range(threads))) for n in range(3)]
     life.store.faults = [Fault("unavailable", "/blobs/")]
     for one in large:  # whose manifests are known then
         with pytest.raises(StoreUnavailable):

@@ -24,14 +24,12 @@ PAGES = 6
 
 
 class Bench:
-    """A cache of six pages with two threads over a folder that can be stopped."""
+    """A cache of six pages with three threads over a folder that can be stopped."""
 
     def __init__(self, folder: Path) -> None:
         self.store = FaultyStore(folder / "store")
         self.catalog = Catalog(self.store, BASE)
-        settings = NodeStoreConfig(
-            fetch_threads=2, fetch_threads_per_version=2, room_timeout_s=0.5, disk_dir=folder / "disk"
-        )
+        settings = NodeStoreConfig(fetch_threads=3, room_timeout_s=0.5, disk_dir=folder / "disk")
         self.cache = HostCache(self.catalog, bytearray(PAGES * ALIGNMENT), settings, CollectorRegistry())
 
     def version(self, *fills: str) -> str:
@@ -212,7 +210,7 @@ async def test_an_arena_of_prefetches_is_not_full(bench: Bench) -> None:
 
 
 async def test_jobs_ahead_of_demand_have_half_of_the_threads() -> None:
-    pool, gate, begun = FetchPool[str](4, 4), Event(), list[str]()
+    pool, gate, begun = FetchPool[str](4, shared=False), Event(), list[str]()
     ended: list[str] = []
 
     def work(name: str) -> str:

@@ -147,6 +147,18 @@ async def test_want_of_room_opens_no_breaker(bench: Bench) -> None:
     await bench.cache.acquire(wanted)
 
 
+async def test_a_hint_that_finds_no_room_closes_no_breaker(bench: Bench) -> None:
+    held, version = bench.version("a", pages=6), bench.version("b", pages=3)
+    bench.store.faults = [Fault("unavailable", "/blobs/", 3)]
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable):
+            await bench.cache.acquire(version)
+    await bench.cache.acquire(held)
+    bench.later_s += 101
+    assert not await bench.cache.prefetch(version)
+    assert bench.metric("open_breakers") == 1, "nothing was tried"
+
+
 async def test_bytes_on_disk_that_were_flipped_are_refused(bench: Bench, tmp_path: Path) -> None:
     version = bench.version("a")
     blob = next((tmp_path / BASE / "blobs").rglob("sha256/*"))
