@@ -16,7 +16,6 @@ from prometheus_client import CollectorRegistry
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.admission import check_sampling, check_tokens
 from deltazip_ray.engine.core import EngineCore, build_core
-from deltazip_ray.engine.delivery import Delivery
 from deltazip_ray.engine.split import Split
 from deltazip_ray.engine.step_loop import StepLoop
 from deltazip_ray.engine.token_stream import TokenStream
@@ -54,7 +53,6 @@ class _Running:
     core: EngineCore
     versions: Versions
     steps: StepLoop
-    delivery: Delivery
 
 
 class AsyncEngine:
@@ -114,7 +112,7 @@ class AsyncEngine:
         )
         slots, half_life = self._config.slots, self._config.eviction_half_life
         versions = Versions(self._source, core.slots, slots, self._metrics, half_life, self._begin_to_stop)
-        self._parts = _Running(core, versions, steps, Delivery(here))
+        self._parts = _Running(core, versions, steps)
         steps.start()
         if self._config.slots_min is not None:
             split = Split(versions, core.scheduler, steps, core.slot_blocks, self._config.slots_min)
@@ -286,19 +284,18 @@ class AsyncEngine:
 
     def _deliver(self, news: News) -> None:
         """What a step brought, on the event loop."""
-        delivery, tokens = self._started().delivery, 0
+        tokens = 0
         for key, item in news:
             active = self._active[key]
             if isinstance(item, TokenChunk):
                 tokens += len(item.tokens)
-                delivery.put(active.stream, item)
+                active.stream.put(item)
                 if item.finish_reason is None:
                     continue
             elif item is not None:
                 active.stream.fail(item)
             self._forget(key)
         self._metrics.output_tokens.inc(tokens)
-        delivery.settle()
 
     def _begin_to_stop(self) -> asyncio.Task[None]:
         """Take no more requests, and end the rest, once."""

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from deltazip_ray.kvcache.block_manager import BlockTable
-from deltazip_ray.scheduler.request import FinishReason, SamplingParams, TokenChunk, TokenLogprobs
+from deltazip_ray.scheduler.request import SamplingParams, TokenLogprobs
 from deltazip_ray.scheduler.sequence import SequenceState
 
 DRAWN = -1
@@ -24,13 +24,6 @@ class Drawn(NamedTuple):
 
     token: int
     logprobs: TokenLogprobs | None = None
-
-    def chunk(self, reason: FinishReason | None) -> TokenChunk:
-        """What the request gets; a stop token is not part of it."""
-        logprobs = () if self.logprobs is None else (self.logprobs,)
-        if reason == "stop":
-            return TokenChunk((), reason, logprobs=logprobs, stop_token=self.token if logprobs else None)
-        return TokenChunk((self.token,), reason, logprobs=logprobs)
 
 
 Scores = Sequence[TokenLogprobs] | None
@@ -146,4 +139,5 @@ def next_chunk(sequence: SequenceState, count: int, pending: int) -> Chunk:
     sequence.scheduled += count
     sequence.in_flight += 1
     sequence.drawing += samples
+    sequence.length += samples
     return chunk

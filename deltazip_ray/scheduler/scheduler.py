@@ -32,6 +32,7 @@ from array import array
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Sequence
+from itertools import islice
 from operator import attrgetter
 
 from deltazip_ray.config import CPU_KV_BLOCKS, EngineConfig
@@ -76,6 +77,7 @@ class Scheduler:
         self._on_the_way: deque[Batch] = deque()
         self._ends: dict[SequenceState, End] = {}  # to be told when no batch on its way has the request
         self._news: list[tuple[str, End]] = []
+        self._untold: dict[SequenceState, None] = {}  # that have tokens to be told, who waits longest first
         self.preemptions = 0
         """Preemptions since the start."""
         self.short = False
@@ -188,9 +190,16 @@ class Scheduler:
             if not chunk.sequence.over:
                 self._end(chunk.sequence, error)
 
-    def take_news(self) -> News:
-        """What is new since the last call, in order. A request that finished, failed or was aborted is gone then."""
+    def take_news(self, turns: int | None = None) -> News:
+        """What is new since the last call, in order. A request that finished, failed or was aborted is gone then.
+
+        A request's first tokens and its end are told at once, those between to at most ``turns`` requests, the ones
+        that wait longest, if there are more.
+        """
         news, self._news = self._news, []
+        for sequence in list(islice(self._untold, turns)):
+            del self._untold[sequence]
+            news.append((sequence.request.request_id, sequence.tell()))
         return news
 
     def check(self) -> None:
@@ -203,7 +212,7 @@ class Scheduler:
     def _grow_tables(self) -> None:
         """Give every request that may run the blocks of its tokens, preempting as it takes."""
         size = self._block_size
-        short = [s for s in self._running if len(s.tokens) + s.drawing > len(s.table) * size and s.may_run]
+        short = [s for s in self._running if s.length > len(s.table) * size and s.may_run]
         for sequence in short:
             while sequence.table and not self.blocks.grow(sequence.table, len(sequence)):
                 self._preempt(max(self._running, key=_order))
@@ -302,21 +311,23 @@ class Scheduler:
     def _record(self, sequence: SequenceState, drawn: Drawn) -> None:
         """Take the next token of a request, and with the last one its end."""
         reason = sequence.append(drawn.token)
-        if reason is None and drawn.logprobs is None and not sequence.scores:
-            self._news.append((sequence.request.request_id, TokenChunk((drawn.token,))))  # nearly all of them
-            return
-        chunk = drawn.chunk(reason)
-        if sequence.scores:
-            chunk = chunk._replace(prompt_logprobs=tuple(sequence.scores))
-            sequence.scores = []
-        if reason is None:
-            self._news.append((sequence.request.request_id, chunk))
+        if drawn.logprobs is not None:
+            sequence.logprobs.append(drawn.logprobs)
+        if reason is not None:
+            told = drawn.token if reason == "stop" and drawn.logprobs is not None else None
+            self._end(sequence, sequence.tell(reason, told))
+        elif sequence.silent:
+            self._news.append((sequence.request.request_id, sequence.tell()))
         else:
-            self._end(sequence, chunk)
+            self._untold[sequence] = None
 
     def _end(self, sequence: SequenceState, end: End) -> None:
         """Free what a request holds, and tell its end as soon as nothing on its way needs its slot."""
         sequence.over = True
+        if sequence in self._untold:
+            del self._untold[sequence]
+            if isinstance(end, DeltaZipError):
+                self._news.append((sequence.request.request_id, sequence.tell()))
         if not sequence.table:
             self._queue.remove(sequence)
         else:

@@ -4,7 +4,7 @@ from array import array
 from typing import Any
 
 from deltazip_ray.kvcache.block_names import BlockNames
-from deltazip_ray.scheduler.request import FinishReason, GenerateRequest, TokenLogprobs
+from deltazip_ray.scheduler.request import FinishReason, GenerateRequest, TokenChunk, TokenLogprobs
 
 
 class SequenceState:
@@ -22,6 +22,8 @@ class SequenceState:
         "draw_state",
         "drawing",
         "in_flight",
+        "length",
+        "logprobs",
         "named",
         "names",
         "order",
@@ -38,6 +40,7 @@ class SequenceState:
         "slot",
         "table",
         "tokens",
+        "told",
     )
 
     def __init__(self, request: GenerateRequest, slot: int, block_size: int = 1) -> None:
@@ -46,6 +49,8 @@ class SequenceState:
         self.slot = slot
         self.tokens = list(request.prompt)
         """Known tokens: prompt and output."""
+        self.told = self.length = len(self.tokens)
+        """Of these, how many the request was given or gave itself; and tokens so far, those being drawn included."""
         self.scheduled = 0
         """Tokens, from the first on, that are in the KV cache or in a batch on its way."""
         self.drawing = 0
@@ -67,6 +72,8 @@ class SequenceState:
         """What ``scored`` has to become."""
         self.scores: list[TokenLogprobs] = []
         """Those that came, until they are told."""
+        self.logprobs: list[TokenLogprobs] = []
+        """Likewise of the output."""
         self.plain = request.sampling.plain
         """Whether nothing is wanted of a draw but the best token."""
         self.sequential = request.sampling.sequential
@@ -83,12 +90,12 @@ class SequenceState:
 
     def __len__(self) -> int:
         """Tokens so far: known ones, and those that are being drawn."""
-        return len(self.tokens) + self.drawing
+        return self.length
 
     @property
     def pending(self) -> int:
         """Tokens that were given to no batch yet."""
-        return len(self.tokens) + self.drawing - self.scheduled
+        return self.length - self.scheduled
 
     @property
     def reusable(self) -> int:
@@ -101,7 +108,7 @@ class SequenceState:
     @property
     def output_index(self) -> int:
         """Position, in the request's whole output, of the token after all of ``len(self)`` (see SamplingParams)."""
-        return self._before + len(self.tokens) + self.drawing
+        return self._before + self.length
 
     @property
     def may_run(self) -> bool:
@@ -109,7 +116,7 @@ class SequenceState:
 
         While a token is being drawn, not if it is the last one, or if the next draw depends on its value.
         """
-        return not self.drawing or (not self.sequential and len(self.tokens) + self.drawing < self._complete)
+        return not self.drawing or (not self.sequential and self.length < self._complete)
 
     def score(self, start: int, count: int) -> range:
         """Positions among the ``count`` from ``start`` on whose logits are needed; they count as scored from now on."""
@@ -124,3 +131,17 @@ class SequenceState:
             return "stop"
         self.tokens.append(token)
         return "length" if len(self.tokens) == self._complete else None
+
+    @property
+    def silent(self) -> bool:
+        """Whether the request was told nothing yet."""
+        return self.told == len(self.request.prompt)
+
+    def tell(self, reason: FinishReason | None = None, stop_token: int | None = None) -> TokenChunk:
+        """What came since the last call."""
+        tokens, self.told = tuple(self.tokens[self.told :]), len(self.tokens)
+        if reason is None and not self.logprobs and not self.scores:
+            return TokenChunk(tokens)
+        chunk = TokenChunk(tokens, reason, None, tuple(self.logprobs), tuple(self.scores), stop_token)
+        self.logprobs, self.scores = [], []
+        return chunk

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deltazip_ray.config import EngineConfig
+from deltazip_ray.engine import step_loop
 from deltazip_ray.engine.step_loop import MOST_FAILURES, StepLoop
 from deltazip_ray.errors import DeltaZipError, EngineError
 from deltazip_ray.observability.engine_metrics import EngineMetrics, EngineStats
@@ -84,12 +85,17 @@ class Running:
         self.loop.add(GenerateRequest(name, None, (1, 2, 3), params), -1)
 
     def ends(self, count: int) -> dict[str, End]:
-        """The next ``count`` ends."""
+        """The next ``count`` ends, with all tokens heard before."""
         found: dict[str, End] = {}
+        tokens: dict[str, tuple[int, ...]] = {}
         while len(found) < count:
             name, item = self.heard.get(timeout=10)
-            if not isinstance(item, TokenChunk) or item.finish_reason is not None:
+            if not isinstance(item, TokenChunk):
                 found[name] = item
+                continue
+            tokens[name] = tokens.get(name, ()) + item.tokens
+            if item.finish_reason is not None:
+                found[name] = item._replace(tokens=tokens[name])
         return found
 
     def check(self) -> DeltaZipError | None:
@@ -118,7 +124,7 @@ def running(device: Device, *, ahead: bool) -> Iterator[Running]:
 def test_ahead_the_next_step_is_launched_before_the_one_before_is_waited_for() -> None:
     device = Device()
     with running(device, ahead=True) as run:
-        assert run.ends(1) == {"first": TokenChunk((TOKEN,), "length")}
+        assert run.ends(1) == {"first": TokenChunk((TOKEN,) * 3, "length")}
         assert device.diary == ["launch 0", "launch 1", "wait 0", "launch 2", "wait 1", "wait 2"]
         assert run.check() is None
 
@@ -139,7 +145,7 @@ def test_a_step_that_fails_fails_its_requests_and_the_loop_goes_on(ahead: bool, 
         assert isinstance(end, EngineError)
         assert "1 is bad" in end.message
         run.add("second", 3)
-        assert run.ends(1) == {"second": TokenChunk((TOKEN,), "length")}
+        assert run.ends(1) == {"second": TokenChunk((TOKEN,) * 3, "length")}
         assert run.check() is None
         assert not run.ended.is_set()
 
@@ -208,6 +214,32 @@ def test_a_stop_token_ends_one_step_late_and_once() -> None:
         assert run.ends(1) == {"stopped": TokenChunk((), "stop")}
         assert run.heard.empty()
         assert device.launches == 5, "two for the one that stopped, of which one is wasted"
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_tokens_whose_turn_has_not_come_are_told_before_a_step_that_takes_long(
+    ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_loop, "READER_S", 1e9)
+    monkeypatch.setattr(step_loop, "_LONG", 1)
+    device = Device()
+    run = Running(device, ahead=ahead)
+    launch = device.launch
+
+    def and_have_a_prompt_come(batch: Batch) -> Step:
+        if device.launches == 5:
+            run.add("prompt", 1)
+        return launch(batch)
+
+    monkeypatch.setattr(device, "launch", and_have_a_prompt_come)
+    run.add("first", 20)
+    run.loop.start()
+    tokens = 0
+    while (heard := run.heard.get(timeout=10))[0] == "first":
+        assert isinstance(heard[1], TokenChunk)
+        tokens += len(heard[1].tokens)
+    run.loop.stop()
+    assert tokens == 6
 
 
 def test_a_device_that_was_lost_while_no_step_ran_is_found_by_the_check() -> None:

@@ -259,7 +259,7 @@ def test_one_step_ahead_a_decode_carries_the_token_that_is_being_drawn() -> None
     sched.update(second, [Drawn(9), Drawn(10)])
     assert not sched.schedule(), "the last tokens of both are being drawn"
     sched.update(third, [Drawn(11), Drawn(12)])
-    assert dict(sched.take_news()[-2:]) == {"a": TokenChunk((11,), "length"), "b": TokenChunk((12,), "length")}
+    assert news(sched) == {"a": TokenChunk((9, 11), "length"), "b": TokenChunk((10, 12), "length")}
     assert not sched.has_work
 
 
@@ -330,3 +330,32 @@ def test_versions_that_wait_get_as_many_rows_as_kernels_serve_at_once(*, ahead: 
             sched.update(batch, [Drawn(7)] * len(batch.sampling_chunks))
     assert uneven == 0
     assert ROWS_AT_ONCE == MORE
+
+
+def test_first_tokens_and_ends_are_told_at_once_and_the_others_in_turn() -> None:
+    sched = scheduler()
+    for name in "abcd":
+        sched.add(request(name, 2, max_tokens=5), -1)
+    told = []
+    for _ in range(5):
+        batch = sched.schedule()
+        sched.update(batch, [Drawn(7)] * 4)
+        told.append([(name, len(item.tokens)) for name, item in sched.take_news(1) if isinstance(item, TokenChunk)])
+    everybody = [(name, 1) for name in "abcd"]
+    assert told == [everybody, [("a", 1)], [("b", 2)], [("c", 3)], [("a", 3), ("b", 2), ("c", 1), ("d", 4)]]
+
+
+@pytest.mark.parametrize("aborted", [False, True])
+def test_tokens_that_wait_to_be_told_come_before_an_error_and_not_after_an_abort(aborted: bool) -> None:
+    sched = scheduler()
+    sched.add(request("a", 2), -1)
+    for _ in range(2):
+        batch = sched.schedule()
+        sched.update(batch, [Drawn(7)])
+        sched.take_news(0)
+    batch = sched.schedule()
+    if aborted:
+        sched.abort("a")
+    error = EngineError("a step failed")
+    sched.fail(batch, error)
+    assert sched.take_news(0) == ([("a", None)] if aborted else [("a", TokenChunk((7,))), ("a", error)])
