@@ -5,8 +5,8 @@ from typing import Any
 
 Row = dict[str, Any]
 _EIGHT_B = ("qkv", "o", "gate_up", "down")
-_NUMBERS = ("raw", "low_rank")
-_LONG = ("beside", "merged", "fused")
+NUMBERS = ("raw", "low_rank")
+"""Codecs that keep numbers instead of codes."""
 _ONCE = ("plan", "quantize", "rms_norm_quantize", "silu_mul_quantize")
 
 
@@ -15,13 +15,12 @@ def tables(data: dict[str, Any]) -> dict[str, str]:
     results: list[Row] = data["results"]
     products = [row for row in results if row["kind"] == "product"]
     linears = [row for row in products if row["linear"] in _EIGHT_B]
-    packed = [row for row in linears if row["codec"] not in _NUMBERS]
+    packed = [row for row in linears if row["codec"] not in NUMBERS]
     many = {f"{versions}x{rows}" for versions in (8, 32) for rows in (1, 4, 16)}
     return {
         "machine": _machine(data),
-        "products": shares([row for row in packed if row["segments"] in many]),
         "busy": shares([row for row in packed if row["segments"] not in many]),
-        "numbers": shares([row for row in linears if row["codec"] in _NUMBERS]),
+        "numbers": shares([row for row in linears if row["codec"] in NUMBERS]),
         "others": shares([row for row in products if row["linear"] not in _EIGHT_B]),
         "mixtures": shares([row for row in results if row["kind"] == "mixture"]),
         "layers": layers([row for row in results if row["kind"] == "layer"], data["copy_bandwidth"]),
@@ -51,21 +50,8 @@ def layers(rows: Sequence[Row], bandwidth: float) -> str:
 
 def long_tables(data: dict[str, Any]) -> dict[str, str]:
     """Those of ``python -m deltazip_kernels.bench --long``."""
-    tables = {f"long-{codec}": long_segments(data["results"], codec) for codec in ("int2", "int4")}
     steps = [row for row in data["results"] if "+" in row["segments"]]
-    return tables | {"long-steps": long_steps(steps), "long-machine": _machine(data)}
-
-
-def long_segments(rows: Sequence[Row], codec: str) -> str:
-    """Total time over that of the base GEMM alone: beside / merged / fused."""
-    mine = [row for row in rows if row["codec"] == codec and "+" not in row["segments"]]
-    lengths = list(dict.fromkeys(row["rows"] for row in mine))
-    lines = ["| linear | " + " | ".join(f"{n} rows" for n in lengths) + " |", "|---|" + "---|" * len(lengths)]
-    for linear in dict.fromkeys(row["linear"] for row in mine):
-        ratio = {(r["kind"], r["rows"]): r["seconds"] / r["reference"] for r in mine if r["linear"] == linear}
-        cells = [" / ".join(f"{ratio[kind, n]:.2f}" for kind in _LONG if (kind, n) in ratio) for n in lengths]
-        lines.append(f"| {linear} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return {"long-steps": long_steps(steps), "long-machine": _machine(data)}
 
 
 def long_steps(rows: Sequence[Row]) -> str:

@@ -1,6 +1,6 @@
-"""Put the tables of README.md and docs/ between their markers, from the JSON in benchmarks/results.
+"""Put the tables of README.md and docs/ between their markers and draw their plots, from benchmarks/results.
 
-python -m benchmarks.tables            # rewrite them
+python -m benchmarks.tables            # rewrite them; plots need matplotlib
 python -m benchmarks.tables --check    # exit 1 when they do not show the results
 """
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compress_table, serving_table
+from benchmarks import compress_table, plots, serving_table
 from benchmarks.engine_table import breakdown, figures, fp8_quality, gemm, growth, own_figures
 from benchmarks.host_table import host, sampling
 from benchmarks.kernels_table import long_tables
@@ -95,7 +95,18 @@ def main() -> int:
     for machine in ("cpu", "h200"):
         if (found := RESULTS / f"serving-{machine}.json").exists():
             pages["docs/serving.md"][f"serving-{machine}"] = serving_table.page(json.loads(found.read_text()))
+    checking = "--check" in sys.argv[1:]
     stale = False
+    for name, (plot, report) in {
+        "engine": (plots.engine, engine),
+        "kernels-products": (plots.products, kernels),
+        "kernels-long": (plots.long_segments, long),
+    }.items():
+        path = ROOT / "docs" / f"{name}.svg"
+        if checking:
+            stale = stale or not plots.shows(path, report)
+        else:
+            plots.draw(plot, report, path)
     for page, tables in pages.items():
         path = ROOT / page
         text = path.read_text()
@@ -103,9 +114,9 @@ def main() -> int:
         for name, table in tables.items():
             wanted = render(wanted, name, table)
         stale = stale or wanted != text
-        if "--check" not in sys.argv[1:]:
+        if not checking:
             path.write_text(wanted)
-    return int(stale and "--check" in sys.argv[1:])
+    return int(stale and checking)
 
 
 def _ms(seconds: float | None) -> str:
