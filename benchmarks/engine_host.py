@@ -30,6 +30,8 @@ from deltazip_ray.engine.async_engine import AsyncEngine
 from deltazip_ray.engine.core import EngineCore
 from deltazip_ray.engine.runner import LaunchedStep
 from deltazip_ray.engine.sampling import SamplingBatch, sample
+from deltazip_ray.engine.step_inputs import RecordedInputs
+from deltazip_ray.layers.attention.paged import PagedBackend
 from deltazip_ray.scheduler.batch import Batch
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 
@@ -65,9 +67,14 @@ class Clock:
 
 
 class FreeRunner:
-    """Prepares draws and hands out tokens as the real runner does; computes nothing, and takes ``STEP_S`` for it."""
+    """Prepares inputs and draws and hands out tokens as the real runner does; waits for ``STEP_S`` between."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, core: EngineCore, most: int, clock: Clock) -> None:
+        cpu = torch.device("cpu")
+        attention = PagedBackend(core.runner.attention.shape, torch.bfloat16, cpu, decodes=most)
+        attention.allocate(1)
+        inputs = RecordedInputs(attention, cpu, most, VERSIONS, most * 130)
+        self.fill = clock.timed("inputs", inputs.fill)
         self.logits = torch.zeros(most, 8)
         self.steps = 0
         self.done_at = 0.0
@@ -76,6 +83,8 @@ class FreeRunner:
         """A step that is done ``STEP_S`` after the one before."""
         self.steps += 1
         self.done_at = max(self.done_at, time.perf_counter()) + STEP_S
+        if batch.num_tokens == len(batch.chunks):
+            self.fill(batch, len(self.logits))
         staged = SamplingBatch.of_step(batch, self.logits.device)
         sampled = sample(self.logits[: len(batch.sampling_chunks)], staged)
         return FreeStep(LaunchedStep(sampled, None, None), self.done_at)
@@ -104,7 +113,7 @@ class FreeStep:
 def core_of(running: int, clock: Clock, config: EngineConfig, base: Path) -> EngineCore:
     """The real parts but for the runner, with stages timed."""
     core = build(decoder_shape("tiny"), config, base)
-    runner = FreeRunner(running)
+    runner = FreeRunner(core, running, clock)
     for name in ("schedule", "update", "take_news"):
         setattr(core.scheduler, name, clock.timed("scheduler", getattr(core.scheduler, name)))
     runner.launch = clock.timed("draws", runner.launch)  # type: ignore[method-assign]

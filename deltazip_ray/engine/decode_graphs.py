@@ -4,10 +4,8 @@ A token of a short prompt is a row as a decode is: it sees the keys and values b
 all rows before any of them attends.
 """
 
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -16,13 +14,13 @@ import torch
 from deltazip_kernels import Segments
 from deltazip_kernels.plan import MORE, SOME, in_halves
 from deltazip_ray.engine.arrivals import Arrival, wait_for_layer
-from deltazip_ray.engine.step_inputs import StepBuffer
+from deltazip_ray.engine.step_inputs import RecordedInputs
 from deltazip_ray.layers.attention.capture import CapturableBackend
 from deltazip_ray.layers.rows import Rows
 from deltazip_ray.layers.staging import to_device
 from deltazip_ray.layers.triton_ops import TritonOps
 from deltazip_ray.models.decoder import Decoder, StepInputs, go_on
-from deltazip_ray.scheduler.batch import Batch, Chunk
+from deltazip_ray.scheduler.batch import Batch
 
 _SMALL, _FINE, _COARSE = (1, 2, 4, 8, 16, 32, 64), 32, 256
 """Rows of graphs: these, then every ``_FINE`` up to ``_COARSE``, then every 64. Up to 64, where a step is all reading,
@@ -76,18 +74,7 @@ class DecodeGraphs:
         self._drawn = drawn
         most = len(drawn)
         self.sizes = _sizes(most)
-        fields: dict[str, tuple[int, type[np.generic]]] = {
-            "tokens": (most, np.int64),
-            "positions": (most, np.int64),
-            "drawn_rows": (most, np.int64),
-            "where": (most, np.int64),
-            "index": (most, np.int32),
-            "starts": (slots + 1, np.int32),
-            "slots": (slots, np.int32),
-        }
-        for name, size in attention.graph_inputs(most, pages + most).items():
-            fields[name] = (size, np.int32)
-        self._inputs = StepBuffer(fields, ops.device)
+        self._inputs = RecordedInputs(attention, ops.device, most, slots, pages)
         vocab = len(decoder.head.target.base) + decoder.head.added.table.shape[1]
         self._logits = torch.empty((most, vocab), dtype=ops.dtype, device=ops.device)
         self._slots = slots
@@ -114,7 +101,7 @@ class DecodeGraphs:
         """
         rows = next(size for size in self.sizes if size >= batch.num_tokens)
         plan = self._plan(rows)
-        shape = self._fill(batch, rows, arriving=bool(arrivals))
+        shape = _shape(rows, self._inputs.fill(batch, rows), self._slots, arriving=bool(arrivals))
         captured = self._graphs.get(shape)
         if captured is None or captured.state != self._state(shape):
             for arrival in arrivals:
@@ -142,29 +129,6 @@ class DecodeGraphs:
             inputs = self._inputs.tensors
             self._plans[rows] = self._attention.captured_plan(inputs["where"][:rows], inputs)
         return self._plans[rows]
-
-    def _fill(self, batch: Batch, rows: int, *, arriving: bool) -> _Shape:
-        """Send the batch's inputs and plan its attention; rows that pad it belong to the base and see one token."""
-        arrays, count = self._inputs.arrays, batch.num_tokens
-        idle = rows - count
-        each = batch.chunks if count == len(batch.chunks) else single_tokens(batch.chunks)
-        _, tokens, positions, tables, _, _, drawn_rows, _ = zip(*each, strict=True)
-        starts, slots = batch.segments()
-        arrays["tokens"][:count] = list(chain.from_iterable(tokens))
-        arrays["positions"][:count] = positions
-        arrays["tokens"][count:rows] = arrays["positions"][count:rows] = 0
-        arrays["drawn_rows"][:count] = drawn_rows
-        arrays["drawn_rows"][count:rows] = -1
-        arrays["index"][:count] = np.repeat(np.array(slots) + 1, np.diff(starts))
-        arrays["index"][count:rows] = 0
-        if slots[0] < 0:  # the base's rows would only make programs that idle, and those of others slower
-            starts, slots = starts[1:], slots[1:]
-        arrays["starts"][:] = starts + [count] * (self._slots + 1 - len(starts))
-        arrays["slots"][:] = slots + [-1] * (self._slots - len(slots))
-        tables += (array("i", [self._attention.padding]),) * idle
-        self._inputs.send(self._attention.fill(arrays["positions"][:rows], tables, arrays))
-        lengths = [stop - start for start, stop in pairwise(starts)]
-        return _shape(rows, lengths, self._slots, arriving=arriving)
 
     def _capture(self, shape: _Shape, plan: Any) -> _Captured:
         """Record the step. Kernels that are new are compiled meanwhile."""
@@ -208,15 +172,6 @@ class DecodeGraphs:
         tokens = torch.where(source >= 0, self._drawn[source.clamp(min=0)], inputs["tokens"])
         logits = self._decoder(StepInputs(tokens, inputs["positions"], rows, plan, None, rows, before_layer))
         self._logits[: shape.rows, : self._vocab].copy_(logits)
-
-
-def single_tokens(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Each token as a chunk of its own, in the same order."""
-    return [
-        chunk._replace(tokens=(token,), start=chunk.start + i)
-        for chunk in chunks
-        for i, token in enumerate(chunk.tokens)
-    ]
 
 
 def _sizes(most: int) -> tuple[int, ...]:

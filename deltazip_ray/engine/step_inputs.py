@@ -1,11 +1,16 @@
 """The inputs of a captured step: device memory at fixed places, filled by one copy."""
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
+from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
+from deltazip_ray.layers.attention.capture import CapturableBackend
 from deltazip_ray.layers.staging import staged
+from deltazip_ray.scheduler.batch import Batch, Chunk
 
 _ALIGNMENT = 16
 
@@ -34,3 +39,62 @@ class StepBuffer:
         start, size = self._last
         stop = start + last * size
         self._device[:stop].copy_(staged(self._host[:stop], self._device.device), non_blocking=True)
+
+
+class RecordedInputs:
+    """Tokens, positions, versions and attention's tables of steps of one token a row."""
+
+    def __init__(
+        self, attention: CapturableBackend[Any], device: torch.device, most: int, slots: int, pages: int
+    ) -> None:
+        """For up to ``most`` rows of ``slots`` versions, with ``pages`` pages in all."""
+        self._attention = attention
+        self._slots = slots
+        fields: dict[str, tuple[int, type[np.generic]]] = {
+            "tokens": (most, np.int64),
+            "positions": (most, np.int64),
+            "drawn_rows": (most, np.int64),
+            "where": (most, np.int64),
+            "index": (most, np.int32),
+            "starts": (slots + 1, np.int32),
+            "slots": (slots, np.int32),
+        }
+        for name, size in attention.graph_inputs(most, pages + most).items():
+            fields[name] = (size, np.int32)
+        self._buffer = StepBuffer(fields, device)
+        self.tensors = self._buffer.tensors
+        """On the device; ``drawn_rows`` is -1 where the token is known."""
+
+    def fill(self, batch: Batch, rows: int) -> list[int]:
+        """Send the inputs of ``batch`` and plan its attention; returns how many rows each version has.
+
+        It is padded to ``rows`` with such as belong to the base and see one token.
+        """
+        arrays, count = self._buffer.arrays, batch.num_tokens
+        idle = rows - count
+        each = batch.chunks if count == len(batch.chunks) else single_tokens(batch.chunks)
+        _, tokens, positions, tables, _, _, drawn_rows, _ = zip(*each, strict=True)
+        starts, slots = batch.segments()
+        arrays["tokens"][:count] = list(chain.from_iterable(tokens))
+        arrays["positions"][:count] = positions
+        arrays["tokens"][count:rows] = arrays["positions"][count:rows] = 0
+        arrays["drawn_rows"][:count] = drawn_rows
+        arrays["drawn_rows"][count:rows] = -1
+        arrays["index"][:count] = np.repeat(np.array(slots) + 1, np.diff(starts))
+        arrays["index"][count:rows] = 0
+        if slots[0] < 0:  # the base's rows would only make programs that idle, and those of others slower
+            starts, slots = starts[1:], slots[1:]
+        arrays["starts"][:] = starts + [count] * (self._slots + 1 - len(starts))
+        arrays["slots"][:] = slots + [-1] * (self._slots - len(slots))
+        tables += (array("i", [self._attention.padding]),) * idle
+        self._buffer.send(self._attention.fill(arrays["positions"][:rows], tables, arrays))
+        return [stop - start for start, stop in pairwise(starts)]
+
+
+def single_tokens(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Each token as a chunk of its own, in the same order."""
+    return [
+        chunk._replace(tokens=(token,), start=chunk.start + i)
+        for chunk in chunks
+        for i, token in enumerate(chunk.tokens)
+    ]

@@ -19,7 +19,7 @@ from transformers import (
 
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.core import EngineCore, build_core
-from deltazip_ray.engine.decode_graphs import single_tokens
+from deltazip_ray.engine.step_inputs import single_tokens
 from deltazip_ray.errors import CheckpointInvalid, ConfigError
 from deltazip_ray.layers.attention.cache import CacheShape
 from deltazip_ray.layers.attention.choose import make_attention
