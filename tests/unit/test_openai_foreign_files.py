@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -156,6 +157,25 @@ async def test_an_endless_template_is_interrupted(good: dict[str, bytes]) -> Non
         await thread.run(work)
     assert await asyncio.to_thread(ended.wait, 5), "the loop would take minutes"
     await asyncio.sleep(0.1)
+    assert await thread.run(lambda: 3) == 3
+
+
+async def test_work_that_hangs_is_interrupted_though_its_client_has_left() -> None:
+    thread, ended = OwnThread(timeout_s=0.2), threading.Event()
+
+    def work() -> None:
+        try:
+            while True:
+                time.sleep(0.001)
+        finally:
+            ended.set()
+
+    client = asyncio.create_task(thread.run(work))
+    await asyncio.sleep(0.05)
+    client.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await client
+    assert await asyncio.to_thread(ended.wait, 5)
     assert await thread.run(lambda: 3) == 3
 
 

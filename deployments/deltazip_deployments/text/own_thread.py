@@ -27,10 +27,20 @@ class OwnThread:
         self._late: Future[Any] | None = None
 
     async def run(self, work: Callable[[], _T]) -> _T:
-        """What ``work`` returns or raises; RequestTimeout when it takes too long, and at once while it still does."""
+        """What ``work`` returns or raises; RequestTimeout when it takes too long, and at once while it still does.
+
+        Who is cancelled takes work along that has not begun; other work is watched to its end all the same.
+        """
         if self._late is not None and not self._late.done():
             raise self._timeout()
         future = self._pool.submit(self._work, work)
+        try:
+            return await asyncio.shield(asyncio.ensure_future(self._watched(future)))
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
+
+    async def _watched(self, future: Future[_T]) -> _T:
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await asyncio.wrap_future(future)

@@ -1,6 +1,7 @@
 """What tokens read like, for structured output."""
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import xgrammar
@@ -22,12 +23,16 @@ class Vocabularies:
         self._config = config
         self._base_digest = base_digest
 
+    @cached_property
+    def _catalog(self) -> Catalog:
+        """Made once: a client of boto3 is some 50 ms of Python, and steps need the interpreter."""
+        return Catalog(open_store(self._config.store), self._base_digest())
+
     def load(self, version: str | None) -> xgrammar.TokenizerInfo:
         """Blocking. Raises InvalidRequest where there is no end token, ManifestInvalid, StoreError, ConfigError."""
         files = base_files(Path(self._config.base))
         if version is not None:
-            catalog = Catalog(open_store(self._config.store), self._base_digest())
-            files = version_files(catalog, version, files)
+            files = version_files(self._catalog, version, files)
         text = load_version_text(files)
         with blamed_on_files(ManifestInvalid, "the version's tokenizer is none that structured output can use"):
             return make_vocabulary(text.tokenizer, text.end_token_ids)
