@@ -41,7 +41,7 @@ def engine(report: Report) -> "Figure":
     steps.plot(list(ours), list(ours.values()), "o-", color=_OURS, label=f"full fine-tunes, {report['codec']}")
     limits = [limit(report, n, 32 * STEP_TOKENS) for n in ours]
     steps.plot(list(ours), limits, "--", color=_LIMIT, linewidth=1, label="reading it all once at copy speed")
-    steps.plot(list(VLLM), [many for _, _, many, _ in VLLM.values()], "s", color=_THEIRS, label="vLLM, LoRA of rank 16")
+    steps.plot(list(VLLM), [many for _, many, _ in VLLM.values()], "s", color=_THEIRS, label="vLLM, LoRA of rank 16")
     steps.set(title="decode step of 32 requests", xlabel="fine-tunes in the batch", ylabel="ms", ylim=(0, None))
     steps.legend(fontsize=8)
     places = range(len(VLLM))
