@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from deltazip_kernels import Segments
-from deltazip_kernels.plan import MORE, SOME, in_halves
 from deltazip_ray.engine.arrivals import Arrival, wait_for_layer
 from deltazip_ray.engine.step_inputs import RecordedInputs
+from deltazip_ray.engine.step_shapes import StepShape, step_sizes
 from deltazip_ray.layers.attention.capture import CapturableBackend
 from deltazip_ray.layers.rows import Rows
 from deltazip_ray.layers.staging import to_device
@@ -22,26 +22,8 @@ from deltazip_ray.layers.triton_ops import TritonOps
 from deltazip_ray.models.decoder import Decoder, StepInputs, go_on
 from deltazip_ray.scheduler.batch import Batch
 
-_SMALL, _FINE, _COARSE = (1, 2, 4, 8, 16, 32, 64), 32, 256
-"""Rows of graphs: these, then every ``_FINE`` up to ``_COARSE``, then every 64. Up to 64, where a step is all reading,
-a row too many costs next to nothing; a size more is one recording more for each number of versions."""
 _PROMPT_ROWS, _PROMPT_CONTEXT = 256, 1024
 """Rows of a step with prompts, and what one may see: each row reads all of it, where a prefill's rows share it."""
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What the launches of a step depend on; a batch runs in a graph at least as large in every respect."""
-
-    rows: int
-    versions: int
-    """0: the base alone."""
-    longest: int
-    """Rows of one version."""
-    arriving: bool
-    """Whether a version is on its way: then each layer is a graph of its own."""
-    halves: bool = False
-    """Whether some versions have more rows than one item of work: see ``in_halves``."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +55,7 @@ class DecodeGraphs:
         self._ops = ops
         self._drawn = drawn
         most = len(drawn)
-        self.sizes = _sizes(most)
+        self.sizes = step_sizes(most)
         self._inputs = RecordedInputs(attention, ops.device, most, slots, pages)
         vocab = len(decoder.head.target.base) + decoder.head.added.table.shape[1]
         self._logits = torch.empty((most, vocab), dtype=ops.dtype, device=ops.device)
@@ -82,7 +64,7 @@ class DecodeGraphs:
         # Torch hands its 32 streams of one priority out in turn: one of a load's would be recorded with the step.
         self._stream = torch.cuda.Stream(ops.device, priority=-1)
         self._plans: dict[int, Any] = {}
-        self._graphs: dict[_Shape, _Captured] = {}
+        self._graphs: dict[StepShape, _Captured] = {}
 
     def fits(self, batch: Batch) -> bool:
         """Whether every chunk of ``batch`` samples, and is one token or part of few short prompts."""
@@ -101,7 +83,7 @@ class DecodeGraphs:
         """
         rows = next(size for size in self.sizes if size >= batch.num_tokens)
         plan = self._plan(rows)
-        shape = _shape(rows, self._inputs.fill(batch, rows), self._slots, arriving=bool(arrivals))
+        shape = StepShape.of(rows, self._inputs.fill(batch, rows), self._slots, arriving=bool(arrivals))
         captured = self._graphs.get(shape)
         if captured is None or captured.state != self._state(shape):
             for arrival in arrivals:
@@ -120,7 +102,7 @@ class DecodeGraphs:
     def _vocab(self) -> int:
         return len(self._decoder.head.target.base) + self._decoder.head.added.width
 
-    def _state(self, shape: _Shape) -> tuple[int, int]:
+    def _state(self, shape: StepShape) -> tuple[int, int]:
         """What makes recorded launches old: wider logits, and where versions take part, more kinds of deltas."""
         return self._vocab, self._ops.generation if shape.versions else 0
 
@@ -130,7 +112,7 @@ class DecodeGraphs:
             self._plans[rows] = self._attention.captured_plan(inputs["where"][:rows], inputs)
         return self._plans[rows]
 
-    def _capture(self, shape: _Shape, plan: Any) -> _Captured:
+    def _capture(self, shape: StepShape, plan: Any) -> _Captured:
         """Record the step. Kernels that are new are compiled meanwhile."""
         # Read first: a load that changes them meanwhile makes this graph an old one.
         state = self._state(shape)
@@ -161,7 +143,7 @@ class DecodeGraphs:
         # Other threads copy deltas to the device meanwhile.
         graphs[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
-    def _step(self, shape: _Shape, plan: Any, before_layer: Callable[[int | None], None] = go_on) -> None:
+    def _step(self, shape: StepShape, plan: Any, before_layer: Callable[[int | None], None] = go_on) -> None:
         inputs = {name: tensor[: shape.rows] for name, tensor in self._inputs.tensors.items()}
         rows = Rows(inputs["index"])
         if shape.versions:
@@ -172,19 +154,3 @@ class DecodeGraphs:
         tokens = torch.where(source >= 0, self._drawn[source.clamp(min=0)], inputs["tokens"])
         logits = self._decoder(StepInputs(tokens, inputs["positions"], rows, plan, None, rows, before_layer))
         self._logits[: shape.rows, : self._vocab].copy_(logits)
-
-
-def _sizes(most: int) -> tuple[int, ...]:
-    """Rows of the graphs for batches of up to ``most`` rows."""
-    sizes = [*_SMALL, *range(_SMALL[-1] + _FINE, _COARSE, _FINE), *range(_COARSE, most, 64)]
-    return (*(size for size in sizes if size < most), most)
-
-
-def _shape(rows: int, lengths: Sequence[int], slots: int, *, arriving: bool) -> _Shape:
-    """The least shape, of which there is a graph, for versions of ``lengths`` rows."""
-    if not lengths:
-        return _Shape(rows, 0, 0, arriving=arriving)
-    versions = min(1 << (len(lengths) - 1).bit_length(), rows, slots)
-    if in_halves(lengths):
-        return _Shape(rows, versions, 2 * MORE, halves=True, arriving=arriving)
-    return _Shape(rows, versions, next(n for n in (SOME, MORE, rows) if n >= max(lengths)), arriving=arriving)

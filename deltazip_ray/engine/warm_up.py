@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.arrivals import Arrival
 from deltazip_ray.engine.runner import ModelRunner
+from deltazip_ray.engine.step_shapes import mixtures, numbers_of_versions
 from deltazip_ray.scheduler.batch import Batch, Chunk
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 from deltazip_ray.scheduler.sequence import SequenceState
@@ -29,20 +30,16 @@ def run_steps(runner: ModelRunner, config: EngineConfig) -> None:
 
 
 def record_graphs(runner: ModelRunner, slots: int) -> None:
-    """Run a decode of each size that can be recorded, over the base, and over 1, 2, 4 … up to ``slots`` versions with
-    like numbers of rows; over one version also as if it were on its way."""
+    """Run all steps that can be recorded over the base and up to ``slots`` versions; over one version alone also as if
+    it were on its way."""
     for rows in runner.graph_sizes:
         _run(runner, [_chunk(runner, 1, _GREEDY) for _ in range(rows)])
         for versions in numbers_of_versions(min(rows, slots)):
-            chunks = [_chunk(runner, 1, _GREEDY, i * versions // rows) for i in range(rows)]
-            _run(runner, chunks)
-            if versions == 1:
-                _run(runner, chunks, [Arrival({}, None)])
-
-
-def numbers_of_versions(most: int) -> list[int]:
-    """1, 2, 4 … and ``most``: those that there are recordings for."""
-    return sorted({min(1 << i, most) for i in range(most.bit_length() + 1)} - {0})
+            for lengths in mixtures(rows, versions):
+                runs = enumerate((rows - sum(lengths), *lengths), -1)
+                _run(runner, [_chunk(runner, 1, _GREEDY, slot) for slot, length in runs for _ in range(length)])
+        if slots:
+            _run(runner, [_chunk(runner, 1, _GREEDY, 0) for _ in range(rows)], [Arrival({}, None)])
 
 
 def _run(runner: ModelRunner, chunks: Sequence[Chunk], arrivals: Sequence[Arrival] = ()) -> None:

@@ -19,9 +19,7 @@ from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine import codec_warm_up
 from deltazip_ray.engine.codec_warm_up import Later
 from deltazip_ray.engine.core import EngineCore, build_core
-from deltazip_ray.engine.decode_graphs import _shape
 from deltazip_ray.engine.start_up import keep_kernels
-from deltazip_ray.engine.warm_up import numbers_of_versions
 from deltazip_ray.layers.activations import Activations
 from deltazip_ray.layers.rows import Rows
 from deltazip_ray.layers.targets import MatrixTarget
@@ -123,14 +121,6 @@ def test_what_nobody_waits_for_ends_with_the_engine() -> None:
         assert {*as_completed([first, second], timeout=10)} == {first, second}
     assert first.exception() is None
     assert isinstance(second.exception(), RuntimeError)
-
-
-@pytest.mark.parametrize("slots", [1, 3, 8, 12])
-def test_the_start_records_every_number_of_versions_that_steps_ask_for(slots: int) -> None:
-    for rows in (1, 2, 4, 16):
-        wanted = {_shape(rows, [1] * count, slots, arriving=False).versions for count in range(1, min(rows, slots) + 1)}
-        assert wanted == {*numbers_of_versions(min(rows, slots))}
-    assert numbers_of_versions(0) == []
 
 
 STACKS = ([(4096, 4096), (1024, 4096), (1024, 4096)], [(4096, 4096)], [(14336, 4096)] * 2, [(4096, 14336)])

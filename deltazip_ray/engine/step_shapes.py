@@ -1,0 +1,53 @@
+"""Which steps there are recordings of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deltazip_kernels.plan import MORE, SOME, in_halves
+
+_SMALL, _FINE, _COARSE = (1, 2, 4, 8, 16, 32, 64), 32, 256
+"""Rows of graphs: these, then every ``_FINE`` up to ``_COARSE``, then every 64. Up to 64, where a step is all reading,
+a row too many costs next to nothing; a size more is one recording more for each number of versions."""
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What the launches of a step depend on; a batch runs in a graph at least as large in every respect."""
+
+    rows: int
+    versions: int
+    """0: the base alone."""
+    longest: int
+    """Rows of one version."""
+    arriving: bool
+    """Whether a version is on its way: then each layer is a graph of its own."""
+    halves: bool = False
+    """Whether some versions have more rows than one item of work: see ``in_halves``."""
+
+    @classmethod
+    def of(cls, rows: int, lengths: Sequence[int], slots: int, *, arriving: bool) -> "StepShape":
+        """The least shape, of which there is a graph, for versions of ``lengths`` rows."""
+        if not lengths:
+            return cls(rows, 0, 0, arriving=arriving)
+        versions = min(1 << (len(lengths) - 1).bit_length(), rows, slots)
+        if in_halves(lengths):
+            return cls(rows, versions, 2 * MORE, halves=True, arriving=arriving)
+        return cls(rows, versions, next(n for n in (SOME, MORE, rows) if n >= max(lengths)), arriving=arriving)
+
+
+def step_sizes(most: int) -> tuple[int, ...]:
+    """Rows of the graphs for batches of up to ``most`` rows."""
+    sizes = [*_SMALL, *range(_SMALL[-1] + _FINE, _COARSE, _FINE), *range(_COARSE, most, 64)]
+    return (*(size for size in sizes if size < most), most)
+
+
+def mixtures(rows: int, versions: int) -> list[tuple[int, ...]]:
+    """Rows of each version in steps of ``rows`` rows; together they take all recordings that there are for these."""
+    most = rows - versions + 1
+    longest = sorted({min(length, most) for length in (SOME, MORE, 2 * MORE, rows)})
+    return [(length, *[1] * (versions - 1)) for length in longest]
+
+
+def numbers_of_versions(most: int) -> list[int]:
+    """1, 2, 4 … and ``most``: those that there are recordings for."""
+    return sorted({min(1 << i, most) for i in range(most.bit_length() + 1)} - {0})
