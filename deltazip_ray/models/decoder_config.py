@@ -23,8 +23,9 @@ _FAMILIES = {
     "GPTNeoXForCausalLM": "gpt_neox",
 }
 # Rope types whose frequencies do not depend on how long a sequence has become: keys are cached rotated. Those of
-# "dynamic" change behind max_position_embeddings, which no sequence reaches.
-_STATIC_ROPE = ("default", "linear", "dynamic", "llama3", "yarn")
+# "dynamic" change behind max_position_embeddings, those of "longrope" behind the length before it was extended: no
+# sequence gets so long.
+_STATIC_ROPE = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "gelu": "gelu",
@@ -164,7 +165,7 @@ def _max_positions(config: PreTrainedConfig) -> int:
     rope, most = config.rope_parameters, int(config.max_position_embeddings)
     if rope["rope_type"] == "yarn" and rope.get("factor") and rope.get("original_max_position_embeddings"):
         return max(most, int(rope["factor"] * rope["original_max_position_embeddings"]))
-    return most
+    return min(most, rope["original_max_position_embeddings"]) if rope["rope_type"] == "longrope" else most
 
 
 def _rope(config: PreTrainedConfig, head_dim: int, *, partial: bool) -> tuple[torch.Tensor, float]:

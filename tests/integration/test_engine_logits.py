@@ -48,14 +48,15 @@ LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
     "factor": 8.0,
-    "original_max_position_embeddings": 64,
-    "short_factor": [1.0] * 16,
-    "long_factor": [2.0] * 16,
+    "original_max_position_embeddings": 160,
+    "short_factor": [1.0 + i / 8 for i in range(16)],
+    "long_factor": [4.0] * 16,
 }
 PROMPTS = [random_prompt(i, 20 + 21 * i) for i in range(6)]
 """The longest are several windows long."""
 VARIATIONS: dict[str, PreTrainedConfig] = {
     "llama3-rope": LlamaConfig(**GROUPED, rope_parameters=LLAMA3_ROPE),
+    "longrope": LlamaConfig(**GROUPED, rope_parameters=LONGROPE),
     "linear-rope": LlamaConfig(**GROUPED, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
     "dynamic-rope": LlamaConfig(**GROUPED, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
     "mistral-no-window": MistralConfig(**GROUPED, sliding_window=None),
@@ -217,7 +218,10 @@ def test_every_family_in_bfloat16(architecture: str, tmp_path: Path) -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not served"),
         ({"hidden_size": "wide"}, "is not that of a LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not served"),
-        ({"rope_parameters": LONGROPE}, "rope type 'longrope' is not served"),
+        (
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
+            "rope type 'proportional' is",
+        ),
         ({"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True}, "from left to right only"),
         ({"architectures": ["Qwen3ForCausalLM"], "layer_types": ["chunked_attention"] * 2}, "layer_types must name"),
     ],
@@ -233,6 +237,12 @@ def test_yarn_extends_the_context() -> None:
     raw = VARIATIONS["qwen3-yarn"].to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
     assert raw["max_position_embeddings"] == 512
     assert read_decoder_config(raw).max_positions == 32 * 32
+
+
+def test_longrope_is_served_as_far_as_its_frequencies_stay() -> None:
+    raw = VARIATIONS["longrope"].to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    assert raw["max_position_embeddings"] == 512
+    assert read_decoder_config(raw).max_positions == 160
 
 
 def test_a_config_of_another_checkpoint_is_refused(zoo: Zoo, tmp_path: Path) -> None:
