@@ -29,6 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.serving_clients import Answers, answers, kill_under_load
 from benchmarks.serving_models import LLAMAS, Judge, make_models
 from benchmarks.serving_run import COMMAND, MARK, Run, processes
+from benchmarks.serving_streams import measure
 from deltazip_ray.config import MIB
 
 _BEAT_S = 1.2
@@ -37,6 +38,7 @@ SEEDS = 0, 5
 """Of the two traces. Both ask for all variants, which not every seed does."""
 OUTER_CODEC = "int4"
 """Of embedding and head, whatever the rest is in."""
+STREAMS_S, STREAM_TOKENS = 4.0, 900
 CODECS = ("int2", "int4", "int2", "sparse24_int4", "int3", "int1")
 
 
@@ -70,11 +72,11 @@ def wait_for_all(run: Run, timeout_s: float = 30.0) -> None:
 
 def settings(run: Run, slots: int) -> dict[str, Any]:
     """The application's: fewer slots than variants."""
-    engine = {"device": run.device, "slots": slots, "max_model_len": 1024, "max_running": 64}
+    engine = {"device": run.device, "slots": slots, "max_model_len": 1024, "max_running": 256}
     if run.device == "cuda":
         # What is not prepared at the start waits for compilers: minutes on a machine that never had it.
         codecs = sorted({*CODECS[: len(run.variants)], OUTER_CODEC})
-        engine |= {"dtype": "bfloat16", "kv_blocks": 8192, "max_batch_tokens": 2048}
+        engine |= {"dtype": "bfloat16", "kv_blocks": 16384, "max_batch_tokens": 2048}
         engine |= {"warm_codecs": codecs, "load_timeout_s": 170}
     return {
         "base": str(run.folder / "base"),
@@ -169,6 +171,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=16, help="calibration sequences")
     parser.add_argument("--rate", type=float, default=30.0, help="requests a second")
     parser.add_argument("--duration", type=float, default=20.0, help="seconds of the trace")
+    parser.add_argument("--streams", default="", help="numbers of streaming clients, such as 16,64,256; empty: none")
     parser.add_argument("--kill-until", type=float, default=45.0, help="seconds of load around the kill; 0: no kill")
     parser.add_argument("--port", type=int, default=8123)
     return parser.parse_args()
@@ -202,6 +205,10 @@ def main() -> None:
                     run.report["first replay"] = replay(run, args.rate, args.duration, SEEDS[0])
                 with run.stage("replay"):
                     run.report["replay"] = replay(run, args.rate, args.duration, SEEDS[1])
+                for streams in filter(None, args.streams.split(",")):
+                    with run.stage(f"{streams} streams"):
+                        told = measure(run.port, run.folder, run.models, int(streams), STREAMS_S, STREAM_TOKENS)
+                        run.report.setdefault("streams", []).append(asyncio.run(told))
                 if args.kill_until:
                     with run.stage("kill"):
                         found = asyncio.run(kill_under_load(run, 16, 3.0, args.kill_until))

@@ -9,23 +9,19 @@ import argparse
 import asyncio
 import json
 import os
-import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
 from prometheus_client import CollectorRegistry
-from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.engine_host import STEP_S, FreeRunner, FreeStep
 from benchmarks.engine_model import SHAPES, build, decoder_shape
 from benchmarks.serving_models import make_tokenizer
-from benchmarks.serving_run import MARK, processes
+from benchmarks.serving_run import MARK
+from benchmarks.serving_streams import measure
 from deltazip_deployments.serving import running
 from deltazip_kernels.bench.__main__ import commit
 from deltazip_ray.config import AppConfig, EngineConfig
@@ -36,11 +32,6 @@ from deltazip_ray.scheduler.batch import Batch
 
 LENGTH = 2000
 """Tokens of an answer: more than are taken."""
-PROCESSES = {
-    "replica": b"ServeReplica:deltazip:replica",
-    "router": b"ServeReplica:deltazip:router",
-    "proxy": b"ProxyActor",
-}
 
 
 class LaunchingRunner(FreeRunner):
@@ -71,62 +62,6 @@ class FreeEngine:
         """All but the runner."""
         core = build(decoder_shape("tiny"), config, base)
         return replace(core, runner=LaunchingRunner(config.max_running, self.launches))  # type: ignore[arg-type]
-
-
-async def take(port: int, index: int, arrived: list[float]) -> None:
-    """Note when something of an answer comes; a client of its own would take the time of what is measured."""
-    asked = {"model": "base", "prompt": [index + 1] * 16, "max_tokens": LENGTH, "temperature": 0, "stream": True}
-    body = json.dumps(asked | {"ignore_eos": True}).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        writer.write(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-        while await reader.read(1 << 16):
-            arrived.append(time.perf_counter())
-    finally:
-        writer.close()
-
-
-async def steps(port: int) -> tuple[float, float]:
-    """How many the replica has made, and their seconds."""
-    async with httpx.AsyncClient() as client:
-        text = (await client.get(f"http://127.0.0.1:{port}/metrics", timeout=10)).text
-    families = {one.name: one for one in text_string_to_metric_families(text)}
-    told = {sample.name[-5:]: sample.value for sample in families["deltazip_engine_step_seconds"].samples}
-    return told["count"], told["s_sum"]
-
-
-def cpu_seconds(folder: Path) -> dict[str, float]:
-    """CPU time of each process of the way, until now."""
-    spent = {}
-    for name, mark in PROCESSES.items():
-        (process,) = processes(folder, mark)
-        ticks = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
-        spent[name] = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-    return spent
-
-
-async def measure(port: int, folder: Path, streams: int, seconds: float) -> dict[str, Any]:
-    """One number of streams."""
-    arrivals: list[list[float]] = [[] for _ in range(streams)]
-    tasks = [asyncio.create_task(take(port, i, arrived)) for i, arrived in enumerate(arrivals)]
-    await asyncio.sleep(3)
-    before, spent, since = await steps(port), cpu_seconds(folder), time.perf_counter()
-    await asyncio.sleep(seconds)
-    after, until, ended = await steps(port), cpu_seconds(folder), time.perf_counter()
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
-    step_s = (after[1] - before[1]) / (after[0] - before[0])
-    tokens = streams * (ended - since) / step_s
-    gaps = [b - a for one in arrivals for a, b in pairwise(one) if since < a and b < ended]
-    quantiles = statistics.quantiles(gaps, n=100)
-    return {
-        "streams": streams,
-        "step_ms": 1e3 * step_s,
-        "groups_per_s": len(gaps) / (ended - since),
-        "gap_ms": {f"p{percent}": 1e3 * quantiles[percent - 1] for percent in (50, 90, 99)},
-        "cpu_us_per_token": {name: 1e6 * (until[name] - spent[name]) / tokens for name in spent},
-    }
 
 
 def config(folder: Path) -> AppConfig:
@@ -166,7 +101,7 @@ def main() -> None:
         os.environ[MARK] = name
         with running(config(folder), port=options.port, engine_factory=FreeEngine(options.launches)):
             for streams in map(int, options.streams.split(",")):
-                found = asyncio.run(measure(options.port, folder, streams, options.seconds))
+                found = asyncio.run(measure(options.port, folder, ["base"], streams, options.seconds, LENGTH))
                 report["runs"].append(found)
                 sys.stdout.write(f"{json.dumps(found)}\n")
                 sys.stdout.flush()
