@@ -3,14 +3,16 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from deltazip_deployments.http_errors import error_body
 from deltazip_deployments.openai.logprobs import TokenText, Told, chat_logprobs, completion_logprobs, prompt_logprobs
-from deltazip_deployments.text.choices import Choices
+from deltazip_deployments.openai.written import written
+from deltazip_deployments.text.choices import Choice, Choices
 from deltazip_ray.errors import DeltaZipError
 
 
@@ -69,9 +71,12 @@ class Answer:
             "system_fingerprint": f"fp_{(self._asked.version or 'base')[:12]}",
         }
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> bytes:
         """The complete answer; raises what the generation raises."""
         outputs = await self._choices.whole()
+        return await written(lambda: self._whole(outputs), long=self._tells_logprobs)
+
+    def _whole(self, outputs: Sequence[Choice]) -> dict[str, Any]:
         echoed, prompt = self._echoed(), self._prompt_logprobs()
         choices = []
         for index, made in enumerate(outputs):
@@ -87,13 +92,13 @@ class Answer:
         heads = [self._event(self._choice(i, self._form.delta("\0"))) for i in range(self._asked.choices)]
         frames = [json.dumps(head).split(json.dumps("\0")) for head in heads]
         echoed = self._echoed()
-        offsets = [sum(len(self._asked.text.token_text(token)) for token, _ in echoed)] * self._asked.choices
         for index in range(self._asked.choices):
             if self._form.opening is not None:
                 yield _sse(self._event(self._choice(index, self._form.opening)))
             if self._asked.echo is not None:
-                delta = self._form.delta(self._asked.echo)
-                yield _sse(self._event(self._choice(index, delta, None, self._logprobs(echoed, 0))))
+                event = await written(partial(self._echo_event, index, echoed), long=self._tells_logprobs)
+                yield b"data: %b\n\n" % event
+        offsets = [sum(len(self._asked.text.token_text(token)) for token, _ in echoed)] * self._asked.choices
         try:
             async with aclosing(self._choices.pieces()) as pieces:
                 async for index, piece in pieces:
@@ -111,6 +116,14 @@ class Answer:
         if self._include_usage:
             yield _sse(self._event() | {"usage": self._usage()})
         yield b"data: [DONE]\n\n"
+
+    @property
+    def _tells_logprobs(self) -> bool:
+        return self._asked.logprobs is not None or self._asked.prompt_logprobs is not None
+
+    def _echo_event(self, index: int, echoed: Told) -> dict[str, Any]:
+        content = self._form.delta(self._asked.echo or "")
+        return self._event(self._choice(index, content, None, self._logprobs(echoed, 0)))
 
     def _event(self, *choices: dict[str, Any]) -> dict[str, Any]:
         event = {"object": self._form.part, **self._head, "choices": choices}

@@ -140,7 +140,7 @@ async def _answer(
         metrics.ended(path, _CLIENT_LEFT if isinstance(error, asyncio.CancelledError) else 500, choices)
         raise
     metrics.ended(path, 200, choices)
-    return JSONResponse(whole, headers=headers)
+    return Response(whole, headers=headers, media_type="application/json")
 
 
 def _grant(keys: ApiKeys, request: Request) -> Grant:

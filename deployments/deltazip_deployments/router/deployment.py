@@ -1,5 +1,6 @@
 """The ingress deployment: the router's service and its HTTP API around a handle to the replicas."""
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,15 @@ from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.store import open_store
 from deltazip_ray.config import AppConfig
 
+_SWITCH_S = 0.0005
+"""How long a thread that encodes a prompt or writes a long answer may keep the interpreter from the event loop."""
+
 
 class Router:
     """Serve's ingress: it builds its application when it is made, so that it can hold what cannot be pickled."""
 
     def __init__(self, config: AppConfig, replicas: DeploymentHandle[Any]) -> None:
+        sys.setswitchinterval(_SWITCH_S)
         self._app = serve.get_replica_context().app_name
         store = open_store(config.store)
         self._service = RouterService(
