@@ -1,8 +1,9 @@
 """The host tier: verified blobs of versions in one arena, shared by all versions that have them in common.
 
-* **Single flight.** A blob is fetched once, whichever versions and callers want it; a caller that leaves does not
-  disturb the others. When the last one leaves, fetches that have begun are finished and stay cached (a thread cannot
-  be stopped while it writes), those that have not are dropped.
+* **Single flight.** A blob is fetched once, whichever versions and callers want it, and they share its end, also those
+  who came when it had begun to fail; a caller that leaves does not disturb the others. When the last one leaves,
+  fetches that have begun are finished and stay cached (a thread cannot be stopped while it writes), those that have
+  not are dropped.
 * **Nothing unverified is seen.** A blob is published when its sha256 has been checked, never before.
 * **The disk first.** With ``node_store.disk_dir``, what came from the store, manifests too, is kept on disk, beside the
   requests' way, and read from there when it has left memory or the process was restarted; see :mod:`disk_tier`.
