@@ -16,11 +16,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from deltazip_kernels.layout import packed_layout
-from deltazip_ray.artifact.digests import verify_blob
 from deltazip_ray.artifact.manifest import BlobEntry, TensorEntry
 from deltazip_ray.errors import BlobCorrupt
-
-__all__ = ["ALIGNMENT", "coded_layout", "read_blob", "verify_blob", "write_blob"]
 
 ALIGNMENT = 64
 """The data of a blob starts at a multiple of this many bytes."""
@@ -75,7 +72,7 @@ def write_blob(tensors: Mapping[str, torch.Tensor]) -> bytes:
 def read_blob(data: memoryview | bytes | bytearray, entry: BlobEntry) -> dict[str, torch.Tensor]:
     """The tensors of a blob as CPU views of ``data``; nothing is copied.
 
-    Names, shapes, dtypes and bounds are checked against ``entry``; the digest is not (see :func:`verify_blob`).
+    Names, shapes, dtypes and bounds are checked against ``entry``; the digest is not (see ``digests``).
     Nobody may write to the views: ``data`` may be shared with other processes. Raises BlobCorrupt.
     """
     view = memoryview(data).cast("B")

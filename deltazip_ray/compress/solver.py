@@ -24,8 +24,6 @@ SWEEPS = 4
 """Rounds of coordinate descent over all groups; a sixth still takes away some percent of the divergence."""
 PIECE = 2**25
 """Numbers of a matrix that are coded at a time: bounds the working memory, a few float32 copies of them."""
-
-
 PANEL = 1024
 """Columns whose slopes are one product: by single groups it would be too narrow to occupy a GPU."""
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from deltazip_kernels.layout import CODECS, GROUP, pack
-from deltazip_ray.artifact.blob import ALIGNMENT, read_blob, verify_blob, write_blob
+from deltazip_ray.artifact.blob import ALIGNMENT, read_blob, write_blob
+from deltazip_ray.artifact.digests import verify_blob
 from deltazip_ray.artifact.manifest import BlobEntry, TensorEntry
 from deltazip_ray.errors import BlobCorrupt
 
