@@ -7,7 +7,7 @@ from typing import NamedTuple
 from deltazip_ray.compress.options import CompressOptions, Progress
 
 DIGEST, SAMPLING, SURVEY, HEAD = 0.03, 0.25, 3.0, 0.08
-"""What the stages take where coding the blocks takes 1: between an 8B shape on a GPU (a survey 2.4) and 20 M parameters
+"""What the stages take where coding the blocks takes 1: between an 8B shape on a GPU (a survey 2.5) and 20 M parameters
 on a CPU (3.8). Reading calibration data takes nothing."""
 
 
