@@ -35,7 +35,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def wide_zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    """As ``zoo``, with heads of 128, which FlashInfer has kernels for."""
+    """As ``zoo``, with heads of 128, which FlashInfer has kernels for, and an adapter of low rank."""
     path = tmp_path_factory.mktemp("wide")
     base = make_base(path / "base", hidden=512)
     tunes = [make_finetune(base, path / f"tune{i}", seed=i, scale=0.02) for i in range(3)]
@@ -45,6 +45,7 @@ def wide_zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
         build_version(base, tunes[1], "int2"),
         build_version(base, tunes[2], "sparse24_int4"),
         build_version(base, odd, "int4", raw=r"1\.self_attn\.o_proj|embed_tokens", codecs={"mlp": "int3"}),
+        build_version(base, tunes[0], "low_rank", raw="embed_tokens|lm_head"),
     )
     oracles: dict[str | None, Oracle] = {None: Oracle(base)}
     oracles |= {v.version: Oracle(v.write_merged(path / v.version)) for v in versions}

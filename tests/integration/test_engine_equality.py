@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deltazip_kernels import CODECS
+from deltazip_kernels import CODECS, LOW_RANK
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 from tests.support.engines import GREEDY, RunningEngine, random_prompt, running, serving
 from tests.support.oracle import Oracle
@@ -53,13 +53,15 @@ async def test_prompts_in_small_chunks(zoo: Zoo) -> None:
 
 
 async def test_every_codec_in_one_batch(zoo: Zoo, tmp_path: Path) -> None:
-    built = {codec: build_version(zoo.base, zoo.versions[0].finetune, codec) for codec in CODECS}
-    async with running(zoo.base, MemorySource(*built.values()), slots=len(CODECS)) as run:
-        prompts = [random_prompt(i, 10 + i) for i in range(len(CODECS))]
+    codecs = (*CODECS, LOW_RANK)
+    raw = {LOW_RANK: "embed_tokens|lm_head"}  # an adapter has products only
+    built = {c: build_version(zoo.base, zoo.versions[0].finetune, c, raw=raw.get(c, "$never")) for c in codecs}
+    async with running(zoo.base, MemorySource(*built.values()), slots=len(codecs)) as run:
+        prompts = [random_prompt(i, 10 + i) for i in range(len(codecs))]
         outputs = await asyncio.gather(
             *(run.generate(prompt, version.version) for prompt, version in zip(prompts, built.values(), strict=True))
         )
-    for codec, prompt, output in zip(CODECS, prompts, outputs, strict=True):
+    for codec, prompt, output in zip(codecs, prompts, outputs, strict=True):
         oracle = Oracle(built[codec].write_merged(tmp_path / codec))
         assert output == oracle.greedy(prompt, GREEDY.max_tokens), codec
 

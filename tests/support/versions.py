@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 
-from deltazip_kernels import CODECS, GROUP, LAYOUT_VERSION, RAW, pack, unpack
+from deltazip_kernels import CODECS, GROUP, LAYOUT_VERSION, LOW_RANK, RAW, pack, unpack
 from deltazip_ray.artifact.artifact import ArtifactWriter, open_artifact
 from deltazip_ray.artifact.blob import read_blob, write_blob
 from deltazip_ray.artifact.catalog import Catalog
@@ -22,6 +22,8 @@ from deltazip_ray.artifact.manifest import BaseRef, BlobEntry, FileEntry, Manife
 from deltazip_ray.artifact.object_store import ObjectStore
 from deltazip_ray.residency.tiers import HostDelta, Tier
 
+RANK = 8
+"""Of ``low_rank`` versions: what the best adapter of this rank keeps of a fine-tune."""
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight", "gpt_neox.embed_in.weight", "embed_out.weight")
 
 
@@ -117,7 +119,8 @@ def build_version(
         if value.dim() != 2 or re.search(raw, name):
             chosen = RAW
         tensors, merged[name] = _code(name, chosen, old.tensor(name).float(), known)
-        entry = TensorEntry(codec=chosen, shape=tuple(known.shape), bytes_finetuned=known.nbytes)
+        rank = RANK if chosen == LOW_RANK else None
+        entry = TensorEntry(codec=chosen, shape=tuple(known.shape), bytes_finetuned=known.nbytes, rank=rank)
         blocks.setdefault(block, {}).update(tensors)
         entries.setdefault(block, {})[name] = entry
         if len(known) < len(value):
@@ -202,6 +205,10 @@ def _code(
     """The tensors of one weight for a blob, and the weight they make."""
     if codec == RAW:
         return {name: value.contiguous()}, value.contiguous()
+    if codec == LOW_RANK:
+        left, sizes, right = torch.linalg.svd(value - base, full_matrices=False)
+        up, down = (left * sizes)[:, :RANK].bfloat16().contiguous(), right[:RANK].bfloat16().contiguous()
+        return {f"{name}.up": up, f"{name}.down": down}, base + up.float() @ down.float()
     packed = round_to_nearest(codec, value - base)
     merged = base + unpack(codec, packed, (value.shape[0], value.shape[1]))
     return {f"{name}.{part}": tensor for part, tensor in packed.items()}, merged
