@@ -32,7 +32,9 @@ class Rows:
     segments: Segments | None = None
     """The same for the device, those of the base included; None where nobody asks."""
     work: Work | None = None
-    """What the grouped kernels do for the segments that are not ``merged``, if there are any."""
+    """What the grouped kernels do for the segments that are not ``merged``, if there are any ..."""
+    rounded: int = 0
+    """... and how many rows, from the first on, have all of these: they are wanted in int8."""
     merged: tuple[Span, ...] = ()
     """Segments so long that they multiply with the sum of base and delta ..."""
     tiles: RowTiles | None = None

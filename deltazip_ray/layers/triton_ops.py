@@ -97,7 +97,7 @@ class TritonStack(DeltaStack):
         for group in self.groups:
             packed = [name for name in group if name in CODECS]
             if packed and rounded is None:
-                rounded = quantize_rows(x.values)
+                rounded = quantize_rows(x.values, int8=rows.rounded)
             if packed and rounded is not None:
                 grouped_matmul(y, rounded, self.table, rows.work, packed)
             if RAW in group:
@@ -161,12 +161,13 @@ class TritonOps(LayerOps):
         alone = len(spans) == 1
         merged = tuple(span for span in versions if span.stop - span.start >= self._long_rows(span.slot, alone=alone))
         short = [span for span in versions if span not in merged]
-        work: Work | None = None
+        work, rounded = None, 0
         if short:
+            rounded = short[-1].stop
             segments = send_segments([_without(span, merged) for span in spans], device)
             lengths = [span.stop - span.start for span in short]
             work = plan(segments, spans[-1].stop, max(lengths), halves=in_halves(lengths))
-        return Rows(index, versions, None, work, merged, _cut(merged, device) if merged else None)
+        return Rows(index, versions, None, work, rounded, merged, _cut(merged, device) if merged else None)
 
     def count(self, slot: int, before: PackedDelta | None, after: PackedDelta | None) -> None:
         """Keep ``unfused`` right where a slot gets a delta in place of another."""
@@ -183,14 +184,14 @@ class TritonOps(LayerOps):
 
     def graph_rows(self, index: torch.Tensor, segments: Segments, longest: int, *, halves: bool = False) -> Rows:
         """Rows of a step to be captured: any that ``index`` and ``segments`` hold at its replay."""
-        return Rows(index, work=plan(segments, len(index), longest, halves=halves))
+        return Rows(index, work=plan(segments, len(index), longest, halves=halves), rounded=len(index))
 
     def linear(self, weight: BaseWeight, x: Activations, stack: DeltaStack, rows: Rows) -> torch.Tensor:
         """See :meth:`LayerOps.linear`."""
         if not isinstance(stack, TritonStack):
             raise TypeError("TritonOps multiply with the stacks that they made")
         if isinstance(weight, Fp8Matrix) and x.rounded is None:
-            x = Activations(x.values, quantize_rows(x.values, fp8=True, int8=rows.work is not None))
+            x = Activations(x.values, quantize_rows(x.values, fp8=True, int8=rows.rounded))
         y = x.values.new_empty((x.values.shape[0], weight.shape[0]))
         start = 0
         for span in (*rows.merged, Span(-1, y.shape[0], y.shape[0])):
@@ -258,9 +259,9 @@ class TritonOps(LayerOps):
         """See :meth:`LayerOps.gelu_mul`."""
         return Activations(*gelu_mul_quantize(gate_up, **self._kinds(rows)))
 
-    def _kinds(self, rows: Rows) -> dict[str, bool]:
+    def _kinds(self, rows: Rows) -> dict[str, int]:
         """What activations are rounded to besides: int8 where deltas are multiplied."""
-        return {"fp8": self.fp8, "int8": rows.work is not None}
+        return {"fp8": self.fp8, "int8": rows.rounded}
 
     def rotate(
         self,

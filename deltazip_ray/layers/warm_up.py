@@ -41,7 +41,7 @@ def launch_all(stack: TritonStack, codecs: tuple[str, ...], rank: int, base: Bas
     y = torch.empty(1, twin.starts[-1], dtype=dtype, device=device)
     for rows, segments, longest in _BATCHES:
         starts = torch.empty(segments + 1, dtype=torch.int32, device=device)
-        batch = Rows(starts, work=plan(Segments(starts, starts[1:]), rows, longest))
+        batch = Rows(starts, work=plan(Segments(starts, starts[1:]), rows, longest), rounded=1)
         twin.add_product(y, Activations(x), batch)
         if looked_up:
             twin.add_weights(x, torch.empty(1, dtype=torch.int64, device=device), batch)

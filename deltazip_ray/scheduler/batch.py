@@ -75,9 +75,23 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Chunks sorted by slot (the base, -1, first). Empty when there is nothing to do."""
+    """Chunks, those of a slot behind each other. Empty when there is nothing to do."""
 
     chunks: tuple[Chunk, ...]
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk]) -> "Batch":
+        """``chunks``, which are sorted by slot; with prompts among them, the base first and then by the rows of a slot.
+
+        Long segments have products of their own: all others, in front of them, are one block to the base's.
+        """
+        batch = cls(tuple(chunks))
+        if batch.num_tokens == len(chunks):
+            return batch
+        starts, slots = batch.segments()
+        rows = {slot: stop - start for slot, start, stop in zip(slots, starts, starts[1:], strict=False)}
+        rows[-1] = 0
+        return cls(tuple(sorted(chunks, key=lambda chunk: (rows[chunk.slot], chunk.slot))))
 
     def __bool__(self) -> bool:
         """Whether there is anything to run."""
@@ -106,7 +120,7 @@ class Batch:
     def segments(self) -> tuple[list[int], list[int]]:
         """Rows by slot: ``starts [S + 1]`` and ``slots [S]``; rows ``starts[i]:starts[i + 1]`` belong to ``slots[i]``.
 
-        Slots ascend and none comes twice.
+        No slot comes twice.
         """
         return self._segments
 

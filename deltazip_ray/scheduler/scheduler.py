@@ -133,16 +133,14 @@ class Scheduler:
         self.short = False
         self._grow_tables()
         cut = self._share_out()
-        chunks, rows = [], 0
+        chunks = []
         for sequence in self._running:
             if sequence.may_run:
                 pending = sequence.pending
-                chunk = next_chunk(sequence, cut if sequence is self._prefill else pending, pending)
-                chunks.append(chunk)
-                if chunk.samples:
-                    sequence.row = rows
-                    rows += 1
-        batch = Batch(tuple(chunks))
+                chunks.append(next_chunk(sequence, cut if sequence is self._prefill else pending, pending))
+        batch = Batch.of(chunks)
+        for row, chunk in enumerate(batch.sampling_chunks):
+            chunk.sequence.row = row
         if chunks:
             self._on_the_way.append(batch)
         return batch

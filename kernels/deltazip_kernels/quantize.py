@@ -23,7 +23,7 @@ MAX_COLUMNS = 256 * GROUP
 class QuantizedRows:
     """``values`` [T, padded K] int8 in position order, ``scales`` [T] float32: ``x = values * scale``.
 
-    Both have no rows where the launch was told to leave int8 out.
+    Both have only the first of the rows, where the launch was told how many are wanted in int8.
 
     The rounding moves a value by at most 1/254 of the largest magnitude of its row.
     """
@@ -35,23 +35,24 @@ class QuantizedRows:
     """The same rows in fp8, where the launch that made these was asked for them."""
 
 
-def quantize_rows(x: Tensor, *, fp8: bool = False, int8: bool = True) -> QuantizedRows:
+def quantize_rows(x: Tensor, *, fp8: bool = False, int8: int | None = None) -> QuantizedRows:
     """Quantize ``x`` [T, K] to int8, one scale a row (symmetric, round half up). ValueError beyond MAX_COLUMNS.
 
-    With ``fp8``, here and below, to e4m3 too; without ``int8`` not to that.
+    With ``fp8``, here and below, to e4m3 too; with ``int8`` only so many first rows to int8.
     """
     rows, arguments, options = _empty(x, x.shape[1], fp8=fp8, int8=int8)
-    if x.shape[0]:
-        launch(quantize, (x.shape[0],), x, x.stride(0), *arguments, **options)
+    count = x.shape[0] if fp8 or int8 is None else int8
+    if count:
+        launch(quantize, (count,), x, x.stride(0), *arguments, **options)
     return rows
 
 
-def silu_mul_quantize(gate_up: Tensor, *, fp8: bool = False, int8: bool = True) -> tuple[Tensor, QuantizedRows]:
+def silu_mul_quantize(gate_up: Tensor, *, fp8: bool = False, int8: int | None = None) -> tuple[Tensor, QuantizedRows]:
     """``silu(gate) * up`` of ``gate_up`` [T, 2 K], in its type [T, K] and quantized."""
     return _gated(gate_up, gelu=False, fp8=fp8, int8=int8)
 
 
-def gelu_mul_quantize(gate_up: Tensor, *, fp8: bool = False, int8: bool = True) -> tuple[Tensor, QuantizedRows]:
+def gelu_mul_quantize(gate_up: Tensor, *, fp8: bool = False, int8: int | None = None) -> tuple[Tensor, QuantizedRows]:
     """The same with the tanh approximation of gelu (Gemma)."""
     return _gated(gate_up, gelu=True, fp8=fp8, int8=int8)
 
@@ -65,7 +66,7 @@ def rms_norm_quantize(
     *,
     offset: bool = False,
     fp8: bool = False,
-    int8: bool = True,
+    int8: int | None = None,
 ) -> tuple[Tensor, QuantizedRows]:
     """Llama's RMS norm of ``x`` [T, K] with row ``t`` scaled by ``weights[which[t]]``, in its type and quantized.
 
@@ -84,22 +85,23 @@ def layer_norm_quantize(
     residual: Tensor | None = None,
     *,
     fp8: bool = False,
-    int8: bool = True,
+    int8: int | None = None,
 ) -> tuple[Tensor, QuantizedRows]:
     """The layer norm likewise, with ``biases`` [versions, K] (GPT-NeoX)."""
     return _norm(x, weights, biases, which, epsilon, residual, offset=False, fp8=fp8, int8=int8)
 
 
-def _gated(gate_up: Tensor, *, gelu: bool, fp8: bool, int8: bool) -> tuple[Tensor, QuantizedRows]:
+def _gated(gate_up: Tensor, *, gelu: bool, fp8: bool, int8: int | None) -> tuple[Tensor, QuantizedRows]:
     columns = gate_up.shape[1] // 2
-    rows, arguments, options = _empty(gate_up, columns, fp8=fp8, int8=int8)
     out = gate_up.new_empty((gate_up.shape[0], columns))
+    few = not fp8 and int8 is not None and int8 < len(out)
+    rows, arguments, options = _empty(gate_up, columns, fp8=fp8, int8=0 if few else int8)
     if out.shape[0]:
-        if not int8 and not fp8:
+        if few:
             options = options | _CUT
         grid = (out.shape[0], ceil_div(options["GROUPS"], options["STEP"]))
         gated[grid](gate_up, gate_up.stride(0), out, *arguments, GELU=gelu, **options)
-    return out, rows
+    return out, quantize_rows(out, int8=int8) if few else rows
 
 
 def _norm(
@@ -112,7 +114,7 @@ def _norm(
     *,
     offset: bool,
     fp8: bool,
-    int8: bool,
+    int8: int | None,
 ) -> tuple[Tensor, QuantizedRows]:
     rows, arguments, options = _empty(x, x.shape[1], fp8=fp8, int8=int8)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -138,18 +140,20 @@ def _norm(
 
 
 def _empty(
-    x: Tensor, columns: int, *, fp8: bool, int8: bool
+    x: Tensor, columns: int, *, fp8: bool, int8: int | None
 ) -> tuple[QuantizedRows, tuple[Tensor | int, ...], dict[str, Any]]:
     """Room for the rows of ``x``, as arguments of a kernel too, and how to launch one program a row."""
     options = _options(columns, fp8, x.device)
     values, scales = _nothing(columns, x.device)
+    if int8 is None:
+        int8 = x.shape[0]
     if int8:
-        values = values.new_empty((x.shape[0], values.shape[1]))
-        scales = scales.new_empty(x.shape[0])
+        values = values.new_empty((int8, values.shape[1]))
+        scales = scales.new_empty(int8)
     other = empty_fp8(x.shape[0], columns, x.device) if fp8 else None
     fp8_arguments = (other.values, other.scales) if other else (scales, scales)
     rows = QuantizedRows(values, scales, columns, other)
-    return rows, (int(int8), values, scales, *fp8_arguments, columns), options
+    return rows, (int8, values, scales, *fp8_arguments, columns), options
 
 
 @cache

@@ -39,9 +39,11 @@ def test_gated(act: str, dtype: torch.dtype, columns: int, device: torch.device)
     want = (silu(gate) if act == "silu" else gelu(gate, approximate="tanh")) * up
     torch.testing.assert_close(out, want, rtol=tolerance(dtype), atol=tolerance(dtype))
     assert_quantizes(rows, out)
-    unrounded, rows = (silu_mul_quantize if act == "silu" else gelu_mul_quantize)(gate_up, int8=False)
-    assert torch.equal(unrounded, out)
-    assert not len(rows.values)
+    for count in (0, 3):
+        again, first = (silu_mul_quantize if act == "silu" else gelu_mul_quantize)(gate_up, int8=count)
+        assert torch.equal(again, out)
+        assert torch.equal(first.values, rows.values[:count])
+        assert torch.equal(first.scales, rows.scales[:count])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -36,6 +36,16 @@ def test_how_long_is_long_depends_on_the_version_and_its_company(
         assert least(other, alone=True) == MERGE_ROWS
 
 
+def test_rows_up_to_the_last_short_segment_are_rounded(device: torch.device) -> None:
+    ops = TritonOps(device, torch.bfloat16)
+    long = MERGE_ROWS + 1
+    assert [ops.rows(runs, device).rounded for runs in ([(-1, 7), (0, 20), (1, long)], [(0, long)], [(-1, 9)])] == [
+        27,
+        0,
+        0,
+    ]
+
+
 @pytest.mark.gpu
 def test_long_and_short_segments_of_many_codecs_in_one_step() -> None:
     """Long ones in one launch, but for one that has int3 and one with a delta for one part; short ones; the base's."""

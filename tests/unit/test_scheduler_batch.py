@@ -63,6 +63,18 @@ def test_chunks_are_sorted_by_slot_and_segments_are_consecutive() -> None:
     assert batch.num_tokens == 10
 
 
+def test_long_segments_come_last_and_decodes_find_their_tokens_all_the_same() -> None:
+    sched = scheduler(max_batch_tokens=64)
+    for name, slot, prompt in [("a", 0, 9), ("b", 1, 2), ("c", -1, 20), ("d", 2, 5)]:
+        sched.add(request(name, prompt), slot)
+    batch = sched.schedule()
+    assert [c.request_id for c in batch.chunks] == ["c", "b", "d", "a"]
+    ahead = sched.schedule()
+    assert [(c.request_id, c.drawn_row) for c in ahead.chunks] == [("c", 0), ("a", 3), ("b", 1), ("d", 2)]
+    sched.update(batch, [Drawn(token) for token in (1, 2, 3, 4)])
+    assert news(sched) == {name: TokenChunk((token,)) for name, token in zip("cbda", (1, 2, 3, 4), strict=True)}
+
+
 def test_an_empty_batch_is_false_and_is_not_waited_for() -> None:
     sched = scheduler()
     batch = sched.schedule()

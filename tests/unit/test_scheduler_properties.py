@@ -202,8 +202,8 @@ class Driver:
         config = self.config
         assert batch.num_tokens <= config.max_batch_tokens
         assert len(batch.chunks) <= config.max_running
-        slots = [chunk.slot for chunk in batch.chunks]
-        assert slots == sorted(slots)
+        slots = batch.segments()[1]
+        assert len(slots) == len(set(slots))
         unfinished = [chunk for chunk in batch.chunks if not chunk.samples]
         assert len(unfinished) <= 1
         for chunk in batch.chunks:

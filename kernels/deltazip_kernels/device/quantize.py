@@ -1,7 +1,7 @@
 """The kernels behind ``deltazip_kernels.quantize``.
 
 A program holds one row in registers: GROUPS groups of 128 columns, padded to STEP, a power of two. It writes the row in
-int8 where ``int8`` is 1, for deltas, and with FP8 in e4m3, for a base in fp8. All let the next launch start with them.
+int8 if it is one of the ``int8`` first, for deltas, and with FP8 in e4m3, for a base in fp8. All let the next launch start with them.
 They read norm weights and ``which`` before they wait: these must be older than the launch ahead.
 """
 
@@ -30,7 +30,7 @@ def _store_rounded(
     position = _columns(STEP)
     top = tl.max(tl.reshape(tl.abs(v), (STEP * 128,)), axis=0)
     live = top > SMALLEST
-    if int8:
+    if row < int8:
         inverse = tl.where(live, 127.0 / tl.where(live, top, 1.0), 0.0)
         tl.store(scales + row, tl.where(live, top / 127.0, 0.0))
         q = tl.reshape(tl.floor(v * inverse + 0.5).to(tl.int8), (STEP, 32, 4))
