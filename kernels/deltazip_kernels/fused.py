@@ -27,6 +27,7 @@ _MOST_PARTS = 3
 _NO_TILE = 1 << 30
 _OCCUPIED = 0.9
 _PHASES = 8
+_SHARERS = 4
 _STAGES = 4
 """Steps under way at once: what fits into the shared memory."""
 
@@ -123,20 +124,33 @@ def deal(tall: int, low: int, groups: int, multiprocessors: int) -> tuple[int, i
     share.
 
     Tiles of one kind are whole where that occupies nearly all multiprocessors; else programs share what is left of the
-    last turn, at few different places along K: those at the same one read what others have just read.
+    last turn, at few different places along K: those at the same one read what others have just read. Where that is so
+    little that many would share a tile, one of them adding up what the others leave, they share a turn more.
     """
     tiles = tall + low
-    programs = min(multiprocessors, max(tiles * groups, 1))
-    if not tall or not low:
-        turns = ceil_div(tiles, multiprocessors)
-        if turns > 1 and ceil_div(tiles, turns) >= _OCCUPIED * multiprocessors:
-            return ceil_div(tiles, turns), 0, 0
-        fewer = range(programs, ceil_div(9 * programs, 10) - 1, -1)
-        programs = next((p for p in fewer if p <= _PHASES * gcd(p, tiles)), programs)
-    shared = tall % programs, low % programs
+    most = min(multiprocessors, max(tiles * groups, 1))
+    turns = ceil_div(tiles, multiprocessors)
+    if not (tall and low) and ceil_div(tiles, max(turns, 1)) >= _OCCUPIED * multiprocessors:
+        return ceil_div(tiles, turns), 0, 0
+    fewer = range(most, ceil_div(19 * most, 20) - 1, -1)
+    programs = min(fewer, key=lambda count: max(_PHASES, _places(tall % count, low % count, count)))
+    shared_tall, shared_low = tall % programs, low % programs
+    if tall > programs and shared_tall and _SHARERS * _line(shared_tall, shared_low) < TALL_COST.value * programs:
+        shared_tall += programs
     # Who collects from the sharers of a tile waits for all of them: each has to have a group at least.
-    enough = (shared[0] + shared[1]) * groups * LOW_COST.value >= programs * TALL_COST.value
-    return programs, *(shared if enough else (0, 0))
+    enough = (shared_tall + shared_low) * groups * LOW_COST.value >= programs * TALL_COST.value
+    return programs, *((shared_tall, shared_low) if enough else (0, 0))
+
+
+def _line(tall: int, low: int) -> int:
+    """What all columns of so many tiles take."""
+    return TALL_COST.value * tall + LOW_COST.value * low
+
+
+def _places(tall: int, low: int, programs: int) -> int:
+    """At how many places along K those of ``programs`` begin that share these tiles evenly."""
+    costs = [cost.value * programs for cost, tiles in ((TALL_COST, tall), (LOW_COST, low)) if tiles]
+    return max((cost // gcd(_line(tall, low), cost) for cost in costs), default=1)
 
 
 def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:

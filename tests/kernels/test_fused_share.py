@@ -1,5 +1,7 @@
 """Who does which part of a fused product: plain arithmetic, the same functions that run on the GPU."""
 
+from collections import Counter
+
 import pytest
 
 from deltazip_kernels.device import fused_share
@@ -62,6 +64,14 @@ def test_programs_have_even_shares(tall: int, low: int) -> None:
     done = [[sum(stop - first for _, first, stop in share) for share in shares] for shares in pieces(tall, low, 32)]
     work = [3 * of_tall + 2 * of_low for of_tall, of_low in zip(*done, strict=True)]
     assert max(work) <= 1.12 * (3 * tall + 2 * low) * 32 / PROGRAMS + 3
+
+
+@pytest.mark.parametrize(("tall", "low"), [(64, 0), (96, 0), (144, 0), (64, 32), (96, 48), (448, 224), (7168, 224)])
+def test_tiles_are_shared_by_few_programs_at_few_places(tall: int, low: int) -> None:
+    for shares in pieces(tall, low, 32):
+        parts = [piece for share in shares for piece in share]
+        assert len({first for _, first, _ in parts}) <= 8
+        assert max(Counter(tile for tile, _, _ in parts).values(), default=0) <= 4
 
 
 @pytest.mark.parametrize(("tall", "low"), COUNTS)
