@@ -161,7 +161,8 @@ class TritonOps(LayerOps):
         alone = len(spans) == 1
         merged = tuple(span for span in versions if span.stop - span.start >= self._long_rows(span.slot, alone=alone))
         short = [span for span in versions if span not in merged]
-        work, rounded = None, 0
+        work: Work | None = None
+        rounded = 0
         if short:
             rounded = short[-1].stop
             segments = send_segments([_without(span, merged) for span in spans], device)

@@ -1,8 +1,8 @@
 """The kernels behind ``deltazip_kernels.quantize``.
 
 A program holds one row in registers: GROUPS groups of 128 columns, padded to STEP, a power of two. It writes the row in
-int8 if it is one of the ``int8`` first, for deltas, and with FP8 in e4m3, for a base in fp8. All let the next launch start with them.
-They read norm weights and ``which`` before they wait: these must be older than the launch ahead.
+int8 if it is one of the ``int8`` first, for deltas, and with FP8 in e4m3, for a base in fp8. All let the next launch
+start with them. They read norm weights and ``which`` before they wait: these must be older than the launch ahead.
 """
 
 import triton
