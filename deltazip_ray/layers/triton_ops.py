@@ -235,8 +235,11 @@ class TritonOps(LayerOps):
     ) -> Activations:
         """See :meth:`LayerOps.rms_norm`."""
         first, residual = (x, None) if update is None else (update, x)
-        kinds = self._kinds(rows)
-        return Activations(*rms_norm_quantize(first, weights, rows.index, eps, residual, offset=offset, **kinds))
+        return Activations(
+            *rms_norm_quantize(
+                first, weights, rows.index, eps, residual, offset=offset, fp8=self.fp8, int8=rows.rounded
+            )
+        )
 
     def layer_norm(
         self,
@@ -249,20 +252,17 @@ class TritonOps(LayerOps):
     ) -> Activations:
         """See :meth:`LayerOps.layer_norm`."""
         first, residual = (x, None) if update is None else (update, x)
-        kinds = self._kinds(rows)
-        return Activations(*layer_norm_quantize(first, weights, biases, rows.index, eps, residual, **kinds))
+        return Activations(
+            *layer_norm_quantize(first, weights, biases, rows.index, eps, residual, fp8=self.fp8, int8=rows.rounded)
+        )
 
     def silu_mul(self, gate_up: torch.Tensor, rows: Rows) -> Activations:
         """See :meth:`LayerOps.silu_mul`."""
-        return Activations(*silu_mul_quantize(gate_up, **self._kinds(rows)))
+        return Activations(*silu_mul_quantize(gate_up, fp8=self.fp8, int8=rows.rounded))
 
     def gelu_mul(self, gate_up: torch.Tensor, rows: Rows) -> Activations:
         """See :meth:`LayerOps.gelu_mul`."""
-        return Activations(*gelu_mul_quantize(gate_up, **self._kinds(rows)))
-
-    def _kinds(self, rows: Rows) -> dict[str, int]:
-        """What activations are rounded to besides: int8 where deltas are multiplied."""
-        return {"fp8": self.fp8, "int8": rows.rounded}
+        return Activations(*gelu_mul_quantize(gate_up, fp8=self.fp8, int8=rows.rounded))
 
     def rotate(
         self,

@@ -144,7 +144,7 @@ def deal(tall: int, low: int, groups: int, multiprocessors: int) -> tuple[int, i
 
 def _line(tall: int, low: int) -> int:
     """What all columns of so many tiles take."""
-    return TALL_COST.value * tall + LOW_COST.value * low
+    return int(TALL_COST.value * tall + LOW_COST.value * low)
 
 
 def _places(tall: int, low: int, programs: int) -> int:
