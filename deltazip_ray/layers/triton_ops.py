@@ -165,9 +165,9 @@ class TritonOps(LayerOps):
         rounded = 0
         if short:
             rounded = short[-1].stop
-            segments = send_segments([_without(span, merged) for span in spans], device)
+            first = [_without(span, merged) for span in spans if span.stop <= rounded]
             lengths = [span.stop - span.start for span in short]
-            work = plan(segments, spans[-1].stop, max(lengths), halves=in_halves(lengths))
+            work = plan(send_segments(first, device), rounded, max(lengths), halves=in_halves(lengths))
         return Rows(index, versions, None, work, rounded, merged, _cut(merged, device) if merged else None)
 
     def count(self, slot: int, before: PackedDelta | None, after: PackedDelta | None) -> None:
