@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence, Set
 
 import numpy as np
@@ -14,6 +14,7 @@ from deltazip_kernels.fused import (
     FUSED_ALONE_ROWS,
     FUSED_CODECS,
     FUSED_ROWS,
+    SCRATCH_ROWS,
     FusedProduct,
     RowTiles,
     cut_rows,
@@ -139,8 +140,8 @@ class TritonOps(LayerOps):
         self._scratch = torch.empty(0, dtype=dtype, device=device)
         self._product = BaseProduct(device)
         self.fused = FusedProduct(device)
-        self.unfused = Counter[int]()
-        """For each slot, deltas of codecs that ``fused`` does not take."""
+        self.held: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        """For each slot, how many deltas of each codec."""
 
     def scratch(self, like: BaseWeight) -> torch.Tensor:
         """Room for one weight of the shape of ``like``, the same memory for all."""
@@ -168,20 +169,27 @@ class TritonOps(LayerOps):
             first = [_without(span, merged) for span in spans if span.stop <= rounded]
             lengths = [span.stop - span.start for span in short]
             work = plan(send_segments(first, device), rounded, max(lengths), halves=in_halves(lengths))
-        return Rows(index, versions, None, work, rounded, merged, _cut(merged, device) if merged else None)
+        fused = [
+            span for span in merged if span.stop - span.start < SCRATCH_ROWS or self._codecs(span.slot) != {"int4"}
+        ]
+        return Rows(index, versions, None, work, rounded, merged, _cut(fused, device) if fused else None)
 
     def count(self, slot: int, before: PackedDelta | None, after: PackedDelta | None) -> None:
-        """Keep ``unfused`` right where a slot gets a delta in place of another."""
+        """Keep ``held`` right where a slot gets a delta in place of another."""
         with self.growth:  # loads run beside each other
             for delta, change in ((before, -1), (after, 1)):
-                if delta is not None and delta.codec not in FUSED_CODECS:
-                    self.unfused[slot] += change
+                if delta is not None:
+                    self.held[slot][delta.codec] += change
 
     def _long_rows(self, slot: int, *, alone: bool) -> int:
         """So many rows of a slot make a segment long."""
-        if self.fp8 or self.dtype != torch.bfloat16 or not self.fused.available or self.unfused[slot]:
+        if self.fp8 or self.dtype != torch.bfloat16 or not self.fused.available or self._codecs(slot) - {*FUSED_CODECS}:
             return MERGE_ROWS
         return FUSED_ALONE_ROWS if alone else FUSED_ROWS
+
+    def _codecs(self, slot: int) -> set[str]:
+        """Those of a slot's deltas."""
+        return {codec for codec, count in self.held[slot].items() if count}
 
     def graph_rows(self, index: torch.Tensor, segments: Segments, longest: int, *, halves: bool = False) -> Rows:
         """Rows of a step to be captured: any that ``index`` and ``segments`` hold at its replay."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deltazip_kernels.fused import FUSED_ALONE_ROWS, FUSED_ROWS, FusedProduct
+from deltazip_kernels.fused import FUSED_ALONE_ROWS, FUSED_ROWS, SCRATCH_ROWS, FusedProduct
 from deltazip_kernels.merged import MERGE_ROWS
 from deltazip_ray.layers.activations import Activations
 from deltazip_ray.layers.triton_ops import TritonOps
@@ -44,6 +44,27 @@ def test_rows_up_to_the_last_short_segment_are_rounded(device: torch.device) -> 
         0,
         0,
     ]
+
+
+@pytest.mark.parametrize(
+    ("codecs", "rows", "fused"),
+    [
+        (["int4"], SCRATCH_ROWS - 1, True),
+        (["int4"], SCRATCH_ROWS, False),
+        (["int4", "int2"], SCRATCH_ROWS, True),
+        (["int2"], SCRATCH_ROWS, True),
+    ],
+)
+def test_very_long_segments_of_int4_alone_have_a_scratch_weight(
+    codecs: list[str], rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch, *, fused: bool
+) -> None:
+    monkeypatch.setattr(FusedProduct, "available", True)
+    ops = TritonOps(device, torch.bfloat16)
+    for codec in codecs:
+        ops.count(0, None, random_coded(codec, (64, 128)).delta())
+    step = ops.rows([(0, rows)], device)
+    assert (step.tiles is not None) == fused
+    assert step.merged
 
 
 @pytest.mark.gpu
