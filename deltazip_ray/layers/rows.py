@@ -20,6 +20,11 @@ class Span:
     start: int
     stop: int
 
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.stop - self.start
+
 
 @dataclass(frozen=True)
 class Rows:

@@ -160,18 +160,16 @@ class TritonOps(LayerOps):
         index = send_index(spans, device)
         versions = tuple(span for span in spans if span.slot >= 0)
         alone = len(spans) == 1
-        merged = tuple(span for span in versions if span.stop - span.start >= self._long_rows(span.slot, alone=alone))
+        merged = tuple(span for span in versions if span.rows >= self._long_rows(span.slot, alone=alone))
         short = [span for span in versions if span not in merged]
         work: Work | None = None
         rounded = 0
         if short:
             rounded = short[-1].stop
             first = [_without(span, merged) for span in spans if span.stop <= rounded]
-            lengths = [span.stop - span.start for span in short]
+            lengths = [span.rows for span in short]
             work = plan(send_segments(first, device), rounded, max(lengths), halves=in_halves(lengths))
-        fused = [
-            span for span in merged if span.stop - span.start < SCRATCH_ROWS or self._codecs(span.slot) != {"int4"}
-        ]
+        fused = [span for span in merged if span.rows < SCRATCH_ROWS or self._codecs(span.slot) != {"int4"}]
         return Rows(index, versions, None, work, rounded, merged, _cut(fused, device) if fused else None)
 
     def count(self, slot: int, before: PackedDelta | None, after: PackedDelta | None) -> None:

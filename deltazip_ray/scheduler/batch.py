@@ -1,5 +1,6 @@
 """The work of one step."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,8 @@ from deltazip_ray.kvcache.block_manager import BlockTable
 from deltazip_ray.scheduler.request import SamplingParams, TokenLogprobs
 from deltazip_ray.scheduler.sequence import SequenceState
 
+TILE_ROWS = 256
+"""Rows of a long segment that kernels multiply at once (``deltazip_kernels.device.fused.TALL``)."""
 DRAWN = -1
 """In ``Chunk.tokens``: the token that the batch launched just before this one drew for the same sequence.
 
@@ -75,23 +78,26 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Chunks, those of a slot behind each other. Empty when there is nothing to do."""
+    """Chunks, decodes of a slot behind each other and so are prompts. Empty when there is nothing to do."""
 
     chunks: tuple[Chunk, ...]
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk]) -> "Batch":
-        """``chunks``, which are sorted by slot; with prompts among them, the base first and then by the rows of a slot.
+        """``chunks``, which are sorted by slot; in a step of more than TILE_ROWS rows decodes before prompts, and these
+        by how many rows a version has, those of the base first.
 
-        Long segments have products of their own: all others, in front of them, are one block to the base's.
+        Long segments of prompts have products of their own, in whole tiles of rows; all other rows, in front of them,
+        are one block to the base's.
         """
         batch = cls(tuple(chunks))
-        if batch.num_tokens == len(chunks):
+        if batch.num_tokens <= max(TILE_ROWS, len(chunks)):
             return batch
-        starts, slots = batch.segments()
-        rows = {slot: stop - start for slot, start, stop in zip(slots, starts, starts[1:], strict=False)}
-        rows[-1] = 0
-        return cls(tuple(sorted(chunks, key=lambda chunk: (rows[chunk.slot], chunk.slot))))
+        rows: Counter[int] = Counter()
+        for chunk in chunks:
+            if chunk.slot >= 0 and len(chunk.tokens) > 1:
+                rows[chunk.slot] += len(chunk.tokens)
+        return cls(tuple(sorted(chunks, key=lambda c: (len(c.tokens) > 1, len(c.tokens) > 1 and rows[c.slot], c.slot))))
 
     def __bool__(self) -> bool:
         """Whether there is anything to run."""
@@ -115,12 +121,12 @@ class Batch:
     @property
     def versions(self) -> int:
         """How many slots it has; the base is one."""
-        return len(self._segments[1])
+        return len(set(self._segments[1]))
 
     def segments(self) -> tuple[list[int], list[int]]:
         """Rows by slot: ``starts [S + 1]`` and ``slots [S]``; rows ``starts[i]:starts[i + 1]`` belong to ``slots[i]``.
 
-        No slot comes twice.
+        A slot may come twice: with decodes, and with prompts.
         """
         return self._segments
 

@@ -38,7 +38,7 @@ from operator import attrgetter
 from deltazip_ray.config import CPU_KV_BLOCKS, EngineConfig
 from deltazip_ray.errors import DeltaZipError, EngineError, InvalidRequest
 from deltazip_ray.kvcache.block_manager import BlockManager
-from deltazip_ray.scheduler.batch import Batch, Drawn, Scores, next_chunk
+from deltazip_ray.scheduler.batch import TILE_ROWS, Batch, Drawn, Scores, next_chunk
 from deltazip_ray.scheduler.fair_queue import FairQueue
 from deltazip_ray.scheduler.limits import Limits
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
@@ -53,6 +53,8 @@ _AHEAD = 2
 """Batches that may be on their way at once."""
 ROWS_AT_ONCE = 32
 """Decodes of one version that kernels serve in one pass over its delta (``deltazip_kernels.plan.MORE``)."""
+_MOST_UNUSED = 8
+"""Of a step's tokens one in so many may be left unused for the sake of whole tiles."""
 _NOT_FINITE = "the logits are not finite: the version is broken"
 
 _slot = attrgetter("slot")
@@ -239,21 +241,33 @@ class Scheduler:
         if last is not None and last.table:
             if last.pending > room + 1:
                 self._prefill = last
-                return room + 1
+                return self._cut(last, room + 1) or room + 1
             room -= last.pending - 1
-        while room and (last := self._admit(last)):
+        while room and (last := self._admit(last, room)):
             if last.pending > room:
                 self._prefill = last
-                return room
+                return self._cut(last, room) or room
             room -= last.pending
         return 0
 
-    def _admit(self, last: SequenceState | None) -> SequenceState | None:
-        """Start the request whose turn it is, if there is one and it fits; ``last`` was prefilled before it."""
+    def _cut(self, prefill: SequenceState, room: int) -> int:
+        """How many tokens of a ``prefill`` that has more than ``room`` run: as many as make whole tiles of rows with
+        the other prompts of its version, where that leaves little room unused; they may be none."""
+        pending = [s.pending for s in self._running if s.slot == prefill.slot and s is not prefill and s.may_run]
+        over = (room + sum(tokens for tokens in pending if tokens > 1)) % TILE_ROWS
+        return max(room - over, 0) if prefill.slot >= 0 and _MOST_UNUSED * over <= self._max_batch_tokens else room
+
+    def _admit(self, last: SequenceState | None, room: int) -> SequenceState | None:
+        """Start the request whose turn it is, if there is one and it fits; ``last`` was prefilled before it.
+
+        Behind others, one of which no tile of rows has ``room`` waits for the next step.
+        """
         sequence = self._queue.first(self._filling(last)) if len(self._running) < self._max_running else None
         if sequence is None or sequence.drawing:
             return None  # One that was preempted just now is computed again with the token that is on its way.
         tokens = len(sequence)
+        if last is not None and tokens > room and not self._cut(sequence, room):
+            return None
         names = sequence.names.first(sequence.reusable // self._block_size) if self._share_prefixes else []
         found = self.blocks.start(tokens, names, spare=len(self._running))
         if found is None:

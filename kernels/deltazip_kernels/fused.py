@@ -28,7 +28,7 @@ SCRATCH_ROWS = 3072
 _MOST_PARTS = 3
 _NO_TILE = 1 << 30
 _OCCUPIED = 0.9
-_PHASES = 8
+_PLACES = 8
 _SHARERS = 4
 _STAGES = 4
 """Steps under way at once: what fits into the shared memory."""
@@ -126,16 +126,19 @@ def deal(tall: int, low: int, groups: int, multiprocessors: int) -> tuple[int, i
     share.
 
     Tiles of one kind are whole where that occupies nearly all multiprocessors; else programs share what is left of the
-    last turn, at few different places along K: those at the same one read what others have just read. Where that is so
-    little that many would share a tile, one of them adding up what the others leave, they share a turn more.
+    last turn, at few different places along K: those at the same one read what others have just read. In many turns of
+    both kinds that counts for less than programs that idle. Where so little is left that many would share a tile, one
+    of them adding up what the others leave, they share a turn more.
     """
     tiles = tall + low
     most = min(multiprocessors, max(tiles * groups, 1))
     turns = ceil_div(tiles, multiprocessors)
-    if not (tall and low) and ceil_div(tiles, max(turns, 1)) >= _OCCUPIED * multiprocessors:
+    both = tall > 0 and low > 0
+    if not both and ceil_div(tiles, max(turns, 1)) >= _OCCUPIED * multiprocessors:
         return ceil_div(tiles, turns), 0, 0
-    fewer = range(most, ceil_div(19 * most, 20) - 1, -1)
-    programs = min(fewer, key=lambda count: max(_PHASES, _places(tall % count, low % count, count)))
+    fewest = most if both and 2 * tiles > 3 * most else ceil_div(19 * most, 20)
+    counts = range(most, fewest - 1, -1)
+    programs = next((count for count in counts if _places(tall % count, low % count, count) <= _PLACES), most)
     shared_tall, shared_low = tall % programs, low % programs
     if tall > programs and shared_tall and _SHARERS * _line(shared_tall, shared_low) < TALL_COST.value * programs:
         shared_tall += programs

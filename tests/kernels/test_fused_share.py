@@ -66,7 +66,7 @@ def test_programs_have_even_shares(tall: int, low: int) -> None:
     assert max(work) <= 1.12 * (3 * tall + 2 * low) * 32 / PROGRAMS + 3
 
 
-@pytest.mark.parametrize(("tall", "low"), [(64, 0), (96, 0), (144, 0), (64, 32), (96, 48), (448, 224), (7168, 224)])
+@pytest.mark.parametrize(("tall", "low"), [(64, 0), (96, 0), (144, 0), (64, 32), (96, 48)])
 def test_tiles_are_shared_by_few_programs_at_few_places(tall: int, low: int) -> None:
     for shares in pieces(tall, low, 32):
         parts = [piece for share in shares for piece in share]

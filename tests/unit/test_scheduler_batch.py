@@ -5,10 +5,11 @@ from itertools import pairwise
 
 import pytest
 
+from deltazip_kernels.device.fused import TALL
 from deltazip_kernels.plan import MORE
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.errors import EngineError, InvalidRequest, PromptTooLong
-from deltazip_ray.scheduler.batch import DRAWN, Batch, Drawn
+from deltazip_ray.scheduler.batch import DRAWN, TILE_ROWS, Batch, Drawn
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, TokenChunk
 from deltazip_ray.scheduler.scheduler import ROWS_AT_ONCE, End, Scheduler
 
@@ -63,16 +64,32 @@ def test_chunks_are_sorted_by_slot_and_segments_are_consecutive() -> None:
     assert batch.num_tokens == 10
 
 
-def test_long_segments_come_last_and_decodes_find_their_tokens_all_the_same() -> None:
-    sched = scheduler(max_batch_tokens=64)
-    for name, slot, prompt in [("a", 0, 9), ("b", 1, 2), ("c", -1, 20), ("d", 2, 5)]:
+def test_prompts_come_last_by_their_versions_rows_and_decodes_find_their_tokens_all_the_same() -> None:
+    sched = scheduler(max_batch_tokens=1024, kv_blocks=1024)
+    for name, slot, prompt in [("a", 0, 300), ("b", 1, 1), ("c", -1, 400), ("d", 2, 2), ("e", 0, 1)]:
         sched.add(request(name, prompt), slot)
     batch = sched.schedule()
-    assert [c.request_id for c in batch.chunks] == ["c", "b", "d", "a"]
+    assert [c.request_id for c in batch.chunks] == ["e", "b", "c", "d", "a"]
+    assert (batch.segments()[1], batch.versions) == ([0, 1, -1, 2, 0], 4)
     ahead = sched.schedule()
-    assert [(c.request_id, c.drawn_row) for c in ahead.chunks] == [("c", 0), ("a", 3), ("b", 1), ("d", 2)]
-    sched.update(batch, [Drawn(token) for token in (1, 2, 3, 4)])
-    assert news(sched) == {name: TokenChunk((token,)) for name, token in zip("cbda", (1, 2, 3, 4), strict=True)}
+    assert [(c.request_id, c.drawn_row) for c in ahead.chunks] == [("c", 2), ("a", 4), ("e", 0), ("b", 1), ("d", 3)]
+    sched.update(batch, [Drawn(token) for token in range(5)])
+    assert news(sched) == {name: TokenChunk((token,)) for token, name in enumerate("ebcda")}
+
+
+@pytest.mark.parametrize("prompt", [310, 256, 250, 5000])
+def test_prompts_of_a_version_are_cut_where_its_rows_are_whole_tiles(prompt: int) -> None:
+    for slot, first in ((0, 2048), (-1, 2100)):
+        sched = scheduler(max_batch_tokens=2100, kv_blocks=8192, max_model_len=8192)
+        for i in range(10):
+            sched.add(request(str(i), prompt), slot)
+        assert sched.schedule().num_tokens == first
+
+
+def test_a_step_without_room_for_a_tile_goes_on_with_a_prompt() -> None:
+    sched = scheduler(max_batch_tokens=100, kv_blocks=256)
+    sched.add(request("a", 250), 0)
+    assert [step(sched)[0].num_tokens for _ in range(3)] == [100, 100, 50]
 
 
 def test_an_empty_batch_is_false_and_is_not_waited_for() -> None:
@@ -342,6 +359,7 @@ def test_versions_that_wait_get_as_many_rows_as_kernels_serve_at_once(*, ahead: 
             sched.update(batch, [Drawn(7)] * len(batch.sampling_chunks))
     assert uneven == 0
     assert ROWS_AT_ONCE == MORE
+    assert TALL.value == TILE_ROWS
 
 
 def test_first_tokens_and_ends_are_told_at_once_and_the_others_in_turn() -> None:
