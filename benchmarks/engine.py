@@ -90,6 +90,8 @@ async def growth(engine: AsyncEngine, registry: CollectorRegistry, options: argp
         for requests in options.requests:
             if count <= requests:
                 put(f"{count}.decodes_{requests}", await decodes(engine, registry, requests, count))
+            if count > 1:
+                put(f"{count}.zipf_{requests}", await decodes(engine, registry, requests, count, zipf=True))
 
 
 async def details(engine: AsyncEngine, options: argparse.Namespace, put: Put) -> None:

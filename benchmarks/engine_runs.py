@@ -17,13 +17,15 @@ GROWTH_PROMPT, GROWTH_OUTPUT = 256, 80
 
 
 def jobs(
-    engine: AsyncEngine, requests: int, prompt: int, output: int, versions: int, seed: int
+    engine: AsyncEngine, requests: int, prompt: int, output: int, versions: int, seed: int, *, zipf: bool = False
 ) -> list[GenerateRequest]:
-    """Random greedy requests of versions in turn; of the base when there are none."""
+    """Random greedy requests of versions in turn, or drawn by Zipf's law; of the base when there are none."""
     rng = random.Random(seed)
     sampling = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
     names: list[str | None] = [f"{i:064x}" for i in range(versions)]
     names = names or [None]
+    if zipf:
+        names = rng.choices(names, [1 / (1 + rank) for rank in range(versions)], k=requests)
     return [
         GenerateRequest(str(i), names[i % len(names)], tuple(rng.choices(range(engine.vocab_size), k=prompt)), sampling)
         for i in range(requests)
@@ -56,8 +58,11 @@ async def step(engine: AsyncEngine, requests: int, versions: int, runs: int) -> 
     return {"requests": requests, "ms": statistics.median(samples), "samples": samples}
 
 
-async def decodes(engine: AsyncEngine, registry: CollectorRegistry, requests: int, versions: int) -> dict[str, Any]:
+async def decodes(
+    engine: AsyncEngine, registry: CollectorRegistry, requests: int, versions: int, *, zipf: bool = False
+) -> dict[str, Any]:
     """Milliseconds of the steps in which all of ``requests`` decode: the mean of one run, by the engine's own clock."""
+    wanted = jobs(engine, requests, GROWTH_PROMPT, GROWTH_OUTPUT, versions, requests, zipf=zipf)
     marks: list[tuple[float, int]] = []
     begun = 0
 
@@ -72,9 +77,11 @@ async def decodes(engine: AsyncEngine, registry: CollectorRegistry, requests: in
             if chunk.finish_reason is not None and len(marks) == 1:
                 marks.append(steps(registry))
 
-    await asyncio.gather(*map(one, jobs(engine, requests, GROWTH_PROMPT, GROWTH_OUTPUT, versions, requests)))
+    await asyncio.gather(*map(one, wanted))
     (since, before), (until, after) = marks
-    return {"requests": requests, "ms": 1e3 * (until - since) / (after - before), "steps": after - before}
+    found = len({request.version for request in wanted} - {None})
+    ms = 1e3 * (until - since) / (after - before)
+    return {"requests": requests, "versions": found, "ms": ms, "steps": after - before}
 
 
 async def saturated(engine: AsyncEngine, registry: CollectorRegistry, versions: int, runs: int) -> dict[str, Any]:

@@ -74,17 +74,19 @@ def limit(report: dict[str, Any], versions: int, tokens: float) -> float:
 
 def growth(report: dict[str, Any]) -> str:
     """Milliseconds of a decode step by versions and requests, and how many times the memory's limit that is."""
-    found: dict[int, dict[int, float]] = {}
+    found: dict[tuple[bool, int], dict[int, str]] = {}
     for key, value in report.items():
         versions, _, what = key.partition(".")
-        if what.startswith("decodes_"):
-            found.setdefault(int(versions), {})[value["requests"]] = value["ms"]
+        if what.startswith(("decodes_", "zipf_")):
+            requests, ms = value["requests"], value["ms"]
+            times = ms / limit(report, value.get("versions", int(versions)), requests * DECODE_TOKENS)
+            row = found.setdefault((what.startswith("zipf_"), int(versions)), {})
+            row[requests] = f"{ms:.2f} ({times:.2f} ×)"
     columns = sorted({requests for row in found.values() for requests in row})
     lines = ["| versions | " + " | ".join(f"{n} requests" for n in columns) + " |", "| " + "--:|" * (1 + len(columns))]
-    for versions, row in sorted(found.items()):
-        times = {n: row[n] / limit(report, versions, n * DECODE_TOKENS) for n in row}
-        cells = [f"{row[n]:.2f} ({times[n]:.2f} ×)" if n in row else "–" for n in columns]
-        lines.append("| " + " | ".join([str(versions), *cells]) + " |")
+    for (zipf, count), row in sorted(found.items()):
+        cells = [row.get(n, "–") for n in columns]
+        lines.append("| " + " | ".join([f"{count}, by Zipf" if zipf else str(count), *cells]) + " |")
     return "\n".join(lines)
 
 
