@@ -61,9 +61,10 @@ async def step(engine: AsyncEngine, requests: int, versions: int, runs: int) -> 
 async def decodes(
     engine: AsyncEngine, registry: CollectorRegistry, requests: int, versions: int, *, zipf: bool = False
 ) -> dict[str, Any]:
-    """Milliseconds of the steps in which all of ``requests`` decode: the mean of one run, by the engine's own clock."""
+    """Milliseconds of the steps in which all of ``requests`` decode: the mean of one run, by the engine's own clock; and
+    the process's CPU time for each of them."""
     wanted = jobs(engine, requests, GROWTH_PROMPT, GROWTH_OUTPUT, versions, requests, zipf=zipf)
-    marks: list[tuple[float, int]] = []
+    marks: list[tuple[float, int, float]] = []
     begun = 0
 
     async def one(request: GenerateRequest) -> None:
@@ -72,16 +73,16 @@ async def decodes(
         await anext(chunks)
         begun += 1
         if begun == requests:
-            marks.append(steps(registry))
+            marks.append((*steps(registry), time.process_time()))
         async for chunk in chunks:
             if chunk.finish_reason is not None and len(marks) == 1:
-                marks.append(steps(registry))
+                marks.append((*steps(registry), time.process_time()))
 
     await asyncio.gather(*map(one, wanted))
-    (since, before), (until, after) = marks
-    found = len({request.version for request in wanted} - {None})
-    ms = 1e3 * (until - since) / (after - before)
-    return {"requests": requests, "versions": found, "ms": ms, "steps": after - before}
+    (since, before, spent), (until, after, spent_then) = marks
+    count, found = after - before, len({request.version for request in wanted} - {None})
+    ms, host_ms = 1e3 * (until - since) / count, 1e3 * (spent_then - spent) / count
+    return {"requests": requests, "versions": found, "ms": ms, "host_ms": host_ms, "steps": count}
 
 
 async def saturated(engine: AsyncEngine, registry: CollectorRegistry, versions: int, runs: int) -> dict[str, Any]:
