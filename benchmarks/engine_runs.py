@@ -61,7 +61,7 @@ async def step(engine: AsyncEngine, requests: int, versions: int, runs: int) -> 
 async def decodes(
     engine: AsyncEngine, registry: CollectorRegistry, requests: int, versions: int, *, zipf: bool = False
 ) -> dict[str, Any]:
-    """Milliseconds of the steps in which all of ``requests`` decode: the mean of one run, by the engine's own clock; and
+    """Milliseconds of the steps in which all of ``requests`` decode: the mean of one run, by the engine's clock; and
     the process's CPU time for each of them."""
     wanted = jobs(engine, requests, GROWTH_PROMPT, GROWTH_OUTPUT, versions, requests, zipf=zipf)
     marks: list[tuple[float, int, float]] = []
