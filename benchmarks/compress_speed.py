@@ -162,8 +162,8 @@ class Measured(NamedTuple):
     seconds: float
 
 
-def measure(pair: Pair, options: CompressOptions, out: Path, log: Path) -> Measured:
-    """Compress, with a clock on every stage; ``log`` says how far it is and what it took until then."""
+def measure(pair: Pair, options: CompressOptions, out: Path) -> Measured:
+    """Compress, with a clock on every stage; prints how far it is."""
     if options.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -176,8 +176,6 @@ def measure(pair: Pair, options: CompressOptions, out: Path, log: Path) -> Measu
     def tell(what: str, fraction: float) -> None:
         passed = time.perf_counter() - start
         print(f"{time.strftime('%T')}  {passed:7.1f} s  {fraction:6.1%}  {what}", flush=True)
-        told = {"unfinished": what, "seconds": passed, "stages": watch.seconds, "peaks": watch.peaks}
-        log.write_text(json.dumps(told, indent=1) + "\n")
 
     try:
         with watch.stage("the rest"):
@@ -262,7 +260,7 @@ def main() -> None:
             | {"calibration": text, "samples": args.samples, "sequence_length": args.sequence_length}
             | {"device": device, "dtype": args.dtype}
         )
-        found = report(pair, options, measure(pair, options, folder / "artifact", args.json), args)
+        found = report(pair, options, measure(pair, options, folder / "artifact"), args)
     args.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{page(found)}\n\n{dict(found['codecs'])}")
 

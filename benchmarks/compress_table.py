@@ -42,8 +42,7 @@ def memory(report: dict[str, Any]) -> str:
 def _caption(report: dict[str, Any]) -> str:
     options = report["options"]
     goal = f"{options['target_bits']:g} bits a weight" if "target_bits" in options else "int2"
-    ended = f"; its time limit ended it at {report['unfinished']}" if "unfinished" in report else ""
     return (
-        f"{report['layers']} of the shape's blocks, head and embedding, random weights, {goal}{ended}; "
+        f"{report['layers']} of the shape's blocks, head and embedding, random weights, {goal}; "
         f"{report['machine']}, at `{report['commit'][:12]}`."
     )

@@ -1,5 +1,6 @@
 """``deltazip eval``: task scores of a checkpoint, an artifact or a running server."""
 
+import logging
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -139,6 +140,8 @@ def _opened(
     if subject.startswith(("http://", "https://")):
         if name is None:
             raise ConfigError("a server has many models: name one with --model")
+        # When one request has failed the harness lets go of the others, and asyncio would print the trace of each.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         return nullcontext(of_endpoint(subject, name, chat=chat, tokenizer=tokenizer))
     return nullcontext(of_checkpoint(Path(subject), device))
 
