@@ -29,7 +29,7 @@ from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.async_engine import AsyncEngine
 from deltazip_ray.engine.core import EngineCore
 from deltazip_ray.engine.runner import LaunchedStep
-from deltazip_ray.engine.sampling import SamplingBatch, sample
+from deltazip_ray.engine.sampling import StepDraws, sample
 from deltazip_ray.engine.step_inputs import RecordedInputs
 from deltazip_ray.layers.attention.paged import PagedBackend
 from deltazip_ray.scheduler.batch import Batch
@@ -75,6 +75,7 @@ class FreeRunner:
         attention.allocate(1)
         inputs = RecordedInputs(attention, cpu, most, VERSIONS, most * 130)
         self.fill = clock.timed("inputs", inputs.fill)
+        self.draws = StepDraws(cpu)
         self.logits = torch.zeros(most, 8)
         self.steps = 0
         self.done_at = 0.0
@@ -85,8 +86,7 @@ class FreeRunner:
         self.done_at = max(self.done_at, time.perf_counter()) + STEP_S
         if batch.num_tokens == len(batch.chunks):
             self.fill(batch, len(self.logits))
-        staged = SamplingBatch.of_step(batch, self.logits.device)
-        sampled = sample(self.logits[: len(batch.sampling_chunks)], staged)
+        sampled = sample(self.logits[: len(batch.sampling_chunks)], self.draws.stage(batch))
         return FreeStep(LaunchedStep(sampled, None, None), self.done_at)
 
     def synchronize(self) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from deltazip_ray.engine.arrivals import Arrival, wait_for_layer
-from deltazip_ray.engine.sampling import PromptScores, SampledTokens, SamplingBatch, sample
+from deltazip_ray.engine.sampling import PromptScores, SampledTokens, StepDraws, sample
 from deltazip_ray.layers.attention.backend import AttentionBackend, SequenceRows
 from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.layers.staging import to_device
@@ -77,6 +77,7 @@ class ModelRunner:
         self.ops = ops
         self.device = drawn.device
         self._drawn = drawn
+        self._draws = StepDraws(drawn.device)
         self._graphs = graphs
         self._arriving = arriving
 
@@ -149,6 +150,6 @@ class ModelRunner:
         return to_device(np.array(values, dtype=np.int64), self.device)
 
     def _sample(self, logits: torch.Tensor, batch: Batch) -> SampledTokens:
-        sampled = sample(logits, SamplingBatch.of_step(batch, self.device))
+        sampled = sample(logits, self._draws.stage(batch))
         self._drawn[: len(sampled.tokens)] = sampled.tokens
         return sampled

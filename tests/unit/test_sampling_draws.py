@@ -2,13 +2,16 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
-from deltazip_ray.engine.sampling import Draw, SamplingBatch
+from deltazip_ray.engine.sampling import Draw, SamplingBatch, StepDraws
 from deltazip_ray.engine.sampling import sample as sample_batch
 from deltazip_ray.engine.sampling.random_rows import uniform
-from deltazip_ray.scheduler.request import SamplingParams
+from deltazip_ray.scheduler.batch import Batch, Chunk
+from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
+from deltazip_ray.scheduler.sequence import SequenceState
 
 DRAWS = 20_000
 
@@ -109,13 +112,13 @@ def test_the_seed_and_the_position_decide() -> None:
 
 
 def test_uniform_numbers_are_below_one_for_any_seed() -> None:
-    seeds = [seed for seed in (0, 1, -1, 1 << 63, (1 << 64) - 1) for _ in range(2000)]
-    numbers = uniform(seeds, [*range(2000)] * 5)
+    seeds = np.array([0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1], dtype=np.uint64)
+    numbers = uniform(np.repeat(seeds, 2000), np.tile(np.arange(2000), 5))
     assert numbers.min() >= 0.0
     assert numbers.max() < 1.0
     assert numbers.mean() == pytest.approx(0.5, abs=0.02)
     # As splitmix64's own: the draws of a seed stay what they were.
-    assert uniform([11], [7])[0] == 0.5996416090289216
+    assert uniform(np.array([11], dtype=np.uint64), np.array([7]))[0] == 0.5996416090289216
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
@@ -125,3 +128,26 @@ def test_only_the_row_that_is_not_finite_is_refused(broken: float, params: Sampl
     alone = sample(logits, [Draw.at(params, i) for i in range(3)])
     logits[1, 7] = broken
     assert sample(logits, [Draw.at(params, i) for i in range(3)]) == [alone[0], None, alone[2]]
+
+
+def test_draws_of_steps_are_those_of_each_step_alone() -> None:
+    kinds = [
+        SamplingParams(seed=-1),
+        SamplingParams(seed=2, top_p=0.8),
+        SamplingParams(temperature=0.0),
+        SamplingParams(seed=3, min_p=0.05, temperature=0.7),
+        SamplingParams(seed=4, repetition_penalty=1.3),
+        SamplingParams(seed=5, top_k=5, logprobs=2),
+    ]
+    sequences = [SequenceState(GenerateRequest(str(i), None, (1, 2), params), -1) for i, params in enumerate(kinds)]
+    cpu = torch.device("cpu")
+    draws = StepDraws(cpu)
+    steps = [[0, 1, 2, 3]] * 3 + [[1, 3], [1, 2], [4, 0], [4, 0], [5, 1], [5, 1], [2], [1, 2], [1, 2]]
+    for position, members in enumerate(steps):
+        chunks = [
+            Chunk(sequences[i], (1,), 2, sequences[i].table, samples=True, output_index=position) for i in members
+        ]
+        logits = random_logits(len(members), seed=position)
+        alone = SamplingBatch.of([Draw.of(chunk) for chunk in chunks], cpu)
+        staged = draws.stage(Batch(tuple(chunks)))
+        assert sample_batch(logits.clone(), staged).fetch() == sample_batch(logits, alone).fetch()

@@ -1,7 +1,7 @@
 """Drawing tokens. What a row draws depends on its logits, its request and its output position, and nothing else."""
 
-from deltazip_ray.engine.sampling.batch import SampledTokens, SamplingBatch, sample
+from deltazip_ray.engine.sampling.batch import SampledTokens, SamplingBatch, StepDraws, sample
 from deltazip_ray.engine.sampling.draw import Draw
 from deltazip_ray.engine.sampling.prompts import PromptScores
 
-__all__ = ["Draw", "PromptScores", "SampledTokens", "SamplingBatch", "sample"]
+__all__ = ["Draw", "PromptScores", "SampledTokens", "SamplingBatch", "StepDraws", "sample"]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from deltazip_ray.engine.sampling.draw import Draw
@@ -18,22 +19,39 @@ from deltazip_ray.scheduler.request import TokenLogprobs
 class SamplingBatch:
     """Everything that :func:`sample` needs beside logits, on the device. Empty for a batch that is greedy."""
 
-    edits: tuple[Edit, ...]
-    random: tuple[RandomRows, ...]
-    logprobs: LogprobRows | None
-
-    @classmethod
-    def of_step(cls, batch: Batch, device: torch.device) -> "SamplingBatch":
-        """Stage the draws of a step; waits for nothing."""
-        chunks = batch.sampling_chunks
-        if all(chunk.sequence.plain for chunk in chunks):
-            return cls((), (), None)
-        return cls.of([Draw.of(chunk) for chunk in chunks], device)
+    edits: tuple[Edit, ...] = ()
+    random: tuple[RandomRows, ...] = ()
+    logprobs: LogprobRows | None = None
 
     @classmethod
     def of(cls, draws: Sequence[Draw], device: torch.device) -> "SamplingBatch":
         """Stage draws, in the order of the logits' rows; waits for nothing."""
         return cls(edits(draws, device), random_rows(draws, device), LogprobRows.of(draws, device))
+
+
+class StepDraws:
+    """Stages the draws of steps. While the same requests draw at random, only the points are new."""
+
+    def __init__(self, device: torch.device) -> None:
+        """The device of the logits."""
+        self._device = device
+        self._random: tuple[RandomRows, ...] = ()
+        self._drawing: Sequence[object] | None = None
+        """Whose they are, where nothing else is wanted of the draws."""
+
+    def stage(self, batch: Batch) -> SamplingBatch:
+        """Waits for nothing."""
+        chunks = batch.sampling_chunks
+        drawing = [chunk.sequence for chunk in chunks]
+        if drawing == self._drawing:
+            positions = np.array([chunk.output_index for chunk in chunks])
+            return SamplingBatch(random=tuple(rows.at(positions) for rows in self._random))
+        if all(sequence.plain for sequence in drawing):
+            return SamplingBatch()
+        staged = SamplingBatch.of([Draw.of(chunk) for chunk in chunks], self._device)
+        self._random = staged.random
+        self._drawing = None if staged.edits or staged.logprobs else drawing
+        return staged
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Rows that are drawn at random, each at a point that only its seed and its position determine."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +27,14 @@ class RandomRows:
     top_k: torch.Tensor
     top_p: torch.Tensor
     least: torch.Tensor | None
+    where: NDArray[np.int64]
+    """``[rows]``: ``rows``, on the host."""
+    seeds: NDArray[np.uint64]
+
+    def at(self, positions: NDArray[np.int64]) -> "RandomRows":
+        """The same rows at other ``positions`` ``[batch]`` of their requests' outputs."""
+        points = uniform(self.seeds, positions[self.where])
+        return replace(self, point=to_device(points[:, None], self.point.device))
 
     def draw(self, logits: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
         """Tokens of these rows of ``logits`` ``[batch, vocab]``, whose greatest are ``top`` ``[batch]``."""
@@ -48,18 +56,18 @@ def random_rows(draws: Sequence[Draw], device: torch.device) -> tuple[RandomRows
     return tuple(_stage(draws, rows, device, *kind) for kind, rows in groups.items())
 
 
-def uniform(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+def uniform(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
     """Numbers in [0, 1) that are functions of seed and position (splitmix64, 48 bits kept)."""
-    low = np.array([seed & _MASK for seed in seeds], dtype=np.uint64)
-    steps = (np.array(positions, dtype=np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
-    return (_mix(_mix(low) + steps) >> np.uint64(16)).astype(np.float64) * 2.0**-48
+    steps = (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+    return (_mix(_mix(seeds) + steps) >> np.uint64(16)).astype(np.float64) * 2.0**-48
 
 
 def _stage(draws: Sequence[Draw], rows: list[int], device: torch.device, ranked: bool, cut: bool) -> RandomRows:
     traits = [draws[row].traits for row in rows]
+    seeds = np.array([one.seed & _MASK for one in traits], dtype=np.uint64)
     columns = np.empty((6, len(rows), 1))
     columns[0, :, 0] = rows
-    columns[1, :, 0] = uniform([one.seed for one in traits], [draws[row].position for row in rows])
+    columns[1, :, 0] = uniform(seeds, np.array([draws[row].position for row in rows]))
     columns[2:, :, 0] = np.array([one.numbers for one in traits]).T
     index, point, temperature, top_k, top_p, min_p = to_device(columns, device)
     return RandomRows(
@@ -70,6 +78,8 @@ def _stage(draws: Sequence[Draw], rows: list[int], device: torch.device, ranked:
         top_k=top_k,
         top_p=top_p,
         least=cut_probability(min_p) if cut else None,
+        where=np.array(rows),
+        seeds=seeds,
     )
 
 
