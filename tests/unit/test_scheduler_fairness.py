@@ -143,6 +143,17 @@ def test_versions_with_requests_waiting_are_served_by_weight_whatever_the_length
     assert served["c"] == pytest.approx(50_000, abs=1000)
 
 
+def test_a_request_that_waits_keeps_its_place_whatever_its_version_is_served_meanwhile() -> None:
+    queue = FairQueue(1000, 0, 0)
+    first = sequence("a", 10)
+    queue.add(first)
+    queue.charge(sequence("a", 1), 500)
+    queue.add(sequence("a", 10))
+    queue.charge(sequence("b", 1), 100)
+    queue.add(sequence("b", 10))
+    assert queue.first() is first
+
+
 def test_outputs_count_as_well_as_prompts() -> None:
     queue = FairQueue(10_000, 0, 0)
     served: Counter[str] = Counter()

@@ -145,6 +145,18 @@ async def test_hints_beyond_a_few_are_dropped(bench: Bench) -> None:
     assert await asyncio.gather(*hints) == [True] * 4 + [False] * 2
 
 
+async def test_a_hint_for_what_is_discarded_is_dropped(bench: Bench) -> None:
+    version = bench.version(*"ab")
+    await bench.know(version)
+    bench.store.gate.clear()
+    hint = asyncio.create_task(bench.cache.prefetch(version))
+    await until(lambda: bench.store.reading > 0)
+    await bench.cache.discard(version)
+    assert not await hint
+    bench.store.gate.set()
+    await until(lambda: not bench.cache.stats().blobs)
+
+
 async def test_what_is_discarded_is_gone_but_not_what_others_share(bench: Bench, tmp_path: Path) -> None:
     gone, stays = bench.version(*"abc"), bench.version(*"cd")
     for version in (gone, stays):
