@@ -7,8 +7,9 @@
 3. **Tokens of a step.** Each running request has one token of ``max_batch_tokens``; a prefill under way gets of the
    rest what it can use, and what is left goes to requests that are admitted now.
    *No prefill starves*: as nobody is admitted without a token to run, there are never more running requests than
-   tokens in a step, and all of them advance in every step. An unfinished prefill leaves nothing to admit anybody
-   with, so there is at most one. Decodes never wait for it.
+   tokens in a step, and all of them advance in every step. Behind an unfinished prefill nobody is admitted, so there
+   is at most one. Decodes never wait for it. It is cut where the prompts of its version are whole tiles of rows, since
+   kernels multiply these at once; the second and later ones of a step wait rather than be cut to nothing by that.
 4. **Preemption.** When blocks run out, the running request that is last in the queue's order of arrival and priority
    gives up its blocks and waits again; it keeps its output and computes it again as part of its prompt.
    *No livelock*: the first one in that order is never preempted, since alone it fits (see ``limits``);
