@@ -114,7 +114,8 @@ def test_what_the_kernel_does_not_take() -> None:
         ((992, 0), (124, 0, 0)),
         ((992, 64), (132, 68, 64)),
         ((6944, 0), (132, 0, 0)),
-        ((64, 32), (132, 64, 32)),
+        ((64, 32), (128, 64, 32)),
+        ((144, 0), (128, 144, 0)),
     ],
 )
 def test_tiles_are_dealt_out_evenly(tiles: tuple[int, int], dealt: tuple[int, int, int]) -> None:
