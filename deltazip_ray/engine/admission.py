@@ -9,6 +9,7 @@ from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 MOST_TOP_K = (1 << 31) - 1
 MOST_LOGPROBS = 20
 MOST_BIASES = 1024
+MOST_STRUCTURE_CHARS = 64 << 10
 _SEEDS = range(-(1 << 63), 1 << 64)
 
 

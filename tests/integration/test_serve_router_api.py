@@ -246,8 +246,8 @@ async def test_a_body_without_end_is_not_read_to_its_end(app: RouterApp) -> None
 
     response = await app.client.post("/v1/completions", content=body())
     assert response.status_code == 400
-    assert "16777216 bytes" in response.json()["error"]["message"]
-    assert sent < 20
+    assert "4194304 bytes" in response.json()["error"]["message"]
+    assert sent < 8
 
 
 async def test_prompts_beyond_the_context_are_refused(app: RouterApp) -> None:
@@ -257,6 +257,12 @@ async def test_prompts_beyond_the_context_are_refused(app: RouterApp) -> None:
         assert response.json()["error"]["code"] == "context_length_exceeded"
     fits = await app.client.post("/v1/completions", json={"model": "tiny", "prompt": "a" * 250, "max_tokens": 6})
     assert fits.status_code == 200
+
+
+async def test_more_messages_than_fit_do_not_keep_the_template_busy(app: RouterApp) -> None:
+    asked = {"model": "two", "messages": [{"role": "user", "content": ""}] * 257}
+    refused = await app.client.post("/v1/chat/completions", json=asked)
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
 
 
 async def test_unknown_paths_and_methods_have_openai_bodies(app: RouterApp) -> None:

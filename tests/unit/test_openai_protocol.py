@@ -1,11 +1,13 @@
 """What requests may say: everything else is refused by name."""
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from deltazip_deployments.openai.body import InvalidField, parse_request
+from deltazip_deployments.openai.body import InvalidField, parse_request, read_request
 from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
 from deltazip_ray.errors import InvalidRequest
 from deltazip_ray.scheduler.request import SamplingParams, Structure
@@ -118,6 +120,38 @@ def test_bad_values_name_their_field(fields: dict[str, Any], param: str) -> None
 def test_bodies_that_are_no_json_object_are_refused(body: bytes) -> None:
     with pytest.raises(InvalidRequest, match="JSON"):
         parse_request(ChatRequest, body)
+
+
+@pytest.mark.parametrize("depth", range(300, 1010, 10))
+def test_no_depth_is_too_much_for_the_router(depth: int) -> None:
+    schema = '{"items": ' * depth + "{}" + "}" * depth
+    form = f'{{"type": "json_schema", "json_schema": {{"name": "s", "schema": {schema}}}}}'
+    try:
+        asked = parse_request(CompletionRequest, f'{{"model": "m", "prompt": "a", "response_format": {form}}}'.encode())
+    except InvalidRequest:
+        return
+    assert asked.structure is not None
+    assert json.loads(asked.structure.text)
+
+
+def test_a_long_structure_is_refused_before_it_travels() -> None:
+    with pytest.raises(InvalidField, match="65536"):
+        completion(structured_outputs={"choice": ["x" * 1000] * 70})
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    async def body() -> AsyncIterator[bytes]:
+        yield b'{"model": "m",'
+        await asyncio.Event().wait()
+
+    with pytest.raises(InvalidRequest, match="not complete"):
+        await read_request(CompletionRequest, body(), timeout_s=0.05)
+
+
+@pytest.mark.parametrize("content", ["", [{"type": "text", "text": ""}] * 1025])
+def test_there_is_an_end_to_messages_and_their_parts(content: Any) -> None:
+    with pytest.raises(InvalidField, match="at most"):
+        chat(messages=[{"role": "user", "content": content}] * 8193)
 
 
 def test_not_a_number_is_refused() -> None:

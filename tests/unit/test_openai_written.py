@@ -1,13 +1,12 @@
 """JSON of long answers: the same as from one call of the encoder, and the event loop goes on meanwhile."""
 
-import asyncio
 import json
-import time
 from typing import Any
 
 import pytest
 
 from deltazip_deployments.openai.written import written
+from tests.support.waiting import longest_hold
 
 
 @pytest.mark.parametrize(
@@ -27,19 +26,6 @@ async def test_a_long_answer_is_written_like_a_short_one(document: Any) -> None:
 
 
 async def test_others_are_answered_while_a_long_answer_is_written() -> None:
-    longest = 0.0
-
-    async def watch() -> None:
-        nonlocal longest
-        before = time.perf_counter()
-        while True:
-            await asyncio.sleep(0)
-            longest, before = max(longest, time.perf_counter() - before), time.perf_counter()
-
-    watching = asyncio.create_task(watch())
     document = {"prompt_logprobs": [{str(i): {"logprob": -1.5, "rank": i} for i in range(20)}] * 8000}
-    began = time.perf_counter()
-    await written(lambda: document, long=True)
-    took = time.perf_counter() - began
-    watching.cancel()
+    longest, took = await longest_hold(written(lambda: document, long=True))
     assert longest < took / 3

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import xgrammar
 
+from deltazip_ray.engine.admission import MOST_STRUCTURE_CHARS
 from deltazip_ray.engine.structure import Structures
-from deltazip_ray.engine.structure.grammars import MAX_STRUCTURE_CHARS, GrammarMatcher, Vocabulary, compile_structure
+from deltazip_ray.engine.structure.grammars import GrammarMatcher, Vocabulary, compile_structure
 from deltazip_ray.engine.structure.json_schemas import check_schema
 from deltazip_ray.engine.structure.regexes import check_regex
 from deltazip_ray.errors import InvalidRequest, RequestTimeout
@@ -113,7 +114,7 @@ def test_every_kind_of_structure(structure: Structure, good: str, bad: str) -> N
         (Structure("grammar", "root ::= "), "EBNF"),
         (Structure("grammar", "root ::= root"), "no text"),
         (Structure("json_schema", "false"), "any value"),
-        (Structure("regex", "a" * (MAX_STRUCTURE_CHARS + 1)), "65536"),
+        (Structure("regex", "a" * (MOST_STRUCTURE_CHARS + 1)), "65536"),
     ],
 )
 def test_structures_that_cannot_be_compiled_say_why(structure: Structure, message: str) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 import xgrammar
 from numpy.typing import NDArray
 
+from deltazip_ray.engine.admission import MOST_STRUCTURE_CHARS
 from deltazip_ray.engine.structure.json_schemas import check_schema
 from deltazip_ray.engine.structure.regexes import check_regex
 from deltazip_ray.errors import InvalidRequest
 from deltazip_ray.scheduler.request import Structure
 
-MAX_STRUCTURE_CHARS = 64 << 10
 _COMPILER_THREADS = 4
 _MOST_SPACE = 32  # white space in a row: a model that likes it must come to an end
 _TRIAL_TOKENS = 32
@@ -95,9 +95,9 @@ class GrammarMatcher:
 
 def compile_structure(structure: Structure, vocabulary: Vocabulary) -> Compiled:
     """Takes milliseconds to seconds. Raises InvalidRequest that says what is wrong with the structure."""
-    if len(structure.text) > MAX_STRUCTURE_CHARS:
+    if len(structure.text) > MOST_STRUCTURE_CHARS:
         raise InvalidRequest(
-            f"the structure has {len(structure.text)} characters; at most {MAX_STRUCTURE_CHARS} are compiled"
+            f"the structure has {len(structure.text)} characters; at most {MOST_STRUCTURE_CHARS} are compiled"
         )
     compiler = xgrammar.GrammarCompiler(vocabulary.info, max_threads=_COMPILER_THREADS, cache_enabled=False)
     tokens = vocabulary.printable if structure.kind in ("json", "json_schema") else vocabulary.text

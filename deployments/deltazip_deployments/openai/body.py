@@ -1,5 +1,6 @@
 """From the bytes of a request to its model. What would change the answer and is not offered is refused by name."""
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterable, Mapping, Sequence
@@ -10,7 +11,9 @@ from pydantic import BaseModel, ValidationError
 from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
 from deltazip_ray.errors import InvalidRequest
 
-MAX_BODY_BYTES = 16 << 20
+MAX_BODY_BYTES = 4 << 20
+"""Prompts of a million tokens have less. Reading the JSON of 16 MiB would hold up everybody for 0.2 s."""
+_BODY_TIMEOUT_S = 30.0
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 # Accepted and without effect on the answer.
@@ -57,8 +60,22 @@ class InvalidField(InvalidRequest):
 _Request = TypeVar("_Request", CompletionRequest, ChatRequest)
 
 
-async def read_body(chunks: AsyncIterable[bytes]) -> bytes:
-    """The whole body; raises InvalidRequest, without reading on, as soon as it is too long."""
+async def read_request(
+    kind: type[_Request], chunks: AsyncIterable[bytes], timeout_s: float = _BODY_TIMEOUT_S
+) -> _Request:
+    """Read a whole body and parse it.
+
+    Raises InvalidRequest, also, without reading on, for a body that is too long or does not come to its end.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            body = await _whole(chunks)
+    except TimeoutError:
+        raise InvalidRequest(f"the body was not complete after {timeout_s:g} s: send it at once") from None
+    return parse_request(kind, body)
+
+
+async def _whole(chunks: AsyncIterable[bytes]) -> bytes:
     body = bytearray()
     async for chunk in chunks:
         body += chunk
@@ -83,6 +100,8 @@ def parse_request(kind: type[_Request], body: bytes) -> _Request:
         return kind.model_validate(_without_unused(kind, data))
     except ValidationError as error:
         raise _first_problem(error) from error
+    except RecursionError as error:
+        raise InvalidRequest("the body is nested too deeply") from error
 
 
 def _without_unused(kind: type[BaseModel], data: dict[str, Any]) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 import secrets
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from deltazip_deployments.openai.structure import ResponseFormat, StructuredOutputs
-from deltazip_ray.engine.admission import MOST_BIASES, MOST_LOGPROBS, MOST_TOP_K
+from deltazip_ray.engine.admission import MOST_BIASES, MOST_LOGPROBS, MOST_STRUCTURE_CHARS, MOST_TOP_K
 from deltazip_ray.scheduler.request import SamplingParams, Structure
 
 MAX_STOPS = 16
 MAX_CHOICES = 32
+MAX_MESSAGES = 8192
+MAX_PARTS = 1024
 
 _TokenId = Annotated[int, Field(ge=0)]
 
@@ -33,7 +36,7 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS)] | None = None
     name: str | None = None
 
     @model_validator(mode="after")
@@ -106,11 +109,13 @@ class _Sampled(_Strict):
             raise ValueError("'min_tokens' must be at most 'max_tokens'")
         if self.structure is not None and (self.ignore_eos or self.min_tokens):
             raise ValueError("'min_tokens' and 'ignore_eos' cannot be combined with structured output")
+        if self.structure is not None and len(self.structure.text) > MOST_STRUCTURE_CHARS:
+            raise ValueError(f"the structure has {len(self.structure.text)} characters of {MOST_STRUCTURE_CHARS}")
         if self.structured_outputs is not None and self.response_format is not None:
             raise ValueError("'structured_outputs' and 'response_format' exclude each other")
         return self
 
-    @property
+    @cached_property
     def structure(self) -> Structure | None:
         """What the output must match."""
         asked = self.structured_outputs or self.response_format
@@ -248,7 +253,7 @@ class CompletionRequest(_Sampled):
 class ChatRequest(_Sampled):
     """``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)

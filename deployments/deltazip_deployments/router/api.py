@@ -1,7 +1,7 @@
 """The HTTP face: paths, statuses, headers. What is behind them is the service's."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from deltazip_deployments.http_errors import answer_for, error_response, plain_error_response
 from deltazip_deployments.openai.answers import CHAT, COMPLETION, Answer, Form
-from deltazip_deployments.openai.body import parse_request, read_body
+from deltazip_deployments.openai.body import read_request
 from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
 from deltazip_deployments.router.keys import ApiKeys, Grant
 from deltazip_deployments.router.metrics import RouterMetrics
@@ -32,12 +32,12 @@ Scrape = Callable[[], Awaitable[Iterable[tuple[Labels, str]]]]
 class _Endpoint:
     """How requests of one path are read and answered."""
 
-    parse: Callable[[bytes], CompletionRequest | ChatRequest]
+    read: Callable[[AsyncIterable[bytes]], Awaitable[CompletionRequest | ChatRequest]]
     form: Form
 
 
-_COMPLETIONS = _Endpoint(partial(parse_request, CompletionRequest), COMPLETION)
-_CHATS = _Endpoint(partial(parse_request, ChatRequest), CHAT)
+_COMPLETIONS = _Endpoint(partial(read_request, CompletionRequest), COMPLETION)
+_CHATS = _Endpoint(partial(read_request, ChatRequest), CHAT)
 
 
 class _Stream(StreamingResponse):
@@ -123,7 +123,7 @@ async def _answer(
     choices: Choices | None = None
     try:
         grant = _grant(keys, request)
-        asked = endpoint.parse(await read_body(request.stream()))
+        asked = await endpoint.read(request.stream())
         grant.check(asked.model)
         choices = await service.begin(asked)
         metrics.begun(arrived, choices)

@@ -54,6 +54,8 @@ class VersionText:
         """Token ids of a conversation in the version's own chat template; also raises InvalidRequest."""
         if self.tokenizer.chat_template is None:
             raise InvalidRequest("this model has no chat template: use /v1/completions")
+        if len(messages) > room:
+            raise PromptTooLong(f"this model's context is {room} tokens; {len(messages)} messages are more than fit")
         self._check_length(sum(len(message["content"]) for message in messages), room)
         with blamed_on_files(InvalidRequest, "the model's chat template refuses these messages"):
             text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
