@@ -19,7 +19,7 @@ import ray
 from ray import serve
 from ray._private import ray_constants
 
-from deltazip_deployments.app import application
+from deltazip_deployments.app import SERVE_ENVIRONMENT, application
 from deltazip_deployments.node_store.discovery import kill_stores
 from deltazip_deployments.processes import end_marked, marked
 from deltazip_deployments.replica import EngineFactory, make_engine
@@ -113,9 +113,8 @@ def connect(config: AppConfig) -> bool:
             logger.warning("%s: waiting until the cluster has grown", missing)
         return True
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # From Serve's proxy to the router: a piece of an answer costs two thirds of what an actor call does, and no thread.
-    os.environ.setdefault("RAY_SERVE_PROXY_USE_GRPC", "1")
-    os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
+    for name, value in SERVE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     # On Linux Ray listens on all interfaces and takes loopback addresses for a mistake, unless it is told, as on
     # other systems by default, that there is only this host. The variable is for the processes that Ray starts.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"

@@ -138,6 +138,13 @@ def test_a_client_that_leaves_ends_the_work_in_the_engine(app: ServeApp, stream:
     wait_until(lambda: sum(app.by_replica("fake_engine_running").values()) == 0, timeout_s=5)
 
 
+def test_answers_may_be_long(app: ServeApp) -> None:
+    asked = {"model": "v1", "prompt": "a" * 400, "max_tokens": 1, "n": 16, "prompt_logprobs": 20}
+    answer = httpx.post(f"{app.url}/v1/completions", json=asked, timeout=30)
+    assert answer.status_code == 200
+    assert len(answer.content) > 4 << 20, "more than gRPC takes by default"
+
+
 def test_a_stop_string_ends_the_work_in_the_engine(app: ServeApp, versions: dict[str | None, str]) -> None:
     wait_until(lambda: sum(app.by_replica("fake_engine_running").values()) == 0)
     stop = text_of(versions["v1"], "abc", 12)[9:]

@@ -15,10 +15,12 @@ from deltazip_ray.config import CPU_KV_BLOCKS, AppConfig
 from deltazip_ray.engine.async_engine import EngineStats
 from deltazip_ray.errors import EngineStopped, InvalidRequest, Overloaded, PromptTooLong
 from deltazip_ray.residency.tiers import DeltaSource, HostMemory, PrefetchTier, Tier
-from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
+from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk, TokenLogprobs
 
 FATAL_SEED = 666
 """The seed of a request over which an engine ends, as when its device is lost; on another replica it goes on."""
+_MUCH = (TokenLogprobs(-1.0, tuple((i % 60, -1.0 - i / 7) for i in range(2000)), 1),)
+"""What is told of each token of a prompt: as many bytes as of a prompt that is a hundred times as long."""
 FIRST_LETTER = 3  # in the vocabulary of tests.support.tiny: after <unk>, <bos>, <eos>
 
 
@@ -105,6 +107,7 @@ class FakeEngine:
         self._running += 1
         try:
             tier: Tier | None = await self._make_resident(request.version)
+            told = _MUCH * (len(request.prompt) - 1) if request.sampling.prompt_logprobs is not None else ()
             asked = request.prompt[: len(request.prompt) - request.output_offset]
             for position in range(request.output_offset, request.sampling.max_tokens):
                 await asyncio.sleep(self._script.step_s)
@@ -117,8 +120,8 @@ class FakeEngine:
                     return
                 self._tokens.inc()
                 last = position == request.sampling.max_tokens - 1
-                yield TokenChunk((token,), "length" if last else None, tier)
-                tier = None
+                yield TokenChunk((token,), "length" if last else None, tier, prompt_logprobs=told)
+                tier, told = None, ()
         finally:
             self._running -= 1
 
