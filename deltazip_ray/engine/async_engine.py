@@ -24,8 +24,8 @@ from deltazip_ray.errors import DeltaZipError, EngineError, EngineStopped, Inval
 from deltazip_ray.observability.engine_metrics import EngineMetrics, EngineStats
 from deltazip_ray.residency.slot_table import Pin
 from deltazip_ray.residency.tiers import DeltaSource, HostMemory, PrefetchTier
+from deltazip_ray.scheduler.outbox import News
 from deltazip_ray.scheduler.request import GenerateRequest, Matcher, Structure, TokenChunk
-from deltazip_ray.scheduler.scheduler import News
 
 __all__ = ["AsyncEngine", "EngineStats"]
 

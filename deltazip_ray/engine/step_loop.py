@@ -13,8 +13,9 @@ import torch
 from deltazip_ray.errors import DeltaZipError, EngineError
 from deltazip_ray.observability.engine_metrics import EngineMetrics
 from deltazip_ray.scheduler.batch import Batch, Drawn, Scores
+from deltazip_ray.scheduler.outbox import News
 from deltazip_ray.scheduler.request import GenerateRequest
-from deltazip_ray.scheduler.scheduler import News, Scheduler
+from deltazip_ray.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,6 @@ from array import array
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Sequence
-from itertools import islice
 from operator import attrgetter
 
 from deltazip_ray.config import CPU_KV_BLOCKS, EngineConfig
@@ -42,13 +41,9 @@ from deltazip_ray.kvcache.block_manager import BlockManager
 from deltazip_ray.scheduler.batch import TILE_ROWS, Batch, Drawn, Scores, next_chunk
 from deltazip_ray.scheduler.fair_queue import FairQueue
 from deltazip_ray.scheduler.limits import Limits
-from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
+from deltazip_ray.scheduler.outbox import End, News, Outbox
+from deltazip_ray.scheduler.request import GenerateRequest
 from deltazip_ray.scheduler.sequence import SequenceState
-
-End = TokenChunk | DeltaZipError | None
-"""How a request ended: with its last tokens, with an error, or aborted."""
-News = Sequence[tuple[str, End]]
-"""Request ids and what is new: the next tokens, or the end."""
 
 _AHEAD = 2
 """Batches that may be on their way at once."""
@@ -78,9 +73,7 @@ class Scheduler:
         self._running: list[SequenceState] = []  # by slot
         self._prefill: SequenceState | None = None  # the one that was cut off in the last batch
         self._on_the_way: deque[Batch] = deque()
-        self._ends: dict[SequenceState, End] = {}  # to be told when no batch on its way has the request
-        self._news: list[tuple[str, End]] = []
-        self._untold: dict[SequenceState, None] = {}  # that have tokens to be told, who waits longest first
+        self._outbox = Outbox()
         self.preemptions = 0
         """Preemptions since the start."""
         self.short = False
@@ -197,16 +190,12 @@ class Scheduler:
         A request's first tokens and its end are told at once, those between to at most ``turns`` requests, the ones
         that wait longest, if there are more.
         """
-        news, self._news = self._news, []
-        for sequence in list(islice(self._untold, turns)):
-            del self._untold[sequence]
-            news.append((sequence.request.request_id, sequence.tell()))
-        return news
+        return self._outbox.take(turns)
 
     def check(self) -> None:
         """Raise EngineError unless the books agree: every request in one place, every block accounted for."""
         self.blocks.check(sequence.table for sequence in self._running)
-        known = [*self._running, *self._queue, *self._ends]
+        known = [*self._running, *self._queue, *self._outbox.ending]
         if len(known) != len(self._sequences) or {id(s) for s in known} != {id(s) for s in self._sequences.values()}:
             raise EngineError("requests do not add up; restart the replica and report this")
 
@@ -300,7 +289,7 @@ class Scheduler:
             sequence = chunk.sequence
             sequence.in_flight -= 1
             if sequence.over and not sequence.in_flight:
-                self._tell_end(sequence, self._ends.pop(sequence))
+                self._forget(sequence)
 
     def _name_blocks(self, sequence: SequenceState, full: int) -> None:
         """Let others share the first ``full`` blocks of a running request."""
@@ -329,28 +318,21 @@ class Scheduler:
         if reason is not None:
             told = drawn.token if reason == "stop" and drawn.logprobs is not None else None
             self._end(sequence, sequence.tell(reason, told))
-        elif sequence.silent:
-            self._news.append((sequence.request.request_id, sequence.tell()))
         else:
-            self._untold[sequence] = None
+            self._outbox.put(sequence)
 
     def _end(self, sequence: SequenceState, end: End) -> None:
         """Free what a request holds, and tell its end as soon as nothing on its way needs its slot."""
         sequence.over = True
-        if sequence in self._untold:
-            del self._untold[sequence]
-            if isinstance(end, DeltaZipError):
-                self._news.append((sequence.request.request_id, sequence.tell()))
+        self._outbox.end(sequence, end)
         if not sequence.table:
             self._queue.remove(sequence)
         else:
             if isinstance(end, DeltaZipError):
                 self.blocks.forget(sequence.table)
             self._release(sequence)
-        if sequence.in_flight:
-            self._ends[sequence] = end
-        else:
-            self._tell_end(sequence, end)
+        if not sequence.in_flight:
+            self._forget(sequence)
 
     def _release(self, sequence: SequenceState) -> None:
         """Take a running request off its blocks; batches on their way keep the old table."""
@@ -358,9 +340,10 @@ class Scheduler:
         self.blocks.free(sequence.table)
         sequence.table = array("i")
 
-    def _tell_end(self, sequence: SequenceState, end: End) -> None:
+    def _forget(self, sequence: SequenceState) -> None:
+        """Tell the end of a request that no batch on its way has."""
         del self._sequences[sequence.request.request_id]
-        self._news.append((sequence.request.request_id, end))
+        self._outbox.tell_end(sequence)
 
 
 def _undrawable(sequence: SequenceState) -> DeltaZipError:

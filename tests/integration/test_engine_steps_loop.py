@@ -15,8 +15,9 @@ from deltazip_ray.engine.step_loop import MOST_FAILURES, StepLoop
 from deltazip_ray.errors import DeltaZipError, EngineError
 from deltazip_ray.observability.engine_metrics import EngineMetrics, EngineStats
 from deltazip_ray.scheduler.batch import Batch, Drawn, Scores
+from deltazip_ray.scheduler.outbox import End, News
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, TokenChunk
-from deltazip_ray.scheduler.scheduler import End, News, Scheduler
+from deltazip_ray.scheduler.scheduler import Scheduler
 
 TOKEN = 7
 

@@ -10,8 +10,9 @@ from deltazip_kernels.plan import MORE
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.errors import EngineError, InvalidRequest, PromptTooLong
 from deltazip_ray.scheduler.batch import DRAWN, TILE_ROWS, Batch, Drawn
+from deltazip_ray.scheduler.outbox import End
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, TokenChunk
-from deltazip_ray.scheduler.scheduler import ROWS_AT_ONCE, End, Scheduler
+from deltazip_ray.scheduler.scheduler import ROWS_AT_ONCE, Scheduler
 
 
 def request(name: str, prompt: int, max_tokens: int = 4, **sampling: object) -> GenerateRequest:

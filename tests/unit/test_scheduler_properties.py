@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.errors import EngineError, PromptTooLong
 from deltazip_ray.scheduler.batch import DRAWN, Batch, Chunk, Drawn
+from deltazip_ray.scheduler.outbox import End
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, TokenChunk, TokenLogprobs
-from deltazip_ray.scheduler.scheduler import End, Scheduler
+from deltazip_ray.scheduler.scheduler import Scheduler
 
 VOCABULARY = 50
 STOP = 0
