@@ -169,7 +169,9 @@ class TritonOps(LayerOps):
             first = [_without(span, merged) for span in spans if span.stop <= rounded]
             lengths = [span.rows for span in short]
             work = plan(send_segments(first, device), rounded, max(lengths), halves=in_halves(lengths))
-        fused = [span for span in merged if span.rows < SCRATCH_ROWS or self._codecs(span.slot) != {"int4"}]
+        # A slot with decodes and prompts has two spans, of which the product tells as of one.
+        scratch = {span.slot for span in merged if span.rows >= SCRATCH_ROWS and self._codecs(span.slot) == {"int4"}}
+        fused = [span for span in merged if span.slot not in scratch]
         return Rows(index, versions, None, work, rounded, merged, _cut(fused, device) if fused else None)
 
     def count(self, slot: int, before: PackedDelta | None, after: PackedDelta | None) -> None:

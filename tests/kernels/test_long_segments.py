@@ -67,6 +67,18 @@ def test_very_long_segments_of_int4_alone_have_a_scratch_weight(
     assert step.merged
 
 
+def test_all_long_segments_of_a_version_go_one_way(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decodes and prompts: the product in registers tells of versions, not of segments, that it has done them."""
+    monkeypatch.setattr(FusedProduct, "available", True)
+    ops = TritonOps(device, torch.bfloat16)
+    for slot in (0, 1):
+        ops.count(slot, None, random_coded("int4", (64, 128)).delta())
+    step = ops.rows([(0, FUSED_ROWS), (1, FUSED_ROWS), (0, SCRATCH_ROWS)], device)
+    assert len(step.merged) == 3
+    assert step.tiles is not None
+    assert step.tiles.slots == {1}
+
+
 @pytest.mark.gpu
 def test_long_and_short_segments_of_many_codecs_in_one_step() -> None:
     """Long ones in one launch, but for one that has int3 and one with a delta for one part; short ones; the base's."""
