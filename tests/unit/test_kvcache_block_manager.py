@@ -110,6 +110,14 @@ def test_forgotten_names_are_shared_no_more() -> None:
     assert held == of(table[0])
 
 
+def test_a_table_may_grow_into_the_last_block() -> None:
+    blocks = BlockManager(num_blocks=2, block_size=4)
+    table = start(blocks, 4)
+    assert blocks.grow(table, 8), "a request that fits alone must get them all, or it preempts itself for ever"
+    assert not blocks.grow(table, 9)
+    blocks.check([table])
+
+
 def test_lent_blocks_are_taken_last_and_go_with_their_names() -> None:
     blocks = BlockManager(num_blocks=2, block_size=1)
     blocks.lend(range(5, 8))
