@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -14,11 +13,11 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from deltazip_ray.config import EngineConfig
+from deltazip_ray.engine.active_requests import ActiveRequests
 from deltazip_ray.engine.admission import check_sampling, check_tokens
 from deltazip_ray.engine.core import EngineCore, build_core
 from deltazip_ray.engine.split import Split
 from deltazip_ray.engine.step_loop import StepLoop
-from deltazip_ray.engine.token_stream import TokenStream
 from deltazip_ray.engine.versions import Versions
 from deltazip_ray.errors import DeltaZipError, EngineError, EngineStopped, InvalidRequest, Overloaded
 from deltazip_ray.observability.engine_metrics import EngineMetrics, EngineStats
@@ -38,20 +37,12 @@ _STOPPED = "the engine has stopped: send the request to another replica"
 
 
 @dataclass(frozen=True)
-class _Active:
-    """A request that the step loop has."""
-
-    stream: TokenStream
-    pin: Pin | None
-    """Given back only when the loop says that the request is over: until then a step may read the slot."""
-
-
-@dataclass(frozen=True)
 class _Running:
     """What exists between start and stop."""
 
     core: EngineCore
     versions: Versions
+    requests: ActiveRequests
     steps: StepLoop
 
 
@@ -82,8 +73,6 @@ class AsyncEngine:
         self._stopped = False
         self._stopping: asyncio.Task[None] | None = None
         self._splitting: asyncio.Task[None] | None = None
-        self._ids = itertools.count()
-        self._active: dict[str, _Active] = {}
         self._pinning = 0
         self._verdicts: set[asyncio.Future[DeltaZipError | None]] = set()
 
@@ -112,7 +101,7 @@ class AsyncEngine:
         )
         slots, half_life = self._config.slots, self._config.eviction_half_life
         versions = Versions(self._source, core.slots, slots, self._metrics, half_life, self._begin_to_stop)
-        self._parts = _Running(core, versions, steps)
+        self._parts = _Running(core, versions, ActiveRequests(versions.table.unpin), steps)
         steps.start()
         if self._config.slots_min is not None:
             split = Split(versions, core.scheduler, steps, core.slot_blocks, self._config.slots_min)
@@ -208,7 +197,7 @@ class AsyncEngine:
         outcome = "aborted"
         try:
             parts = self._open()
-            self._check_request(request, parts.core)
+            self._check_request(request, parts)
             async with contextlib.aclosing(self._run(request, parts, arrived)) as chunks:
                 async for chunk in chunks:
                     outcome = chunk.finish_reason or outcome
@@ -222,9 +211,7 @@ class AsyncEngine:
     async def _run(self, request: GenerateRequest, parts: _Running, arrived: float) -> AsyncGenerator[TokenChunk, None]:
         matcher = await self._matcher(request)
         pin = await self._pin(request, parts)
-        key = f"{request.request_id}#{next(self._ids)}"  # A client may send an id again while the first one ends.
-        stream = TokenStream()
-        self._active[key] = _Active(stream, pin)
+        key, stream = parts.requests.add(request.request_id, pin)
         parts.steps.add(dataclasses.replace(request, request_id=key, matcher=matcher), -1 if pin is None else pin.slot)
         self._metrics.prompt_tokens.inc(len(request.prompt))
         tier = "device" if pin is None else pin.tier
@@ -240,7 +227,7 @@ class AsyncEngine:
                     return
                 chunk = await stream.get()
         finally:
-            if key in self._active:
+            if key in parts.requests:
                 parts.steps.abort(key)
 
     async def _matcher(self, request: GenerateRequest) -> Matcher | None:
@@ -270,32 +257,22 @@ class AsyncEngine:
             raise
         return pin
 
-    def _check_request(self, request: GenerateRequest, core: EngineCore) -> None:
+    def _check_request(self, request: GenerateRequest, parts: _Running) -> None:
         """Refuse at once what can be refused without the delta."""
+        core = parts.core
         check_sampling(request.sampling)
         core.scheduler.limits.check(request)
         if request.version is None:
             check_tokens(request, core.base.vocab_size)
         else:
             check_tokens(request, core.base.vocab_size + self._config.max_added_tokens, at_most=True)
-        inside = len(self._active) + self._pinning
+        inside = len(parts.requests) + self._pinning
         if inside >= self._config.max_running + self._config.max_waiting:
             raise Overloaded(f"{inside} requests are in the engine already: try again later")
 
     def _deliver(self, news: News) -> None:
         """What a step brought, on the event loop."""
-        tokens = 0
-        for key, item in news:
-            active = self._active[key]
-            if isinstance(item, TokenChunk):
-                tokens += len(item.tokens)
-                active.stream.put(item)
-                if item.finish_reason is None:
-                    continue
-            elif item is not None:
-                active.stream.fail(item)
-            self._forget(key)
-        self._metrics.output_tokens.inc(tokens)
+        self._metrics.output_tokens.inc(self._started().requests.deliver(news))
 
     def _begin_to_stop(self) -> asyncio.Task[None]:
         """Take no more requests, and end the rest, once."""
@@ -316,16 +293,9 @@ class AsyncEngine:
         self._stopped = True
         if self._splitting is not None:
             self._splitting.cancel()
-        for key in list(self._active):
-            self._active[key].stream.fail(EngineStopped(_STOPPED))
-            self._forget(key)
+        self._started().requests.fail(EngineStopped(_STOPPED))
         for verdict in self._verdicts:
             _settle(verdict, EngineStopped(_STOPPED))
-
-    def _forget(self, key: str) -> None:
-        active = self._active.pop(key)
-        if active.pin is not None:
-            self._started().versions.table.unpin(active.pin)
 
     def _started(self) -> _Running:
         if self._parts is None:

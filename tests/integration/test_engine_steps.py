@@ -60,7 +60,7 @@ async def test_one_step_ahead_and_with_shared_prefixes_the_tokens_are_the_same(z
                 found = await asyncio.gather(*(answer(run, request) for request in asked))
                 assert found == alone, settings
                 assert run.metric("preemptions_total") > 0
-                assert (run.metric("prefix_hit_tokens_total") > 100) == cached
+                assert (run.metric("prefix_hit_tokens_total") > 0) == cached
                 assert run.engine.stats().kv_blocks_free == SMALL["kv_blocks"]
 
 
