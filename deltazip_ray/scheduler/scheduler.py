@@ -49,8 +49,8 @@ _AHEAD = 2
 """Batches that may be on their way at once."""
 ROWS_AT_ONCE = 32
 """Decodes of one version that kernels serve in one pass over its delta (``deltazip_kernels.plan.MORE``)."""
-_MOST_UNUSED = 8
-"""Of a step's tokens one in so many may be left unused for the sake of whole tiles."""
+_TILES_OF_A_STEP = 8
+"""In steps of fewer tokens prompts are cut anywhere."""
 _NOT_FINITE = "the logits are not finite: the version is broken"
 
 _slot = attrgetter("slot")
@@ -242,10 +242,11 @@ class Scheduler:
 
     def _cut(self, prefill: SequenceState, room: int) -> int:
         """How many tokens of a ``prefill`` that has more than ``room`` run: as many as make whole tiles of rows with
-        the other prompts of its version, where that leaves little room unused; they may be none."""
+        the other prompts of its version, if steps are so large that little is left unused; they may be none."""
+        if prefill.slot < 0 or self._max_batch_tokens < _TILES_OF_A_STEP * TILE_ROWS:
+            return room
         pending = [s.pending for s in self._running if s.slot == prefill.slot and s is not prefill and s.may_run]
-        over = (room + sum(tokens for tokens in pending if tokens > 1)) % TILE_ROWS
-        return max(room - over, 0) if prefill.slot >= 0 and _MOST_UNUSED * over <= self._max_batch_tokens else room
+        return max(room - (room + sum(tokens for tokens in pending if tokens > 1)) % TILE_ROWS, 0)
 
     def _admit(self, last: SequenceState | None, room: int) -> SequenceState | None:
         """Start the request whose turn it is, if there is one and it fits; ``last`` was prefilled before it.

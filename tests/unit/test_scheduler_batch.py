@@ -87,10 +87,11 @@ def test_prompts_of_a_version_are_cut_where_its_rows_are_whole_tiles(prompt: int
         assert sched.schedule().num_tokens == first
 
 
-def test_a_step_without_room_for_a_tile_goes_on_with_a_prompt() -> None:
-    sched = scheduler(max_batch_tokens=100, kv_blocks=256)
-    sched.add(request("a", 250), 0)
-    assert [step(sched)[0].num_tokens for _ in range(3)] == [100, 100, 50]
+def test_prompts_are_cut_anywhere_in_small_steps() -> None:
+    sched = scheduler(max_batch_tokens=2047, kv_blocks=2048)
+    for name in "abc":
+        sched.add(request(name, 1000), 0)
+    assert [step(sched)[0].num_tokens for _ in range(2)] == [2047, 2 + 953]
 
 
 def test_an_empty_batch_is_false_and_is_not_waited_for() -> None:
