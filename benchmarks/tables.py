@@ -56,67 +56,80 @@ def render(readme: str, name: str, table: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n{table}\n{end}", readme)
 
 
-def main() -> int:
-    """Rewrite or check the pages."""
-    names = ["demo", "engine-h200", "engine-fp8-quality", "engine-h200-fp8", "base-gemm-h200"]
-    names += ["kernels-h200", "sampling-h200", "engine-host", "kv-fp8", "kernels-h200-long"]
-    names += ["tiers-h200", "tiers-s3-h200-host", "tiers-policy"]
-    reports = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
-    demo, engine, quality, in_fp8, products, kernels, drawn, spent, cached, long, *tiers = reports
-    forms = quality_report.read(RESULTS / "quality.jsonl")
-    pages = {
-        "README.md": {"demo": demo_table(demo), "engine": figures(engine)},
+def pages() -> dict[str, dict[str, str]]:
+    """By page, its tables by the names of their markers."""
+    engine, forms = _read("engine-h200"), _lines("quality")
+    tiers = _read("tiers-h200")
+    return {
+        "README.md": {"demo": demo_table(_read("demo")), "engine": figures(engine)},
         "docs/engine.md": {
             "engine": figures(engine),
             "growth": growth(engine),
             "breakdown": breakdown(engine),
-            "fp8-quality": fp8_quality(quality),
-            "engine-fp8": own_figures(in_fp8),
-            "gemm": gemm(products),
-            "sampling": sampling(drawn),
-            "fp8-cache": fp8_cache(cached),
+            "fp8-quality": fp8_quality(_read("engine-fp8-quality")),
+            "engine-fp8": own_figures(_read("engine-h200-fp8")),
+            "gemm": gemm(_read("base-gemm-h200")),
+            "sampling": sampling(_read("sampling-h200")),
+            "fp8-cache": fp8_cache(_read("kv-fp8")),
         },
-        "docs/scheduling.md": {"engine host": host(spent)},
-        "docs/tiers.md": {"goals": goals(*tiers), "ways": ways(tiers[0])},
-        "docs/kernels.md": kernel_tables(kernels) | long_tables(long),
+        "docs/scheduling.md": {"engine host": host(_read("engine-host"))},
+        "docs/tiers.md": {
+            "goals": goals(tiers, _read("tiers-s3-h200-host"), _read("tiers-policy")),
+            "ways": ways(tiers),
+        },
+        "docs/kernels.md": kernel_tables(_read("kernels-h200")) | long_tables(_read("kernels-h200-long")),
         "docs/compression.md": {
-            "compress": compress_table.page(json.loads((RESULTS / "compress-h200.json").read_text())),
-            "allocation": quality_report.allocation(quality_report.read(RESULTS / "quality_allocation.jsonl")),
-            "calibration": quality_report.calibration(quality_report.read(RESULTS / "quality_calibration.jsonl")),
+            "compress": compress_table.page(_read("compress-h200")),
+            "allocation": quality_report.allocation(_lines("quality_allocation")),
+            "calibration": quality_report.calibration(_lines("quality_calibration")),
         },
         "docs/quality.md": {
             "quality": quality_report.page(forms),
             "tasks": quality_report.by_task(forms),
-            "itself": quality_report.page(quality_report.read(RESULTS / "quality-itself.jsonl")),
+            "itself": quality_report.page(_lines("quality-itself")),
+        },
+        "docs/serving.md": {
+            "path": serving_table.path(*_read("serving-path")),
+            **{name: serving_table.page(_read(name)) for name in ("serving-cpu", "serving-h200")},
         },
     }
-    ways_of_tokens = json.loads((RESULTS / "serving-path.json").read_text())
-    pages["docs/serving.md"] = {"path": serving_table.path(*ways_of_tokens)}
-    for machine in ("cpu", "h200"):
-        if (found := RESULTS / f"serving-{machine}.json").exists():
-            pages["docs/serving.md"][f"serving-{machine}"] = serving_table.page(json.loads(found.read_text()))
-    checking = "--check" in sys.argv[1:]
-    stale = False
-    for name, (plot, report) in {
-        "engine": (plots.engine, engine),
-        "kernels-products": (plots.products, kernels),
-        "kernels-long": (plots.long_segments, long),
-    }.items():
+
+
+PLOTS = {
+    "engine": (plots.engine, "engine-h200"),
+    "kernels-products": (plots.products, "kernels-h200"),
+    "kernels-long": (plots.long_segments, "kernels-h200-long"),
+}
+"""By file in docs, what draws it, and its results."""
+
+
+def main() -> int:
+    """Rewrite or check the pages."""
+    checking, stale = "--check" in sys.argv[1:], False
+    for name, (plot, results) in PLOTS.items():
         path = ROOT / "docs" / f"{name}.svg"
         if checking:
-            stale = stale or not plots.shows(path, report)
+            stale = stale or not plots.shows(path, _read(results))
         else:
-            plots.draw(plot, report, path)
-    for page, tables in pages.items():
+            plots.draw(plot, _read(results), path)
+    for page, tables in pages().items():
         path = ROOT / page
-        text = path.read_text()
-        wanted = text
+        text = wanted = path.read_text()
         for name, table in tables.items():
             wanted = render(wanted, name, table)
-        stale = stale or wanted != text
-        if not checking:
+        if checking:
+            stale = stale or wanted != text
+        else:
             path.write_text(wanted)
-    return int(stale and checking)
+    return int(stale)
+
+
+def _read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _lines(name: str) -> list[dict[str, Any]]:
+    return quality_report.read(RESULTS / f"{name}.jsonl")
 
 
 def _ms(seconds: float | None) -> str:
