@@ -77,7 +77,7 @@ def in_fp8(name: str, rows: int, product: OwnProduct) -> dict[str, float]:
 
     found = {"fp8, torch": microseconds(library, count)}
     if rows <= MOST_ROWS:
-        found["fp8, ours"] = microseconds(lambda i: product.fp8(y, x, weights[i]), count)
+        found["fp8, ours"] = microseconds(lambda i: product(y, x, weights[i]), count)
     return found
 
 

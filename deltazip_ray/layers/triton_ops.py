@@ -30,7 +30,7 @@ from deltazip_kernels.quantize import (
     silu_mul_quantize,
 )
 from deltazip_kernels.rope import HeadNorm, rope_and_cache
-from deltazip_kernels.skinny import BaseProduct
+from deltazip_kernels.skinny import MOST_ROWS, BaseProduct
 from deltazip_kernels.table import CODEC_IDS, DeltaTable
 from deltazip_kernels.triton_backend import grouped_matmul, low_rank_matmul, raw_matmul
 from deltazip_ray.layers.activations import Activations, BaseWeight, dense, weight_rows
@@ -90,8 +90,11 @@ class TritonStack(DeltaStack):
             self.groups = (ordered(codecs), *others)
             self.ops.generation += 1
 
-    def add_product(self, y: torch.Tensor, x: Activations, rows: Rows) -> None:
-        """As the base class says, for ``rows.work``; packed codecs see activations rounded to int8."""
+    def add_product(self, y: torch.Tensor, x: Activations, rows: Rows, *, first: bool = False) -> None:
+        """As the base class says, for ``rows.work``; packed codecs see activations rounded to int8.
+
+        ``first``: the launch ahead is what made ``x``, not a GEMM.
+        """
         if rows.work is None:
             return
         rounded = x.rounded
@@ -100,7 +103,7 @@ class TritonStack(DeltaStack):
             if packed and rounded is None:
                 rounded = quantize_rows(x.values, int8=rows.rounded)
             if packed and rounded is not None:
-                grouped_matmul(y, rounded, self.table, rows.work, packed)
+                grouped_matmul(y, rounded, self.table, rows.work, packed, starts_early=first)
             if RAW in group:
                 raw_matmul(y, x.values, self.table, rows.work)
             if LOW_RANK in group:
@@ -138,7 +141,9 @@ class TritonOps(LayerOps):
         self.growth = threading.Lock()
         """Held while ``generation`` grows, and what it stands for."""
         self._scratch = torch.empty(0, dtype=dtype, device=device)
-        self._product = BaseProduct(device)
+        self.product = BaseProduct(device)
+        self.deltas = torch.empty(0, dtype=dtype, device=device)
+        """Products with deltas on their way to the base's; zero between linears."""
         self.fused = FusedProduct(device)
         self.held: defaultdict[int, Counter[str]] = defaultdict(Counter)
         """For each slot, how many deltas of each codec."""
@@ -152,6 +157,9 @@ class TritonOps(LayerOps):
 
     def stack(self, shapes: Sequence[tuple[int, int]], slots: int) -> TritonStack:
         """See :meth:`LayerOps.stack`."""
+        size = MOST_ROWS * sum(outputs for outputs, _ in shapes)
+        if self.deltas.numel() < size:
+            self.deltas = torch.zeros(size, dtype=self.dtype, device=self.device)
         return TritonStack(shapes, slots, self)
 
     def rows(self, runs: Sequence[tuple[int, int]], device: torch.device) -> Rows:
@@ -202,6 +210,12 @@ class TritonOps(LayerOps):
         if isinstance(weight, Fp8Matrix) and x.rounded is None:
             x = Activations(x.values, quantize_rows(x.values, fp8=True, int8=rows.rounded))
         y = x.values.new_empty((x.values.shape[0], weight.shape[0]))
+        if rows.work is not None and not rows.merged and stack.groups and self.product.cut(_seen(x, weight), weight):
+            # Both launches read at the speed of memory: that of the base starts on what the other leaves free.
+            deltas = self.deltas[: y.numel()].view(y.shape)
+            stack.add_product(deltas, x, rows, first=True)
+            self._multiply(y, x, 0, weight, deltas)
+            return y
         start = 0
         for span in (*rows.merged, Span(-1, y.shape[0], y.shape[0])):
             self._multiply(y[start : span.start], x, start, weight)
@@ -219,17 +233,13 @@ class TritonOps(LayerOps):
             if span.slot not in done:
                 self._multiply(y[span.start : span.stop], x, span.start, stack.merged(weight, span.slot))
 
-    def _multiply(self, y: torch.Tensor, x: Activations, start: int, weight: BaseWeight) -> None:
-        """``y`` ``[rows, N]`` gets rows ``start`` and following of ``x`` times ``weight``."""
+    def _multiply(
+        self, y: torch.Tensor, x: Activations, start: int, weight: BaseWeight, deltas: torch.Tensor | None = None
+    ) -> None:
+        """``y`` ``[rows, N]`` gets rows ``start`` and following of ``x`` times ``weight``, plus ``deltas``."""
         stop = start + y.shape[0]
-        if start == stop:
-            return
-        if isinstance(weight, torch.Tensor):
-            self._product(y, x.values[start:stop], weight)
-        elif x.rounded is not None and x.rounded.fp8 is not None:
-            self._product.fp8(y, x.rounded.fp8.rows(start, stop), weight)
-        else:
-            raise ValueError("a base in fp8 takes activations in fp8: make these operations with fp8=True")
+        if start < stop:
+            self.product(y, weight_rows(_seen(x, weight), start, stop), weight, deltas)
 
     def rms_norm(
         self,
@@ -283,6 +293,15 @@ class TritonOps(LayerOps):
     ) -> torch.Tensor:
         """See :meth:`LayerOps.rotate`."""
         return rope_and_cache(qkv, positions, rotary.tables, cache.keys, cache.values, where, norm, cache.scales)
+
+
+def _seen(x: Activations, weight: BaseWeight) -> torch.Tensor | Fp8Matrix:
+    """What ``weight`` is multiplied with: ``x`` as it is, or in fp8."""
+    if isinstance(weight, torch.Tensor):
+        return x.values
+    if x.rounded is None or x.rounded.fp8 is None:
+        raise ValueError("a base in fp8 takes activations in fp8: make these operations with fp8=True")
+    return x.rounded.fp8
 
 
 def _cut(spans: Sequence[Span], device: torch.device) -> RowTiles:

@@ -3,9 +3,11 @@
 import torch
 
 from deltazip_kernels import CODECS, PackedDelta, Segments, packed_layout
+from deltazip_kernels.fp8 import Fp8Matrix
 from deltazip_kernels.fused import FUSED_CODECS, RowTiles
 from deltazip_kernels.merged import merge_weight
 from deltazip_kernels.plan import MORE, SOME, plan
+from deltazip_kernels.skinny import MOST_ROWS
 from deltazip_kernels.table import table_of
 from deltazip_ray.layers.activations import Activations, BaseWeight, weight_rows
 from deltazip_ray.layers.rows import Rows
@@ -15,16 +17,18 @@ _BATCHES = (
     (SOME, 1, SOME),
     (8, 8, 1),
     (64, 64, 1),
-    (8 * SOME, SOME, SOME),
+    (64, 8, SOME),
     (MORE, 1, MORE),
     (2 * MORE, 2, MORE),
-    (SOME * MORE, SOME, MORE),
+    (64, 8, MORE),
     (40, 1, 40),
     (64, 1, 64),
-    (512, 4, 512),
+    (64, 8, 64),
 )
 """Rows, segments and rows of the longest of steps that together need every launch there is: items of some rows, of more
 and of many, each by few programs that share K, by few, and by plenty; single rows of many versions."""
+_FEW_ROWS = (SOME, MORE, MOST_ROWS)
+"""Most rows for which a kernel of the base's product is compiled."""
 _OUTPUTS = 128
 
 
@@ -39,15 +43,39 @@ def launch_all(stack: TritonStack, codecs: tuple[str, ...], rank: int, base: Bas
     device, dtype, columns = stack.ops.device, stack.ops.dtype, stack.shapes[0][1]
     x = torch.empty(1, columns, dtype=dtype, device=device)
     y = torch.empty(1, twin.starts[-1], dtype=dtype, device=device)
+    most = _multiply_few(stack.ops, base, twin.starts[-1])
     for rows, segments, longest in _BATCHES:
         starts = torch.empty(segments + 1, dtype=torch.int32, device=device)
         batch = Rows(starts, work=plan(Segments(starts, starts[1:]), rows, longest), rounded=1)
-        twin.add_product(y, Activations(x), batch)
+        for first in (False, True)[: 1 + (rows <= most)]:
+            twin.add_product(y, Activations(x), batch, first=first)
         if looked_up:
             twin.add_weights(x, torch.empty(1, dtype=torch.int64, device=device), batch)
     for codec in codecs:
         if codec in CODECS:
             _multiply_long(stack.ops, weight_rows(base, 0, _OUTPUTS), codec)
+
+
+def _multiply_few(ops: TritonOps, base: BaseWeight, outputs: int) -> int:
+    """The base's product that adds those with deltas, for a weight of ``outputs`` rows like those of ``base``.
+
+    How many rows of ``_FEW_ROWS`` it takes at most.
+    """
+    weight, most = _repeated(base, outputs), 0
+    for rows in _FEW_ROWS:
+        x = _repeated(base, rows)
+        if ops.product.cut(x, weight) is not None:
+            most = rows
+            y = torch.empty((rows, outputs), dtype=ops.dtype, device=ops.device)
+            ops.product(y, x, weight, y)
+    return most
+
+
+def _repeated(matrix: BaseWeight, rows: int) -> BaseWeight:
+    """Its first row ``rows`` times, in the memory of one."""
+    if isinstance(matrix, Fp8Matrix):
+        return Fp8Matrix(matrix.values[:1].expand(rows, -1), matrix.scales[:1].expand(rows))
+    return matrix[:1].expand(rows, -1)
 
 
 def _multiply_long(ops: TritonOps, weight: BaseWeight, codec: str) -> None:

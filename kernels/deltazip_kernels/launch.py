@@ -60,8 +60,8 @@ def power_of_2(value: int) -> int:
 def overlap(device: torch.device, *, starts_early: bool = True) -> dict[str, bool]:
     """Programmatic dependent launch, where the GPU has it: a kernel is set up while the one ahead of it ends.
 
-    The kernel itself says where it needs what others wrote (``device.locate.wait``). Large launches behind a GEMM of
-    cuBLAS should not start early: that was slower on an H200 (``docs/kernels.md``).
+    The kernel itself says where it needs what others wrote (``device.locate.wait``). Large launches behind a GEMM
+    should not start early: that was slower on an H200 (``docs/kernels.md``).
     """
     if triton.knobs.runtime.interpret or torch.cuda.get_device_capability(device) < (9, 0):
         return {"OVERLAP": False}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltazip_kernels.device.skinny import skinny
 from deltazip_kernels.fp8 import Fp8Matrix, fp8_matmul_torch
-from deltazip_kernels.launch import overlap
+from deltazip_kernels.launch import launch, overlap
 
 MOST_ROWS = 64
 """Rows up to which reading the weight takes longer than multiplying it."""
@@ -19,6 +19,8 @@ H200 (``docs/engine.md``). In fp8 the library is slower for all."""
 _PART_COUNTS = (1, 2, 4, 8)
 _TILE_ROWS = 64
 _MAX_TILES = 4096
+_PARTIALS = 1 << 20
+"""Floats that programs which share K leave: fewer than 256 of them, each for up to 64 rows of 64 outputs."""
 _SMS = 132
 _SHARED_BYTES = 216 << 10
 """Of one multiprocessor."""
@@ -65,42 +67,47 @@ class BaseProduct:
     def __init__(self, device: torch.device) -> None:
         self._arrived = torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
         """Programs of a tile that have arrived; zero between launches."""
+        # Not of torch's pool: that may give memory which the product with deltas ahead still reads.
+        self._partials = torch.empty(_PARTIALS, dtype=torch.float32, device=device)
         self._hopper = triton.knobs.runtime.interpret or torch.cuda.get_device_capability(device)[0] == 9
 
-    def __call__(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
-        """Write ``y`` ``[T, N]`` for ``x`` ``[T, K]`` and ``weight`` ``[N, K]``, all of one type."""
-        outputs, columns = weight.shape
-        chosen = None
-        fits = x.dtype.itemsize == 2 and x.stride(1) == 1 and x.shape[0] <= FASTER.get((outputs, columns), 0)
-        if fits and self._hopper:
-            chosen = cut(x.shape[0], (outputs, columns), 2)
-        if chosen is None:
-            torch.mm(x, weight.T, out=y)
-        else:
-            self._launch(y, x, weight, chosen)
+    def cut(self, x: Tensor | Fp8Matrix, weight: Tensor | Fp8Matrix) -> Cut | None:
+        """How the kernel takes ``x`` ``[T, K]`` times ``weight`` ``[N, K]``; None: that is left to the library."""
+        shape = (weight.shape[0], weight.shape[1])
+        if not self._hopper:
+            return None
+        if isinstance(x, Fp8Matrix):
+            return cut(len(x), shape, 1)
+        fits = x.dtype.itemsize == 2 and x.stride(1) == 1 and x.shape[0] <= FASTER.get(shape, 0)
+        return cut(x.shape[0], shape, 2) if fits else None
 
-    def fp8(self, y: Tensor, x: Fp8Matrix, weight: Fp8Matrix) -> None:
-        """The same in fp8, added up in float32; on a GPU ``y`` must be bfloat16."""
-        chosen = cut(len(x), weight.shape, 1) if self._hopper else None
+    def __call__(
+        self, y: Tensor, x: Tensor | Fp8Matrix, weight: Tensor | Fp8Matrix, deltas: Tensor | None = None
+    ) -> None:
+        """Write ``y`` ``[T, N]`` for ``x`` ``[T, K]`` and ``weight`` ``[N, K]``, all of one type or both in fp8.
+
+        Products in fp8 are added up in float32; on a GPU ``y`` must be bfloat16 then. Where :meth:`cut` is not None,
+        ``deltas`` ``[T, N]`` of the type of ``y`` may be what the launches just ahead have added to zeros: it is added
+        before ``y`` is rounded, and is zero again.
+        """
+        chosen = self.cut(x, weight)
         if chosen is not None:
-            self._launch(y, x.values, weight.values, chosen, (x.scales, weight.scales))
-        elif y.device.type == "cuda":
-            # cuBLAS wants scales that start at a multiple of 16 bytes, which those of some rows of a batch do not.
-            scales = x.scales if x.scales.data_ptr() % 16 == 0 else x.scales.clone()
-            torch._scaled_mm(x.values, weight.values.T, scales[:, None], weight.scales[None], out_dtype=y.dtype, out=y)
+            self._launch(y, x, weight, chosen, deltas)
+        elif isinstance(x, Tensor) and isinstance(weight, Tensor):
+            torch.mm(x, weight.T, out=y)
+        elif isinstance(x, Fp8Matrix) and isinstance(weight, Fp8Matrix):
+            _multiply_fp8(y, x, weight)
         else:
-            y.copy_(fp8_matmul_torch(x, weight, y.dtype))
+            raise TypeError("activations and weight must both be in fp8, or neither")
 
     def _launch(
-        self, y: Tensor, x: Tensor, weight: Tensor, chosen: Cut, scales: tuple[Tensor, Tensor] | None = None
+        self, y: Tensor, x: Tensor | Fp8Matrix, weight: Tensor | Fp8Matrix, chosen: Cut, deltas: Tensor | None
     ) -> None:
         (rows, columns), outputs = x.shape, weight.shape[0]
-        width = padded(rows)
-        partials = y
-        if chosen.parts > 1:
-            partials = torch.empty(chosen.parts * width * outputs, dtype=torch.float32, device=x.device)
-        x_scales, w_scales = scales or (x, weight)
-        skinny[(outputs // _TILE_ROWS, chosen.parts)](
+        (x, x_scales), (weight, w_scales) = _parts(x), _parts(weight)
+        launch(
+            skinny,
+            (outputs // _TILE_ROWS, chosen.parts),
             y,
             y.stride(0),
             x,
@@ -108,17 +115,33 @@ class BaseProduct:
             x_scales,
             weight,
             w_scales,
-            partials,
+            self._partials,
             self._arrived,
+            y if deltas is None else deltas,
             rows,
             columns,
             columns // (chosen.parts * chosen.columns),
             SPLIT=chosen.parts,
-            BM=width,
+            BM=padded(rows),
             BN=_TILE_ROWS,
             BK=chosen.columns,
             STAGES=chosen.stages,
-            SCALED=scales is not None,
+            SCALED=x_scales is not x,
+            ADD=deltas is not None,
             num_warps=4,
             **overlap(x.device),
         )
+
+
+def _parts(matrix: Tensor | Fp8Matrix) -> tuple[Tensor, Tensor]:
+    """Values, and their scales where they have any."""
+    return (matrix.values, matrix.scales) if isinstance(matrix, Fp8Matrix) else (matrix, matrix)
+
+
+def _multiply_fp8(y: Tensor, x: Fp8Matrix, weight: Fp8Matrix) -> None:
+    if y.device.type != "cuda":
+        y.copy_(fp8_matmul_torch(x, weight, y.dtype))
+        return
+    # cuBLAS wants scales that start at a multiple of 16 bytes, which those of some rows of a batch do not.
+    scales = x.scales if x.scales.data_ptr() % 16 == 0 else x.scales.clone()
+    torch._scaled_mm(x.values, weight.values.T, scales[:, None], weight.scales[None], out_dtype=y.dtype, out=y)

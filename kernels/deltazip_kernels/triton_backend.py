@@ -52,11 +52,19 @@ _LONG_WALK, _LEAST_WALK = 28, 4
 
 
 def grouped_matmul(
-    y: Tensor, x: QuantizedRows, table: DeltaTable, work: Work, codecs: Sequence[str], tile: Tile | None = None
+    y: Tensor,
+    x: QuantizedRows,
+    table: DeltaTable,
+    work: Work,
+    codecs: Sequence[str],
+    tile: Tile | None = None,
+    *,
+    starts_early: bool = False,
 ) -> None:
     """One launch: ``y`` [T, sum of the table's N] gets the products of ``work``'s rows with packed deltas added.
 
-    ``codecs`` are those that may occur; slots of others are left out.
+    ``codecs`` are those that may occur; slots of others are left out. ``starts_early``: it is set up while the launch
+    ahead ends, which pays behind a small one, not behind a GEMM; ``work`` must be older than that.
     """
     _check(y, table)
     tile = tile or _tile(table, work, codecs)
@@ -86,7 +94,7 @@ def grouped_matmul(
         STAGES=tile.stages,
         PLAIN=triton.knobs.runtime.interpret,
         num_warps=tile.warps,
-        **overlap(y.device, starts_early=False),
+        **overlap(y.device, starts_early=starts_early),
     )
 
 

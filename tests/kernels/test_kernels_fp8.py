@@ -82,7 +82,7 @@ def test_product_in_fp8(shape: tuple[int, int], rows: int, device: torch.device)
     product = BaseProduct(device)
     outputs = [torch.full((rows, shape[0]), torch.nan, dtype=torch.bfloat16, device=device) for _ in range(2)]
     for y in outputs:
-        product.fp8(y, x, weight)
+        product(y, x, weight)
     want = fp8_matmul_torch(x, weight, torch.float32)
     assert float((outputs[0].float() - want).norm() / want.norm()) < 4e-3
     assert torch.equal(*outputs)
@@ -92,7 +92,7 @@ def test_product_in_fp8(shape: tuple[int, int], rows: int, device: torch.device)
 def test_product_of_some_rows_of_a_batch(stop: int, device: torch.device) -> None:
     x, weight = round_to_fp8(normal(90, 512).to(device)), round_to_fp8(normal(128, 512, seed=1).to(device))
     y = torch.zeros((90, 128), dtype=torch.bfloat16, device=device)
-    BaseProduct(device).fp8(y[3:stop], x.rows(3, stop), weight)
+    BaseProduct(device)(y[3:stop], x.rows(3, stop), weight)
     want = fp8_matmul_torch(x, weight, torch.float32)
     assert float((y[3:stop].float() - want[3:stop]).norm() / want[3:stop].norm()) < 4e-3
     assert not y[:3].any()

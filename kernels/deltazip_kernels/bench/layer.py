@@ -13,7 +13,7 @@ from deltazip_kernels.bench.timing import graph_times
 from deltazip_kernels.plan import MORE, SOME, Work, plan
 from deltazip_kernels.quantize import QuantizedRows, quantize_rows, rms_norm_quantize, silu_mul_quantize
 from deltazip_kernels.rope import RotaryTables, rope_and_cache
-from deltazip_kernels.skinny import BaseProduct
+from deltazip_kernels.skinny import MOST_ROWS, BaseProduct
 from deltazip_kernels.triton_backend import grouped_matmul
 
 _HIDDEN, _GROUPS, _HEAD = 4096, 8, 128
@@ -27,6 +27,7 @@ class Layer:
         self.product = BaseProduct(DEVICE)
         self.work = work
         self.codec = codec
+        self.deltas = torch.zeros(MOST_ROWS * 2 * 14336, device=DEVICE, dtype=torch.bfloat16)
         self.weights = {name: _random(sum(n for n, _ in shapes), shapes[0][1]) for name, shapes in SHAPES.items()}
         made = {name: make_tables(shapes, [codec] * slots, 0) for name, shapes in SHAPES.items()}
         self.tables = {name: tables[0] for name, (tables, _) in made.items()}
@@ -52,8 +53,14 @@ class Layer:
     def _linear(self, name: str, x: Tensor, rounded: QuantizedRows) -> Tensor:
         weight = self.weights[name]
         y = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
-        self.product(y, x, weight)
-        if self.work is not None:
+        if self.work is None:
+            self.product(y, x, weight)
+        elif self.product.cut(x, weight) is not None:
+            deltas = self.deltas[: y.numel()].view(y.shape)
+            grouped_matmul(deltas, rounded, self.tables[name], self.work, [self.codec], starts_early=True)
+            self.product(y, x, weight, deltas)
+        else:
+            self.product(y, x, weight)
             grouped_matmul(y, rounded, self.tables[name], self.work, [self.codec])
         return y
 

@@ -206,7 +206,6 @@ def _add_rows(
                 pointer(codes, tl.uint8), pointer(extra, tl.uint8), pointer(scales, tl.int32), x, live,
                 n, tile, words & 31, scale_tile, CODECS[i], GROUPS, SPLIT, BN, BM, STAGES, PLAIN,
             )  # fmt: skip
-    let_next_start(OVERLAP)
     complete = True
     if SPLIT:
         acc, complete = _sum_splits(acc, partials, arrived, BN, BM)
@@ -251,6 +250,7 @@ def grouped(
         served = served | (codec == CODECS[i])
     rows = tl.where(served & (slot >= 0), end - first, 0)
     wait(OVERLAP)
+    let_next_start(OVERLAP)
     for i in tl.static_range(0, len(BATCHES)):
         if rows <= BATCHES[i] and rows > (BATCHES[i - 1] if i > 0 else 0):
             _add_rows(

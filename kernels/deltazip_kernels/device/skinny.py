@@ -2,6 +2,9 @@
 
 A program multiplies BN rows of the weight, a part of their columns, with all rows of the activations: the weight is the
 left operand of the tensor cores' instruction, which wants 64 rows.
+
+With ADD the launch ahead is a product with deltas, which lets this one start when it has waited itself: the activations
+are there, and only what that product leaves in ``deltas`` has to be waited for.
 """
 
 import triton
@@ -11,9 +14,16 @@ from deltazip_kernels.device.locate import let_next_start, wait
 
 
 @triton.jit
-def _store(y, y_stride, x_scales, w_scales, n, m, live, acc, SCALED: tl.constexpr):
+def _store(
+    y, y_stride, deltas, x_scales, w_scales, n, m, live, acc, SCALED: tl.constexpr, ADD: tl.constexpr
+):  # fmt: skip
     if SCALED:
         acc = acc * tl.load(w_scales + n)[:, None] * tl.load(x_scales + m, mask=live, other=0.0)[None, :]
+    if ADD:
+        there = deltas + m[None, :] * (tl.num_programs(0) * n.shape[0]) + n[:, None]
+        acc += tl.load(there, mask=live[None, :], other=0.0)
+        tl.debug_barrier()  # other threads may clear than have read
+        tl.store(there, tl.zeros(acc.shape, deltas.dtype.element_ty), mask=live[None, :])
     tl.store(y + m.to(tl.int64)[None, :] * y_stride + n[:, None], acc.to(y.dtype.element_ty), mask=live[None, :])
 
 
@@ -28,6 +38,7 @@ def skinny(
     w_scales,
     partials,
     arrived,
+    deltas,
     M,
     K,
     STEPS,
@@ -37,10 +48,12 @@ def skinny(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
+    ADD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """``y`` [M, N] = ``x`` [M, K] ``w`` [N, K] transposed, with SCALED times ``x_scales`` [M] and ``w_scales`` [N].
 
+    With ADD plus ``deltas`` [M, N], which is zero afterwards.
     K is cut into SPLIT parts of STEPS times BK columns. The program that is the last of a tile to arrive adds the parts
     up in order, so that the sum does not depend on who that is, and sets ``arrived`` back to zero.
     """
@@ -52,7 +65,8 @@ def skinny(
     begin = part * STEPS * BK
     k = tl.arange(0, BK)
     w_tile = w + begin + n.to(tl.int64)[:, None] * K + k[None, :]
-    wait(OVERLAP)
+    if not ADD:
+        wait(OVERLAP)
     x_tile = x + begin + m.to(tl.int64)[None, :] * x_stride + k[:, None]
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     for _ in tl.range(0, STEPS, num_stages=STAGES):
@@ -64,15 +78,19 @@ def skinny(
         x_tile += BK
     let_next_start(OVERLAP)
     if SPLIT == 1:
-        _store(y, y_stride, x_scales, w_scales, n, m, live, acc, SCALED)
+        if ADD:
+            wait(OVERLAP)
+        _store(y, y_stride, deltas, x_scales, w_scales, n, m, live, acc, SCALED, ADD)
         return
     at = tl.arange(0, BN)[:, None] * BM + m[None, :]
     tiles = partials + block * (SPLIT * BN * BM) + at
     tl.store(tiles + part * (BN * BM), acc, mask=live[None, :])
+    if ADD:
+        wait(OVERLAP)
     tl.debug_barrier()  # all threads have stored before one of them says so
     if tl.atomic_add(arrived + block, 1, sem="acq_rel") == SPLIT - 1:
         total = tl.zeros((BN, BM), dtype=tl.float32)
         for i in tl.static_range(0, SPLIT):
             total += tl.load(tiles + i * (BN * BM), mask=live[None, :], other=0.0, cache_modifier=".cg")
         tl.store(arrived + block, 0)
-        _store(y, y_stride, x_scales, w_scales, n, m, live, total, SCALED)
+        _store(y, y_stride, deltas, x_scales, w_scales, n, m, live, total, SCALED, ADD)
