@@ -170,7 +170,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=4)
     parser.add_argument("--samples", type=int, default=16, help="calibration sequences")
     parser.add_argument("--rate", type=float, default=30.0, help="requests a second")
-    parser.add_argument("--duration", type=float, default=20.0, help="seconds of the trace")
+    parser.add_argument("--duration", type=float, default=20.0, help="seconds of the trace; 0: none")
     parser.add_argument("--streams", default="", help="numbers of streaming clients, such as 16,64,256; empty: none")
     parser.add_argument("--kill-until", type=float, default=45.0, help="seconds of load around the kill; 0: no kill")
     parser.add_argument("--port", type=int, default=8123)
@@ -201,10 +201,11 @@ def main() -> None:
                     found = asyncio.run(answers(run, 3))
                 with run.stage("judge"):
                     run.report["regret"] = judge(run, found)
-                with run.stage("first replay"):  # which meets shapes that are compiled and recorded
-                    run.report["first replay"] = replay(run, args.rate, args.duration, SEEDS[0])
-                with run.stage("replay"):
-                    run.report["replay"] = replay(run, args.rate, args.duration, SEEDS[1])
+                if args.duration:
+                    with run.stage("first replay"):  # which meets shapes that are compiled and recorded
+                        run.report["first replay"] = replay(run, args.rate, args.duration, SEEDS[0])
+                    with run.stage("replay"):
+                        run.report["replay"] = replay(run, args.rate, args.duration, SEEDS[1])
                 for streams in filter(None, args.streams.split(",")):
                     with run.stage(f"{streams} streams"):
                         told = measure(run.port, run.folder, run.models, int(streams), STREAMS_S, STREAM_TOKENS)
