@@ -17,7 +17,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from benchmarks.engine_host import STEP_S, FreeRunner, FreeStep
+from benchmarks.engine_host import STEP_S, Clock, FreeRunner, FreeStep
 from benchmarks.engine_model import SHAPES, build, decoder_shape
 from benchmarks.serving_models import make_tokenizer
 from benchmarks.serving_run import MARK
@@ -37,8 +37,8 @@ LENGTH = 2000
 class LaunchingRunner(FreeRunner):
     """Launches operations too; others get the interpreter between them."""
 
-    def __init__(self, most: int, launches: int) -> None:
-        super().__init__(most)
+    def __init__(self, core: EngineCore, most: int, launches: int) -> None:
+        super().__init__(core, most, Clock())
         self.launches = launches
 
     def launch(self, batch: Batch) -> FreeStep:
@@ -61,7 +61,7 @@ class FreeEngine:
     def core(self, config: EngineConfig, base: Path) -> EngineCore:
         """All but the runner."""
         core = build(decoder_shape("tiny"), config, base)
-        return replace(core, runner=LaunchingRunner(config.max_running, self.launches))  # type: ignore[arg-type]
+        return replace(core, runner=LaunchingRunner(core, config.max_running, self.launches))  # type: ignore[arg-type]
 
 
 def config(folder: Path) -> AppConfig:
