@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 # What torch and the code around it raise for a batch that they cannot compute. Anything else ends the loop.
 _STEP_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, EngineError)
 
-READER_S = 0.0004
+READER_S = 0.0002
 """Time for each reader of tokens that is woken. Under Serve one costs 60 to 90 us of the interpreter, which the steps
-share: this leaves them four fifths of it, however many readers there are."""
+share: this leaves them more than half of it, however many readers there are."""
 _LONG = 256
 """Tokens of prompts in a step that takes so long that all readers are woken before it."""
 MOST_FAILURES = 8
