@@ -29,7 +29,15 @@ from deltazip_ray.layers.attention.paged import PagedBackend, PagedPlan
 from deltazip_ray.layers.attention.tables import cache_rows, page_tables
 
 SHAPE = CacheShape(layers=32, block_size=16, heads=32, kv_heads=8, head_dim=128)
-DECODES = ((8, 576), (32, 576), (256, 320), (8, 4096), (1, 2048))
+DECODES = {
+    "8 x 602": [602] * 8,
+    "32 x 602": [602] * 32,
+    "256 x 346": [346] * 256,
+    "32 of 1 to 2,000": np.random.default_rng(0).integers(1, 2000, 32).tolist(),
+    "32 x 4096": [4096] * 32,
+    "1 x 2048": [2048],
+}
+"""Contexts; the second and third are those of the steps that ``benchmarks.engine`` traces."""
 PREFILLS = ((16, 512), (4, 2048), (1, 8192))
 DTYPE, DEVICE = torch.bfloat16, torch.device("cuda")
 
@@ -58,23 +66,24 @@ class FlashInfer(FlashInferBackend):
 
 
 class Setting:
-    """A cache full of random numbers, and sequences of equal length in blocks anywhere in it."""
+    """A cache full of random numbers, and sequences in blocks anywhere in it, whose last ``queries`` tokens are new."""
 
-    def __init__(self, kind: str, count: int, context: int, queries: int) -> None:
-        self.backend = _backend(kind, count)
-        each = -(-context // SHAPE.block_size)
-        self.backend.allocate(count * each)
+    def __init__(self, kind: str, contexts: Sequence[int], queries: int) -> None:
+        self.backend = _backend(kind, len(contexts))
+        each = [-(-context // SHAPE.block_size) for context in contexts]
+        self.backend.allocate(sum(each))
         for layer in self.backend.layers:
             for numbers in (layer.keys, layer.values):
                 numbers.copy_(torch.randn(numbers.shape, device=DEVICE))
             if layer.scales is not None:
                 layer.scales.fill_(1.0)
-        blocks = torch.randperm(count * each).view(count, each)
-        self.plan = self.backend.plan([SequenceRows(queries, context, array("i", row.tolist())) for row in blocks])
-        self.qkv = torch.randn(count * queries, 48 * 128, device=DEVICE, dtype=DTYPE)
+        blocks = [array("i", part.tolist()) for part in torch.randperm(sum(each)).split(each)]
+        sequences = [SequenceRows(queries, context, own) for context, own in zip(contexts, blocks, strict=True)]
+        self.plan = self.backend.plan(sequences)
+        self.qkv = torch.randn(len(contexts) * queries, 48 * 128, device=DEVICE, dtype=DTYPE)
         self.q = self.qkv[:, :4096].contiguous().view(-1, 32, 128)
-        self.positions = torch.arange(context - queries, context, device=DEVICE).repeat(count)
-        half = torch.rand(context, 64, device=DEVICE)
+        self.positions = torch.cat([torch.arange(n - queries, n, device=DEVICE) for n in contexts])
+        half = torch.rand(max(contexts), 64, device=DEVICE)
         self.tables = RotaryTables(half, half)
 
     def decode(self) -> dict[str, Any]:
@@ -110,14 +119,14 @@ def measure(kinds: Sequence[str]) -> dict[str, Any]:
     """All of it."""
     bandwidth = copy_bandwidth()
     found: dict[str, Any] = {"bandwidth": bandwidth, "decodes": {}, "prefills": {}}
-    for count, context in DECODES:
-        size = 2 * count * context * SHAPE.kv_heads * SHAPE.head_dim * 2
+    for name, contexts in DECODES.items():
+        size = 2 * sum(contexts) * SHAPE.kv_heads * SHAPE.head_dim * 2
         row: dict[str, Any] = {"limit_us": 1e6 * size / bandwidth}
-        row |= {kind: Setting(kind, count, context, 1).decode() for kind in kinds}
-        found["decodes"][f"{count} x {context}"] = row
+        row |= {kind: Setting(kind, contexts, 1).decode() for kind in kinds}
+        found["decodes"][name] = row
     for count, context in PREFILLS:
         row = {"flops": 4 * count * context * (context + 1) / 2 * SHAPE.heads * SHAPE.head_dim}
-        row |= {kind: Setting(kind, count, context, context).prefill() for kind in kinds}
+        row |= {kind: Setting(kind, [context] * count, context).prefill() for kind in kinds}
         found["prefills"][f"{count} x {context}"] = row
     return found
 

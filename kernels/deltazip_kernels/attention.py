@@ -1,22 +1,28 @@
 """Attention over a paged cache: any mixture of lengths in one launch, whose size does not depend on them.
 
 Work is cut into items on the host (``attention_items``); their list lies in device memory, so a launch
-can be captured in a graph. The context of a decode may be cut into parts, which a second launch merges.
+can be captured in a graph. The context of a decode may be cut into parts, which the last of its programs merges.
 """
 
 from dataclasses import dataclass
 from functools import cache
+from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltazip_kernels.attention_items import FIELDS
-from deltazip_kernels.device.attention import attention, attention_merge
+from deltazip_kernels.device.attention import attention_decode, attention_prefill
 from deltazip_kernels.launch import overlap, power_of_2
 
 _LOG2E = 1.4426950408889634
-_PROGRAMS = 2
-"""Of decodes, for each processor."""
+_PROGRAMS = 3
+"""Of decodes, for each processor; all of them fit it at once."""
+_WARPS = 2
+"""Of such a program."""
+_OWN_KEYS = 16
+"""Of each warp of a decode, at a time: the fewest that tensor cores take."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,6 @@ class AttentionWork:
 
     items: Tensor
     """[items * FIELDS] int32; as many as there may be."""
-    firsts: Tensor
-    """[sequences + 1] int32, of decodes."""
     pages: Tensor
     """int32; where items find the pages of their sequences."""
 
@@ -60,16 +64,8 @@ class Parts:
         """For launches of up to ``items`` items."""
         self.values = torch.empty((items, heads, dim), dtype=torch.float32, device=device)
         self.logs = torch.empty((items, heads), dtype=torch.float32, device=device)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a program works: ``rows`` heads by ``keys``, with warps, and stages of its pipeline."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
+        self.arrived = torch.zeros(items * heads, dtype=torch.int32, device=device)
+        """Parts of a sequence that are there; zero between launches."""
 
 
 def wanted_items(device: torch.device, kv_heads: int) -> int:
@@ -84,42 +80,45 @@ def decode_attention(
 
     ``q`` and ``out`` are contiguous.
     """
-    _launch(q, cache, work, scoring, _decode_tile(q), out, parts)
-    heads, dim = q.shape[1:]
-    kv_heads = cache.keys.shape[2]
-    group = heads // kv_heads
-    attention_merge[(len(work.firsts) - 1, kv_heads)](
+    page, kv_heads = cache.keys.shape[1:3]
+    attention_decode[(len(work.items) // FIELDS * kv_heads,)](
+        *_arguments(q, cache, work, scoring, out),
         parts.values,
         parts.logs,
-        work.items,
-        work.firsts,
-        out,
-        HEADS=kv_heads,
-        G=group,
-        GROUP=power_of_2(group),
-        D=dim,
-        WIDTH=power_of_2(dim),
-        num_warps=4,
-        **overlap(q.device),
+        parts.arrived,
+        M=max(8, power_of_2(q.shape[1] // kv_heads)),
+        W=_WARPS,
+        N=_OWN_KEYS,
+        RUN=gcd(page, _OWN_KEYS),
+        STAGES=7,
+        num_warps=_WARPS,
+        **_shape(q, cache, scoring),
     )
 
 
 def prefill_attention(q: Tensor, cache: PagedCache, work: AttentionWork, scoring: Scoring, out: Tensor) -> None:
     """The same for rows that are the last tokens of sequences, in items of :func:`prefill_queries` each."""
-    _launch(q, cache, work, scoring, _prefill_tile(q.dtype, q.shape[2]), out, None)
+    heads, dim = q.shape[1:]
+    kv_heads = cache.keys.shape[2]
+    small = q.dtype.itemsize * dim <= 256
+    attention_prefill[(len(work.items) // FIELDS * kv_heads,)](
+        *_arguments(q, cache, work, scoring, out),
+        WINDOW=scoring.window or 0,
+        M=max(_prefill_rows(q.dtype, dim), power_of_2(heads // kv_heads)),
+        N=64 if small else 32,
+        STAGES=3 if small else 2,
+        num_warps=8 if small else 4,
+        **_shape(q, cache, scoring),
+    )
 
 
 def prefill_queries(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> int:
     """Queries that an item of a prefill has at most."""
-    return max(1, _prefill_tile(dtype, dim).rows // (heads // kv_heads))
+    return max(1, _prefill_rows(dtype, dim) // (heads // kv_heads))
 
 
-def _decode_tile(q: Tensor) -> Tile:
-    return Tile(16, 64, 2, 5) if q.dtype.itemsize * q.shape[2] <= 256 else Tile(16, 32, 4, 4)
-
-
-def _prefill_tile(dtype: torch.dtype, dim: int) -> Tile:
-    return Tile(128, 64, 8, 3) if dtype.itemsize * dim <= 256 else Tile(64, 32, 4, 2)
+def _prefill_rows(dtype: torch.dtype, dim: int) -> int:
+    return 128 if dtype.itemsize * dim <= 256 else 64
 
 
 @cache
@@ -127,23 +126,15 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _launch(
-    q: Tensor,
-    cache: PagedCache,
-    work: AttentionWork,
-    scoring: Scoring,
-    tile: Tile,
-    out: Tensor,
-    parts: Parts | None,
-) -> None:
-    """Without ``parts`` items are whole, and causal."""
-    heads, dim = q.shape[1:]
-    page, kv_heads = cache.keys.shape[1:3]
-    group = heads // kv_heads
+def _arguments(
+    q: Tensor, cache: PagedCache, work: AttentionWork, scoring: Scoring, out: Tensor
+) -> tuple[Tensor | int | float, ...]:
+    """What both kernels begin with."""
+    kv_heads, dim = cache.keys.shape[2:]
     if cache.keys.stride() != cache.values.stride() or cache.keys.stride()[1:] != (kv_heads * dim, dim, 1):
         raise ValueError(f"keys and values of strides {cache.keys.stride()} and {cache.values.stride()}")
     scales = cache.scales
-    attention[(len(work.items) // FIELDS * kv_heads,)](
+    return (
         q,
         cache.keys,
         cache.values,
@@ -154,21 +145,19 @@ def _launch(
         0 if scales is None else scales.stride(0),
         work.items,
         out,
-        out if parts is None else parts.values,
-        out if parts is None else parts.logs,
         scoring.scale * (1.0 if scoring.cap else _LOG2E),
-        CAP=scoring.cap or 0.0,
-        WINDOW=scoring.window or 0,
-        CAUSAL=parts is None,
-        HEADS=kv_heads,
-        G=group,
-        PAGE=page,
-        D=dim,
-        WIDTH=max(16, power_of_2(dim)),
-        SCALED=scales is not None,
-        M=max(tile.rows, power_of_2(group)),
-        N=tile.keys,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
-        **overlap(q.device),
     )
+
+
+def _shape(q: Tensor, cache: PagedCache, scoring: Scoring) -> dict[str, Any]:
+    """The constants that both have."""
+    page, kv_heads, dim = cache.keys.shape[1:]
+    return {
+        "CAP": scoring.cap or 0.0,
+        "HEADS": kv_heads,
+        "G": q.shape[1] // kv_heads,
+        "PAGE": page,
+        "D": dim,
+        "WIDTH": max(16, power_of_2(dim)),
+        "SCALED": cache.scales is not None,
+    } | overlap(q.device)

@@ -29,26 +29,21 @@ class Contexts:
     """Where their pages begin in the list of pages."""
 
 
-@dataclass(frozen=True)
-class Items:
-    """One launch's."""
+def decode_items(contexts: Contexts, wanted: int, window: int | None = None) -> np.ndarray:
+    """Items [n, FIELDS] int32 of sequences of one row, in about equal parts; those of a sequence are neighbours.
 
-    items: np.ndarray
-    """[n, FIELDS] int32."""
-    firsts: np.ndarray
-    """[sequences + 1] int32: the first item of each, and their number; the items of a sequence are neighbours."""
-
-
-def decode_items(contexts: Contexts, wanted: int, window: int | None = None) -> Items:
-    """Items of sequences of one row: at most ``wanted`` more than there are sequences, in about equal parts."""
+    At most ``wanted``, or one for each sequence.
+    """
     begins = np.zeros_like(contexts.lengths) if window is None else np.maximum(contexts.lengths - window, 0)
     lengths = contexts.lengths - begins
-    most = max(SHORTEST, -(-int(lengths.sum()) // wanted))
-    counts = np.maximum((lengths + most // 2) // most, 1)
+    room = max(wanted, len(lengths))
+    most = max(SHORTEST, -(-int(lengths.sum()) // room))
+    while (counts := np.maximum((lengths + most // 2) // most, 1)).sum() > room:
+        most += most // 8
     # In whole tiles; the last part of a sequence has what is left.
     sizes = (lengths + counts * _TILE - 1) // (counts * _TILE) * _TILE
     counts = -(-lengths // sizes)
-    firsts = np.concatenate(([0], np.cumsum(counts)))
+    firsts = np.cumsum(counts) - counts
     of = np.repeat(np.arange(len(counts)), counts)
     done = (np.arange(len(of)) - firsts[of]) * sizes[of]
     items = np.zeros((len(of), FIELDS), dtype=np.int32)
@@ -59,10 +54,11 @@ def decode_items(contexts: Contexts, wanted: int, window: int | None = None) -> 
     items[:, 4] = contexts.tables[of]
     items[:, 5] = contexts.lengths[of] - 1
     items[:, 6] = counts[of]
-    return Items(items, firsts.astype(np.int32))
+    items[:, 7] = firsts[of]
+    return items
 
 
-def prefill_items(contexts: Contexts, queries: int, window: int | None = None) -> Items:
+def prefill_items(contexts: Contexts, queries: int, window: int | None = None) -> np.ndarray:
     """Items of up to ``queries`` rows each, over all that the rows see; those that take longest begin first."""
     counts = -(-contexts.queries // queries)
     of = np.repeat(np.arange(len(counts)), counts)
@@ -75,24 +71,20 @@ def prefill_items(contexts: Contexts, queries: int, window: int | None = None) -
     items[:, 3] = position + items[:, 1]
     items[:, 4] = contexts.tables[of]
     items[:, 5] = position
-    return Items(items[np.argsort(items[:, 2] - items[:, 3], kind="stable")], np.zeros(0, dtype=np.int32))
+    return items[np.argsort(items[:, 2] - items[:, 3], kind="stable")]
 
 
-def pack(launches: Sequence[Items], pages: np.ndarray, most: int) -> np.ndarray:
+def pack(launches: Sequence[np.ndarray], pages: np.ndarray, most: int) -> np.ndarray:
     """What launches over the same sequences read, as one int32 array.
 
-    The items of each launch, filled up to ``most`` with items that have no rows; then the ``firsts`` of each; then the
-    pages that items point to, by their place in the array.
+    The items of each launch, filled up to ``most`` with items that have no rows; then the pages that items point to, by
+    their place in the array.
     """
     width = most * FIELDS
-    heads = [len(launch.firsts) for launch in launches]
-    before = width * len(launches) + sum(heads)
+    before = width * len(launches)
     packed = np.zeros(before + len(pages), dtype=np.int32)
-    at = width * len(launches)
-    for i, launch in enumerate(launches):
-        launch.items[:, 4] += before
-        packed[i * width : i * width + launch.items.size] = launch.items.ravel()
-        packed[at : at + heads[i]] = launch.firsts
-        at += heads[i]
+    for i, items in enumerate(launches):
+        items[:, 4] += before
+        packed[i * width : i * width + items.size] = items.ravel()
     packed[before:] = pages
     return packed

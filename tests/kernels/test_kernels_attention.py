@@ -1,7 +1,5 @@
 """Attention over a paged cache against plain attention in float64, decodes and prefills of one step."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -16,11 +14,11 @@ from deltazip_kernels.attention import (
     prefill_attention,
     prefill_queries,
 )
-from deltazip_kernels.attention_items import FIELDS, Contexts, Items, decode_items, pack, prefill_items
+from deltazip_kernels.attention_items import FIELDS, Contexts, decode_items, pack, prefill_items
 
 LENGTHS = np.array([1, 300, 129, 64, 17, 520])
-WANTED = 5
-"""Items beyond one a sequence: the longest is cut into some."""
+WANTED = 10
+"""Items: the longest sequences are cut into some."""
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
@@ -62,14 +60,11 @@ class Paged:
         used = self.pages[first : first - (-LENGTHS[i] // page)].long()
         return self.stored[used].transpose(1, 2).flatten(0, 1)[: LENGTHS[i]]
 
-    def work(self, items: Items, device: torch.device, idle: int = 0) -> AttentionWork:
+    def work(self, items: np.ndarray, device: torch.device, idle: int = 0) -> AttentionWork:
         """The second of two launches in one array, with ``idle`` programs that have nothing to do."""
-        most = len(items.items) + idle
-        other = replace(items, items=items.items[:2].copy())
-        packed = torch.from_numpy(pack([other, items], self.pages.numpy(), most)).to(device)
-        places = packed[2 * most * FIELDS :]
-        firsts = places[len(items.firsts) : 2 * len(items.firsts)]
-        return AttentionWork(packed[most * FIELDS : 2 * most * FIELDS], firsts, packed)
+        most = len(items) + idle
+        packed = torch.from_numpy(pack([items[:2].copy(), items], self.pages.numpy(), most)).to(device)
+        return AttentionWork(packed[most * FIELDS : 2 * most * FIELDS], packed)
 
     def expected(self, scoring: Scoring) -> Tensor:
         rows = self.q.split(self.queries.tolist())
@@ -107,7 +102,7 @@ def test_decodes_and_prefills(
             prefill_attention(q, cache, step.work(items, device), scoring, out)
         else:
             items = decode_items(step.contexts, WANTED, scoring.window)
-            parts = Parts(len(items.items) + 3, heads, dim, device)
+            parts = Parts(len(items) + 3, heads, dim, device)
             parts.values.fill_(torch.nan)
             decode_attention(q, cache, step.work(items, device, 3), scoring, parts, out)
         assert distance(out, step.expected(scoring)) < 4 * torch.finfo(dtype).eps
@@ -119,9 +114,11 @@ def test_items_of_decodes_cover_what_is_seen_once(wanted: int, window: int | Non
     lengths = np.array([1, 128, 129, 5000, 64, 63])
     contexts = Contexts(np.array([9, 4, 3, 2, 1, 0]), np.ones(6, int), lengths, np.arange(6) * 1000)
     found = decode_items(contexts, wanted, window)
-    assert len(found.items) <= len(lengths) + wanted
+    assert len(found) <= max(len(lengths), wanted)
     for i, length in enumerate(lengths):
-        own = found.items[found.firsts[i] : found.firsts[i + 1]]
+        mine = np.flatnonzero(found[:, 4] == i * 1000)
+        own = found[mine]
+        assert (own[:, 6:] == [len(mine), mine[0]]).all()
         keys = np.concatenate([np.arange(start, stop) for start, stop in own[:, 2:4]])
         assert keys.tolist() == list(range(0 if window is None else max(0, length - window), length))
         assert (own[:, [0, 1, 4]] == [contexts.rows[i], 1, i * 1000]).all()

@@ -85,14 +85,14 @@ class PagedDecodes(CapturableBackend[PagedPlan[PrefillsT]]):
             _, lengths, blocks = zip(*[sequences[i] for i in decoding], strict=True)
             packed = self._pack_decodes(rows[decoding], np.array(lengths), *joined(blocks))
             most = self._items(len(decoding))
-            decodes = self.by_window(to_device(packed, self.device), most, len(decoding) + 1)
+            decodes = self.by_window(to_device(packed, self.device), most)
         if filling:
             prefills = self.plan_prefills([sequences[i] for i in filling], rows[filling])
         return PagedPlan(to_device(cache_rows(sequences, self.shape.block_size), self.device), decodes, prefills)
 
     def graph_inputs(self, rows: int, pages: int) -> dict[str, int]:
         """See :meth:`CapturableBackend.graph_inputs`."""
-        return {"work": len(self.windows) * (self._items(rows) * FIELDS + rows + 1) + pages}
+        return {"work": len(self.windows) * self._items(rows) * FIELDS + pages}
 
     def fill(self, positions: np.ndarray, blocks: Sequence[BlockTable], tables: Mapping[str, np.ndarray]) -> int:
         """See :meth:`CapturableBackend.fill`."""
@@ -105,11 +105,11 @@ class PagedDecodes(CapturableBackend[PagedPlan[PrefillsT]]):
 
     def captured_plan(self, where: torch.Tensor, tables: Mapping[str, torch.Tensor]) -> PagedPlan[PrefillsT]:
         """See :meth:`CapturableBackend.captured_plan`."""
-        return PagedPlan(where, self.by_window(tables["work"], self._items(len(where)), len(where) + 1))
+        return PagedPlan(where, self.by_window(tables["work"], self._items(len(where))))
 
     def _items(self, rows: int) -> int:
         """The most that ``rows`` decodes are cut into."""
-        return rows + self._wanted
+        return max(rows, self._wanted)
 
     def _pack_decodes(self, rows: np.ndarray, lengths: np.ndarray, starts: np.ndarray, pages: np.ndarray) -> np.ndarray:
         """The work of decodes in ``rows`` ``[n]`` of a step: see ``attention_items.pack``; a launch for each window.
@@ -120,15 +120,10 @@ class PagedDecodes(CapturableBackend[PagedPlan[PrefillsT]]):
         launches = [decode_items(contexts, self._wanted, window) for window in self.windows]
         return pack(launches, pages, self._items(len(rows)))
 
-    def by_window(self, packed: torch.Tensor, most: int, firsts: int) -> Windows:
-        """The parts of ``packed``, with ``most`` items a window and so many ``firsts``."""
-        count = len(self.windows)
-        items = packed[: count * most * FIELDS].chunk(count)
-        behind = packed[count * most * FIELDS :]
-        return {
-            window: AttentionWork(items[i], behind[i * firsts : (i + 1) * firsts], packed)
-            for i, window in enumerate(self.windows)
-        }
+    def by_window(self, packed: torch.Tensor, most: int) -> Windows:
+        """The parts of ``packed``, with ``most`` items a window."""
+        items = packed[: len(self.windows) * most * FIELDS].chunk(len(self.windows))
+        return {window: AttentionWork(items[i], packed) for i, window in enumerate(self.windows)}
 
     def attend(self, layer: int, q: torch.Tensor, plan: PagedPlan[PrefillsT]) -> torch.Tensor:
         """See :meth:`AttentionBackend.attend`."""
@@ -161,8 +156,8 @@ class PagedBackend(PagedDecodes[Windows]):
         counts = np.array([(sequence.queries, sequence.context) for sequence in sequences])
         contexts = Contexts(rows, counts[:, 0], counts[:, 1], tables.starts[:-1])
         launches = [prefill_items(contexts, queries, window) for window in self.windows]
-        most = len(launches[0].items)
-        return self.by_window(to_device(pack(launches, tables.pages, most), self.device), most, 0)
+        most = len(launches[0])
+        return self.by_window(to_device(pack(launches, tables.pages, most), self.device), most)
 
     def attend_prefills(self, layer: int, q: torch.Tensor, plan: Windows, out: torch.Tensor) -> None:
         """See :meth:`PagedDecodes.attend_prefills`."""
