@@ -73,12 +73,12 @@ class CodecWarmUp:
         self._later = Later(1, thread_name_prefix="deltazip-compile")
 
     def codecs(self, codecs: Sequence[str]) -> None:
-        """Be ready for versions with any matrix in any of ``codecs``, before the first step.
+        """Be ready for the base and for versions with any matrix in any of ``codecs``, before the first step.
 
         A launch that no version needs costs steps little, a step that has to be recorded again more.
         """
         with _threads(_AT_START) as pool:
-            self._compile([(stack, ordered({*codecs}), 0) for stack in self._targets if codecs], pool)
+            self._compile([(stack, ordered({*codecs}), 0) for stack in self._targets], pool)
         for stack in self._targets:
             stack.grow({*codecs}, 0)
 

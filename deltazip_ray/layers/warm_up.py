@@ -39,7 +39,7 @@ def launch_all(stack: TritonStack, codecs: tuple[str, ...], rank: int, base: Bas
     ``looked_up``: also what an embedding does.
     """
     twin = TritonStack(stack.shapes, 1, stack.ops)
-    twin.groups, twin.rank = (codecs,), rank
+    twin.groups, twin.rank = (codecs,) if codecs else (), rank
     device, dtype, columns = stack.ops.device, stack.ops.dtype, stack.shapes[0][1]
     x = torch.empty(1, columns, dtype=dtype, device=device)
     y = torch.empty(1, twin.starts[-1], dtype=dtype, device=device)
@@ -57,7 +57,7 @@ def launch_all(stack: TritonStack, codecs: tuple[str, ...], rank: int, base: Bas
 
 
 def _multiply_few(ops: TritonOps, base: BaseWeight, outputs: int) -> int:
-    """The base's product that adds those with deltas, for a weight of ``outputs`` rows like those of ``base``.
+    """The base's product, alone and adding those with deltas, for a weight of ``outputs`` rows like those of ``base``.
 
     How many rows of ``_FEW_ROWS`` it takes at most.
     """
@@ -67,6 +67,7 @@ def _multiply_few(ops: TritonOps, base: BaseWeight, outputs: int) -> int:
         if ops.product.cut(x, weight) is not None:
             most = rows
             y = torch.empty((rows, outputs), dtype=ops.dtype, device=ops.device)
+            ops.product(y, x, weight)
             ops.product(y, x, weight, y)
     return most
 

@@ -162,7 +162,8 @@ def test_no_step_launches_what_was_not_compiled(codecs: tuple[str, ...], launche
             if ops.product.cut(x, weight) is None:
                 stack.add_product(y, Activations(row), batch)
             else:
-                ops.linear(weight, Activations(x), stack, batch)
+                for rows in (batch, Rows(batch.index)):
+                    ops.linear(weight, Activations(x), stack, rows)
     assert launched <= compiled
     never = {in_any_order(one) for one in compiled} - {in_any_order(one) for one in launched}
     assert never == {one for one in compiled if one.startswith("merge")}, "compiled for nothing"
