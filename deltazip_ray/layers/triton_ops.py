@@ -211,10 +211,7 @@ class TritonOps(LayerOps):
             x = Activations(x.values, quantize_rows(x.values, fp8=True, int8=rows.rounded))
         y = x.values.new_empty((x.values.shape[0], weight.shape[0]))
         if rows.work is not None and not rows.merged and stack.groups and self.product.cut(_seen(x, weight), weight):
-            # Both launches read at the speed of memory: that of the base starts on what the other leaves free.
-            deltas = self.deltas[: y.numel()].view(y.shape)
-            stack.add_product(deltas, x, rows, first=True)
-            self._multiply(y, x, 0, weight, deltas)
+            self._multiply_deltas_first(y, x, rows, weight, stack)
             return y
         start = 0
         for span in (*rows.merged, Span(-1, y.shape[0], y.shape[0])):
@@ -223,6 +220,18 @@ class TritonOps(LayerOps):
         self._multiply_long(y, x, rows, weight, stack)
         stack.add_product(y, x, rows)
         return y
+
+    def _multiply_deltas_first(
+        self, y: torch.Tensor, x: Activations, rows: Rows, weight: BaseWeight, stack: TritonStack
+    ) -> None:
+        """All of ``y`` ``[rows, N]``: both launches only read, and that of the base starts where the other is done."""
+        deltas = self.deltas[: y.numel()].view(y.shape)
+        try:
+            stack.add_product(deltas, x, rows, first=True)
+            self._multiply(y, x, 0, weight, deltas)
+        except BaseException:
+            deltas.zero_()  # a step may fail without the engine, and the next must not add what it left
+            raise
 
     def _multiply_long(
         self, y: torch.Tensor, x: Activations, rows: Rows, weight: BaseWeight, stack: TritonStack

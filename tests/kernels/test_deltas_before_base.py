@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deltazip_kernels import PackedDelta, quantize, skinny, triton_backend
 from deltazip_kernels.fp8 import round_to_fp8
+from deltazip_kernels.skinny import BaseProduct
 from deltazip_ray.layers.activations import Activations, BaseWeight
 from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.layers.triton_ops import TritonOps
@@ -65,6 +66,18 @@ def test_rows_get_base_and_delta(
     want = product(LayerOps(), Activations(x.float()), weight if fp8 else base.float(), held)
     assert float((y - want).norm() / want.norm()) < 0.01
     assert not ops.deltas.any()
+
+
+def test_a_step_that_fails_leaves_nothing_to_the_next(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = make_ops(device, monkeypatch)
+    monkeypatch.setattr(BaseProduct, "_launch", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        product(ops, Activations(X.to(device, ops.dtype)), BASE.to(device, ops.dtype), deltas(ops.dtype))
+    assert not ops.deltas.any()
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("no memory")
 
 
 @pytest.mark.gpu
