@@ -20,7 +20,7 @@ import triton
 from prometheus_client import CollectorRegistry
 
 from benchmarks.engine_model import RandomVersions, decoder_shape, in_arena, random_delta, started
-from benchmarks.engine_profile import profile
+from benchmarks.engine_profile import profile, profile_prompts
 from benchmarks.engine_runs import LONG, batch, decodes, saturated, step
 from deltazip_kernels.bench.__main__ import commit
 from deltazip_ray.config import EngineConfig
@@ -100,6 +100,7 @@ async def details(engine: AsyncEngine, options: argparse.Namespace, put: Put) ->
         if options.profile:
             put(f"{count}.profile_32", await profile(engine, 32, 512, count))
             put(f"{count}.profile_256", await profile(engine, 256, 256, count))
+            put(f"{count}.prompts", await profile_prompts(engine, count))
 
 
 async def load(engine: AsyncEngine, count: int, put: Put) -> None:

@@ -1,7 +1,9 @@
 """Where the device's time of a step goes."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,37 +19,51 @@ async def profile(engine: AsyncEngine, requests: int, prompt: int, versions: int
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         await asyncio.sleep(0.25)
     await running
+    return step_times(_launches(trace))
+
+
+async def profile_prompts(engine: AsyncEngine, versions: int) -> dict[str, Any]:
+    """The same of the steps that have prompts, of 512 requests at once: 256 tokens each, and then up to 224 decodes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        await batch(engine, 512, 256, 40, versions, 8)
+    return step_times(_launches(trace), having="Prefill")
+
+
+def _launches(trace: torch.profiler.profile) -> list[Any]:
     launches = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return step_times(sorted(launches, key=lambda event: event.time_range.start))
+    return sorted(launches, key=lambda event: event.time_range.start)
 
 
-def step_times(launches: Sequence[Any]) -> dict[str, Any]:
-    """Milliseconds of a step by kind of kernel, and one whole step as it ran.
+def step_times(launches: Sequence[Any], having: str = "") -> dict[str, Any]:
+    """Milliseconds of a step by kind of kernel, and one whole step as it ran; of steps ``having`` a kernel named so.
 
     Where launches overlap, time counts for the one that ends first: others only wait for it.
     """
     heads = [i for i, event in enumerate(launches) if "MaxOps" in event.name]
-    steps = len(heads) - 1
-    if steps < 1:
+    steps = [launches[head : end + 1] for head, end in pairwise(heads)]  # with the end of the step before
+    steps = [step for step in steps if any(having in event.name for event in step)]
+    if not steps:
         return {"steps": 0}
-    inside = sorted(launches[heads[0] + 1 : heads[-1] + 1], key=lambda event: event.time_range.end)
-    totals: dict[str, float] = {}
-    ended = launches[heads[0]].time_range.end
-    for event in inside:
-        kind = kernel_kind(event.name)
-        spent = event.time_range.end - max(event.time_range.start, ended)
-        totals[kind] = totals.get(kind, 0.0) + max(0.0, spent) / 1e3 / steps
-        ended = max(ended, event.time_range.end)
-    span = (ended - launches[heads[0]].time_range.end) / 1e3 / steps
-    one = launches[heads[-2] + 1 : heads[-1] + 1]
+    totals: Counter[str] = Counter()
+    for head, *inside in steps:
+        ended = head.time_range.end
+        for event in sorted(inside, key=lambda event: event.time_range.end):
+            spent = event.time_range.end - max(event.time_range.start, ended)
+            totals[kernel_kind(event.name)] += max(0.0, spent)
+            ended = max(ended, event.time_range.end)
+        totals["whole step"] += ended - head.time_range.end
+    found = {kind: spent / 1e3 / len(steps) for kind, spent in totals.items()}
+    gaps = 2 * found["whole step"] - sum(found.values())
+    one = steps[-1][1:]
     began = one[0].time_range.start
-    trace = [(e.name[:60], e.time_range.start - began, e.time_range.elapsed_us()) for e in one]
-    return totals | {"gaps": span - sum(totals.values()), "whole step": span, "steps": steps, "trace": trace}
+    traced = [(e.name[:60], e.time_range.start - began, e.time_range.elapsed_us()) for e in one]
+    return found | {"gaps": gaps, "steps": len(steps), "trace": traced}
 
 
 def kernel_kind(name: str) -> str:
     """Which part of a step a kernel belongs to."""
     kinds = {
+        "base with delta": ("fused",),
         "attention": ("Decode", "Prefill", "attention", "MergeState", "rope", "flashinfer"),
         "delta": ("grouped", "raw", "shrink", "expand", "write_items", "merge"),
         "norms and activation": ("norm", "gated", "quantize"),

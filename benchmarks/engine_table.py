@@ -109,6 +109,17 @@ def breakdown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def prompts(report: dict[str, Any]) -> str:
+    """Where the device's time of steps with prompts goes, in milliseconds."""
+    kinds = ("base with delta", *_KINDS)
+    lines = ["| versions | " + " | ".join(kinds) + " |", "|--:|" + "--:|" * len(kinds)]
+    for key, found in report.items():
+        if key.endswith(".prompts"):
+            cells = [f"{found.get(kind, 0):.1f}" for kind in kinds]
+            lines.append("| " + " | ".join([key.removesuffix(".prompts"), *cells]) + " |")
+    return "\n".join(lines)
+
+
 def gemm(report: dict[str, Any]) -> str:
     """The base's products, ours and torch's, in microseconds, as far as there is one of ours."""
     kinds = ["bfloat16, torch", "bfloat16, ours", "fp8, torch", "fp8, ours"]

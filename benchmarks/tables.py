@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import compress_table, plots, serving_table
-from benchmarks.engine_table import breakdown, figures, fp8_quality, gemm, growth, own_figures
+from benchmarks.engine_table import breakdown, figures, fp8_quality, gemm, growth, own_figures, prompts
 from benchmarks.host_table import host, sampling
 from benchmarks.kernels_table import long_tables
 from benchmarks.kernels_table import tables as kernel_tables
@@ -66,6 +66,7 @@ def pages() -> dict[str, dict[str, str]]:
             "engine": figures(engine),
             "growth": growth(engine),
             "breakdown": breakdown(engine),
+            "prompts": prompts(engine),
             "fp8-quality": fp8_quality(_read("engine-fp8-quality")),
             "engine-fp8": own_figures(_read("engine-h200-fp8")),
             "gemm": gemm(_read("base-gemm-h200")),
