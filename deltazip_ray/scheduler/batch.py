@@ -11,7 +11,8 @@ from deltazip_ray.scheduler.request import SamplingParams, TokenLogprobs
 from deltazip_ray.scheduler.sequence import SequenceState
 
 TILE_ROWS = 256
-"""Rows of a long segment that kernels multiply at once (``deltazip_kernels.device.fused.TALL``)."""
+"""Rows of a long segment that kernels multiply at once (``deltazip_kernels.device.fused.TALL``). Smaller steps may be
+recorded, for which all rows of a slot are together (``engine.decode_graphs``)."""
 DRAWN = -1
 """In ``Chunk.tokens``: the token that the batch launched just before this one drew for the same sequence.
 
@@ -88,7 +89,7 @@ class Batch:
         by how many rows a version has, those of the base first.
 
         Long segments of prompts have products of their own, in whole tiles of rows; all other rows, in front of them,
-        are one block to the base's.
+        are one block to the base's. Decodes of the version whose prompts follow are the first, lest it has one segment.
         """
         batch = cls(tuple(chunks))
         if batch.num_tokens <= max(TILE_ROWS, len(chunks)):
@@ -97,7 +98,14 @@ class Batch:
         for chunk in chunks:
             if chunk.slot >= 0 and len(chunk.tokens) > 1:
                 rows[chunk.slot] += len(chunk.tokens)
-        return cls(tuple(sorted(chunks, key=lambda c: (len(c.tokens) > 1, len(c.tokens) > 1 and rows[c.slot], c.slot))))
+        next_to_decodes = min(sorted(rows), key=rows.__getitem__, default=-1)
+
+        def place(chunk: Chunk) -> tuple[bool, int, int]:
+            if len(chunk.tokens) > 1:
+                return True, rows[chunk.slot], chunk.slot
+            return False, chunk.slot != next_to_decodes, chunk.slot
+
+        return cls(tuple(sorted(chunks, key=place)))
 
     def __bool__(self) -> bool:
         """Whether there is anything to run."""

@@ -67,15 +67,22 @@ def test_chunks_are_sorted_by_slot_and_segments_are_consecutive() -> None:
 
 def test_prompts_come_last_by_their_versions_rows_and_decodes_find_their_tokens_all_the_same() -> None:
     sched = scheduler(max_batch_tokens=1024, kv_blocks=1024)
-    for name, slot, prompt in [("a", 0, 300), ("b", 1, 1), ("c", -1, 400), ("d", 2, 2), ("e", 0, 1)]:
+    for name, slot, prompt in [("a", 0, 300), ("b", 1, 1), ("c", -1, 400), ("d", 2, 2), ("e", 0, 1), ("f", 2, 1)]:
         sched.add(request(name, prompt), slot)
     batch = sched.schedule()
-    assert [c.request_id for c in batch.chunks] == ["e", "b", "c", "d", "a"]
-    assert (batch.segments()[1], batch.versions) == ([0, 1, -1, 2, 0], 4)
+    assert [c.request_id for c in batch.chunks] == ["f", "e", "b", "c", "d", "a"]
+    assert (batch.segments()[1], batch.versions) == ([2, 0, 1, -1, 2, 0], 4)
     ahead = sched.schedule()
-    assert [(c.request_id, c.drawn_row) for c in ahead.chunks] == [("c", 2), ("a", 4), ("e", 0), ("b", 1), ("d", 3)]
-    sched.update(batch, [Drawn(token) for token in range(5)])
-    assert news(sched) == {name: TokenChunk((token,)) for token, name in enumerate("ebcda")}
+    assert [(c.request_id, c.drawn_row) for c in ahead.chunks] == [
+        ("c", 3),
+        ("a", 5),
+        ("e", 1),
+        ("b", 2),
+        ("d", 4),
+        ("f", 0),
+    ]
+    sched.update(batch, [Drawn(token) for token in range(6)])
+    assert news(sched) == {name: TokenChunk((token,)) for token, name in enumerate("febcda")}
 
 
 @pytest.mark.parametrize("prompt", [310, 256, 250, 5000])
