@@ -1,11 +1,14 @@
 """Greedy tokens of the engine against transformers on the merged weights, with versions sharing batches."""
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from deltazip_kernels import CODECS, LOW_RANK
+from deltazip_ray.scheduler import batch, scheduler
+from deltazip_ray.scheduler.batch import Batch, Chunk
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 from tests.support.engines import GREEDY, RunningEngine, random_prompt, running, serving
 from tests.support.oracle import Oracle
@@ -50,6 +53,27 @@ async def test_prompts_in_small_chunks(zoo: Zoo) -> None:
         await warm_up(run, zoo)
         assert await mismatches(run, zoo, 15, shortest=30, longest=90) == []
         assert run.steps_with(3) > 0
+
+
+async def test_prompts_behind_decodes_in_whole_tiles(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in large steps: a version has decodes, and prompts behind those of others."""
+    twice = 0
+
+    def noted(chunks: Sequence[Chunk]) -> Batch:
+        nonlocal twice
+        made = of(chunks)
+        slots = made.segments()[1]
+        twice += len(slots) > len(set(slots))
+        return made
+
+    of = Batch.of
+    monkeypatch.setattr(Batch, "of", noted)
+    for module in (batch, scheduler):
+        monkeypatch.setattr(module, "TILE_ROWS", 8)
+    async with serving(zoo, max_batch_tokens=48, block_size=4) as run:
+        await warm_up(run, zoo)
+        assert await mismatches(run, zoo, 15, shortest=10, longest=90) == []
+    assert twice
 
 
 async def test_every_codec_in_one_batch(zoo: Zoo, tmp_path: Path) -> None:
