@@ -398,3 +398,15 @@ def test_tokens_that_wait_to_be_told_come_before_an_error_and_not_after_an_abort
     error = EngineError("a step failed")
     sched.fail(batch, error)
     assert sched.take_news(0) == ([("a", None)] if aborted else [("a", TokenChunk((7,))), ("a", error)])
+
+
+def test_nothing_is_shared_of_a_request_that_failed() -> None:
+    sched = scheduler(max_batch_tokens=8)
+    sched.add(request("a", 13), slot=0)
+    step(sched)
+    batch = sched.schedule()
+    sched.update(batch, [None] * len(batch.sampling_chunks))
+    assert isinstance(news(sched)["a"], EngineError)
+    sched.add(request("b", 13), slot=0)
+    step(sched)
+    assert sched.prefix_hits == 0

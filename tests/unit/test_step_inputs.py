@@ -46,3 +46,5 @@ def test_rows_that_pad_a_step_are_the_bases_and_nothing_is_left_of_the_step_befo
     }
     assert inputs.tensors["where"][:2].tolist() == [20, attention.padding * 4]
     assert [inputs.tensors[name].tolist() for name in ("starts", "slots")] == [[0, 1, 1, 1], [2, -1, -1]]
+    assert inputs.fill(Batch((chunk(0, (9,), 0, [5]),)), 2) == [1], "slot 0 is no base"
+    assert [inputs.tensors[name].tolist() for name in ("starts", "slots")] == [[0, 1, 1, 1], [0, -1, -1]]
