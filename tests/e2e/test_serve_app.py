@@ -138,6 +138,12 @@ def test_a_client_that_leaves_ends_the_work_in_the_engine(app: ServeApp, stream:
     wait_until(lambda: sum(app.by_replica("fake_engine_running").values()) == 0, timeout_s=5)
 
 
+def test_a_client_that_sends_too_much_hears_so(app: ServeApp) -> None:
+    refused = httpx.post(f"{app.url}/v1/completions", json={"model": "v1", "prompt": "a" * (16 << 20)})
+    assert refused.status_code == 400
+    assert "4194304 bytes" in refused.json()["error"]["message"]
+
+
 def test_answers_may_be_long(app: ServeApp) -> None:
     asked = {"model": "v1", "prompt": "a" * 400, "max_tokens": 1, "n": 16, "prompt_logprobs": 20}
     answer = httpx.post(f"{app.url}/v1/completions", json=asked, timeout=30)

@@ -13,6 +13,8 @@ from deltazip_ray.errors import InvalidRequest
 
 MAX_BODY_BYTES = 4 << 20
 """Prompts of a million tokens have less. Reading the JSON of 16 MiB would hold up everybody for 0.2 s."""
+_THROWN_AWAY_BYTES = 64 << 20
+"""So long may a body be whose client still hears why it is refused: an answer before its end resets the connection."""
 _BODY_TIMEOUT_S = 30.0
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -65,7 +67,7 @@ async def read_request(
 ) -> _Request:
     """Read a whole body and parse it.
 
-    Raises InvalidRequest, also, without reading on, for a body that is too long or does not come to its end.
+    Raises InvalidRequest, also for a body that is too long or does not come to its end.
     """
     try:
         async with asyncio.timeout(timeout_s):
@@ -76,11 +78,15 @@ async def read_request(
 
 
 async def _whole(chunks: AsyncIterable[bytes]) -> bytes:
-    body = bytearray()
+    body, size = bytearray(), 0
     async for chunk in chunks:
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise InvalidRequest(f"the body has more than {MAX_BODY_BYTES} bytes: send a shorter one")
+        size += len(chunk)
+        if size <= MAX_BODY_BYTES:
+            body += chunk
+        elif size > _THROWN_AWAY_BYTES:
+            break
+    if size > MAX_BODY_BYTES:
+        raise InvalidRequest(f"the body has more than {MAX_BODY_BYTES} bytes: send a shorter one")
     return bytes(body)
 
 
