@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import compress_table, plots, serving_table
-from benchmarks.engine_table import breakdown, figures, fp8_quality, gemm, growth, own_figures, prompts
+from benchmarks.engine_table import breakdown, figures, fp8_quality, gemm, growth, own_figures, prompts, steps_in_fp8
 from benchmarks.host_table import host, sampling
 from benchmarks.kernels_table import long_tables
 from benchmarks.kernels_table import tables as kernel_tables
@@ -61,7 +61,11 @@ def pages() -> dict[str, dict[str, str]]:
     engine, forms = _read("engine-h200"), _lines("quality")
     tiers = _read("tiers-h200")
     return {
-        "README.md": {"demo": demo_table(_read("demo")), "engine": figures(engine)},
+        "README.md": {
+            "demo": demo_table(_read("demo")),
+            "engine": figures(engine),
+            "fp8": steps_in_fp8(_read("engine-h200-fp8")),
+        },
         "docs/engine.md": {
             "engine": figures(engine),
             "growth": growth(engine),
