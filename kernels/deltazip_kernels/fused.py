@@ -112,6 +112,7 @@ class FusedProduct:
             CODEC=CODEC_IDS[codec],
             STAGES=_STAGES,
             num_warps=8,
+            launch_pdl=True,
         )
 
 

@@ -31,6 +31,9 @@ LOW = gl.constexpr(128)
 FLAT = gl.constexpr(gl.BlockedLayout([4], [32], [8], [0]))
 BY_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0]))
 PREFETCH = gl.constexpr("prefetch.global.L2 [$1];\nmov.b32 $0, 0;")
+# As in ``locate.py``, whose functions Gluon does not take.
+LET_NEXT_START = gl.constexpr("griddepcontrol.launch_dependents;\nmov.b32 $0, 0;")
+WAIT = gl.constexpr("griddepcontrol.wait;\nmov.b32 $0, 0;")
 
 
 @gluon.jit
@@ -217,7 +220,8 @@ def multiply_tiles(y, linear, rings, sums, kind, K, step, CODEC: gl.constexpr, B
 
 @gluon.jit
 def copy(x, base, linear, rings, tall, low, K, CODEC: gl.constexpr, STAGES: gl.constexpr):
-    """What the copying warp does."""
+    """What the copying warp does. Until it has waited for the launch ahead, no tile is full, and nothing is written."""
+    gl.inline_asm_elementwise(WAIT, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     step = copy_tiles(x, base, linear, rings, tall, K, gl.to_tensor(0), CODEC, TALL, STAGES)
     copy_tiles(x, base, linear, rings, low, K, step, CODEC, LOW, STAGES)
 
@@ -267,6 +271,7 @@ def fused(
     ``partials`` [programs, 128 * 384], and announce in ``arrived`` [2, programs] (zero between launches). Each leaves
     its part before it does anything else with tiles of that height, so who waits for it waits for no one who waits.
     """
+    gl.inline_asm_elementwise(LET_NEXT_START, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     base_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BN, BK], base.layout)
     x_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TALL, BK], x.layout)
     room = gl.allocate_shared_memory(gl.bfloat16, [LOW, BN], y.layout)
