@@ -178,7 +178,7 @@ class TritonOps(LayerOps):
             lengths = [span.rows for span in short]
             work = plan(send_segments(first, device), rounded, max(lengths), halves=in_halves(lengths))
         # A slot with decodes and prompts has two spans, of which the product tells as of one.
-        scratch = {span.slot for span in merged if span.rows >= SCRATCH_ROWS and self._codecs(span.slot) == {"int4"}}
+        scratch = {span.slot for span in merged if span.rows >= self._scratch_rows(span.slot)}
         fused = [span for span in merged if span.slot not in scratch]
         return Rows(index, versions, None, work, rounded, merged, _cut(fused, device) if fused else None)
 
@@ -194,6 +194,10 @@ class TritonOps(LayerOps):
         if self.fp8 or self.dtype != torch.bfloat16 or not self.fused.available or self._codecs(slot) - {*FUSED_CODECS}:
             return MERGE_ROWS
         return FUSED_ALONE_ROWS if alone else FUSED_ROWS
+
+    def _scratch_rows(self, slot: int) -> int:
+        """So many rows of a slot go over a scratch weight."""
+        return max((SCRATCH_ROWS.get(codec, 0) for codec in self._codecs(slot)), default=0)
 
     def _codecs(self, slot: int) -> set[str]:
         """Those of a slot's deltas."""

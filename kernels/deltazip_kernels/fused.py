@@ -23,8 +23,9 @@ FUSED_CODECS = ("int4", "int2")
 FUSED_ROWS, FUSED_ALONE_ROWS = 128, 64
 """From so many rows on a segment is cheaper by itself than within the base's product, with a delta's beside that: among
 other rows, which keep the base's product, and without. Measured on an H200 (``docs/kernels.md``)."""
-SCRATCH_ROWS = 3072
-"""From so many on a segment in int4, which takes more unpacking, is cheaper over a scratch weight."""
+SCRATCH_ROWS = {"int2": 4096, "int4": 2560}
+"""From so many on a segment whose deltas are in this codec is cheaper over a scratch weight, which is made in the same
+time for any number of rows."""
 _MOST_PARTS = 3
 _NO_TILE = 1 << 30
 _OCCUPIED = 0.9

@@ -46,25 +46,18 @@ def test_rows_up_to_the_last_short_segment_are_rounded(device: torch.device) -> 
     ]
 
 
-@pytest.mark.parametrize(
-    ("codecs", "rows", "fused"),
-    [
-        (["int4"], SCRATCH_ROWS - 1, True),
-        (["int4"], SCRATCH_ROWS, False),
-        (["int4", "int2"], SCRATCH_ROWS, True),
-        (["int2"], SCRATCH_ROWS, True),
-    ],
-)
-def test_very_long_segments_of_int4_alone_have_a_scratch_weight(
-    codecs: list[str], rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch, *, fused: bool
+@pytest.mark.parametrize("codecs", [["int4"], ["int2"], ["int4", "int2"]])
+def test_very_long_segments_have_a_scratch_weight(
+    codecs: list[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FusedProduct, "available", True)
     ops = TritonOps(device, torch.bfloat16)
     for codec in codecs:
         ops.count(0, None, random_coded(codec, (64, 128)).delta())
-    step = ops.rows([(0, rows)], device)
-    assert (step.tiles is not None) == fused
-    assert step.merged
+    limit = max(SCRATCH_ROWS[codec] for codec in codecs)
+    assert ops.rows([(0, limit - 1)], device).tiles is not None
+    assert ops.rows([(0, limit)], device).tiles is None
+    assert ops.rows([(0, limit)], device).merged
 
 
 def test_all_long_segments_of_a_version_go_one_way(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +66,7 @@ def test_all_long_segments_of_a_version_go_one_way(device: torch.device, monkeyp
     ops = TritonOps(device, torch.bfloat16)
     for slot in (0, 1):
         ops.count(slot, None, random_coded("int4", (64, 128)).delta())
-    step = ops.rows([(0, FUSED_ROWS), (1, FUSED_ROWS), (0, SCRATCH_ROWS)], device)
+    step = ops.rows([(0, FUSED_ROWS), (1, FUSED_ROWS), (0, SCRATCH_ROWS["int4"])], device)
     assert len(step.merged) == 3
     assert step.tiles is not None
     assert step.tiles.slots == {1}
