@@ -100,6 +100,7 @@ async def details(engine: AsyncEngine, options: argparse.Namespace, put: Put) ->
         if options.profile:
             put(f"{count}.profile_32", await profile(engine, 32, 512, count))
             put(f"{count}.profile_256", await profile(engine, 256, 256, count))
+        if options.prompts:
             put(f"{count}.prompts", await profile_prompts(engine, count))
 
 
@@ -149,7 +150,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--saturated-runs", type=int, default=3)
     parser.add_argument("--memory-fraction", type=float, default=0.95)
-    parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
+    parser.add_argument("--profile", action="store_true", help="where the time of a decode step goes")
+    parser.add_argument("--prompts", action="store_true", help="where the time of a step with prompts goes")
     parser.add_argument("--commit", help="of this tree, where it is no checkout")
     options = parser.parse_args()
     if not torch.cuda.is_available():

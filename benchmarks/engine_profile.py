@@ -24,6 +24,7 @@ async def profile(engine: AsyncEngine, requests: int, prompt: int, versions: int
 
 async def profile_prompts(engine: AsyncEngine, versions: int) -> dict[str, Any]:
     """The same of the steps that have prompts, of 512 requests at once: 256 tokens each, and then up to 224 decodes."""
+    await batch(engine, 512, 256, 2, versions, 9)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         await batch(engine, 512, 256, 40, versions, 8)
     return step_times(_launches(trace), having="Prefill")
