@@ -63,9 +63,8 @@ def _replica_options(config: AppConfig) -> dict[str, Any]:
         "request_router_config": RequestRouterConfig(**placement),
         "graceful_shutdown_timeout_s": 20.0,
         "health_check_period_s": 5.0,
-        # Answered between two steps, of which the first of a kind may have kernels to compile: FlashInfer's take 80 s.
-        # Serve replaces a replica after three in a row that were not.
-        "health_check_timeout_s": 30.0,
+        # Of the event loop alone: a step may take longer. Serve replaces a replica after three in a row.
+        "health_check_timeout_s": 10.0,
     }
 
 

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import logging
 import sys
+import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,13 +18,16 @@ from deltazip_deployments.text.vocabulary import Vocabularies
 from deltazip_ray.config import AppConfig
 from deltazip_ray.engine.async_engine import AsyncEngine, EngineStats
 from deltazip_ray.engine.structure import Structures
-from deltazip_ray.errors import StoreUnavailable
+from deltazip_ray.errors import EngineError, StoreUnavailable
 from deltazip_ray.residency.tiers import DeltaSource, HostMemory, PrefetchTier
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
 
 logger = logging.getLogger(__name__)
 
 _MAX_BEAT_S = 1.0
+_CHECK_S = 1.0
+_LONGEST_STEP_S = 100.0
+"""The first step of a kind may have kernels to compile: FlashInfer's take 80 s."""
 _SWITCH_S = 0.0005
 """How long the event loop may keep the interpreter from the thread that steps, which asks for it at every launch."""
 
@@ -90,6 +94,8 @@ class Replica:
         self._started = False
         self._beats: asyncio.Task[None] | None = None
         self._on_host: frozenset[str] = frozenset()
+        self._engine_check: asyncio.Task[None] | None = None
+        self._checked_at = 0.0
 
     async def check_health(self) -> None:
         """Start at the first call; later raise what is broken, so that Serve replaces the replica."""
@@ -104,7 +110,7 @@ class Replica:
             self._started = True
         if self._beats is not None and self._beats.done():
             self._beats.result()  # without signs of life the node store drops what this replica holds
-        await self._engine.check()
+        await self._check_engine()
 
     async def describe(self) -> ReplicaDescription:
         """What the router must know of the base."""
@@ -138,6 +144,18 @@ class Replica:
             self._beats.cancel()
         await self._engine.stop()
         await self._source.leave()
+
+    async def _check_engine(self) -> None:
+        """The engine answers between two steps, of which some are long. This call ends soon, as Serve expects it to."""
+        now = time.monotonic()
+        if self._engine_check is None:
+            self._engine_check, self._checked_at = asyncio.create_task(self._engine.check()), now
+        await asyncio.wait({self._engine_check}, timeout=_CHECK_S)
+        if self._engine_check.done():
+            done, self._engine_check = self._engine_check, None
+            done.result()
+        elif now - self._checked_at > _LONGEST_STEP_S:
+            raise EngineError(f"no step has ended for {now - self._checked_at:.0f} s: is the device stuck?")
 
     async def _beat(self) -> None:
         """Tell the node store that this replica lives, and what it measured; learn what the host holds."""

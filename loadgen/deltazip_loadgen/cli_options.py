@@ -115,7 +115,12 @@ Url = Annotated[str, typer.Option(help="The OpenAI-compatible server, with or wi
 JsonOut = Annotated[Path | None, typer.Option("--json", metavar="FILE", rich_help_panel=_OUT, help="Write the report.")]
 PlotOut = Annotated[
     Path | None,
-    typer.Option("--plot", metavar="FILE", rich_help_panel=_OUT, help="Draw it as a PNG (needs matplotlib)."),
+    typer.Option(
+        "--plot",
+        metavar="FILE",
+        rich_help_panel=_OUT,
+        help="Draw it: PNG, or SVG or PDF by its name (needs matplotlib).",
+    ),
 ]
 RecordsOut = Annotated[
     Path | None,

@@ -32,8 +32,11 @@ def check_plotting() -> None:
         raise PlotUnavailable("--plot needs matplotlib; install it: pip install 'deltazip-ray[plot]'") from error
 
 
+_FORMATS = {".svg": "svg", ".pdf": "pdf"}
+
+
 def plot(records: Sequence[Record], report: Report, path: Path) -> None:
-    """Draw ``records`` into a PNG; raises :class:`PlotUnavailable`."""
+    """Draw ``records`` into a PNG, or an SVG or PDF by the path's name; raises :class:`PlotUnavailable`."""
     check_plotting()
     from matplotlib.figure import Figure
 
@@ -57,7 +60,7 @@ def plot(records: Sequence[Record], report: Report, path: Path) -> None:
         f"{failed} failed, {total.output_tokens_per_s:.0f} output tokens/s",
         fontsize=12,
     )
-    figure.savefig(path, format="png", dpi=110)
+    figure.savefig(path, format=_FORMATS.get(path.suffix, "png"), dpi=110)
 
 
 def _first_token(panel: "Axes", records: Sequence[Record], limit_s: float | None) -> None:

@@ -53,3 +53,8 @@ def test_a_png_for_any_number_of_records(tmp_path: Path, count: int) -> None:
     plot(records, summarize(records), path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 20_000
+
+
+def test_the_name_decides_the_format(tmp_path: Path) -> None:
+    plot([], summarize([]), tmp_path / "p.svg")
+    assert "<svg" in (tmp_path / "p.svg").read_text()
