@@ -105,6 +105,7 @@ def test_decodes_and_prefills(
             parts = Parts(len(items) + 3, heads, dim, device)
             parts.values.fill_(torch.nan)
             decode_attention(q, cache, step.work(items, device, 3), scoring, parts, out)
+            assert not parts.arrived.any()
         assert distance(out, step.expected(scoring)) < 4 * torch.finfo(dtype).eps
 
 
