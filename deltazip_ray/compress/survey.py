@@ -204,13 +204,12 @@ class Surveyor:
         if same(base, kept):
             return
         known = self._mask & (self._tokens < len(base))
-        sequences = torch.arange(len(self._tokens), device=known.device)[:, None].expand_as(known)
         seen, row = torch.unique(self._tokens[known], return_inverse=True)
         delta = (kept[seen.cpu()].float() - base[seen.cpu()].float()).to(known.device)
         gradient = slopes.to(known.device)[known].float() * self._pair.skeleton.embedding_scale
         costs = {}
         for coding, lost in Trials(delta, nearest).lost.items():
-            products = gradient.new_zeros(len(self._tokens))
-            products.index_add_(0, sequences[known], (gradient * lost[row]).sum(1))
-            costs[coding] = self._cost(products) + self._tied_costs.get(coding, 0.0)
+            products = gradient.new_zeros(known.shape)
+            products[known] = (gradient * lost[row]).sum(1)
+            costs[coding] = self._cost(products.sum(1)) + self._tied_costs.get(coding, 0.0)
         self._survey.add(name, kept, costs)

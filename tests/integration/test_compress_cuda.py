@@ -55,10 +55,11 @@ def test_a_target_is_met_on_cuda(tmp_path: Path) -> None:
     assert found["cuda"] == pytest.approx(found["cpu"], rel=0.5)
 
 
-def test_sampling_on_cuda_is_deterministic(tmp_path: Path) -> None:
+@pytest.mark.parametrize("goal", [{}, {"target_bits": 2}], ids=["codec", "target"])
+def test_two_runs_on_cuda_make_one_version(tmp_path: Path, goal: dict[str, float]) -> None:
     base = make_base(tmp_path / "base")
     finetuned = make_finetune(base, tmp_path / "finetuned")
-    options = CompressOptions(samples=16, sequence_length=64, device="cuda")
+    options = CompressOptions.model_validate(goal | {"samples": 16, "sequence_length": 64, "device": "cuda"})
     versions = {
         compress_checkpoint(base, finetuned, (tmp_path / name).as_uri(), options).version() for name in ("a", "b")
     }
