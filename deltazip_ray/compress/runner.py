@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from deltazip_ray.compress.calibration import Calibration
@@ -92,7 +93,8 @@ class Runner:
     def _back(self, block: nn.Module, linears: Sequence[str], hidden: Tensor, slopes: Tensor, watch: Watch) -> Tensor:
         """:meth:`backward` of one batch, on the device: nothing of it is held when the next one begins."""
         passed: dict[str, tuple[Tensor, Tensor]] = {}
-        with torch.enable_grad(), _recorded(block, linears, passed):
+        # The other kernels add up gradients on a GPU in the order in which blocks of threads come.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _recorded(block, linears, passed):
             leaf = hidden.requires_grad_()
             outputs = self._forward(block, leaf)
         first, *others = torch.autograd.grad(outputs, [leaf, *(passed[linear][1] for linear in linears)], slopes)
