@@ -69,6 +69,7 @@ def pages() -> dict[str, dict[str, str]]:
         "docs/engine.md": {
             "engine": figures(engine),
             "growth": growth(engine),
+            "engine-64": growth(_read("engine-h200-64")),
             "breakdown": breakdown(engine),
             "prompts": prompts(engine),
             "fp8-quality": fp8_quality(_read("engine-fp8-quality")),
