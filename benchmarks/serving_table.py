@@ -10,6 +10,8 @@ def page(report: dict[str, Any]) -> str:
         parts.append(served(report))
     if "replay" in report:
         parts.append(load(report))
+    if "streams" in report:
+        parts.append(streams(report["streams"]))
     if "kill" in report:
         parts.append(killed(report))
     return "\n\n".join(parts)
@@ -60,6 +62,19 @@ def steps(counted: dict[str, float]) -> str:
         f"{count:,.0f} steps of {each:.1f} ms with {rows:.0f} rows of {versions:.1f} models on average; "
         f"{loads:.0f} loads of {load:,.0f} ms."
     )
+
+
+def streams(runs: list[dict[str, Any]]) -> str:
+    """Many clients that stream at once."""
+    lines = ["| streams | step | tok/s | a client hears every, p50 | p99 | CPU a token: replica | router | proxy |"]
+    lines.append("|--:" * 8 + "|")
+    for run in runs:
+        gap, cpu = run["gap_ms"], run["cpu_us_per_token"]
+        cells = [str(run["streams"]), f"{run['step_ms']:.1f} ms", f"{run['tokens_per_s']:,.0f}"]
+        cells += [f"{gap['p50']:.1f} ms", f"{gap['p99']:.1f} ms"]
+        cells += [f"{cpu[name]:.0f} µs" for name in ("replica", "router", "proxy")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def killed(report: dict[str, Any]) -> str:
