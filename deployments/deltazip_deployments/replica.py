@@ -147,15 +147,16 @@ class Replica:
 
     async def _check_engine(self) -> None:
         """The engine answers between two steps, of which some are long. This call ends soon, as Serve expects it to."""
-        now = time.monotonic()
         if self._engine_check is None:
-            self._engine_check, self._checked_at = asyncio.create_task(self._engine.check()), now
-        await asyncio.wait({self._engine_check}, timeout=_CHECK_S)
-        if self._engine_check.done():
-            done, self._engine_check = self._engine_check, None
-            done.result()
-        elif now - self._checked_at > _LONGEST_STEP_S:
-            raise EngineError(f"no step has ended for {now - self._checked_at:.0f} s: is the device stuck?")
+            self._engine_check, self._checked_at = asyncio.create_task(self._engine.check()), time.monotonic()
+        check = self._engine_check
+        await asyncio.wait({check}, timeout=_CHECK_S)
+        waited = time.monotonic() - self._checked_at
+        if check.done():
+            self._engine_check = None
+            check.result()
+        elif waited > _LONGEST_STEP_S:
+            raise EngineError(f"no step has ended for {waited:.0f} s: is the device stuck?")
 
     async def _beat(self) -> None:
         """Tell the node store that this replica lives, and what it measured; learn what the host holds."""

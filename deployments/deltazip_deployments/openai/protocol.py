@@ -110,7 +110,8 @@ class _Sampled(_Strict):
         if self.structure is not None and (self.ignore_eos or self.min_tokens):
             raise ValueError("'min_tokens' and 'ignore_eos' cannot be combined with structured output")
         if self.structure is not None and len(self.structure.text) > MOST_STRUCTURE_CHARS:
-            raise ValueError(f"the structure has {len(self.structure.text)} characters of {MOST_STRUCTURE_CHARS}")
+            size = len(self.structure.text)
+            raise ValueError(f"the structure has {size} characters; at most {MOST_STRUCTURE_CHARS} are compiled")
         if self.structured_outputs is not None and self.response_format is not None:
             raise ValueError("'structured_outputs' and 'response_format' exclude each other")
         return self
