@@ -184,10 +184,10 @@ class S3Store(ObjectStore):
     def _ending(self, answer: Mapping[str, Any]) -> Iterator[None]:
         """Around the reading of a body, which breaks off when it takes longer than the timeout for each MiB begun.
 
-        A connection on which a byte comes now and then runs into no other timeout.
+        A connection on which a byte comes now and then runs into no other timeout; one that stalls runs into it first.
         """
         with answer["Body"] as body:
-            watch = threading.Timer(self._timeout_s * (1 + answer["ContentLength"] // MIB), _cut, (body,))
+            watch = threading.Timer(self._timeout_s * (2 + answer["ContentLength"] // MIB), _cut, (body,))
             watch.daemon = True
             watch.start()
             try:
