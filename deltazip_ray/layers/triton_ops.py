@@ -30,7 +30,7 @@ from deltazip_kernels.quantize import (
     silu_mul_quantize,
 )
 from deltazip_kernels.rope import HeadNorm, rope_and_cache
-from deltazip_kernels.skinny import MOST_ROWS, BaseProduct
+from deltazip_kernels.skinny import BaseProduct
 from deltazip_kernels.table import CODEC_IDS, DeltaTable
 from deltazip_kernels.triton_backend import grouped_matmul, low_rank_matmul, raw_matmul
 from deltazip_ray.layers.activations import Activations, BaseWeight, dense, weight_rows
@@ -41,6 +41,9 @@ from deltazip_ray.layers.rows import Rows, Span, join_runs, send_index, send_seg
 from deltazip_ray.layers.stack import DeltaStack
 from deltazip_ray.layers.staging import to_device
 from deltazip_ray.layers.writes import Writes
+
+FIRST_ROWS = 32
+"""Rows up to which deltas are multiplied before the base: beyond, steps of an engine were slower for it on an H200."""
 
 
 def ordered(codecs: Set[str]) -> tuple[str, ...]:
@@ -157,7 +160,7 @@ class TritonOps(LayerOps):
 
     def stack(self, shapes: Sequence[tuple[int, int]], slots: int) -> TritonStack:
         """See :meth:`LayerOps.stack`."""
-        size = MOST_ROWS * sum(outputs for outputs, _ in shapes)
+        size = FIRST_ROWS * sum(outputs for outputs, _ in shapes)
         if self.deltas.numel() < size:
             self.deltas = torch.zeros(size, dtype=self.dtype, device=self.device)
         return TritonStack(shapes, slots, self)
@@ -214,7 +217,8 @@ class TritonOps(LayerOps):
         if isinstance(weight, Fp8Matrix) and x.rounded is None:
             x = Activations(x.values, quantize_rows(x.values, fp8=True, int8=rows.rounded))
         y = x.values.new_empty((x.values.shape[0], weight.shape[0]))
-        if rows.work is not None and not rows.merged and stack.groups and self.product.cut(_seen(x, weight), weight):
+        few = len(y) <= FIRST_ROWS and rows.work is not None and not rows.merged
+        if few and stack.groups and self.product.cut(_seen(x, weight), weight):
             self._multiply_deltas_first(y, x, rows, weight, stack)
             return y
         start = 0

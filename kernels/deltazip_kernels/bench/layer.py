@@ -17,6 +17,7 @@ from deltazip_kernels.skinny import MOST_ROWS, BaseProduct
 from deltazip_kernels.triton_backend import grouped_matmul
 
 _HIDDEN, _GROUPS, _HEAD = 4096, 8, 128
+_FIRST_ROWS = 32
 _LAYERS = 2  # in turn, so that no weight is in the L2
 
 
@@ -55,7 +56,7 @@ class Layer:
         y = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
         if self.work is None:
             self.product(y, x, weight)
-        elif self.product.cut(x, weight) is not None:
+        elif len(x) <= _FIRST_ROWS and self.product.cut(x, weight) is not None:
             deltas = self.deltas[: y.numel()].view(y.shape)
             grouped_matmul(deltas, rounded, self.tables[name], self.work, [self.codec], starts_early=True)
             self.product(y, x, weight, deltas)
