@@ -92,6 +92,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "commit": options.commit or commit(),
         "cores": os.cpu_count(),
+        "front": "HAProxy" if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1" else "Serve's proxy",
         "launches": options.launches,
         "least_step_ms": 1e3 * STEP_S,
         "runs": [],

@@ -106,7 +106,7 @@ def path(*reports: dict[str, Any]) -> str:
     for report in reports:
         for run in report["runs"]:
             gap, cpu = run["gap_ms"], run["cpu_us_per_token"]
-            cells = [f"`{report['commit'][:7]}`", str(run["streams"]), f"{run['step_ms']:.2f} ms"]
+            cells = [f"`{report['commit'][:7]}`, {report['front']}", str(run["streams"]), f"{run['step_ms']:.2f} ms"]
             cells += [f"{run['groups_per_s']:,.0f}", f"{gap['p50']:.1f} ms", f"{gap['p99']:.1f} ms"]
             cells += [f"{cpu[name]:.0f} µs" for name in ("replica", "router", "proxy")]
             lines.append("| " + " | ".join(cells) + " |")
