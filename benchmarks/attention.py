@@ -56,7 +56,7 @@ class FlashInfer(FlashInferBackend):
         arrays = [torch.from_numpy(array) for array in (tables.starts, tables.pages, tables.last)]
         sizes = (SHAPE.heads, SHAPE.kv_heads, SHAPE.head_dim, SHAPE.block_size)
         wrapper.plan(*arrays, *sizes, q_data_type=DTYPE, kv_data_type=DTYPE)
-        return Prefills(torch.from_numpy(rows), {None: wrapper})
+        return Prefills(slice(None), {None: wrapper})
 
     def plan(self, sequences: Sequence[SequenceRows]) -> PagedPlan[Prefills]:
         """All sequences as prefills."""
