@@ -142,7 +142,6 @@ def attention_decode(
     leaves what it found in its row of ``parts`` [items, HEADS * G, D] and ``logs`` [items, HEADS * G], float32; the
     last to come, counted in ``arrived`` [items * HEADS], merges them.
     """
-    let_next_start(OVERLAP)
     work = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
     # The list of items is older than the launch ahead of this one: it may be read before that has ended.
@@ -200,6 +199,8 @@ def attention_decode(
         else:
             sums = tl.dot(v, p.to(tile.dtype), sums, input_precision="ieee")
         top = highest
+    # Not before: what a GEMM that starts early fetches would take its share of memory from the keys.
+    let_next_start(OVERLAP)
     highest = tl.max(top, axis=0)
     share = tl.exp2(top - highest[None, :])
     weight = tl.sum(weight * share, axis=0)
