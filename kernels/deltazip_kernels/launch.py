@@ -1,5 +1,6 @@
 """How kernels are launched, or only compiled, and the options that launches share."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import triton
 
 _compiled: ContextVar[list[Any] | None] = ContextVar("compiled", default=None)
 """What was compiled so far, in a block of :func:`compiling`."""
+_loading = threading.Lock()
 
 
 def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) -> None:
@@ -42,8 +44,14 @@ def compiling(pool: Executor) -> Iterator[None]:
 
 
 def _load(kernel: Any) -> None:
-    """Have a kernel on the device, and what launches it, which for some versions of Triton takes a C compiler."""
-    (kernel.result() if hasattr(kernel, "result") else kernel).run  # noqa: B018
+    """Have a kernel on the device, and what launches it, which for some versions of Triton takes a C compiler.
+
+    Triton imports that as a module of the same name for all kernels, and reads it afterwards: threads beside each other
+    could get what launches another's.
+    """
+    made = kernel.result() if hasattr(kernel, "result") else kernel
+    with _loading:
+        made.run  # noqa: B018
 
 
 def ceil_div(value: int, step: int) -> int:
