@@ -71,7 +71,8 @@ class Scheduler:
         self._queue = FairQueue(config.fair_lead_tokens, config.priority_step_tokens, config.max_batch_tokens)
         self._sequences: dict[str, SequenceState] = {}
         self._running: list[SequenceState] = []  # by slot
-        self._prefill: SequenceState | None = None  # the one that was cut off in the last batch
+        self._prefill: SequenceState | None = None  # the one that was cut off in the last batch ...
+        self._held: SequenceState | None = None  # ... or the last one before one that had no room there
         self._on_the_way: deque[Batch] = deque()
         self._outbox = Outbox()
         self.preemptions = 0
@@ -252,13 +253,16 @@ class Scheduler:
     def _admit(self, last: SequenceState | None, room: int) -> SequenceState | None:
         """Start the request whose turn it is, if there is one and it fits; ``last`` was prefilled before it.
 
-        Behind others, one of which no tile of rows has ``room`` waits for the next step.
+        Behind others, one of which no tile of rows has ``room`` waits for the next step, where its version goes on.
         """
-        sequence = self._queue.first(self._filling(last)) if len(self._running) < self._max_running else None
+        filling = self._filling(last or self._held)
+        self._held = None
+        sequence = self._queue.first(filling) if len(self._running) < self._max_running else None
         if sequence is None or sequence.drawing:
             return None  # One that was preempted just now is computed again with the token that is on its way.
         tokens = len(sequence)
         if last is not None and tokens > room and not self._cut(sequence, room):
+            self._held = last
             return None
         names = sequence.names.first(sequence.reusable // self._block_size) if self._share_prefixes else []
         found = self.blocks.start(tokens, names, spare=len(self._running))

@@ -94,6 +94,16 @@ def test_prompts_of_a_version_are_cut_where_its_rows_are_whole_tiles(prompt: int
         assert sched.schedule().num_tokens == first
 
 
+def test_a_version_whose_prompt_found_no_room_goes_on_in_the_next_step() -> None:
+    sched = scheduler(max_batch_tokens=2100, kv_blocks=8192, kv_prefix_cache=False)
+    for i in range(24):
+        prompt = GenerateRequest(str(i), f"v{i % 2}", (7,) * 256, SamplingParams(max_tokens=4))
+        sched.add(prompt, i % 2)
+    segments = [step(sched)[0].segments() for _ in range(2)]
+    assert segments[0] == ([0, 2048], [0])
+    assert segments[1] == ([0, 8 + 256, 8 + 8 * 256], [0, 1])
+
+
 def test_prompts_are_cut_anywhere_in_small_steps() -> None:
     sched = scheduler(max_batch_tokens=2047, kv_blocks=2048)
     for name in "abc":
