@@ -1,5 +1,7 @@
 """Kernels of deltas, compiled before a step needs them."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from deltazip_kernels import CODECS, PackedDelta, Segments, packed_layout
@@ -11,7 +13,7 @@ from deltazip_kernels.skinny import MOST_ROWS
 from deltazip_kernels.table import table_of
 from deltazip_ray.layers.activations import Activations, BaseWeight, weight_rows
 from deltazip_ray.layers.rows import Rows
-from deltazip_ray.layers.triton_ops import TritonOps, TritonStack
+from deltazip_ray.layers.triton_ops import FIRST_ROWS, TritonOps, TritonStack
 
 _BATCHES = (
     (SOME, 1, SOME),
@@ -27,6 +29,8 @@ _BATCHES = (
 )
 """Rows, segments and rows of the longest of steps that together need every launch there is: items of some rows, of more
 and of many, each by few programs that share K, by few, and by plenty; single rows of many versions."""
+_FIRST_BATCHES = ((SOME, 1, SOME), (8, 8, 1), (MORE, MORE, 1), (MORE, 4, SOME), (MORE, 1, MORE), (MORE, 4, MORE))
+"""The same of steps in which deltas are multiplied before the base."""
 _FEW_ROWS = (SOME, MORE, MOST_ROWS)
 """Most rows for which a kernel of the base's product is compiled."""
 _OUTPUTS = 128
@@ -43,33 +47,37 @@ def launch_all(stack: TritonStack, codecs: tuple[str, ...], rank: int, base: Bas
     device, dtype, columns = stack.ops.device, stack.ops.dtype, stack.shapes[0][1]
     x = torch.empty(1, columns, dtype=dtype, device=device)
     y = torch.empty(1, twin.starts[-1], dtype=dtype, device=device)
-    most = _multiply_few(stack.ops, base, twin.starts[-1])
-    for rows, segments, longest in _BATCHES:
-        starts = torch.empty(segments + 1, dtype=torch.int32, device=device)
-        batch = Rows(starts, work=plan(Segments(starts, starts[1:]), rows, longest), rounded=1)
-        for first in (False, True)[: 1 + (rows <= most)]:
-            twin.add_product(y, Activations(x), batch, first=first)
+    for batch in _rows(_BATCHES, device):
+        twin.add_product(y, Activations(x), batch)
         if looked_up:
             twin.add_weights(x, torch.empty(1, dtype=torch.int64, device=device), batch)
+    if _multiply_few(stack.ops, base, twin.starts[-1]):
+        for batch in _rows(_FIRST_BATCHES, device):
+            twin.add_product(y, Activations(x), batch, first=True)
     for codec in codecs:
         if codec in CODECS:
             _multiply_long(stack.ops, weight_rows(base, 0, _OUTPUTS), codec)
 
 
-def _multiply_few(ops: TritonOps, base: BaseWeight, outputs: int) -> int:
+def _rows(batches: Sequence[tuple[int, int, int]], device: torch.device) -> Iterator[Rows]:
+    for rows, segments, longest in batches:
+        starts = torch.empty(segments + 1, dtype=torch.int32, device=device)
+        yield Rows(starts, work=plan(Segments(starts, starts[1:]), rows, longest), rounded=1)
+
+
+def _multiply_few(ops: TritonOps, base: BaseWeight, outputs: int) -> bool:
     """The base's product, alone and adding those with deltas, for a weight of ``outputs`` rows like those of ``base``.
 
-    How many rows of ``_FEW_ROWS`` it takes at most.
+    False where there is no kernel for it.
     """
-    weight, most = _repeated(base, outputs), 0
-    for rows in _FEW_ROWS:
-        x = _repeated(base, rows)
-        if ops.product.cut(x, weight) is not None:
-            most = rows
-            y = torch.empty((rows, outputs), dtype=ops.dtype, device=ops.device)
-            ops.product(y, x, weight)
+    weight = _repeated(base, outputs)
+    inputs = [x for x in (_repeated(base, rows) for rows in _FEW_ROWS) if ops.product.cut(x, weight) is not None]
+    for x in inputs:
+        y = torch.empty((len(x), outputs), dtype=ops.dtype, device=ops.device)
+        ops.product(y, x, weight)
+        if len(x) <= FIRST_ROWS:
             ops.product(y, x, weight, y)
-    return most
+    return bool(inputs)
 
 
 def _repeated(matrix: BaseWeight, rows: int) -> BaseWeight:

@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -165,13 +164,7 @@ def test_no_step_launches_what_was_not_compiled(codecs: tuple[str, ...], launche
                 for rows in (batch, Rows(batch.index)):
                     ops.linear(weight, Activations(x), stack, rows)
     assert launched <= compiled
-    never = {in_any_order(one) for one in compiled} - {in_any_order(one) for one in launched}
-    assert never == {one for one in compiled if one.startswith("merge")}, "compiled for nothing"
-
-
-def in_any_order(kernel: str) -> str:
-    """Behind the base's product or ahead of it."""
-    return re.sub(", '(launch_pdl|ADD)': (True|False)", "", kernel)
+    assert compiled - launched == {one for one in compiled if one.startswith("merge")}, "compiled for nothing"
 
 
 def batches(ops: TritonOps) -> Iterator[Rows]:
