@@ -71,7 +71,7 @@ def pages() -> dict[str, dict[str, str]]:
             "growth": growth(engine),
             "engine-64": growth(_read("engine-h200-64")),
             "breakdown": breakdown(engine),
-            "prompts": prompts(engine),
+            "prompts": prompts(_read("engine-h200-prompts-tried")),
             "fp8-quality": fp8_quality(_read("engine-fp8-quality")),
             "engine-fp8": own_figures(_read("engine-h200-fp8")),
             "gemm": gemm(_read("base-gemm-h200")),
