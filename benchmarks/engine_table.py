@@ -22,7 +22,7 @@ def figures(report: dict[str, Any]) -> str:
         for row in _against_goals(report, versions):
             lines.append("| " + " | ".join([name, *row]) + " |")
             name = ""
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"Measured at `{report['commit'][:12]}`."])
 
 
 def _against_goals(report: dict[str, Any], versions: int) -> Iterator[list[str]]:
