@@ -65,7 +65,7 @@ def own_figures(report: dict[str, Any]) -> str:
     """Step times and throughput of one report beside the memory's limit."""
     heads = ["versions", "step, 8 requests", "step, 32 requests", "its limit", "saturated"]
     lines = ["| " + " | ".join(heads) + " |", "| " + "--:|" * len(heads)]
-    counts = sorted(int(key.split(".")[0]) for key in report if key.endswith(".step_32"))
+    counts = sorted({int(key.split(".")[0]) for key in report if ".step_" in key})
     lines += ["| " + " | ".join([str(count), *_figures(report, count)]) + " |" for count in counts]
     return "\n".join(lines)
 

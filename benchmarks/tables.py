@@ -69,8 +69,9 @@ def pages() -> dict[str, dict[str, str]]:
         "docs/engine.md": {
             "engine": figures(engine),
             "growth": growth(engine),
+            "engine-int4": own_figures(_read("engine-h200-int4")),
             "engine-64": growth(_read("engine-h200-64")),
-            "breakdown": breakdown(engine),
+            "breakdown": breakdown(_read("engine-h200-breakdown")),
             "prompts": prompts(_read("engine-h200-prompts-tried")),
             "fp8-quality": fp8_quality(_read("engine-fp8-quality")),
             "engine-fp8": own_figures(_read("engine-h200-fp8")),
