@@ -1,5 +1,6 @@
 """The ingress deployment: the router's service and its HTTP API around a handle to the replicas."""
 
+import gc
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +29,9 @@ class Router:
     """Serve's ingress: it builds its application when it is made, so that it can hold what cannot be pickled."""
 
     def __init__(self, config: AppConfig, replicas: DeploymentHandle[Any]) -> None:
+        # What was imported stays: looking through it for garbage would hold up everybody's tokens for 0.1 s.
+        gc.collect()
+        gc.freeze()
         sys.setswitchinterval(_SWITCH_S)
         self._app = serve.get_replica_context().app_name
         store = open_store(config.store)
