@@ -1,5 +1,7 @@
 """The way of a request on a cluster: HAProxy, and no proxy of Serve's own, in front of the router."""
 
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +40,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeApp]:
     environment = {one["name"]: one["value"] for one in head["env"]}
     assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
     environment["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(K8S / "haproxy")
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in the image: it looks for ray
     metrics, stats = free_ports(2)
     environment |= {"RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics), "RAY_SERVE_HAPROXY_STATS_PORT": str(stats)}
     with pytest.MonkeyPatch.context() as patch, private_ray():
