@@ -10,6 +10,7 @@ import argparse
 import json
 from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -111,7 +112,7 @@ def _backend(kind: str, count: int) -> AttentionBackend[Any]:
 
 def _times(run: Callable[[int], object]) -> dict[str, Any]:
     """Of ``run`` for each layer in turn."""
-    samples = [1e6 * s for s in graph_times([lambda i=i: run(i) for i in range(SHAPE.layers)])]
+    samples = [1e6 * s for s in graph_times([partial(run, i) for i in range(SHAPE.layers)])]
     return {"us": median(samples), "samples": samples}
 
 

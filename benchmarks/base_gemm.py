@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from deltazip_kernels.bench.__main__ import commit
 from deltazip_kernels.bench.timing import copy_bandwidth, graph_times
 from deltazip_kernels.fp8 import FP8, Fp8Matrix
-from deltazip_kernels.skinny import MOST_ROWS, BaseProduct, cut
+from deltazip_kernels.skinny import MOST_ROWS, BaseProduct, Cut, cut
 
 SHAPES = {
     "q|k|v": (6144, 4096),
@@ -33,11 +34,10 @@ _BYTES = 800 << 20  # of weights, in turn
 class OwnProduct(BaseProduct):
     """Ours wherever the kernel can, for comparison where torch's is taken."""
 
-    def __call__(self, y: Tensor, x: Tensor, weight: Tensor) -> None:
+    def cut(self, x: Tensor | Fp8Matrix, weight: Tensor | Fp8Matrix) -> Cut | None:
         """See the base class."""
-        chosen = cut(len(x), (weight.shape[0], weight.shape[1]), x.dtype.itemsize)
-        if chosen is not None:
-            self._launch(y, x, weight, chosen)
+        itemsize = 1 if isinstance(x, Fp8Matrix) else x.dtype.itemsize
+        return cut(x.shape[0], (weight.shape[0], weight.shape[1]), itemsize)
 
 
 def random_fp8(rows: int, columns: int) -> Fp8Matrix:
@@ -48,7 +48,7 @@ def random_fp8(rows: int, columns: int) -> Fp8Matrix:
 
 def microseconds(run: Callable[[int], object], count: int) -> float:
     """Of one of ``count`` runs, each over a weight of its own."""
-    return 1e6 * median(graph_times([lambda i=i: run(i) for i in range(count)]))
+    return 1e6 * median(graph_times([partial(run, i) for i in range(count)]))
 
 
 def in_bfloat16(name: str, rows: int, product: OwnProduct) -> dict[str, float]:

@@ -48,7 +48,8 @@ def copy_bandwidth() -> float:
     """Bytes read and written a second by a large copy on the device."""
     source = torch.randint(0, 255, (2 << 30,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * len(source) / (triton.testing.do_bench(lambda: target.copy_(source), return_mode="median") * 1e-3)
+    took_ms: float = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
+    return 2 * len(source) / (took_ms * 1e-3)
 
 
 def settings(options: argparse.Namespace, shape: DecoderConfig, slot_bytes: int) -> EngineConfig:

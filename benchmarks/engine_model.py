@@ -65,7 +65,7 @@ class RandomWeights:
         shape = self.shapes[name]
         if len(shape) == 1:
             return torch.ones(shape, device=self.device)
-        return torch.randn(shape, device=self.device, dtype=torch.bfloat16) * shape[-1] ** -0.5
+        return torch.randn(shape, device=self.device, dtype=torch.bfloat16).mul_(shape[-1] ** -0.5)
 
 
 def weight_shapes(shape: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -100,12 +100,12 @@ def random_delta(shape: DecoderConfig, codec: str, *, outer: bool) -> HostDelta:
     for name, dims in weight_shapes(shape).items():
         if len(dims) == 2 and (outer or ".layers." in name):
             block = "layers." + name.split(".")[2] if ".layers." in name else "outer"
-            entry = TensorEntry(codec=codec, shape=dims, bytes_finetuned=2 * dims[0] * dims[1])  # type: ignore[arg-type]
+            entry = TensorEntry(codec=codec, shape=dims, bytes_finetuned=2 * dims[0] * dims[1])
             blocks.setdefault(block, {})[name] = entry
     made: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
     blobs, entries = {}, []
     for block, tensors in blocks.items():
-        parts = {}
+        parts: dict[str, torch.Tensor] = {}
         for name, entry in tensors.items():
             dims = entry.shape
             if dims not in made:

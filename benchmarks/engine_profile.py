@@ -31,7 +31,7 @@ async def profile_prompts(engine: AsyncEngine, versions: int) -> dict[str, Any]:
 
 
 def _launches(trace: torch.profiler.profile) -> list[Any]:
-    launches = [event for event in trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    launches = [event for event in trace.events() if event.device_type.name == "CUDA"]
     return sorted(launches, key=lambda event: event.time_range.start)
 
 

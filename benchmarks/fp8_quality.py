@@ -40,7 +40,8 @@ class SplitLinear(nn.Module):
         """``[..., K]`` to ``[..., N]``."""
         rows = x.flatten(0, -2)
         seen = round_to_fp8(rows).dequantize(torch.float32) if self.rounds else rows
-        return (linear(seen, self.base) + linear(rows, self.delta)).unflatten(0, x.shape[:-1])
+        y: Tensor = linear(seen, self.base) + linear(rows, self.delta)
+        return y.view(*x.shape[:-1], -1)
 
 
 def split(model: LlamaForCausalLM, base: Checkpoint, way: str) -> None:

@@ -43,7 +43,7 @@ def main() -> None:
             data = Path(scratch, "chats.jsonl")
             data.write_text("".join(chat(example) + "\n" for example in task.training(SEED, CALIBRATION)))
             shop = Workshop(given.models / "base", finetuned, data, CALIBRATION, "cpu", Path(scratch))
-            forms = {f"{codec} for all": (codec, None) for codec in CODECS}
+            forms: dict[str, tuple[Coding, float | None]] = {f"{codec} for all": (codec, None) for codec in CODECS}
             forms |= {f"bytes of {codec}, {share:.0%} product": (codec, share) for codec in CODECS for share in SHARES}
             for name, (codec, share) in forms.items():
                 made = shop.compressed(codec=codec) if share is None else shop.factored(codec, share)

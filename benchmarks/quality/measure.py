@@ -94,7 +94,8 @@ class Bench:
         self._chats = prepared.chats(task)
         self._examples = prepared.examples(task)
         self._finetuned = self._load(task)
-        self._model = LlamaForCausalLM.from_pretrained(job.cache / task, dtype=torch.float32).to(job.device)
+        self._model = LlamaForCausalLM.from_pretrained(job.cache / task, dtype=torch.float32)
+        torch.nn.Module.to(self._model, job.device)
         questions, answers = prepared.held_out(task, self._scale)
         self._judge = Judge(
             self._model, prepared.tokenizer, questions, answers, prepared.windows(self._scale), self._finetuned
@@ -217,7 +218,8 @@ class Bench:
                 yield Batch(part, torch.full_like(part, IGNORED))
 
     def _copy(self, weights: Mapping[str, Tensor]) -> LlamaForCausalLM:
-        model = LlamaForCausalLM(self._model.config).to(self._job.device)
+        model = LlamaForCausalLM(self._model.config)
+        torch.nn.Module.to(model, self._job.device)
         model.load_state_dict(dict(weights))
         return model
 

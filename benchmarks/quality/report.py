@@ -9,7 +9,7 @@ has not learned are left out, and forms that were not measured for every other t
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, geometric_mean
@@ -38,7 +38,7 @@ RULES = {
     "**least KL**": "kl",
 }
 """What :func:`allocation` shows, at the bytes of which codecs."""
-FAMILIES = (
+FAMILIES: tuple[tuple[str, str, str, Callable[[str], bool]], ...] = (
     ("ours, targets", "tab:blue", "o", lambda name: name.startswith("ours") and "for all" not in name),
     ("ours, one codec for all", "tab:cyan", "s", lambda name: name.startswith("ours")),
     ("ours, one codec, no descent", "black", "x", lambda name: name.startswith("no descent")),
