@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.compiler import CompiledKernel
 
 _compiled: ContextVar[list[Any] | None] = ContextVar("compiled", default=None)
 """What was compiled so far, in a block of :func:`compiling`."""
@@ -44,14 +45,25 @@ def compiling(pool: Executor) -> Iterator[None]:
 
 
 def _load(kernel: Any) -> None:
-    """Have a kernel on the device, and what launches it, which for some versions of Triton takes a C compiler.
-
-    Triton imports that as a module of the same name for all kernels, and reads it afterwards: threads beside each other
-    could get what launches another's.
-    """
+    """Have a kernel on the device, and what launches it, which for some versions of Triton takes a C compiler."""
     made = kernel.result() if hasattr(kernel, "result") else kernel
-    with _loading:
-        made.run  # noqa: B018
+    made.run  # noqa: B018
+
+
+def _loaded(kernel: Any) -> Any:
+    """``CompiledKernel.run`` as threads need it: what launches ``kernel``, once that is on the device.
+
+    Triton's own, up to 3.6, imports what launches a kernel as a module of one name for all kernels and reads it
+    afterwards, so that threads beside each other may get another kernel's; and returns it to others before
+    ``kernel.function`` is there.
+    """
+    if kernel.function is None:
+        with _loading:
+            kernel._init_handles()
+    return kernel._run
+
+
+CompiledKernel.run = property(_loaded)
 
 
 def ceil_div(value: int, step: int) -> int:
