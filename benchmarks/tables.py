@@ -7,6 +7,7 @@ python -m benchmarks.tables --check    # exit 1 when they do not show the result
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,18 @@ def pages() -> dict[str, dict[str, str]]:
         },
         "docs/engine.md": {
             "engine": figures(engine),
-            "growth": growth(engine),
-            "engine-int4": own_figures(_read("engine-h200-int4")),
-            "engine-64": growth(_read("engine-h200-64")),
-            "breakdown": breakdown(_read("engine-h200-breakdown")),
+            "growth": _dated(growth, engine),
+            "engine-int4": _dated(own_figures, _read("engine-h200-int4")),
+            "engine-64": _dated(growth, _read("engine-h200-64")),
+            "breakdown": _dated(breakdown, _read("engine-h200-breakdown")),
             "prompts": prompts(_read("engine-h200-prompts-tried")),
-            "fp8-quality": fp8_quality(_read("engine-fp8-quality")),
-            "engine-fp8": own_figures(_read("engine-h200-fp8")),
-            "gemm": gemm(_read("base-gemm-h200")),
-            "sampling": sampling(_read("sampling-h200")),
-            "fp8-cache": fp8_cache(_read("kv-fp8")),
+            "fp8-quality": _dated(fp8_quality, _read("engine-fp8-quality")),
+            "engine-fp8": _dated(own_figures, _read("engine-h200-fp8")),
+            "gemm": _dated(gemm, _read("base-gemm-h200")),
+            "sampling": _dated(sampling, _read("sampling-h200")),
+            "fp8-cache": _dated(fp8_cache, _read("kv-fp8")),
         },
-        "docs/scheduling.md": {"engine host": host(_read("engine-host"))},
+        "docs/scheduling.md": {"engine host": _dated(host, _read("engine-host"))},
         "docs/tiers.md": {
             "goals": goals(tiers, _read("tiers-s3-h200-host"), _read("tiers-policy")),
             "ways": ways(tiers),
@@ -132,6 +133,11 @@ def main() -> int:
         else:
             path.write_text(wanted)
     return int(stale)
+
+
+def _dated(table: Callable[[dict[str, Any]], str], report: dict[str, Any]) -> str:
+    """``table`` of ``report``, and the commit that was measured."""
+    return f"{table(report)}\n\nMeasured at `{report['commit'][:12]}`."
 
 
 def _read(name: str) -> Any:
