@@ -31,11 +31,11 @@ from deltazip_ray.artifact.blob import write_blob
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.file_store import FileStore
 from deltazip_ray.artifact.lossless import decode, encode
-from deltazip_ray.artifact.manifest import BaseRef, BlobEntry, CodecName, Manifest, TensorEntry
+from deltazip_ray.artifact.manifest import BaseRef, BlobEntry, Manifest, TensorEntry
 from deltazip_ray.artifact.object_store import PART
 from deltazip_ray.artifact.s3_store import PARALLEL
 from deltazip_ray.artifact.store import open_store
-from deltazip_ray.config import MIB, NodeStoreConfig, StoreConfig
+from deltazip_ray.config import MIB, CodecName, NodeStoreConfig, StoreConfig
 from deltazip_ray.residency.host_cache import HostCache
 
 BASE = "b" * 64

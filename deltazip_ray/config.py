@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from deltazip_ray.errors import ConfigError
@@ -17,6 +17,12 @@ from deltazip_ray.errors import ConfigError
 MIB = 1 << 20
 GIB = 1 << 30
 CPU_KV_BLOCKS = 1024
+
+MatrixCodec = Literal["int4", "int3", "int2", "int1", "sparse24_int4", "sparse24_int2"]
+"""How the codes of a matrix are made; see ``deltazip_kernels.layout.CODECS``."""
+CodecName = Literal[MatrixCodec, "low_rank", "raw"]
+"""How a weight of a delta is kept: coded, as the product of two factors, or as the fine-tune has it."""
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Settings(BaseModel):
@@ -58,15 +64,22 @@ class StoreConfig(Settings):
         refuse_credentials("store.endpoint_url", self.endpoint_url or "")
         return self
 
-
-_Codec = Literal["int4", "int3", "int2", "int1", "sparse24_int4", "sparse24_int2", "low_rank", "raw"]
+    @classmethod
+    def at(cls, location: str | Path, endpoint_url: str | None = None, path_style: bool = False) -> Self:
+        """The store at a folder's path, a ``file://`` URL or an ``s3://`` URL. Raises ConfigError."""
+        text = str(location)
+        url = text if "://" in text else Path(text).expanduser().resolve().as_uri()
+        scheme, _, place = url.partition("://")
+        if scheme not in ("file", "s3") or not place:
+            raise ConfigError(f"cannot open {text!r}: give a folder, a file:// URL or an s3:// URL")
+        return cls(url=url, endpoint_url=endpoint_url, path_style=path_style)
 
 
 class EngineConfig(Settings):
     """One replica's engine."""
 
     device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     base_dtype: Literal["fp8"] | None = Field(
         None, description="fp8: the base's linears in e4m3, half the bytes; as dtype when absent"
     )
@@ -113,7 +126,7 @@ class EngineConfig(Settings):
     warm_up: bool | None = Field(
         None, description="run steps of all kinds and record the base's graphs at the start; on cuda when absent"
     )
-    warm_codecs: tuple[_Codec, ...] = Field(
+    warm_codecs: tuple[CodecName, ...] = Field(
         (),
         description="codecs whose kernels the warm-up compiles and over which it records decode steps; others are "
         "compiled when the first version that has them is loaded, and recorded when steps need it",
@@ -223,6 +236,14 @@ class AppConfig(Settings):
     def resources(self) -> dict[str, float]:
         """Ray resources of one replica, with the GPU that its device implies."""
         return ({"GPU": 1.0} if self.engine.device == "cuda" else {}) | self.replica_resources
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that pydantic found wrong: ``field.part: what``. Never shows the value, which may be a secret."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where[:200]}: {message}" if where else message
 
 
 def refuse_credentials(setting: str, url: str) -> None:

@@ -33,6 +33,8 @@ Every error takes one message that says what is wrong and what to do next, and s
 errors cross process boundaries. HTTP statuses are given in one place, ``deltazip_deployments.http_errors``.
 """
 
+from collections.abc import Sequence
+
 
 class DeltaZipError(Exception):
     """Root of every error that this project raises on purpose."""
@@ -151,3 +153,9 @@ class CheckpointMismatch(CompressionError):
 
 class QualityTooLow(CompressionError):
     """An artifact is further from its fine-tune than was allowed."""
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """The first ``most`` names and how many more there are, for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

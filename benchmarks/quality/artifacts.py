@@ -16,7 +16,7 @@ from deltazip_ray.artifact.artifact import ArtifactWriter, open_artifact
 from deltazip_ray.artifact.blob import read_blob
 from deltazip_ray.artifact.checkpoint import base_digest
 from deltazip_ray.artifact.lossless import read_verified
-from deltazip_ray.artifact.manifest import BaseRef, CodecName, Manifest, blob_key
+from deltazip_ray.artifact.manifest import BaseRef, Manifest, blob_key
 from deltazip_ray.artifact.store import open_store
 from deltazip_ray.compress.allocation import allocate
 from deltazip_ray.compress.calibration import load_calibration
@@ -30,7 +30,7 @@ from deltazip_ray.compress.runner import Runner
 from deltazip_ray.compress.skeleton import load_tensor
 from deltazip_ray.compress.solver import nearest
 from deltazip_ray.compress.survey import Surveyor
-from deltazip_ray.config import StoreConfig
+from deltazip_ray.config import CodecName, StoreConfig
 
 Encode = Callable[[str, Tensor], tuple[Coding, Coded]]
 """Codes a matrix of that name, given its delta ``[N, K]``."""

@@ -94,7 +94,7 @@ def open_artifact(location: str | Path | StoreConfig) -> tuple[Manifest, ObjectS
 
     Raises ManifestInvalid when there is none, and StoreError.
     """
-    store = open_store(_config(location))
+    store = open_store(location if isinstance(location, StoreConfig) else StoreConfig.at(location))
     try:
         raw = store.get(MANIFEST, MAX_MANIFEST)
     except ObjectNotFound:
@@ -115,14 +115,6 @@ def verify_artifact(manifest: Manifest, store: ObjectStore, progress: Callable[[
             read_blob(data, entry)
         if progress is not None:
             progress(entry.object_size)
-
-
-def _config(location: str | Path | StoreConfig) -> StoreConfig:
-    if isinstance(location, StoreConfig):
-        return location
-    if isinstance(location, str) and "://" in location:
-        return StoreConfig(url=location)
-    return StoreConfig(url=Path(location).absolute().as_uri())
 
 
 def _block_order(entry: BlobEntry) -> tuple[bool, int]:

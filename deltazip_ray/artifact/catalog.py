@@ -17,19 +17,17 @@ from deltazip_ray.artifact.manifest import (
     blob_key,
     parse_manifest,
 )
-from deltazip_ray.artifact.names import LATEST, VariantRef, check_alias, check_digest, check_name
+from deltazip_ray.artifact.names import LATEST, VariantRef, check_alias, check_digest, check_name, is_digest
 from deltazip_ray.artifact.object_store import ObjectStore
 from deltazip_ray.artifact.variants import Variant, VariantDocuments
 from deltazip_ray.errors import (
     BaseMismatch,
-    InvalidName,
     ObjectNotFound,
     UnknownVariant,
+    listed,
 )
 
 __all__ = ["Catalog", "Variant", "bases"]
-
-_NAMES_IN_MESSAGE = 20
 
 
 class Catalog:
@@ -150,18 +148,10 @@ class Catalog:
             return False
 
     def _unknown(self, name: str) -> UnknownVariant:
-        names = [variant.name for variant in self.variants()]
-        more = f" and {len(names) - _NAMES_IN_MESSAGE} more" if len(names) > _NAMES_IN_MESSAGE else ""
-        there = ", ".join(names[:_NAMES_IN_MESSAGE]) + more or "none yet"
-        return UnknownVariant(f"there is no variant {name!r}; there are: {there}")
+        names = listed([variant.name for variant in self.variants()])
+        return UnknownVariant(f"there is no variant {name!r}; there are: {names or 'none yet'}")
 
 
 def bases(store: ObjectStore) -> list[str]:
     """Digests of the bases that a store has anything for, sorted."""
-    found = []
-    for name in store.folders():
-        try:
-            found.append(check_digest(name))
-        except InvalidName:
-            continue
-    return found
+    return [name for name in store.folders() if is_digest(name)]

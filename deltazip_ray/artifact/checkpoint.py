@@ -74,8 +74,8 @@ class Checkpoint:
             raise CheckpointInvalid(f"{path} is not a folder: give the folder of a Hugging Face checkpoint")
         if not (path / "config.json").is_file():
             raise CheckpointInvalid(f"{path} has no config.json: give the folder of a Hugging Face checkpoint")
-        config = _read_json(path / "config.json")
-        _refuse_code(path, config)
+        refuse_code(path / "config.json")
+        refuse_code(path / "tokenizer_config.json")
         shards: dict[str, Any] = {}
         tensors: dict[str, _Stored] = {}
         for shard, wanted in _shards_of(path):
@@ -84,7 +84,7 @@ class Checkpoint:
             if missing:
                 raise CheckpointInvalid(f"{path / shard} lacks {missing[0]}, which its index promises: copy it again")
             tensors |= {name: found[name] for name in wanted or found}
-        return cls(path, config, shards, tensors)
+        return cls(path, _read_json(path / "config.json"), shards, tensors)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -185,16 +185,10 @@ def _open_shard(path: Path) -> tuple[Any, dict[str, _Stored]]:
     return shard, tensors
 
 
-def _refuse_code(path: Path, config: dict[str, Any]) -> None:
-    tokenizer_config = path / "tokenizer_config.json"
-    for name, settings in (
-        ("config.json", config),
-        ("tokenizer_config.json", _read_json(tokenizer_config) if tokenizer_config.is_file() else {}),
-    ):
-        if settings.get("auto_map"):
-            raise CheckpointInvalid(
-                f"{path / name} has an auto_map: the checkpoint wants to run code of its own, which is refused"
-            )
+def refuse_code(settings: Path) -> None:
+    """Raise CheckpointInvalid when this JSON file, if it exists, names Python code to load."""
+    if settings.is_file() and _read_json(settings).get("auto_map"):
+        raise CheckpointInvalid(f"{settings} has an auto_map: it wants to run code of its own, which is refused")
 
 
 def _no_weights(path: Path) -> str:

@@ -8,7 +8,6 @@ costs no more than the hashing.
 import hashlib
 import json
 import logging
-import re
 import time
 import uuid
 from pathlib import Path
@@ -17,9 +16,9 @@ import platformdirs
 
 from deltazip_ray.artifact.architecture import architecture_of
 from deltazip_ray.artifact.checkpoint import Checkpoint, base_digest
+from deltazip_ray.artifact.names import is_digest
 from deltazip_ray.config import GIB
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _SMALL = GIB
 """Bytes of a checkpoint that is hashed sooner than it is looked up safely."""
 _SETTLED_NS = 2_000_000_000
@@ -41,7 +40,7 @@ def known_base_digest(checkpoint: Checkpoint, folder: Path | None = None, small:
         known = entry.read_text(errors="replace")
     except OSError:
         known = ""
-    if _DIGEST.fullmatch(known):
+    if is_digest(known):
         return known
     found = base_digest(checkpoint)
     if time.time_ns() - newest_ns > _SETTLED_NS and _identity(checkpoint)[0] == identity:

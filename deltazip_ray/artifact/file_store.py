@@ -98,13 +98,11 @@ class FileStore(ObjectStore):
                 keys += [(below / name).as_posix() for name in files if not name.startswith(".")]
         return sorted(key for key in keys if key.startswith(prefix))
 
-    def folders(self, prefix: str = "") -> Sequence[str]:
-        start = self.root / check_prefix(prefix)
-        with self._translated(prefix):
+    def folders(self) -> Sequence[str]:
+        with self._translated(""):
             self._check_root()
-            if not start.is_dir():
-                return []
-            return sorted(entry.name for entry in start.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+            found = (entry.name for entry in self.root.iterdir() if entry.is_dir())
+            return sorted(name for name in found if not name.startswith("."))
 
     def delete(self, key: str) -> None:
         with self._translated(key):

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from deltazip_ray.artifact.names import check_digest
+from deltazip_ray.config import CodecName, first_problem
 from deltazip_ray.errors import ManifestInvalid
 
 FORMAT_VERSION: Literal[1] = 1
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-CodecName = Literal["int4", "int3", "int2", "int1", "sparse24_int4", "sparse24_int2", "low_rank", "raw"]
 WeightName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+){0,31}$", max_length=200)]
 Dimension = Annotated[int, Field(gt=0, lt=1 << 31)]
 Size = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -211,6 +211,4 @@ def parse_manifest(raw: bytes, version: str | None = None) -> Manifest:
     try:
         return Manifest.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(step) for step in first["loc"])
-        raise ManifestInvalid(f"not a manifest of format {FORMAT_VERSION}: {where[:200]}: {first['msg']}") from error
+        raise ManifestInvalid(f"not a manifest of format {FORMAT_VERSION}: {first_problem(error)}") from error

@@ -40,9 +40,14 @@ def check_alias(alias: str) -> str:
     return alias
 
 
+def is_digest(text: str) -> bool:
+    """Whether ``text`` is a sha256 as we write it: 64 lower-case hex digits."""
+    return _DIGEST.fullmatch(text) is not None
+
+
 def check_digest(digest: str) -> str:
     """Return ``digest`` when it is 64 lower-case hex digits, else raise InvalidName."""
-    if not _DIGEST.fullmatch(digest):
+    if not is_digest(digest):
         raise InvalidName(f"{digest[:80]!r} is not a sha256 in hex")
     return digest
 

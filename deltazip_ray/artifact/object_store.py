@@ -73,8 +73,8 @@ class ObjectStore(ABC):
         """The keys that start with ``prefix``, sorted."""
 
     @abstractmethod
-    def folders(self, prefix: str = "") -> Sequence[str]:
-        """The first segments below ``prefix`` (empty, or ending in ``/``) that have keys below them, sorted."""
+    def folders(self) -> Sequence[str]:
+        """The first segments of all keys that have more than one, sorted."""
 
     @abstractmethod
     def delete(self, key: str) -> None:

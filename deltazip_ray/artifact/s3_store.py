@@ -134,13 +134,12 @@ class S3Store(ObjectStore):
             keys = [item["Key"] for page in pages for item in page.get("Contents", ())]
         return sorted(key.removeprefix(self._prefix) for key in keys)
 
-    def folders(self, prefix: str = "") -> Sequence[str]:
-        where = self._prefix + check_prefix(prefix)
-        with translated(self.url, prefix):
+    def folders(self) -> Sequence[str]:
+        with translated(self.url, ""):
             lister = self._client.get_paginator("list_objects_v2")
-            pages = lister.paginate(Bucket=self._bucket, Prefix=where, Delimiter="/")
+            pages = lister.paginate(Bucket=self._bucket, Prefix=self._prefix, Delimiter="/")
             found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
-        return sorted(name.removeprefix(where).removesuffix("/") for name in found)
+        return sorted(name.removeprefix(self._prefix).removesuffix("/") for name in found)
 
     def delete(self, key: str) -> None:
         where = self._where(key)

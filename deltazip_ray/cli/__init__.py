@@ -1,1 +1,1 @@
-"""The commands that need no cluster: compress, inspect, merge, publish, variants."""
+"""The commands that need no cluster: compress, eval, inspect, merge, publish, settings, variants."""

@@ -1,6 +1,5 @@
 """``deltazip compress``: from two checkpoints to an artifact."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,24 +13,13 @@ from deltazip_ray.cli.console import (
     err,
     fraction_progress,
     print_json,
-    store_config,
 )
 from deltazip_ray.cli.inspect import show, summary
+from deltazip_ray.config import MatrixCodec, StoreConfig, first_problem
 from deltazip_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from deltazip_ray.compress.options import CompressOptions
-
-
-class Codec(StrEnum):
-    """How a weight matrix is coded; bits a weight include the scales."""
-
-    INT4 = "int4"
-    INT3 = "int3"
-    INT2 = "int2"
-    INT1 = "int1"
-    SPARSE24_INT4 = "sparse24_int4"
-    SPARSE24_INT2 = "sparse24_int2"
 
 
 def fraction(text: str) -> float:
@@ -48,7 +36,8 @@ Finetuned = Annotated[
 ]
 Out = Annotated[str, typer.Option("--out", help="Folder or s3:// prefix for the artifact.")]
 OneCodec = Annotated[
-    Codec | None, typer.Option(help="One codec for all matrices inside the decoder blocks; int4 if no target is set.")
+    MatrixCodec | None,
+    typer.Option(help="One codec for all matrices inside the decoder blocks; int4 if no target is set."),
 ]
 TargetBits = Annotated[
     float | None,
@@ -128,7 +117,7 @@ def compress(
         device=device,
     )
     with fraction_progress() as advance:
-        where = store_config(to, endpoint_url, path_style)
+        where = StoreConfig.at(to, endpoint_url, path_style)
         manifest = compress_checkpoint(base, finetuned, where, options, advance, replace=force)
     if calibration is None and any(
         entry.codec not in _EXACT for blob in manifest.blobs for entry in blob.tensors.values()
@@ -158,6 +147,4 @@ def _options(goals: dict[str, Any], **others: Any) -> "CompressOptions":
     try:
         return CompressOptions(**goals, **others)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"{step}: " for step in first["loc"])
-        raise ConfigError(where + first["msg"].removeprefix("Value error, ")) from error
+        raise ConfigError(first_problem(error)) from error

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -20,8 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from deltazip_ray.config import StoreConfig
-from deltazip_ray.errors import ConfigError, DeltaZipError
+from deltazip_ray.errors import DeltaZipError
 
 out = Console()
 err = Console(stderr=True)
@@ -84,15 +82,6 @@ def size(count: int) -> str:
 def print_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
     """One JSON document on stdout, plain where stdout is not a terminal."""
     out.print_json(data=data)
-
-
-def store_config(location: str, endpoint_url: str | None = None, path_style: bool = False) -> StoreConfig:
-    """The store at a folder's path, a ``file://`` URL or an ``s3://`` URL."""
-    url = location if "://" in location else Path(location).expanduser().resolve().as_uri()
-    scheme, _, place = url.partition("://")
-    if scheme not in ("file", "s3") or not place:
-        raise ConfigError(f"cannot open {location!r}: give a folder, a file:// URL or an s3:// URL")
-    return StoreConfig(url=url, endpoint_url=endpoint_url, path_style=path_style)
 
 
 def run(app: Callable[[], Any]) -> None:

@@ -16,7 +16,6 @@ from deltazip_ray.cli.console import (
     fraction_progress,
     out,
     print_json,
-    store_config,
     table,
 )
 from deltazip_ray.config import StoreConfig
@@ -119,7 +118,7 @@ def _artifact(subject: str, endpoint_url: str | None, path_style: bool) -> Store
     folder = Path(subject)
     if subject.startswith(("http://", "https://")) or (folder / "config.json").is_file():
         return None
-    return store_config(subject, endpoint_url, path_style)
+    return StoreConfig.at(subject, endpoint_url, path_style)
 
 
 def _opened(

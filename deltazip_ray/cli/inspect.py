@@ -15,9 +15,9 @@ from deltazip_ray.cli.console import (
     out,
     print_json,
     size,
-    store_config,
     table,
 )
+from deltazip_ray.config import StoreConfig
 
 
 def inspect(
@@ -35,7 +35,7 @@ def inspect(
     """
     from deltazip_ray.artifact.artifact import open_artifact, verify_artifact
 
-    manifest, store = open_artifact(store_config(artifact, endpoint_url, path_style))
+    manifest, store = open_artifact(StoreConfig.at(artifact, endpoint_url, path_style))
     if verify:
         with byte_progress("Verifying", manifest.bytes_stored) as advance:
             verify_artifact(manifest, store, advance)

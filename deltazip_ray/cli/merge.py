@@ -1,20 +1,12 @@
 """``deltazip merge``: from base and delta back to a checkpoint."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from deltazip_ray.cli.console import EndpointUrl, PathStyle, fraction_progress, out, store_config
-
-
-class Dtype(StrEnum):
-    """Floating-point formats of a checkpoint."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
+from deltazip_ray.cli.console import EndpointUrl, PathStyle, fraction_progress, out
+from deltazip_ray.config import Dtype, StoreConfig
 
 
 def merge(
@@ -33,7 +25,7 @@ def merge(
 
     from deltazip_ray.compress.merge import merge as write_checkpoint
 
-    config = store_config(artifact, endpoint_url, path_style)
+    config = StoreConfig.at(artifact, endpoint_url, path_style)
     with fraction_progress() as advance:
         write_checkpoint(base, config, to, getattr(torch, dtype) if dtype else None, advance)
     out.print(f"Wrote {to}. Load it with transformers: AutoModelForCausalLM.from_pretrained({str(to)!r})")

@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from deltazip_ray.artifact.names import LATEST
-from deltazip_ray.cli.console import EndpointUrl, PathStyle, byte_progress, out, size, store_config
+from deltazip_ray.cli.console import EndpointUrl, PathStyle, byte_progress, out, size
+from deltazip_ray.config import StoreConfig
 
 
 def publish(
@@ -37,9 +38,9 @@ def publish(
     from deltazip_ray.artifact.requirements import check_quality
     from deltazip_ray.artifact.store import open_store
 
-    manifest, source = open_artifact(store_config(artifact, endpoint_url, path_style))
+    manifest, source = open_artifact(StoreConfig.at(artifact, endpoint_url, path_style))
     check_quality(manifest.quality, require)
-    catalog = Catalog(open_store(store_config(store, endpoint_url, path_style)), manifest.base.digest)
+    catalog = Catalog(open_store(StoreConfig.at(store, endpoint_url, path_style)), manifest.base.digest)
     aliases = alias or [LATEST]
     with byte_progress(f"Publishing {name}", manifest.bytes_stored) as advance:
         catalog.publish(source, manifest, name, aliases, progress=advance, repair=repair)

@@ -7,7 +7,7 @@ import typer
 from deltazip_ray.artifact.catalog import Catalog, bases
 from deltazip_ray.artifact.names import parse_ref
 from deltazip_ray.artifact.store import open_store
-from deltazip_ray.cli.console import EndpointUrl, Json, PathStyle, out, print_json, size, store_config, table
+from deltazip_ray.cli.console import EndpointUrl, Json, PathStyle, out, print_json, size, table
 from deltazip_ray.config import StoreConfig
 from deltazip_ray.errors import ConfigError
 
@@ -32,7 +32,7 @@ def list_variants(
 
     Example: deltazip variants ls s3://models/deltas
     """
-    catalog = _catalog(store_config(store, endpoint_url, path_style), base)
+    catalog = _catalog(StoreConfig.at(store, endpoint_url, path_style), base)
     found = catalog.variants()
     if as_json:
         print_json({"base": catalog.base_digest, "variants": [variant.model_dump() for variant in found]})
@@ -57,7 +57,7 @@ def remove(
 
     Example: deltazip variants rm s3://models/deltas sorter
     """
-    _catalog(store_config(store, endpoint_url, path_style), base).remove(name)
+    _catalog(StoreConfig.at(store, endpoint_url, path_style), base).remove(name)
     out.print(f"Removed {name}. Servers stop offering it within their catalog_refresh_s.")
 
 
@@ -77,7 +77,7 @@ def set_alias(
     Example: deltazip variants alias ./store sorter@4f2a90c1d3e5 prod
     """
     name, selector = parse_ref(ref)
-    moved = _catalog(store_config(store, endpoint_url, path_style), base).set_alias(name, alias, selector)
+    moved = _catalog(StoreConfig.at(store, endpoint_url, path_style), base).set_alias(name, alias, selector)
     out.print(f"{name}@{alias} → {moved.aliases[alias][:12]}")
 
 

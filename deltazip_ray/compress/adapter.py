@@ -4,7 +4,6 @@ PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``. Weight
 float32, since rounding the sum to the base's 16 bits would bury small products.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deltazip_ray.artifact.checkpoint import Checkpoint
+from deltazip_ray.artifact.checkpoint import Checkpoint, refuse_code
 from deltazip_ray.compress.adapter_config import CONFIG, MERGE, AdapterConfig, read_adapter_config
 from deltazip_ray.errors import CheckpointInvalid, CheckpointMismatch
 
@@ -111,7 +110,7 @@ def open_adapter(path: Path, base: Checkpoint) -> AdaptedCheckpoint:
     CheckpointMismatch for one that was made for another base.
     """
     config = read_adapter_config(path)
-    _refuse_code(path)
+    refuse_code(path / "tokenizer_config.json")
     products: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
     for key, tensor in _read(path).items():
@@ -164,14 +163,3 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise CheckpointInvalid(f"{path / WEIGHTS} is empty: save the adapter again")
     return tensors
-
-
-def _refuse_code(path: Path) -> None:
-    """Raise CheckpointInvalid when a tokenizer beside the adapter wants to run code of its own."""
-    file = path / "tokenizer_config.json"
-    try:
-        settings = json.loads(file.read_bytes()) if file.is_file() else {}
-    except ValueError as error:
-        raise CheckpointInvalid(f"cannot read {file}: {error}") from error
-    if settings.get("auto_map"):
-        raise CheckpointInvalid(f"{file} has an auto_map: the adapter wants to run code of its own, which is refused")

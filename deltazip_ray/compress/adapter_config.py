@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from deltazip_ray.config import first_problem
 from deltazip_ray.errors import CheckpointInvalid
 
 CONFIG = "adapter_config.json"
@@ -56,8 +57,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         raw: dict[str, Any] = json.loads(file.read_bytes())
         config = AdapterConfig.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise CheckpointInvalid(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise CheckpointInvalid(f"{file}: {first_problem(error)}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointInvalid(f"cannot read {file}: {error}") from error
     if config.peft_type != "LORA":

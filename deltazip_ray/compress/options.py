@@ -8,11 +8,10 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from deltazip_ray.artifact.requirements import parse_requirements
-from deltazip_ray.config import Settings
+from deltazip_ray.config import CodecName, Dtype, MatrixCodec, Settings
 
-MatrixCodec = Literal["int4", "int3", "int2", "int1", "sparse24_int4", "sparse24_int2"]
-Coding = Literal["absent", "int4", "int3", "int2", "int1", "sparse24_int4", "sparse24_int2", "low_rank", "raw"]
-"""How one matrix is kept: not at all (the base's serves), coded, as an adapter has it, or as the fine-tune has it."""
+Coding = Literal["absent", CodecName]
+"""How one matrix is kept; ``absent``: not at all, the base's own serves."""
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction (0 to 1) of the whole that is done."""
 
@@ -53,7 +52,7 @@ class CompressOptions(Settings):
     seed: int = Field(0, ge=0, description="of the sampled calibration sequences")
     batch_sequences: int = Field(16, ge=1, description="sequences in one forward pass")
     device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the calibration forward passes")
+    dtype: Dtype = Field("float32", description="of the calibration forward passes")
 
     @field_validator("require")
     @classmethod
@@ -89,7 +88,8 @@ class CompressOptions(Settings):
     @property
     def torch_dtype(self) -> torch.dtype:
         """``dtype`` as torch names it."""
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
 
 def silent(what: str, fraction: float) -> None:

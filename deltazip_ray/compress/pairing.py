@@ -10,11 +10,10 @@ from torch import Tensor
 from deltazip_ray.artifact.checkpoint import Checkpoint
 from deltazip_ray.compress.adapter import AdaptedCheckpoint, LowRank, is_adapter, open_adapter
 from deltazip_ray.compress.skeleton import Skeleton
-from deltazip_ray.errors import CheckpointInvalid, CheckpointMismatch
+from deltazip_ray.errors import CheckpointInvalid, CheckpointMismatch, listed
 
 FIXED_ROPE = {"default", "linear", "llama3"}
 """Rotary types whose frequencies do not depend on ``max_position_embeddings``."""
-SHOWN = 5
 SAMPLED = 2**20
 """Numbers of a matrix that are compared with the base's."""
 RELATED = 0.2
@@ -82,7 +81,7 @@ def _check_tensors(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
     expected, found = skeleton.shapes(), set(checkpoint.names)
     missing = sorted(expected.keys() - found)
     if missing:
-        raise CheckpointInvalid(f"{checkpoint.path} lacks {_listed(missing)}: is it complete?")
+        raise CheckpointInvalid(f"{checkpoint.path} lacks {listed(missing, 5)}: is it complete?")
     tied_head = f"{skeleton.family.head}.weight"
     unknown = [name for name in sorted(found - expected.keys()) if not name.endswith(skeleton.family.ignored)]
     if skeleton.tied and tied_head in unknown:
@@ -94,7 +93,7 @@ def _check_tensors(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
         unknown.remove(tied_head)
     if unknown:
         raise CheckpointInvalid(
-            f"{checkpoint.path} has tensors that {skeleton.family.architecture} does not know: {_listed(unknown)}; "
+            f"{checkpoint.path} has tensors that {skeleton.family.architecture} does not know: {listed(unknown, 5)}; "
             "merge adapters into the weights and save unquantized weights only"
         )
     for name, shape in expected.items():
@@ -120,9 +119,3 @@ def _cosine(base: Tensor, finetuned: Tensor) -> float:
     left, right = (weight.flatten()[:SAMPLED].float() for weight in (base, finetuned))
     size = left.norm() * right.norm()
     return float((left @ right / size).abs()) if size > 0 else 1.0
-
-
-def _listed(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

@@ -58,7 +58,7 @@ def compress_checkpoint(
     manifest is written: what it leaves is no artifact.
     """
     pair = open_pair(base, finetuned)
-    store = open_store(StoreConfig(url=out) if isinstance(out, str) else out)
+    store = open_store(out if isinstance(out, StoreConfig) else StoreConfig.at(out))
     store.create()
     if not replace and store.exists(MANIFEST):
         raise ConfigError(f"{store.url} holds an artifact already: give another place, or ask to replace it (--force)")

@@ -54,14 +54,9 @@ def grid_for(device: torch.device) -> Grid:
     return torch_grid
 
 
-def round_to_nearest(delta: Tensor, weights: Tensor, codec: Codec) -> Coded:
-    """:func:`grid.round_to_nearest`, wherever ``delta`` is."""
-    return grid_for(delta.device).round_to_nearest(delta, weights, codec)
-
-
 def nearest(delta: Tensor, codec: Codec) -> Coded:
     """``delta`` rounded, all columns alike: for lookups, which have no cross terms to compensate with."""
-    return round_to_nearest(delta, torch.ones(delta.shape[1], device=delta.device), codec)
+    return grid_for(delta.device).round_to_nearest(delta, torch.ones(delta.shape[1], device=delta.device), codec)
 
 
 class Solver:
@@ -70,7 +65,7 @@ class Solver:
     Holds ``damped`` itself in float32 and half as much for the factor.
 
     Compensation is greedy and may lose to plain rounding on single rows; those rows are rounded, so that no row's
-    error in the norm of the damped Hessian is larger than by :func:`round_to_nearest`.
+    error in the norm of the damped Hessian is larger than by :func:`grid.round_to_nearest`.
     """
 
     def __init__(self, damped: Tensor, grid: Grid | None = None) -> None:

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from deltazip_kernels.layout import CODECS
-from deltazip_ray.compress.coding import LADDER, Encode
+from deltazip_ray.compress.coding import LADDER, Encode, attempt
 from deltazip_ray.compress.options import Coding
 
 TRIED = LADDER[:-1]
@@ -31,7 +30,5 @@ class Trials:
 
 
 def _lost(delta: Tensor, coding: Coding, encode: Encode) -> Tensor:
-    if coding not in CODECS:
-        return delta.bfloat16()
-    added = encode(delta, CODECS[coding]).dequantized(CODECS[coding])
+    _, added = attempt(delta, coding, encode)
     return torch.sub(delta, added, out=added).bfloat16()

@@ -213,6 +213,9 @@ def test_broken_adapters(base: Path, tmp_path: Path) -> None:
     (coded / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["x.Y", None]}}))
     with pytest.raises(CheckpointInvalid, match="wants to run code of its own"):
         open_pair(base, coded)
+    (coded / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(CheckpointInvalid, match=r"tokenizer_config\.json is not a JSON object"):
+        open_pair(base, coded)
 
     pickled = make_adapter(base, tmp_path / "pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")

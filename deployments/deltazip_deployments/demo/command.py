@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deltazip_ray.cli.compress import Codec
+from deltazip_ray.config import MatrixCodec
 from deltazip_ray.errors import ConfigError
 
 
@@ -21,7 +21,7 @@ def demo(
         int | None, typer.Option(min=1, max=65535, help="Port on 127.0.0.1; a free one by default.")
     ] = None,
     codec: Annotated[
-        Codec | None,
+        MatrixCodec | None,
         typer.Option(help="Codec of the deltas' matrices; int4 keeps more, int1 less.", show_default="int2"),
     ] = None,
     cache: Annotated[

@@ -6,8 +6,7 @@ from pathlib import Path
 from pydantic import Field
 
 from deltazip_deployments.demo.recipe import Recipe
-from deltazip_ray.compress.options import MatrixCodec
-from deltazip_ray.config import Settings
+from deltazip_ray.config import MatrixCodec, Settings
 from deltazip_ray.errors import ConfigError
 
 

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from deltazip_deployments.router.heirs import Bring, Heirs
 from deltazip_ray.artifact.catalog import Catalog, Variant
 from deltazip_ray.artifact.names import VariantRef
-from deltazip_ray.errors import DeltaZipError, StoreUnavailable, UnknownVariant
+from deltazip_ray.errors import DeltaZipError, StoreUnavailable, UnknownVariant, listed
 
 logger = logging.getLogger(__name__)
 
-_NAMES_IN_MESSAGE = 20
 _RETRY_S = 1.0
 
 
@@ -110,9 +109,6 @@ class Directory:
         known = self._known()
         variant = known.get(ref.name)
         if variant is None:
-            names = sorted([self._base_name, *known])
-            more = f" and {len(names) - _NAMES_IN_MESSAGE} more" if len(names) > _NAMES_IN_MESSAGE else ""
-            raise UnknownVariant(
-                f"there is no model {ref.name!r}; there are: {', '.join(names[:_NAMES_IN_MESSAGE])}{more}"
-            )
+            names = listed(sorted([self._base_name, *known]))
+            raise UnknownVariant(f"there is no model {ref.name!r}; there are: {names}")
         return variant.resolve(ref.selector)
