@@ -40,6 +40,12 @@ def test_what_a_page_points_at_is_there(page: Path) -> None:
         assert re.search(rf"(def|class) {name}\b", (ROOT / file).read_text()) or not name, f"{file}::{name}"
 
 
+def test_every_page_is_in_an_index() -> None:
+    for index, folder in (("README.md", "docs"), ("docs/decisions/README.md", "docs/decisions")):
+        text, pages = (ROOT / index).read_text(), (ROOT / folder).glob("*.md")
+        assert [page.name for page in pages if page.name != "README.md" and f"{page.name})" not in text] == []
+
+
 def _anchors(text: str) -> set[str]:
     """What GitHub calls the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
