@@ -1,11 +1,15 @@
 """Kernels are put on the device one at a time, whoever launches them first."""
 
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any
 
 import pytest
+import torch
+import triton
+import triton.language as tl
 from triton.compiler import CompiledKernel
 
 from deltazip_kernels import launch
@@ -42,3 +46,23 @@ def test_threads_get_whole_kernels_and_load_one_at_a_time(first: Any) -> None:
         found = list(pool.map(as_triton_launches, kernels * 4))
         list(loads)
     assert set(found) == {("launcher", "function")}
+
+
+@triton.jit
+def _sum(out, a, b, c) -> None:
+    tl.store(out, a + 10.0 * b + 100.0 * c)
+
+
+@pytest.mark.gpu
+def test_first_launches_beside_loads() -> None:
+    values = (3, 2.5, 5 << 40)
+    cases = list(itertools.product(values, repeat=3))
+    out = torch.zeros(len(cases), 2, dtype=torch.float64, device="cuda")
+    with ThreadPoolExecutor(2) as pool:
+        loads = [pool.submit(lambda case: launch._load(_sum.warmup(out, *case, grid=(1,))), case) for case in cases]
+        for row, case in reversed(list(enumerate(cases))):
+            launch.launch(_sum, (1,), out[row], *case)
+        for load in loads:
+            load.result()
+    wanted = [a + 10 * b + 100 * c for a, b, c in cases]
+    torch.testing.assert_close(out[:, 0].cpu(), torch.tensor(wanted, dtype=torch.float64), rtol=1e-6, atol=0)
