@@ -3,10 +3,10 @@
 import asyncio
 import random
 import statistics
+import threading
 import time
 from typing import Any
 
-import psutil
 from prometheus_client import CollectorRegistry
 
 from deltazip_ray.engine.async_engine import AsyncEngine
@@ -62,9 +62,9 @@ async def decodes(
     engine: AsyncEngine, registry: CollectorRegistry, requests: int, versions: int, *, zipf: bool = False
 ) -> dict[str, Any]:
     """Milliseconds of the steps in which all of ``requests`` decode: the mean of one run, by the engine's clock; and
-    the process's CPU time for each of them."""
+    the CPU time of the process's threads for each of them."""
     wanted = jobs(engine, requests, GROWTH_PROMPT, GROWTH_OUTPUT, versions, requests, zipf=zipf)
-    marks: list[tuple[float, int, float]] = []
+    marks: list[tuple[float, int, dict[str, float]]] = []
     begun = 0
 
     async def one(request: GenerateRequest) -> None:
@@ -73,32 +73,40 @@ async def decodes(
         await anext(chunks)
         begun += 1
         if begun == requests:
-            marks.append((*steps(registry), time.process_time()))
+            marks.append((*steps(registry), cpu_seconds()))
         async for chunk in chunks:
             if chunk.finish_reason is not None and len(marks) == 1:
-                marks.append((*steps(registry), time.process_time()))
+                marks.append((*steps(registry), cpu_seconds()))
 
     await asyncio.gather(*map(one, wanted))
     (since, before, spent), (until, after, spent_then) = marks
     count, found = after - before, len({request.version for request in wanted} - {None})
-    ms, host_ms = 1e3 * (until - since) / count, 1e3 * (spent_then - spent) / count
-    return {"requests": requests, "versions": found, "ms": ms, "host_ms": host_ms, "steps": count}
+    host_ms = {name: 1e3 * (seconds - spent[name]) / count for name, seconds in spent_then.items()}
+    return {
+        "requests": requests,
+        "versions": found,
+        "ms": 1e3 * (until - since) / count,
+        "host_ms": host_ms,
+        "steps": count,
+    }
 
 
 async def saturated(engine: AsyncEngine, registry: CollectorRegistry, versions: int, runs: int) -> dict[str, Any]:
-    """Output tokens a second; and the CPU time that threads took for each step meanwhile."""
+    """Output tokens a second; and the CPU time of threads for each step meanwhile, those with prompts among them."""
     await batch(engine, 512, 256, 4, versions, 99)
-    spent_before, (_, before) = thread_seconds(), steps(registry)
+    spent_before, (_, before) = cpu_seconds(), steps(registry)
     samples = [512 * 128 / await batch(engine, 512, 256, 128, versions, 100 + seed) for seed in range(runs)]
     count = steps(registry)[1] - before
-    spent = sorted((after - spent_before.get(thread, 0.0) for thread, after in thread_seconds().items()), reverse=True)
-    host = [1e3 * seconds / count for seconds in spent[:3]]
-    return {"tokens_per_s": statistics.median(samples), "samples": samples, "host_ms_per_step": host, "steps": count}
+    host_ms = {name: 1e3 * (seconds - spent_before[name]) / count for name, seconds in cpu_seconds().items()}
+    return {"tokens_per_s": statistics.median(samples), "samples": samples, "host_ms": host_ms, "steps": count}
 
 
-def thread_seconds() -> dict[int, float]:
-    """CPU seconds of each thread so far."""
-    return {thread.id: thread.user_time + thread.system_time for thread in psutil.Process().threads()}
+def cpu_seconds() -> dict[str, float]:
+    """CPU seconds so far of the thread that steps, of this one (event loop and clients), and of all others."""
+    thread = next(thread for thread in threading.enumerate() if thread.name == "deltazip-step")
+    steps = time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0))
+    here = time.thread_time()
+    return {"steps": steps, "event loop": here, "others": time.process_time() - steps - here}
 
 
 def steps(registry: CollectorRegistry) -> tuple[float, int]:
