@@ -11,6 +11,7 @@ MOST_LOGPROBS = 20
 MOST_BIASES = 1024
 MOST_STRUCTURE_CHARS = 64 << 10
 _SEEDS = range(-(1 << 63), 1 << 64)
+_TOKENS = range(1 << 31)
 
 
 def check_sampling(params: SamplingParams) -> None:
@@ -24,6 +25,9 @@ def check_sampling(params: SamplingParams) -> None:
         "min_p must be a number from 0 to 1": 0 <= params.min_p <= 1,
         f"top_k must be 0 (all tokens) to {MOST_TOP_K}": 0 <= params.top_k <= MOST_TOP_K,
         "seed must fit into 64 bits": params.seed in _SEEDS,
+        "stop_token_ids must be numbers from 0 that fit into 31 bits": all(
+            token in _TOKENS for token in params.stop_token_ids
+        ),
         "repetition_penalty must be a number above 0 and at most 10": 0 < params.repetition_penalty <= 10,
         "frequency_penalty must be a number from -2 to 2": -2 <= params.frequency_penalty <= 2,
         "presence_penalty must be a number from -2 to 2": -2 <= params.presence_penalty <= 2,

@@ -89,6 +89,8 @@ def slow_source(zoo: Zoo) -> SlowSource:
         ({"sampling": replace(GREEDY, top_k=10**400)}, InvalidRequest, "top_k"),
         ({"sampling": replace(GREEDY, max_tokens=0)}, InvalidRequest, "max_tokens"),
         ({"sampling": replace(GREEDY, seed=1 << 64)}, InvalidRequest, "seed"),
+        ({"sampling": replace(GREEDY, stop_token_ids=frozenset({-500}))}, InvalidRequest, "stop_token_ids"),
+        ({"sampling": replace(GREEDY, stop_token_ids=frozenset({10**30}))}, InvalidRequest, "stop_token_ids"),
         ({"offset": 16}, InvalidRequest, "16 output tokens made"),
     ],
 )
