@@ -6,6 +6,8 @@ from deltazip_loadgen.cli import replay, report, trace
 from deltazip_ray.cli.app import app
 from deltazip_ray.cli.console import run
 
+__all__ = ["app", "main"]
+
 app.command()(serve)
 app.command()(trace)
 app.command()(replay)

@@ -1,12 +1,15 @@
 """README and docs show the measured results and the settings as they are, and what they point at is there."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from deltazip_deployments import cli
 from deltazip_ray.cli.settings import all_settings, as_markdown
 from deltazip_ray.config import AppConfig
 
@@ -44,6 +47,29 @@ def test_every_page_is_in_an_index() -> None:
     for index, folder in (("README.md", "docs"), ("docs/decisions/README.md", "docs/decisions")):
         text, pages = (ROOT / index).read_text(), (ROOT / folder).glob("*.md")
         assert [page.name for page in pages if page.name != "README.md" and f"{page.name})" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_a_page_have_the_arguments_that_it_gives_them(page: Path) -> None:
+    for line in re.findall(r"^deltazip .*$", "\n".join(_blocks(page.read_text())), re.MULTILINE):
+        _parse(shlex.split(line, comments=True)[1:])
+
+
+def _blocks(text: str) -> list[str]:
+    return re.findall(r"^```\w*\n(.*?)^```", text.replace("\\\n", " "), re.DOTALL | re.MULTILINE)
+
+
+def _parse(words: list[str]) -> None:
+    """As the command line would, but for what the values must be; raises UsageError."""
+    command = typer.main.get_command(cli.app)
+    while isinstance(command, typer.core.TyperGroup):
+        found = command.get_command(typer.Context(command), words[0])
+        assert found is not None, f"there is no command {words[0]}"
+        command, words = found, words[1:]
+    context = typer.Context(command)
+    given, rest, _ = command.make_parser(context).parse_args(list(words))
+    required = [parameter.name or "" for parameter in command.params if parameter.required]
+    assert (rest, [name for name in required if not given.get(name)]) == ([], []), command.name
 
 
 def _anchors(text: str) -> set[str]:
