@@ -99,7 +99,7 @@ def caption(report: dict[str, Any]) -> str:
 
 
 def path(*reports: dict[str, Any]) -> str:
-    """The way of tokens without a device, before and after."""
+    """The way of tokens without a device, behind each front."""
     heads = ["streams", "step", "groups/s", "a client hears every, p50", "p99"]
     heads += ["CPU a token: replica", "router", "proxy"]
     lines = ["| at | " + " | ".join(heads) + " |", "|---" + "|--:" * len(heads) + "|"]

@@ -97,7 +97,7 @@ def pages() -> dict[str, dict[str, str]]:
             "itself": quality_report.page(_lines("quality-itself")),
         },
         "docs/serving.md": {
-            "path": serving_table.path(*_read("serving-path")),
+            "path": serving_table.path(*_read("serving-path")[-2:]),
             **{
                 name: serving_table.page(_read(name))
                 for name in ("serving-cpu", "serving-h200", "serving-h200-streams")
