@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.02
 SHORT_S = 1.0
-"""How long requests have waited for blocks when a slot is lent, and again until the next one is."""
+"""How much longer requests have waited for blocks than not when a slot is lent, and again until the next one is: they do
+not in the steps between one that ends and the next that begins."""
 CALM_S = 10.0
 """How long blocks were enough when a slot comes back that no version waits for; and between one that came back and the
 next that is lent, lest they go to and fro."""
@@ -45,7 +46,8 @@ class Split:
         self._least = least
         self._clock = clock
         self._lent: list[int] = []
-        self._enough_at = self._short_at = clock()
+        self._looked_at = self._short_at = clock()
+        self._short_for = 0.0
         self._back_at = clock() - CALM_S
 
     async def run(self) -> None:
@@ -57,16 +59,18 @@ class Split:
     async def look(self) -> None:
         """Move one slot, if it is time."""
         now = self._clock()
+        passed, self._looked_at = now - self._looked_at, now
         if self._scheduler.short:
             self._short_at = now
+            self._short_for += passed
         else:
-            self._enough_at = now
+            self._short_for = max(0.0, self._short_for - passed)
         if self._lent and (self._versions.table.waiting or self._needless(now)):
             await self.take_back()
             self._back_at = now
-        elif now - self._enough_at >= SHORT_S and now - self._back_at >= CALM_S:
+        elif self._short_for >= SHORT_S and now - self._back_at >= CALM_S:
             await self.lend()
-            self._enough_at = now
+            self._short_for = 0.0
 
     async def lend(self) -> None:
         """Give the cache a slot that nobody uses, if there is one."""

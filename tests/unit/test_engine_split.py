@@ -70,6 +70,14 @@ async def test_one_slot_after_the_other_is_lent_while_blocks_are_short_but_those
     assert world.table.slots == 1
 
 
+async def test_blocks_are_short_though_requests_begin_between() -> None:
+    world = World()
+    for _ in range(2):
+        assert await world.passes(SHORT_S * 0.4, short=True) == OWN
+        assert await world.passes(SHORT_S * 0.1, short=False) == OWN
+    assert await world.passes(SHORT_S * 0.6, short=True) == OWN + EACH
+
+
 async def test_a_version_that_waits_gets_a_slot_back_at_once() -> None:
     world = World()
     await world.passes(60, short=True)
