@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.02
 SHORT_S = 1.0
-"""How much longer requests have waited for blocks than not when a slot is lent, and again until the next one is: they do
-not in the steps between one that ends and the next that begins."""
+"""How much longer requests have waited for blocks than not when a slot is lent, and again until the next one is. While
+some end and others begin, a step or two has none that wait for blocks."""
 CALM_S = 10.0
 """How long blocks were enough when a slot comes back that no version waits for; and between one that came back and the
 next that is lent, lest they go to and fro."""
