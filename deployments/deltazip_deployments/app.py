@@ -21,6 +21,7 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     # Log-probabilities of a long prompt are more than the 4 MiB that gRPC takes by default.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(1 << 30),
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deltazip_deployments.headers:middlewares",
 }
 """What Serve's proxies are to be started with: `deltazip serve` does it, on clusters the manifest."""
 _OUR_ENVIRONMENT = {"env_vars": SERVE_ENVIRONMENT | {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}

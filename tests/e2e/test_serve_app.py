@@ -113,6 +113,8 @@ def test_bad_requests_through_the_proxy(app: ServeApp) -> None:
     assert malformed.status_code == 400
     assert malformed.json()["error"]["type"] == "invalid_request_error"
     assert malformed.headers.get_list("x-request-id") == ["mine"]
+    in_latin = httpx.get(f"{app.url}/v1/models", headers=[(b"x-request-id", b"caf\xe9")])
+    assert (in_latin.status_code, in_latin.headers["x-request-id"]) == (200, "café")
     for name in ("../x", "a/b", "http://x"):
         assert httpx.post(f"{app.url}/v1/completions", json={"model": name, "prompt": "a"}).status_code == 400
     for path in ("/v1/models/..%2Fx", "/v1/models/a/b"):

@@ -1,4 +1,4 @@
-"""The way of a request on a cluster: HAProxy, and no proxy of Serve's own, in front of the router."""
+"""The way of a request on a cluster: HAProxy, and no proxy of Serve's own, in front of two routers."""
 
 import os
 import sys
@@ -9,6 +9,7 @@ import httpx
 import pytest
 import yaml
 
+from deltazip_deployments import app as building
 from deltazip_ray.config import AppConfig, EngineConfig, NodeStoreConfig, RouterConfig, StoreConfig
 from tests.support.catalogs import publish, save_base_files
 from tests.support.fake_engine import Script
@@ -46,6 +47,8 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeApp]:
     with pytest.MonkeyPatch.context() as patch, private_ray():
         for name, value in environment.items():
             patch.setenv(name, value)
+        options = building._router_options
+        patch.setattr(building, "_router_options", lambda config: options(config) | {"num_replicas": 2})
         with serve_app(config, Script(step_s=0.02)) as running:
             yield running
 
@@ -59,6 +62,22 @@ def test_answers_streams_and_probes_come_through(app: ServeApp) -> None:
         groups = [group for group in stream.iter_raw() if group]
     assert len(groups) > 5, "text comes as it is made"
     assert b"".join(groups).endswith(b"data: [DONE]\n\n")
+
+
+def test_whichever_router_is_scraped_tells_of_both(app: ServeApp) -> None:
+    asked = {"model": "tiny", "prompt": "abc", "max_tokens": 1}
+    before = app.samples("deltazip_router_tokens_total")
+    for _ in range(8):
+        httpx.post(f"{app.url}/v1/completions", json=asked).raise_for_status()
+    told = [app.samples("deltazip_router_tokens_total") for _ in range(4)]
+    assert told == [told[0]] * 4
+    assert sum(told[0].values()) - sum(before.values()) == 8 * 4
+    assert len({dict(labels)["router"] for labels in told[0]}) == 2
+
+
+def test_a_request_id_may_be_any_bytes(app: ServeApp) -> None:
+    answer = httpx.get(f"{app.url}/v1/models", headers=[(b"x-request-id", b"caf\xe9")])
+    assert (answer.status_code, answer.headers["x-request-id"]) == (200, "café")
 
 
 def test_a_client_that_leaves_ends_the_work_in_the_engine(app: ServeApp) -> None:

@@ -23,7 +23,7 @@ SUFFIXES = {
     "gauge": ("",),
     "histogram": ("_bucket", "_sum", "_count"),
 }
-ADDED = {"le", "node", "replica"}
+ADDED = {"le", "node", "replica", "router"}
 """By the histograms, and by the router to what others tell."""
 SELECTED = re.compile(r"(deltazip_\w+)(?:\{([^}]*)\})?")
 GROUPED = re.compile(r"by \(([^)]*)\)")

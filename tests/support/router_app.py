@@ -113,10 +113,16 @@ async def router_app(
     files = await asyncio.to_thread(_contents, base)
     service = RouterService(config, backend, lambda digest: Catalog(store, digest), files)
 
-    async def scrape() -> Iterable[tuple[Labels, str]]:
-        return [({"replica": "r1", "node": "n1"}, "# TYPE x gauge\nx 1\n"), ({"node": "n1"}, "# TYPE y gauge\ny 2\n")]
+    metrics = RouterMetrics()
 
-    api = build_api(service, RouterMetrics(), scrape)
+    async def scrape() -> Iterable[tuple[Labels, str]]:
+        return [
+            ({}, metrics.text()),
+            ({"replica": "r1", "node": "n1"}, "# TYPE x gauge\nx 1\n"),
+            ({"node": "n1"}, "# TYPE y gauge\ny 2\n"),
+        ]
+
+    api = build_api(service, metrics, scrape)
     transport = httpx.ASGITransport(api, raise_app_exceptions=False)
     async with (
         api.router.lifespan_context(api),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from fastapi import FastAPI, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -59,7 +59,8 @@ class _Stream(StreamingResponse):
 
 
 def build_api(service: RouterService, metrics: RouterMetrics, scrape: Scrape) -> FastAPI:
-    """The application. ``scrape`` collects what replicas and node stores have to tell. Raises ConfigError."""
+    """The application, which counts in ``metrics``. ``scrape`` collects what routers, replicas and node stores have to
+    tell. Raises ConfigError."""
     keys = ApiKeys(service.config.router.api_keys_file)
 
     @asynccontextmanager
@@ -105,8 +106,7 @@ def build_api(service: RouterService, metrics: RouterMetrics, scrape: Scrape) ->
 
     @api.get("/metrics")
     async def all_metrics() -> Response:
-        own = generate_latest(metrics.registry).decode()
-        return Response(merge([({}, own), *await scrape()]), media_type=CONTENT_TYPE_LATEST)
+        return Response(merge(await scrape()), media_type=CONTENT_TYPE_LATEST)
 
     return api
 

@@ -2,7 +2,7 @@
 
 import time
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from deltazip_deployments.text.choices import Choices
 
@@ -26,6 +26,10 @@ class RouterMetrics:
             registry=self.registry,
         )
         self._tokens = Counter("deltazip_router_tokens", "Tokens taken and made", ("kind",), registry=self.registry)
+
+    def text(self) -> str:
+        """All of them, for a scrape."""
+        return generate_latest(self.registry).decode()
 
     def arrived(self) -> float:
         """A request has come; returns its time for :meth:`begun`."""
