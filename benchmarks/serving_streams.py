@@ -27,10 +27,14 @@ PROCESSES = {
 async def measure(
     port: int, folder: Path, models: Sequence[str], streams: int, seconds: float, length: int
 ) -> dict[str, Any]:
-    """``streams`` clients ask ``models`` in turn for ``length`` tokens, again and again; from the fourth second on."""
-    arrivals: list[list[float]] = [[] for _ in range(streams)]
+    """``streams`` clients ask ``models`` in turn for ``length`` tokens, again and again.
+
+    First tokens and the longest silence of all are those since they came, everything else from the fourth second on.
+    """
+    answers: list[list[list[float]]] = [[] for _ in range(streams)]
     asked = [{"model": models[i % len(models)], "prompt": [i + 1] * 16, "max_tokens": length} for i in range(streams)]
-    tasks = [asyncio.create_task(_take(port, *pair)) for pair in zip(asked, arrivals, strict=True)]
+    came = time.perf_counter()
+    tasks = [asyncio.create_task(_take(port, *pair)) for pair in zip(asked, answers, strict=True)]
     await asyncio.sleep(WARM_S)
     before, spent, since = await _counted(port), _cpu_seconds(folder), time.perf_counter()
     await asyncio.sleep(seconds)
@@ -40,28 +44,39 @@ async def measure(
     await asyncio.wait(tasks)
     count, step_s, rows = (b - a for a, b in zip(before, after, strict=True))
     tokens = rows / step_s * (ended - since)  # what is counted is up to a second old
-    gaps = [b - a for one in arrivals for a, b in pairwise(one) if since < a and b < ended]
-    quantiles = statistics.quantiles(gaps, n=100)
+    heard = sorted(at for many in answers for one in many for at in one[1:] if at < ended)
+    first = [(*one[1:], ended)[0] - one[0] for one, *_ in answers]
+    gaps = [b - a for many in answers for one in many for a, b in pairwise(one[1:]) if since < b and a < ended]
     return {
         "streams": streams,
         "step_ms": 1e3 * step_s / count,
         "tokens_per_s": rows / step_s,
         "groups_per_s": len(gaps) / (ended - since),
-        "gap_ms": {f"p{percent}": 1e3 * quantiles[percent - 1] for percent in (50, 90, 99)},
+        "first_ms": _percentiles(first) | {"max": 1e3 * max(first)},
+        "silent_ms": 1e3 * max(b - a for a, b in pairwise([came, *heard, ended])),
+        "gap_ms": _percentiles(gaps),
         "cpu_us_per_token": {name: 1e6 * (until[name] - spent[name]) / tokens for name in spent},
     }
 
 
-async def _take(port: int, asked: dict[str, Any], arrived: list[float]) -> None:
-    """Note when something of an answer comes; a client of its own would take the time of what is measured."""
+def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    quantiles = statistics.quantiles(seconds, n=100)
+    return {f"p{percent}": 1e3 * quantiles[percent - 1] for percent in (50, 90, 99)}
+
+
+async def _take(port: int, asked: dict[str, Any], answers: list[list[float]]) -> None:
+    """Note for each answer when it was asked for and when tokens of it come; a client of its own would take the time
+    of what is measured."""
     body = json.dumps(asked | {"temperature": 0, "ignore_eos": True, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     while True:
+        answers.append([time.perf_counter()])
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
             writer.write(head.encode() + body)
-            while await reader.read(1 << 16):
-                arrived.append(time.perf_counter())
+            while data := await reader.read(1 << 16):
+                if b"data:" in data:
+                    answers[-1].append(time.perf_counter())
         finally:
             writer.close()
 
