@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compress_table, plots, serving_table
+from benchmarks import compress_table, plots, scheduling, serving_table
 from benchmarks.engine_table import breakdown, figures, fp8_quality, gemm, growth, own_figures, prompts, steps_in_fp8
 from benchmarks.host_table import host, sampling
 from benchmarks.kernels_table import long_tables
@@ -80,7 +80,11 @@ def pages() -> dict[str, dict[str, str]]:
             "sampling": _dated(sampling, _read("sampling-h200")),
             "fp8-cache": _dated(fp8_cache, _read("kv-fp8")),
         },
-        "docs/scheduling.md": {"engine host": _dated(host, _read("engine-host"))},
+        "docs/scheduling.md": {
+            "host": scheduling.host_table(_read("scheduling")),
+            "policies": _dated(scheduling.table, _read("scheduling")),
+            "engine host": _dated(host, _read("engine-host")),
+        },
         "docs/tiers.md": {
             "goals": goals(tiers, _read("tiers-s3-h200-host"), _read("tiers-policy")),
             "ways": ways(tiers),
