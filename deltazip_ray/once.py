@@ -1,4 +1,4 @@
-"""Results that are expensive to make and wanted by many."""
+"""A cache of results that are expensive to compute and wanted by many callers at once."""
 
 import asyncio
 import math
@@ -14,15 +14,15 @@ _T = TypeVar("_T")
 
 
 class Once(Generic[_K, _T]):
-    """Results of blocking work by key: made once however many ask, the least recently used dropped.
+    """An LRU cache of the results of blocking work. Concurrent callers for one key share one computation.
 
     Belongs to one event loop.
     """
 
     def __init__(self, capacity: int, pool: Executor | None = None, most_pending: float = math.inf) -> None:
-        """``capacity`` results are kept. ``pool``: where the work is done; the event loop's own threads when absent.
+        """Keep ``capacity`` results. ``pool`` does the work; default: the event loop's own threads.
 
-        ``most_pending``: so much work may be asked for and not done.
+        ``most_pending``: limit of computations that are queued or running.
         """
         self._capacity = capacity
         self._pool = pool
@@ -31,9 +31,9 @@ class Once(Generic[_K, _T]):
         self._made: OrderedDict[_K, asyncio.Future[_T]] = OrderedDict()
 
     async def get(self, key: _K, make: Callable[[], _T]) -> _T:
-        """What ``make`` returns, or returned before; what it raises, and then the next call tries again.
+        """The result of ``make``, now or earlier. Raises what it raises, and then the next call tries again.
 
-        Raises Overloaded where too much is pending.
+        Raises Overloaded when ``most_pending`` is reached.
         """
         made = self._made.get(key)
         if made is None or (made.done() and (made.cancelled() or made.exception() is not None)):

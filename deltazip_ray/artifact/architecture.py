@@ -1,4 +1,4 @@
-"""What of a checkpoint's ``config.json`` decides the computation, in one spelling."""
+"""The part of a checkpoint's ``config.json`` that decides what the model computes, in one spelling."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -44,19 +44,19 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "qwen2": {"max_window_layers": 28, "use_sliding_window": False},
     "qwen3": {"head_dim": 128, "max_window_layers": 28, "use_sliding_window": False},
 }
-"""By ``model_type``, what a key that is left away means, where that is neither nothing nor false."""
+"""By ``model_type``: the values that transformers assumes for keys that are missing, unless they are None or False."""
 
 
 def architecture_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The keys of ``config`` that change what the model computes.
+    """The keys of ``config`` that change what the model computes. Raises CheckpointInvalid.
 
-    Releases of transformers write one model's configuration in different spellings: rotary settings as
-    ``rope_theta`` and ``rope_scaling`` or as ``rope_parameters``, windows by layer or by rule, defaults spelled out
-    or left away. They must name the same base, so unset and false are dropped, and so is what follows from other keys.
+    Releases of transformers write the same model's configuration differently: rotary settings as ``rope_theta`` and
+    ``rope_scaling`` or as ``rope_parameters``, windows by layer or by rule, defaults spelled out or omitted. All of
+    them must give the base the same name, so unset and false values are dropped, and values that follow from others.
     """
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
-        raise CheckpointInvalid("config.json lacks num_attention_heads or hidden_size: no decoder's configuration")
+        raise CheckpointInvalid("config.json has no num_attention_heads or hidden_size: it does not describe a decoder")
     settings = {**_DEFAULTS.get(str(config.get("model_type")), {}), **config}
     found = {key: settings.get(key) for key in _KEYS}
     if found["head_dim"] == hidden // heads:

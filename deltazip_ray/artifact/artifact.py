@@ -1,6 +1,6 @@
-"""An artifact by itself: one version in a folder or under a prefix, as the compressor writes it.
+"""An artifact on its own: one version in a folder or under a prefix, as the compressor writes it.
 
-``manifest.json`` beside ``blobs/sha256/<digest>``; the manifest is written last, so where it is, the artifact is whole.
+``manifest.json`` beside ``blobs/sha256/<digest>``. The manifest is written last: an artifact that has one is complete.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,9 +40,9 @@ class ArtifactWriter:
     def add_blob(
         self, block: str, tensors: Mapping[str, torch.Tensor], entries: Mapping[str, TensorEntry]
     ) -> BlobEntry:
-        """Store the tensors of ``block``; ``entries`` says by weight how they are coded.
+        """Store the tensors of ``block``; ``entries`` says for each weight how it is coded.
 
-        Raises BlobCorrupt when the tensors are not those that ``entries`` call for, and StoreError.
+        Raises BlobCorrupt when the tensors do not match ``entries``, and StoreError.
         """
         data = write_blob(tensors)
         stored, form = encode(data)
@@ -53,7 +53,7 @@ class ArtifactWriter:
         return entry
 
     def adopt_blob(self, entry: BlobEntry) -> None:
-        """Take in a blob that an earlier run has put into the store."""
+        """Add a blob that an earlier run has already put into the store."""
         self._blobs[entry.block] = entry
 
     def add_file(self, name: str, data: bytes) -> FileEntry:
@@ -98,16 +98,14 @@ def open_artifact(location: str | Path | StoreConfig) -> tuple[Manifest, ObjectS
     try:
         raw = store.get(MANIFEST, MAX_MANIFEST)
     except ObjectNotFound:
-        raise ManifestInvalid(
-            f"{store.url} holds no {MANIFEST}: give the place that `deltazip compress` wrote to"
-        ) from None
+        raise ManifestInvalid(f"{store.url} has no {MANIFEST}: give the --out of `deltazip compress`") from None
     return parse_manifest(raw), store
 
 
 def verify_artifact(manifest: Manifest, store: ObjectStore, progress: Callable[[int], None] | None = None) -> None:
-    """Read every blob and file and check digests and contents. ``progress`` gets the bytes of each that is done.
+    """Read every blob and file and check digests and contents. ``progress`` gets the size of each one when it is done.
 
-    Raises BlobCorrupt for the first that is not as the manifest says, ObjectNotFound and StoreUnavailable.
+    Raises BlobCorrupt for the first one that differs from the manifest, ObjectNotFound and StoreUnavailable.
     """
     for entry in manifest.stored:
         data = read_verified(store, blob_key(entry.object_digest), entry)

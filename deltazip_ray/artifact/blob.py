@@ -1,8 +1,7 @@
 """One blob: the tensors of one block of a delta in a safetensors file, written and read in memory.
 
 Keys are ``<weight>.codes``, ``<weight>.scales`` and, for sparse codecs, ``<weight>.index`` in the packed layout
-of ``deltazip_kernels.layout``; a low-rank one has ``<weight>.down`` and ``<weight>.up``, a raw one is ``<weight>``
-itself.
+of ``deltazip_kernels.layout``; ``<weight>.down`` and ``<weight>.up`` for low rank; ``<weight>`` itself for raw.
 """
 
 import json
@@ -52,8 +51,8 @@ _HEADER = TypeAdapter(dict[str, _Piece])
 def write_blob(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """The bytes of a safetensors file of ``tensors``; equal tensors give equal bytes.
 
-    Written here, not by the safetensors library: a blob is named by its digest, so its bytes must not follow the
-    library's releases, which have changed the order of tensors before.
+    Not written with the safetensors library: a blob is named by its digest, so its bytes must not depend on the
+    library's release, and releases have changed the order of tensors before.
     """
     # Widest elements first, so that every tensor is aligned to its element size without gaps.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -80,7 +79,7 @@ def read_blob(data: memoryview | bytes | bytearray, entry: BlobEntry) -> dict[st
     expected = expected_tensors(entry)
     if pieces.keys() != expected.keys():
         odd = min(pieces.keys() ^ expected.keys())
-        raise BlobCorrupt(f"blob {entry.digest[:12]} and its manifest disagree whether it holds {odd[:120]!r}")
+        raise BlobCorrupt(f"blob {entry.digest[:12]} and its manifest disagree on whether it holds {odd[:120]!r}")
     _check_cover(pieces, len(view) - start, entry)
     for name, piece in pieces.items():
         _check_piece(start, name, piece, expected[name], entry)
@@ -90,7 +89,7 @@ def read_blob(data: memoryview | bytes | bytearray, entry: BlobEntry) -> dict[st
 
 
 def expected_tensors(entry: BlobEntry) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
-    """Key to (shape, dtype) of every tensor that a blob must hold; dtype None: any float (raw weights)."""
+    """(shape, dtype) by key of every tensor that a blob must hold; dtype None: any float (raw weights)."""
     expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
     for weight, tensor in entry.tensors.items():
         if tensor.codec == "raw":
@@ -102,7 +101,7 @@ def expected_tensors(entry: BlobEntry) -> dict[str, tuple[tuple[int, ...], torch
 
 
 def coded_layout(entry: TensorEntry) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each tensor of a weight that is not raw, by the end of its key."""
+    """Shape and dtype of each tensor of a weight that is not raw, by the suffix of its key."""
     rows, columns = entry.shape
     if entry.rank is not None:
         return {"down": ((entry.rank, columns), torch.bfloat16), "up": ((rows, entry.rank), torch.bfloat16)}
@@ -110,14 +109,14 @@ def coded_layout(entry: TensorEntry) -> Mapping[str, tuple[tuple[int, ...], torc
 
 
 def _read_header(view: memoryview, entry: BlobEntry) -> tuple[int, dict[str, _Piece]]:
-    """Where the data starts, and what the header says lies there."""
+    """Offset of the data, and the tensors that the header describes."""
     if len(view) != entry.size:
         raise BlobCorrupt(
             f"blob {entry.digest[:12]} has {len(view)} bytes, not {entry.size}: publish the version again with --repair"
         )
     length = int.from_bytes(view[:8], "little")
     if len(view) < 8 or length > min(_MAX_HEADER, len(view) - 8):
-        raise BlobCorrupt(f"blob {entry.digest[:12]} has no header of a possible length: it is no safetensors file")
+        raise BlobCorrupt(f"blob {entry.digest[:12]} has an impossible header length: it is not a safetensors file")
     try:
         return 8 + length, _HEADER.validate_json(bytes(view[8 : 8 + length]))
     except ValidationError as error:
@@ -125,51 +124,51 @@ def _read_header(view: memoryview, entry: BlobEntry) -> tuple[int, dict[str, _Pi
 
 
 def _check_cover(pieces: Mapping[str, _Piece], size: int, entry: BlobEntry) -> None:
-    """Every byte of the data belongs to exactly one tensor."""
+    """Check that every byte of the data belongs to exactly one tensor."""
     position = 0
     for begin, end in sorted(piece.data_offsets for piece in pieces.values()):
         if begin != position or end < begin:
             raise BlobCorrupt(f"blob {entry.digest[:12]} has overlapping tensors or gaps at byte {position}")
         position = end
     if position != size:
-        raise BlobCorrupt(f"blob {entry.digest[:12]} has {size} bytes of data, its header describes {position}")
+        raise BlobCorrupt(f"blob {entry.digest[:12]} has {size} bytes of data, but its header describes {position}")
 
 
 def _check_piece(
     start: int, name: str, piece: _Piece, expected: tuple[tuple[int, ...], torch.dtype | None], entry: BlobEntry
 ) -> None:
-    """The tensor is what the manifest says, in so many bytes, and aligned; the data starts at ``start``."""
+    """Check a tensor's shape, dtype, size and alignment against the manifest; the data starts at ``start``."""
     shape, dtype = expected
     found = _DTYPES.get(piece.dtype)
     begin, end = piece.data_offsets
     if found is None or tuple(piece.shape) != shape or (found not in _RAW_DTYPES if dtype is None else found != dtype):
         raise BlobCorrupt(
             f"blob {entry.digest[:12]}: {name} is {piece.dtype} {piece.shape}, "
-            f"its manifest wants {dtype or 'floats'} {list(shape)}"
+            f"but its manifest says {dtype or 'floats'} {list(shape)}"
         )
     if end - begin != math.prod(shape) * found.itemsize or begin % found.itemsize or start % found.itemsize:
         raise BlobCorrupt(f"blob {entry.digest[:12]}: the bytes of {name} do not fit its shape, or are not aligned")
 
 
 def _typed(whole: torch.Tensor, start: int, dtype: torch.dtype) -> torch.Tensor:
-    """The data from ``start`` on as elements of ``dtype``, without what is left at the end."""
+    """The data from ``start`` on, viewed as ``dtype``; a remainder at the end is left out."""
     return whole[start : len(whole) - (len(whole) - start) % dtype.itemsize].view(dtype)
 
 
 def _view(data: torch.Tensor, piece: _Piece) -> torch.Tensor:
-    """One tensor of the data, in a single call: a delta has hundreds."""
+    """One tensor of the data, made with a single torch call: a delta has hundreds."""
     offset = data.storage_offset() + piece.data_offsets[0] // data.itemsize
     return data.as_strided(piece.shape, _strides(tuple(piece.shape)), offset)
 
 
 @lru_cache(1024)
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a contiguous tensor."""
+    """Strides of a contiguous tensor."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 class _Alias:
-    """A buffer for numpy that says it is writable: torch warns of read-only ones, and nobody writes to a blob."""
+    """A buffer that claims to be writable: torch warns about read-only ones, and nobody writes to a blob."""
 
     def __init__(self, source: memoryview) -> None:
         self.source = source

@@ -47,14 +47,13 @@ class Catalog:
         progress: Callable[[int], None] | None = None,
         repair: bool = False,
     ) -> Variant:
-        """Copy an artifact's blobs that are missing here, then its manifest, and last let ``name`` have it.
+        """Copy the blobs of an artifact that are missing here, then its manifest, then add it to variant ``name``.
 
-        Until that last step nobody sees the version, so a publication that breaks off can simply be repeated.
-        ``repair`` copies blobs that are there too, for they may be damaged.
-        ``progress`` gets the bytes of each blob and file that is in place; ``manifest.bytes_stored`` is their sum.
-        Raises InvalidName, BaseMismatch, BlobCorrupt (the source's bytes are not what the manifest says),
-        ObjectNotFound, StoreFull. Concurrent publications of one name all take effect; of an alias that several move,
-        the last one holds.
+        Nobody sees the version before the last step, so an interrupted publication can simply be repeated.
+        ``repair`` also copies blobs that exist already, which may be damaged.
+        ``progress`` gets the size of each blob and file once it is in place; ``manifest.bytes_stored`` is their sum.
+        Raises InvalidName, BaseMismatch, BlobCorrupt (the source's bytes differ from the manifest), ObjectNotFound,
+        StoreFull. Concurrent publications under one name all take effect; if several move an alias, the last one wins.
         """
         check_name(name)
         for alias in aliases:
@@ -70,7 +69,7 @@ class Catalog:
         return self._variants.publish(name, version, aliases)
 
     def variants(self) -> list[Variant]:
-        """All variants, by name. One with a broken document is left out, and logged."""
+        """All variants, sorted by name. Variants with a broken document are left out, and logged."""
         return self._variants.all()
 
     def variant(self, name: str) -> Variant:
@@ -95,7 +94,7 @@ class Catalog:
         return manifest
 
     def set_alias(self, name: str, alias: str, selector: str) -> Variant:
-        """Let ``alias`` of variant ``name`` stand for what ``selector``, a version or another alias, stands for.
+        """Point ``alias`` of variant ``name`` at the version that ``selector`` (a version or another alias) names.
 
         Raises InvalidName, UnknownVariant.
         """
@@ -103,7 +102,7 @@ class Catalog:
         return self._variants.publish(name, self.variant(name).resolve(selector), (alias,))
 
     def remove(self, name: str) -> None:
-        """Let go of a variant's name, aliases and list of versions.
+        """Remove a variant's name, aliases and list of versions.
 
         Manifests and blobs stay: other variants may share them. Raises InvalidName, UnknownVariant.
         """
@@ -121,7 +120,7 @@ class Catalog:
         return f"{self.base_digest}/{blob_key(digest)}"
 
     def _get_named(self, key: str, digest: str, limit: int) -> bytes:
-        """An object that should have this digest; read once more if it has not, for that may be the network's doing."""
+        """An object that should have this digest. If it differs it is read again: the network may have damaged it."""
         data = self.store.get(key, limit)
         return data if sha256_hex(data) == digest else self.store.get(key, limit)
 

@@ -1,6 +1,6 @@
 """Hugging Face checkpoints: safetensors shards read lazily, and the digest that names a base.
 
-Pickled weights and checkpoints that want to run code of their own are refused.
+Pickled weights are refused, and so are checkpoints that come with Python code.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where one tensor is and what it looks like."""
+    """One tensor in a shard."""
 
     shard: str
     shape: tuple[int, ...]
@@ -82,7 +82,7 @@ class Checkpoint:
             shards[shard], found = _open_shard(path / shard)
             missing = sorted(set(wanted or ()) - found.keys())
             if missing:
-                raise CheckpointInvalid(f"{path / shard} lacks {missing[0]}, which its index promises: copy it again")
+                raise CheckpointInvalid(f"{path / shard} has no {missing[0]}, which the index lists: copy it again")
             tensors |= {name: found[name] for name in wanted or found}
         return cls(path, _read_json(path / "config.json"), shards, tensors)
 
@@ -100,7 +100,7 @@ class Checkpoint:
         return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The tensor's shape; raises CheckpointInvalid when there is none of that name."""
+        """The tensor's shape; raises CheckpointInvalid when there is no such tensor."""
         return self._stored(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
@@ -121,15 +121,16 @@ class Checkpoint:
         try:
             return self._tensors[name]
         except KeyError:
-            raise CheckpointInvalid(f"{self.path} has no tensor {name}: incomplete, or another architecture") from None
+            raise CheckpointInvalid(
+                f"{self.path} has no tensor {name}: it is incomplete, or its architecture is another one"
+            ) from None
 
 
 def base_digest(checkpoint: Checkpoint, progress: Callable[[int], None] | None = None) -> str:
     """The digest that names a base: sha256 in hex over its weights and its architecture.
 
-    It does not depend on how the weights are sharded, nor on keys of ``config.json`` that leave the
-    computation as it is. ``progress`` is called with the bytes of each tensor done, from worker threads
-    one at a time.
+    It does not depend on how the weights are sharded, nor on keys of ``config.json`` that do not change the
+    computation. ``progress`` gets the size of each tensor when it is done, from worker threads, one call at a time.
     """
     lock = threading.Lock()
 
@@ -150,7 +151,7 @@ def base_digest(checkpoint: Checkpoint, progress: Callable[[int], None] | None =
 
 
 def _shards_of(path: Path) -> Iterator[tuple[str, list[str] | None]]:
-    """File names of the shards, each with the tensors the index puts there (None: no index, all it has)."""
+    """File names of the shards, each with the tensors that the index assigns to it (None: there is no index)."""
     index = path / "model.safetensors.index.json"
     if not index.is_file():
         if not (path / "model.safetensors").is_file():
@@ -170,7 +171,7 @@ def _shards_of(path: Path) -> Iterator[tuple[str, list[str] | None]]:
 
 def _open_shard(path: Path) -> tuple[Any, dict[str, _Stored]]:
     if not path.is_file():
-        raise CheckpointInvalid(f"{path} is missing, and the index needs it: copy the checkpoint again")
+        raise CheckpointInvalid(f"{path} is in the index, but missing: copy the checkpoint again")
     try:
         shard: Any = safe_open(path, framework="pt")
         tensors = {}
@@ -193,7 +194,7 @@ def refuse_code(settings: Path) -> None:
 
 def _no_weights(path: Path) -> str:
     if any(file.suffix in _PICKLES for file in path.iterdir()):
-        return f"{path} holds pickled weights, which can run code: convert them with save_pretrained() to safetensors"
+        return f"{path} has pickled weights, which can run code: convert them to safetensors with save_pretrained()"
     return f"{path} has neither model.safetensors nor model.safetensors.index.json"
 
 

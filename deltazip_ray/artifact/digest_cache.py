@@ -1,8 +1,8 @@
-"""The digest of a base, remembered: hashing a checkpoint takes as long as reading all of it.
+"""Caches the digests of bases, as hashing a checkpoint takes as long as reading all of it.
 
-An entry holds for a folder and for files of these names, sizes, inodes and times of change in it, and for what of
-``config.json`` the digest depends on. It is a small file in the user's cache folder; one that cannot be read or written
-costs no more than the hashing.
+The key is the folder, the names, sizes, inodes and modification times of its weights, and the keys of ``config.json``
+that the digest depends on. An entry is a small file in the user's cache folder; if it cannot be read or written the
+checkpoint is hashed.
 """
 
 import hashlib
@@ -20,15 +20,15 @@ from deltazip_ray.artifact.names import is_digest
 from deltazip_ray.config import GIB
 
 _SMALL = GIB
-"""Bytes of a checkpoint that is hashed sooner than it is looked up safely."""
+"""Checkpoints with fewer bytes are always hashed."""
 _SETTLED_NS = 2_000_000_000
-"""A file that changed more recently may change once more without its time of change showing it."""
+"""A file that was modified more recently may change again within the resolution of its modification time."""
 
 logger = logging.getLogger(__name__)
 
 
 def known_base_digest(checkpoint: Checkpoint, folder: Path | None = None, small: int = _SMALL) -> str:
-    """What :func:`base_digest` returns, from ``folder`` (absent: the user's cache) where it is known.
+    """What :func:`base_digest` returns, read from ``folder`` (default: the user's cache) if it is known.
 
     A checkpoint of fewer than ``small`` bytes is always hashed.
     """
@@ -49,7 +49,7 @@ def known_base_digest(checkpoint: Checkpoint, folder: Path | None = None, small:
 
 
 def _identity(checkpoint: Checkpoint) -> tuple[str, int]:
-    """A name for a checkpoint's files as they are now, and the latest time of change, in nanoseconds."""
+    """A name for the current state of a checkpoint's files, and their latest modification time in nanoseconds."""
     stats = [(path.name, path.stat()) for path in sorted(checkpoint.path.glob("*.safetensors*"))]
     files = [(name, stat.st_size, stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
     what = [str(checkpoint.path.resolve()), files, architecture_of(checkpoint.config)]
@@ -64,4 +64,4 @@ def _keep(entry: Path, digest: str) -> None:
         partial.write_text(digest)
         partial.replace(entry)
     except OSError as error:
-        logger.info("the digest of a base is not remembered: %s", error)
+        logger.info("cannot cache the digest of the base: %s", error)

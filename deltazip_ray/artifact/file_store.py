@@ -26,8 +26,8 @@ _PARTIAL = ".partial"
 class FileStore(ObjectStore):
     """Objects are files below ``root``, a folder that :meth:`create` makes.
 
-    A file is written under ``root/.partial``, flushed to disk and then moved into place, so a reader never sees a part
-    of one and a crash leaves at most a hidden file.
+    A file is written under ``root/.partial``, flushed to disk and then moved into place, so that a reader never sees a
+    partial file and a crash leaves at most a hidden one.
     """
 
     def __init__(self, root: Path) -> None:

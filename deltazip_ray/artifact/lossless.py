@@ -1,6 +1,6 @@
-"""The lossless stage: blobs lie in stores compressed by zstandard where that pays, and are whole in memory and on disk.
+"""Lossless compression: stores hold blobs compressed by zstandard if that pays; memory and disk hold them as they are.
 
-Codes are nearly random, so what there is to gain is what entropy coding gains; the highest levels gain no more.
+Codes are nearly random, so entropy coding is all there is to gain, and higher levels of zstandard gain no more.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,11 +17,11 @@ from deltazip_ray.errors import BlobCorrupt
 
 LEVEL = 3
 MOST = 0.97
-"""Of the size before: what does not become at least this small is stored as it is."""
+"""A blob is stored uncompressed unless compression brings it below this share of its size."""
 
 
 def encode(data: bytes) -> tuple[bytes, StoredForm | None]:
-    """What to store of a blob, and how to say so in its manifest; None: it is stored as it is."""
+    """The bytes to store for a blob, and the manifest's entry for them; None: the blob is stored as it is."""
     smaller = zstandard.ZstdCompressor(level=LEVEL).compress(data)
     if len(smaller) > MOST * len(data):
         return data, None
@@ -31,8 +31,8 @@ def encode(data: bytes) -> tuple[bytes, StoredForm | None]:
 def decode(pieces: Iterable[memoryview], buffer: memoryview, entry: BlobEntry) -> Iterator[memoryview]:
     """Decompress a blob into ``buffer``, of ``entry.size`` bytes, while ``pieces`` of its stored form arrive.
 
-    Gives the parts of ``buffer`` in their order, each when it is there. Nothing is written beyond ``buffer``, whatever
-    the stored form says of itself. The digest is not checked. Raises BlobCorrupt.
+    Yields the parts of ``buffer`` in order, each as soon as it is filled. Never writes beyond ``buffer``, whatever size
+    the stored form claims. Does not check the digest. Raises BlobCorrupt.
     """
     position = 0
     with _refused(entry):
@@ -43,13 +43,13 @@ def decode(pieces: Iterable[memoryview], buffer: memoryview, entry: BlobEntry) -
         if position == len(buffer) and not reader.read(1):
             return
     raise BlobCorrupt(
-        f"blob {entry.object_digest[:12]} has not {len(buffer)} bytes when it is decompressed: "
+        f"blob {entry.object_digest[:12]} does not decompress to {len(buffer)} bytes: "
         "publish the version again with --repair"
     )
 
 
 class _File:
-    """Pieces as zstandard reads a file: one after the other, of whatever size."""
+    """Pieces as the file that zstandard reads from; it accepts reads of any size."""
 
     def __init__(self, pieces: Iterable[memoryview]) -> None:
         self._pieces = iter(pieces)
@@ -60,7 +60,7 @@ class _File:
 
 
 def read_object(store: ObjectStore, key: str, entry: BlobEntry | FileEntry) -> bytes:
-    """A blob or file as it is stored, if that makes what ``entry`` says.
+    """A blob or file as it is stored, after checking that it decompresses to what ``entry`` describes.
 
     Raises BlobCorrupt, ObjectNotFound, StoreUnavailable.
     """
@@ -68,12 +68,12 @@ def read_object(store: ObjectStore, key: str, entry: BlobEntry | FileEntry) -> b
 
 
 def read_verified(store: ObjectStore, key: str, entry: BlobEntry | FileEntry) -> bytes | bytearray:
-    """A blob or file that is what ``entry`` says, decompressed; raises as :func:`read_object`."""
+    """A blob or file, decompressed and checked against ``entry``; raises as :func:`read_object`."""
     return _read(store, key, entry)[1]
 
 
 def _read(store: ObjectStore, key: str, entry: BlobEntry | FileEntry) -> tuple[bytes, bytes | bytearray]:
-    # The store knows how large it is: a manifest may say anything, and that much memory would be taken.
+    # Ask the store for the size: a manifest may claim anything, and that much memory would be allocated.
     if store.size(key) != entry.object_size:
         raise BlobCorrupt(
             f"{store.url}/{key} does not have the {entry.object_size} bytes of its manifest: make it again"
@@ -83,7 +83,7 @@ def _read(store: ObjectStore, key: str, entry: BlobEntry | FileEntry) -> tuple[b
         verify_blob(data, entry)
         return data, data
     verify_blob(data, entry.stored_as)
-    whole = bytearray()  # which grows, for a manifest may say anything
+    whole = bytearray()  # not allocated at once: the manifest's size may be wrong
     with _refused(entry):
         for chunk in zstandard.ZstdDecompressor().read_to_iter(data):
             whole += chunk

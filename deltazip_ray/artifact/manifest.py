@@ -1,4 +1,4 @@
-"""The manifest of one version: what a delta consists of, and nothing executable.
+"""The manifest of one version: what a delta consists of. Plain data, nothing executable.
 
 A version's name is the sha256 of its manifest's canonical bytes, so a manifest never names itself.
 """
@@ -30,7 +30,7 @@ FILES = (
     "generation_config.json",
     "added_tokens.json",
 )
-"""What travels with a version besides its weights, where a checkpoint has it."""
+"""Files of a checkpoint that travel with a version, if they exist."""
 
 
 class _Part(BaseModel):
@@ -56,12 +56,12 @@ class TensorEntry(_Part):
         if self.codec != "raw" and len(self.shape) != 2:
             raise ValueError(f"codec {self.codec} codes matrices, not shape {self.shape}")
         if (self.codec == "low_rank") != (self.rank is not None):
-            raise ValueError("a low_rank weight has a rank, and no other has")
+            raise ValueError("rank is for low_rank weights only, which need one")
         return self
 
 
 class StoredForm(_Part):
-    """How a blob lies in a store, when that is not as it lies in memory."""
+    """A blob's form in a store, if it differs from the one in memory."""
 
     encoding: Literal["zstd"]
     digest: Digest = Field(description="of the stored bytes: the object's name")
@@ -79,7 +79,7 @@ class BlobEntry(_Part):
 
     @property
     def object_digest(self) -> str:
-        """What the object in a store is named by."""
+        """Names the object in a store."""
         return self.digest if self.stored_as is None else self.stored_as.digest
 
     @property
@@ -99,7 +99,7 @@ class BlobEntry(_Part):
             home = re.match(r"[a-z_]+\.(layers\.[0-9]+)\.", weight)
             if (home.group(1) if home else "outer") != self.block:
                 raise ValueError(f"{weight} does not belong to block {self.block}")
-            # In a blob "<weight>.codes" is a part of "<weight>": it cannot be a weight of its own beside it.
+            # In a blob "<weight>.codes" is a part of "<weight>", so no other weight may have that name.
             parts = {f"{weight}.{part}" for part in ("codes", "low", "scales", "index", "down", "up")}
             if tensor.codec != "raw" and parts & self.tensors.keys():
                 raise ValueError(f"a weight has the name of a part of {weight}")
@@ -114,7 +114,7 @@ class FileEntry(_Part):
 
     @property
     def object_digest(self) -> str:
-        """What the object in a store is named by."""
+        """Names the object in a store."""
         return self.digest
 
     @property
@@ -132,7 +132,7 @@ class BaseRef(_Part):
 
 
 class Quality(_Part):
-    """What the compression cost, measured on the calibration or held-out set named in ``data``."""
+    """What the compression cost, measured on the data that ``data`` describes."""
 
     data: str
     block_errors: dict[str, float] = Field(
@@ -179,13 +179,13 @@ class Manifest(_Part):
 
     @property
     def bytes_stored(self) -> int:
-        """Bytes of all blobs and files in a store, compressed where that pays: what publishing writes at most."""
+        """Bytes of all blobs and files in a store, compressed where that pays: the most that publishing writes."""
         return sum(entry.object_size for entry in self.stored)
 
     def canonical(self) -> bytes:
         """The bytes whose sha256 names the version.
 
-        Fields at their defaults are left out, so that a field added later leaves the names of older versions alone.
+        Fields at their defaults are left out, so that adding a field later does not rename older versions.
         """
         data: dict[str, Any] = self.model_dump(mode="json", exclude_defaults=True)
         data["format_version"] = self.format_version
@@ -197,7 +197,7 @@ class Manifest(_Part):
 
 
 def blob_key(digest: str) -> str:
-    """Where a blob or file is, below an artifact's root or a base's; raises InvalidName."""
+    """Key of a blob or file below the root of an artifact or of a base; raises InvalidName."""
     return f"blobs/sha256/{check_digest(digest)}"
 
 
@@ -207,7 +207,7 @@ def parse_manifest(raw: bytes, version: str | None = None) -> Manifest:
     Raises ManifestInvalid.
     """
     if version is not None and hashlib.sha256(raw).hexdigest() != version:
-        raise ManifestInvalid(f"the manifest of version {version[:12]} has another digest: publish the version again")
+        raise ManifestInvalid(f"the manifest of version {version[:12]} is damaged: publish the version again")
     try:
         return Manifest.model_validate_json(raw)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Well-formed names. Whatever came from a client passes here before it gets near a path or a key."""
+"""Well-formed names. Names from clients are checked here before they become part of a path or a key."""
 
 import re
 from typing import NamedTuple
@@ -34,9 +34,9 @@ def check_name(name: str, what: str = "variant") -> str:
 
 
 def check_alias(alias: str) -> str:
-    """Return ``alias`` when it may name a version, else raise InvalidName."""
+    """Return ``alias`` when it can be one, else raise InvalidName."""
     if is_version(check_name(alias, "alias")):
-        raise InvalidName(f"{alias!r} looks like the first digits of a version: use an alias with another letter in it")
+        raise InvalidName(f"{alias!r} looks like the first digits of a version: use an alias with other letters")
     return alias
 
 

@@ -1,4 +1,4 @@
-"""What the artifact code asks of a place that keeps objects by key."""
+"""The interface of a store: objects by key."""
 
 import re
 from abc import ABC, abstractmethod
@@ -8,13 +8,13 @@ from contextlib import closing
 from deltazip_ray.errors import InvalidName
 
 MAX_OBJECT = 64 << 20
-"""Bytes that :meth:`ObjectStore.get` reads at most unless told otherwise."""
+"""Default limit of :meth:`ObjectStore.get` in bytes."""
 
 PART = 8 << 20
-"""Bytes of a large object that are read in one piece."""
+"""Large objects are read in pieces of this many bytes."""
 
 Pieces = Generator[memoryview, None, None]
-"""Pieces of a buffer in the order of the bytes, each when it is there, while others are on their way."""
+"""Yields the pieces of a buffer in order, each as soon as it is filled, while later ones are still being read."""
 
 _MAX_KEY = 900
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
@@ -24,18 +24,18 @@ class ObjectStore(ABC):
     """Objects by key, below one root. Blocking and thread-safe.
 
     A key is segments of letters, digits, ``.``, ``_`` and ``-`` joined by ``/``; other keys raise InvalidName before
-    they get near a path or a request. An object is visible whole or not at all.
+    they are used in a path or a request. A write is atomic: readers see the whole object or none.
     Every method raises StoreUnavailable when the store does not answer or refuses access.
     """
 
     url: str
-    """The root, for messages; holds no credentials."""
+    """The root, for messages; contains no credentials."""
 
     @abstractmethod
     def create(self) -> None:
-        """Make the root where there may be none and this process may make it: a folder, but nobody's bucket.
+        """Create the root if it does not exist: a folder, but never a bucket. Call it before the first write.
 
-        Whoever writes first calls it. A root that is not there is otherwise StoreUnavailable, not an empty store.
+        Otherwise a missing root raises StoreUnavailable; it is not taken for an empty store.
         """
 
     @abstractmethod
@@ -48,14 +48,15 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def pieces(self, key: str, buffer: memoryview) -> Pieces:
-        """Fill ``buffer`` with an object of exactly its size, in parallel where that helps; the pieces are all of it.
+        """Fill ``buffer`` with an object of exactly its size, in parallel where that helps. The pieces cover all of it.
 
-        Raises ObjectNotFound, and BlobCorrupt when the object has another size; ``buffer`` is undefined after both.
-        Whoever leaves half-way must close the generator: nobody writes into ``buffer`` after that, nor after an error.
+        Raises ObjectNotFound, and BlobCorrupt when the object has another size; the content of ``buffer`` is undefined
+        then. A caller that stops early must close the generator. After that, as after an error, nothing writes into
+        ``buffer`` any more.
         """
 
     def read_into(self, key: str, buffer: memoryview) -> None:
-        """Fill ``buffer`` as :meth:`pieces` does, all of it."""
+        """Fill ``buffer`` as :meth:`pieces` does, and return when it is full."""
         with closing(self.pieces(key, buffer)) as pieces:
             for _ in pieces:
                 pass
@@ -78,7 +79,7 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Remove an object; it is no error if there is none."""
+        """Delete an object if it exists."""
 
 
 def is_key(key: str) -> bool:
@@ -89,7 +90,7 @@ def is_key(key: str) -> bool:
 def check_key(key: str) -> str:
     """Return ``key`` when it is well formed, else raise InvalidName."""
     if not is_key(key):
-        raise InvalidName(f"{key[:120]!r} is not an object's key: use letters, digits, '.', '_', '-' and '/' between")
+        raise InvalidName(f"{key[:120]!r} is not an object's key: use letters, digits, '.', '_', '-', separated by '/'")
     return key
 
 

@@ -1,4 +1,4 @@
-"""What a version's quality record must show before it is written or published."""
+"""Bounds on a version's measured quality, checked before it is written or published."""
 
 import re
 from collections.abc import Mapping
@@ -14,16 +14,16 @@ _SCORE = re.compile(r"\s*([^\s:<>,]+:[^\s<>,]+)\s*>\s*([0-9.eE+-]+)\s*(%?)\s*")
 
 @dataclass(frozen=True)
 class Requirement:
-    """A bound that a measure stays below, or a score above."""
+    """A measure and its upper bound, or a score and its lower bound."""
 
     measure: str
-    """``kl``: divergence from the fine-tune in nats a token; ``block``: largest relative error behind any block;
+    """``kl``: divergence from the fine-tune in nats a token; ``block``: largest relative error of any block's output;
     ``task:metric``: a score."""
     limit: float
 
     @property
     def is_score(self) -> bool:
-        """Whether more is better."""
+        """Whether higher is better."""
         return ":" in self.measure
 
 
@@ -36,7 +36,7 @@ def parse_requirements(text: str) -> tuple[Requirement, ...]:
 
 
 def check_quality(quality: Quality | None, text: str | None) -> None:
-    """Raise QualityTooLow, naming every bound that is not kept; ConfigError when ``text`` is no list of bounds."""
+    """Raise QualityTooLow with all bounds that are violated; ConfigError when ``text`` cannot be parsed."""
     requirements = parse_requirements(text) if text is not None else ()
     failed = [told for told in (_failure(requirement, quality) for requirement in requirements) if told]
     if failed:
@@ -44,7 +44,7 @@ def check_quality(quality: Quality | None, text: str | None) -> None:
 
 
 def _failure(requirement: Requirement, quality: Quality | None) -> str | None:
-    """What is wrong, in words; None when the bound is kept."""
+    """What is wrong, for the message; None when the bound holds."""
     if requirement.is_score:
         return _low_score(requirement, {} if quality is None else quality.scores)
     if requirement.measure == "kl":
@@ -58,7 +58,7 @@ def _failure(requirement: Requirement, quality: Quality | None) -> str | None:
             return f"the artifact has no record of its blocks' errors, which must be below {requirement.limit:.3g}"
         worst = max(errors, key=errors.__getitem__)
         found = errors[worst]
-        told = f"the relative error behind {worst} is {found:.3%}"
+        told = f"the relative error of {worst} is {found:.3%}"
     limit = f"{requirement.limit:g}" if requirement.measure == "kl" else f"{100 * requirement.limit:g}%"
     return None if found < requirement.limit else f"{told}, not below {limit}"
 
@@ -83,7 +83,7 @@ def _parse(part: str) -> Requirement:
         limit = 0.0
     if match is None or limit <= 0 or not isfinite(limit):
         raise ConfigError(
-            f"{part.strip()!r} is no requirement: write kl<0.05, block<2% or task:metric>0.9, "
-            "with commas between several"
+            f"cannot parse the requirement {part.strip()!r}: write kl<0.05, block<2% or task:metric>0.9, "
+            "separated by commas"
         )
     return Requirement(match.group(1), limit / 100 if match.group(3) else limit)

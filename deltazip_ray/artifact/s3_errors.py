@@ -1,7 +1,7 @@
-"""What went wrong at an S3 server, in the terms of this project.
+"""Translates botocore's errors into those of this project.
 
-Messages are made of error codes only: what servers write into theirs may quote keys and signatures, and what a
-provider of credentials writes may be anything. So these are not chained as causes either.
+Messages contain error codes only. A server's own message may quote keys and signatures, and that of a credential
+provider may contain anything, so neither is shown, not even as the cause of the exception.
 """
 
 from collections.abc import Iterator
@@ -45,19 +45,19 @@ _DENIED = {
 }
 PROVIDER_FAULTS = (
     *(CredentialRetrievalError, MetadataRetrievalError, SSOError, TokenRetrievalError),
-    # Botocore lets these through: no such process or token file, a process that writes no JSON, and credentials that
-    # have expired again when they were renewed.
+    # Botocore does not wrap these: no such process or token file, a process that writes no JSON, and credentials that
+    # are expired again after their renewal.
     *(FileNotFoundError, PermissionError, JSONDecodeError, RuntimeError),
 )
-"""What is raised when a provider of credentials does not do its work."""
+"""Raised when a credential provider fails."""
 _PROVIDERS = ("AssumeRole", "GetRoleCredentials", "GetFederationToken")
-"""What the operations that bring credentials begin with."""
+"""Prefixes of the operations that fetch credentials."""
 _MAX_RETRY_AFTER_S = 300.0
 
 
 @contextmanager
 def translated(url: str, key: str) -> Iterator[None]:
-    """Turn botocore's errors into ours, which say what to do; ``url`` and ``key`` say where."""
+    """Turn botocore's errors into ours, which say what to do about them. ``url`` and ``key`` are for the message."""
     try:
         yield
     except ClientError as error:
@@ -80,10 +80,10 @@ def translated(url: str, key: str) -> Iterator[None]:
 
 
 def provider_fault(url: str, problem: str) -> str:
-    """What to tell when a provider of credentials does not do its work."""
+    """The message for a failed credential provider."""
     return (
-        f"the provider of credentials for {url} fails ({problem}): check the profile, role, process or token file "
-        "that AWS's configuration names"
+        f"the credential provider for {url} failed ({problem}): check the profile, role, process or token file "
+        "in the AWS configuration"
     )
 
 
@@ -94,7 +94,7 @@ def _from_answer(url: str, key: str, error: ClientError) -> DeltaZipError:
     if error.operation_name.startswith(_PROVIDERS):
         return StoreUnavailable(provider_fault(url, f"{error.operation_name}: {code or status}"))
     if code == "NoSuchBucket":
-        return StoreUnavailable(f"{url}: there is no such bucket: create it, or correct the URL")
+        return StoreUnavailable(f"{url}: no such bucket: create it, or correct the URL")
     if code in _ABSENT:
         return ObjectNotFound(f"{url} has no {key}")
     if code in _SHORT:
@@ -104,7 +104,7 @@ def _from_answer(url: str, key: str, error: ClientError) -> DeltaZipError:
     if code in _EXPIRED:
         return StoreUnavailable(f"the credentials for {url} have expired ({code}): renew them")
     if code in _ELSEWHERE:
-        return StoreUnavailable(f"{url} belongs to another region than that of the requests ({code}): set store.region")
+        return StoreUnavailable(f"{url} is in another region than the one of the requests ({code}): set store.region")
     if code in _DENIED:
         return StoreUnavailable(f"{url} refuses access to {key} ({code}): check credentials and bucket policy")
     later = StoreUnavailable(f"{url} failed on {key} ({code or status}): try again later")

@@ -1,6 +1,6 @@
 """A store in a bucket of S3 or a compatible server.
 
-Credentials come from where boto3 looks: environment, profiles, web identity.
+Credentials come from where boto3 finds them: environment, profiles, web identity.
 """
 
 import io
@@ -43,24 +43,24 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PARALLEL = 16
-"""Ranged requests of one store that are under way at once beside the readers' own, one for each."""
+"""Ranged requests that one store has in flight, besides one by each reading thread itself."""
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 _CHUNK = MIB
 _BACKOFF_S = 0.1
-# urllib3's own is what a damaged TLS record becomes, which botocore lets through.
+# urllib3's own: a damaged TLS record, which botocore does not wrap.
 _BROKEN_OFF = (ReadTimeoutError, ResponseStreamingError, IncompleteReadError, urllib3.exceptions.SSLError)
 _UPLOAD = TransferConfig(multipart_threshold=16 * MIB, multipart_chunksize=16 * MIB, max_concurrency=PARALLEL)
 
 
 class S3Store(ObjectStore):
-    """Objects below ``s3://bucket/prefix``; needs a server with ranged reads and consistent listings, no more."""
+    """Objects below ``s3://bucket/prefix``. The server needs ranged reads and consistent listings, nothing else."""
 
     def __init__(self, config: StoreConfig) -> None:
         parts = urlsplit(config.url)
         prefix = parts.path.strip("/")
         sound = _BUCKET.fullmatch(parts.netloc) and not parts.query and not parts.fragment
         if not sound or (prefix and not is_key(prefix)):
-            raise ConfigError(f"{config.url!r} is not a bucket's URL: write s3://bucket/prefix")
+            raise ConfigError(f"{config.url!r} is not the URL of a bucket: write s3://bucket/prefix")
         self.url = config.url.rstrip("/")
         self._bucket = parts.netloc
         self._prefix = f"{prefix}/" if prefix else ""
@@ -70,7 +70,7 @@ class S3Store(ObjectStore):
         self._ranges = ThreadPoolExecutor(PARALLEL, thread_name_prefix="s3-range")
 
     def create(self) -> None:
-        """See ObjectStore: a bucket is its owner's to make."""
+        """See ObjectStore: buckets are not created here."""
 
     def get(self, key: str, limit: int = MAX_OBJECT) -> bytes:
         where = self._where(key)
@@ -101,13 +101,13 @@ class S3Store(ObjectStore):
         tasks = [self._ranges.submit(self._read_range, key, where, start, part, len(buffer)) for start, part in parts]
         try:
             for task, (start, part) in zip(tasks, parts, strict=True):
-                if task.cancel():  # The pool is busy, maybe with what hangs: nobody waits for other objects' ranges.
+                if task.cancel():  # The pool is busy, maybe with requests that hang: do not wait for other objects.
                     self._read_range(key, where, start, part, len(buffer))
                 else:
                     task.result()
                 yield part
         finally:
-            # Nobody may write into the buffer once this has ended, however it ends.
+            # However this ends, nothing may write into the buffer afterwards.
             running = [task for task in tasks if not task.cancel()]
             for task in running:
                 task.exception()
@@ -166,7 +166,7 @@ class S3Store(ObjectStore):
             raise BlobCorrupt(f"{self.url}/{key} has {size} bytes, not {total}: publish it again with --repair")
 
     def _again(self, ask: Callable[[], Mapping[str, Any]], read: Callable[[Mapping[str, Any]], T]) -> T:
-        """botocore repeats requests that fail, but not bodies that break off in the middle: those are read again."""
+        """Repeat a read whose body broke off in the middle: botocore only repeats requests that fail at once."""
         attempt = 1
         while True:
             answer = ask()
@@ -181,9 +181,10 @@ class S3Store(ObjectStore):
 
     @contextmanager
     def _ending(self, answer: Mapping[str, Any]) -> Iterator[None]:
-        """Around the reading of a body, which breaks off when it takes longer than the timeout for each MiB begun.
+        """While a body is read: break it off when it takes longer than the timeout for each MiB begun.
 
-        A connection on which a byte comes now and then runs into no other timeout; one that stalls runs into it first.
+        Nothing else ends a connection that keeps sending a byte now and then. One that stalls hits its read timeout
+        before this.
         """
         with answer["Body"] as body:
             watch = threading.Timer(self._timeout_s * (2 + answer["ContentLength"] // MIB), _cut, (body,))
@@ -196,13 +197,13 @@ class S3Store(ObjectStore):
 
 
 def _cut(body: urllib3.HTTPResponse) -> None:
-    """Have the thread that reads a body find its end."""
-    with suppress(RuntimeError):  # It has just come to its end, and the connection is back in the pool.
+    """Make a thread that reads this body see its end."""
+    with suppress(RuntimeError):  # It has just ended by itself, and the connection is back in the pool.
         body.shutdown()
 
 
 def _whole_size(answer: Mapping[str, Any], asked: int, expected: int) -> int:
-    """The size of the object of which ``answer`` carries ``asked`` bytes, or all."""
+    """The whole object's size, from an answer that carries ``asked`` bytes of it, or all."""
     carried: int = answer["ContentLength"]
     size = str(answer.get("ContentRange", "")).rpartition("/")[2]
     if size.isdecimal() and int(size) != expected:
@@ -223,7 +224,7 @@ def _make_client(config: StoreConfig) -> "S3Client":
         read_timeout=config.timeout_s,
         max_pool_connections=4 * PARALLEL,
         s3={"addressing_style": "path" if config.path_style else "auto"},
-        # Many compatible servers don't know the newer checksums; blobs are verified by sha256 anyway.
+        # Many compatible servers do not support the newer checksums; blobs are verified by sha256 anyway.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         user_agent_extra="deltazip-ray",

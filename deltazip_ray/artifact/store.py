@@ -1,4 +1,4 @@
-"""The stores, and the one that a configuration asks for."""
+"""Opens the store that a configuration names."""
 
 from deltazip_ray.artifact.file_store import FileStore
 from deltazip_ray.artifact.object_store import ObjectStore
@@ -9,5 +9,5 @@ __all__ = ["ObjectStore", "open_store"]
 
 
 def open_store(config: StoreConfig) -> ObjectStore:
-    """The store that ``config.url`` names. Does not contact it; raises ConfigError for what cannot be right."""
+    """The store of ``config.url``. Does not contact it; raises ConfigError for settings that cannot be right."""
     return FileStore.from_url(config.url) if config.url.startswith("file://") else S3Store(config)

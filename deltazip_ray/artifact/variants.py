@@ -1,9 +1,9 @@
-"""The documents that give versions their names. Concurrent writers lose nothing, on any object store.
+"""The documents that give versions their names. No concurrent write is lost, on any object store.
 
-A variant is the fold of its events: a version was published or an alias moved, or the variant was removed. Events are
-only ever added. Every write makes a new object ``<name>/<id>.json`` with all events it knows and its own, and readers
-take the union of what they find; so no write can overwrite another, and none needs a conditional request. S3-compatible
-servers that lack those, or only seem to have them, are why (docs/decisions/004).
+A variant is the fold of its events: a version was published, an alias moved, the variant was removed. Events are only
+ever added. Every write creates a new object ``<name>/<id>.json`` with all known events and the new one, and readers
+take the union of all objects. So no write can overwrite another, and none needs a conditional request, which some
+S3-compatible servers lack or only pretend to support (docs/decisions/004).
 """
 
 import logging
@@ -38,17 +38,17 @@ class Variant(BaseModel):
     aliases: dict[str, Digest]
     versions: list[Digest]
     created: dict[Digest, int] = Field(default_factory=dict)
-    """When each version was first published: seconds since 1970 on the publisher's clock, 0 if nobody wrote it down."""
+    """When each version was first published: seconds since 1970 on the publisher's clock, 0 if unknown."""
 
     def resolve(self, selector: str) -> str:
-        """The version that an alias, a digest or its first digits stand for; raises UnknownVariant."""
+        """The version that an alias, a digest or its first digits name; raises UnknownVariant."""
         if selector in self.aliases:
             return self.aliases[selector]
         found = [version for version in self.versions if is_version(selector) and version.startswith(selector)]
         if len(found) == 1:
             return found[0]
         if found:
-            raise UnknownVariant(f"{selector!r} begins {len(found)} versions of {self.name!r}: give more digits")
+            raise UnknownVariant(f"{len(found)} versions of {self.name!r} begin with {selector!r}: give more digits")
         aliases = ", ".join(sorted(self.aliases)) or "none"
         raise UnknownVariant(f"{self.name!r} has no alias or version {selector!r}; its aliases are: {aliases}")
 
@@ -61,15 +61,15 @@ def _alias(alias: str) -> str:
 
 
 class _Event(BaseModel):
-    """A version came, or came again, and ``aliases`` moved to it; without a version: the variant was removed."""
+    """``version`` was published, perhaps again, and ``aliases`` moved to it; None: the variant was removed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     turn: int = Field(ge=1, lt=1 << 53)
-    """One more than the highest that the writer had seen (Lamport's clock)."""
+    """One more than the highest turn that the writer had seen (a Lamport clock)."""
     id: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
     at: int = Field(0, ge=0)
-    """Seconds since 1970; told to people, and never compared."""
+    """Seconds since 1970; shown to people, never compared."""
     version: Digest | None = None
     aliases: tuple[Annotated[str, AfterValidator(_alias)], ...] = ()
 
@@ -82,7 +82,7 @@ class _Document(BaseModel):
 
 
 Documents = Mapping[str, frozenset[_Event]]
-"""Key of each document of one variant to its events."""
+"""The events of each document of one variant, by key."""
 
 
 class VariantDocuments:
@@ -92,10 +92,10 @@ class VariantDocuments:
         self._store = store
         self._prefix = prefix
         self._read_before: dict[str, frozenset[_Event]] = {}
-        """What documents say, by key, of those that were there at the last look."""
+        """Contents by key of the documents that existed at the last listing."""
 
     def all(self) -> list[Variant]:
-        """All variants by name, but for those with a broken document, which are logged: it hurts only its own."""
+        """All variants, sorted by name. One with a broken document is logged and left out."""
         keys: dict[str, list[str]] = {}
         for key in self._store.list(self._prefix):
             match = _KEY.fullmatch(key.removeprefix(self._prefix))
@@ -112,11 +112,11 @@ class VariantDocuments:
         return _fold(name, _union(self._documents(name)))
 
     def publish(self, name: str, version: str, aliases: Iterable[str]) -> Variant:
-        """Give ``name`` a version that it may have already, move ``aliases`` to it, and return what came of it."""
+        """Add a version, which may exist already, to variant ``name``, move ``aliases`` to it, return the variant."""
         return self._add(name, version, tuple(aliases))
 
     def remove(self, name: str) -> None:
-        """Let go of all versions and aliases that were known until now."""
+        """Remove all versions and aliases that are known now."""
         self._add(name, None, ())
 
     def _add(self, name: str, version: str | None, aliases: tuple[str, ...]) -> Variant:
@@ -132,9 +132,9 @@ class VariantDocuments:
         return after or Variant(name=name, aliases={}, versions=[])
 
     def _sweep(self, known: Documents) -> None:
-        """Delete documents that a newer one had replaced when we began.
+        """Delete documents whose events were all in another one before this write.
 
-        Those that only our own replaces stay until the next write, for readers who have listed and not yet read.
+        Those that only this write replaces stay until the next one, for readers that have listed but not yet read them.
         """
         for key, events in known.items():
             if any(events < other for other in known.values()):
@@ -147,7 +147,7 @@ class VariantDocuments:
             try:
                 return {key: self._events(name, key) for key in keys}
             except ObjectNotFound:
-                # Swept between listing and reading: what replaced it is there by now.
+                # Deleted between listing and reading: the document that replaced it exists by now.
                 continue
         raise StoreConflict(f"variant {name!r} changes faster than it can be read: try again later")
 
@@ -158,11 +158,11 @@ class VariantDocuments:
             except ObjectNotFound:
                 return self.read(name)
         except ManifestInvalid as error:
-            logger.warning("variant %s left out: %s", name, error.message)
+            logger.warning("variant %s is left out: %s", name, error.message)
             return None
 
     def _events(self, name: str, key: str) -> frozenset[_Event]:
-        # A document never changes, so what was read once need not be read again.
+        # Documents never change, so each is read only once.
         events = self._read_before.get(key)
         if events is None:
             where = f"{self._store.url}/{key}"
@@ -171,7 +171,7 @@ class VariantDocuments:
             except ValidationError as error:
                 problem = error.errors()[0]["msg"]
                 raise ManifestInvalid(
-                    f"{where} is no variant's document ({problem}): delete it and publish again"
+                    f"{where} is not the document of a variant ({problem}): delete it and publish again"
                 ) from error
             if document.name != name:
                 raise ManifestInvalid(f"{where} belongs to variant {document.name!r}: delete it and publish again")
@@ -184,7 +184,7 @@ def _union(documents: Documents) -> frozenset[_Event]:
 
 
 def _fold(name: str, events: Iterable[_Event]) -> Variant | None:
-    """What the events, in the order of their turns, come to; None when nothing is left of the variant."""
+    """Apply the events in the order of their turns; None when the variant does not exist after them."""
     created: dict[str, int] = {}
     aliases: dict[str, str] = {}
     for event in sorted(events, key=lambda event: (event.turn, event.id)):

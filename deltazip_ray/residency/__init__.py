@@ -1,1 +1,1 @@
-"""Where the bytes of versions are: device slots, host memory and disk."""
+"""The tiers that hold versions: device slots, host memory and disk."""

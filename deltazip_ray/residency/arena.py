@@ -1,23 +1,23 @@
-"""Room in one contiguous buffer: who has which bytes. Never touches the buffer itself."""
+"""An allocator for one contiguous buffer. Never touches the buffer itself."""
 
 import bisect
 
 from deltazip_ray.errors import ConfigError, StoreError
 
 ALIGNMENT = 4096
-"""Bytes that every offset and every size taken is a multiple of: a page, so that copies and reads stay aligned."""
+"""All offsets and allocated sizes are multiples of a page, so that copies and reads stay aligned."""
 
 
 def aligned(size: int) -> int:
-    """Bytes that a thing of ``size`` bytes takes in an arena."""
+    """Bytes that an object of ``size`` bytes takes in an arena."""
     return max(1, -(-size // ALIGNMENT)) * ALIGNMENT
 
 
 class ArenaAllocator:
-    """First fit over a sorted list of gaps; neighbouring gaps are one. What was allocated never moves."""
+    """First fit over a sorted list of gaps; adjacent gaps are merged. Allocations never move."""
 
     def __init__(self, size: int) -> None:
-        """``size`` in bytes, rounded down to whole pages. Raises ConfigError when there is none."""
+        """``size`` in bytes is rounded down to whole pages. Raises ConfigError when it is less than one."""
         self.size = size // ALIGNMENT * ALIGNMENT
         if not self.size:
             raise ConfigError(f"an arena of {size} bytes holds nothing: give it at least {ALIGNMENT}")
@@ -30,7 +30,7 @@ class ArenaAllocator:
         return sum(size for _, size in self._gaps)
 
     def allocate(self, size: int) -> int | None:
-        """The offset of ``size`` free bytes, now taken; None when no gap is large enough."""
+        """Take ``size`` bytes and return their offset; None when no gap is large enough."""
         wanted = aligned(size)
         for index, (offset, gap) in enumerate(self._gaps):
             if gap >= wanted:
@@ -40,7 +40,7 @@ class ArenaAllocator:
         return None
 
     def free(self, offset: int) -> None:
-        """Give back what ``allocate`` returned. Raises KeyError when it did not."""
+        """Free what ``allocate`` returned. Raises KeyError for any other offset."""
         size = self._taken.pop(offset)
         index = bisect.bisect(self._gaps, (offset, 0))
         start, end = offset, offset + size
@@ -52,7 +52,7 @@ class ArenaAllocator:
         self._gaps.insert(index, (start, end - start))
 
     def check(self) -> None:
-        """Raise StoreError unless gaps and taken pieces tile the arena, with no two gaps side by side."""
+        """Raise StoreError unless gaps and allocations tile the arena, with no two gaps side by side."""
         position, after_gap = 0, False
         for offset, size, is_gap in sorted(
             [(*gap, True) for gap in self._gaps] + [(*t, False) for t in self._taken.items()]

@@ -1,4 +1,4 @@
-"""One blob from the disk or the store into a given place in memory, verified. Runs in a thread."""
+"""Reads a blob from the disk or the store into a given place in memory and verifies it. Runs in threads."""
 
 import threading
 import time
@@ -20,14 +20,14 @@ from deltazip_ray.residency.quarantine import BlobKey, blob_key
 from deltazip_ray.residency.tiers import Tier
 
 _KEPT = 0.95
-"""Of what is known of a speed, with each further blob."""
+"""Weight of the past in the average speed, for each new blob."""
 
 
 class _Speed:
-    """Seconds for a byte, over what was moved of late."""
+    """Seconds per byte, averaged over recent transfers."""
 
     def __init__(self, seconds_per_byte: float) -> None:
-        """What is believed before anything was moved: as if by one large blob."""
+        """Start from a guess that weighs as much as one large blob."""
         self._bytes = float(64 * MIB)
         self._seconds = seconds_per_byte * self._bytes
 
@@ -41,12 +41,12 @@ class _Speed:
 
 
 class BlobFetcher:
-    """Brings blobs from where they are nearest."""
+    """Fetches blobs from the nearest tier that has them."""
 
     def __init__(
         self, catalog: Catalog, disk: DiskTier | None, metrics: HostMetrics, bytes_per_s: float | None = None
     ) -> None:
-        """``bytes_per_s`` bounds what comes from the store, all threads together."""
+        """``bytes_per_s`` limits reads from the store, all threads together."""
         self._catalog = catalog
         self._disk = disk
         self._metrics = metrics
@@ -59,15 +59,15 @@ class BlobFetcher:
         return "disk" if self._disk is not None and self._disk.has(key) else "remote"
 
     def seconds_per_byte(self, key: BlobKey) -> float:
-        """See :class:`Fetch`: by where the blob is now, and how fast that was of late."""
+        """See :class:`Fetch`: the recent speed of the tier that has the blob."""
         return self._speeds[self.tier(key)].seconds_per_byte
 
     def __call__(self, entry: BlobEntry, buffer: memoryview, asked: float) -> Tier:
-        """Fill ``buffer``, of ``entry.size`` bytes, with the blob and check its sha256; returns where it was.
+        """Fill ``buffer``, of ``entry.size`` bytes, with the blob and check its sha256; returns the tier it came from.
 
-        What came from the store is offered to the disk, which may read ``buffer`` later. Damaged bytes are fetched
-        once more, as they may have been damaged on their way. Raises BlobCorrupt when they come damaged again,
-        ObjectNotFound and StoreUnavailable at once: the store has made its own attempts.
+        Blobs from the store are offered to the disk, which may read ``buffer`` later. A damaged blob is fetched once
+        more, as the network may have damaged it. Raises BlobCorrupt when it is damaged again. ObjectNotFound and
+        StoreUnavailable are raised at once: the store has made its own attempts.
         """
         began = time.perf_counter()
         self._metrics.stage_seconds.labels("queue").observe(began - asked)
@@ -89,7 +89,7 @@ class BlobFetcher:
         return tier
 
     def _stage(self, name: str) -> AbstractContextManager[object]:
-        """Around one stage of a fetch, to be timed."""
+        """Time one stage of a fetch."""
         return self._metrics.stage_seconds.labels(name).time()
 
     def _from_disk(self, entry: BlobEntry, buffer: memoryview) -> bool:
@@ -99,7 +99,7 @@ class BlobFetcher:
             return self._disk.read(blob_key(entry), buffer)
 
     def _read(self, entry: BlobEntry, buffer: memoryview) -> None:
-        """From the store; each piece is decompressed, if need be, and hashed while the next ones arrive."""
+        """Read from the store; each piece is decompressed, if needed, and hashed while the next ones arrive."""
         self._pace.take(entry.object_size)
         key = self._catalog.blob_key(entry.object_digest)
         stored = buffer if entry.stored_as is None else np.empty(entry.object_size, np.uint8).data
@@ -118,7 +118,7 @@ class BlobFetcher:
 
 
 class _Timed(Iterator[memoryview]):
-    """Pieces, and the seconds that it took to get them."""
+    """Iterates over pieces and adds up the seconds spent waiting for them."""
 
     def __init__(self, pieces: Iterator[memoryview]) -> None:
         self._pieces = pieces

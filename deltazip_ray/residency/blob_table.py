@@ -1,4 +1,4 @@
-"""Which blobs are in the arena, who holds them, and which one goes when room is needed."""
+"""The blobs in the arena: which are there, which are held, and which to evict when room is needed."""
 
 import asyncio
 import functools
@@ -19,21 +19,21 @@ from deltazip_ray.residency.tiers import Tier
 
 
 class Fetch(Protocol):
-    """Brings blobs to the arena."""
+    """Fetches blobs into the arena."""
 
     def __call__(self, entry: BlobEntry, buffer: memoryview, asked: float) -> Tier:
-        """Fill a blob's place with verified bytes and tell where they were, or raise. Runs in a thread.
+        """Fill ``buffer`` with verified bytes and return the tier they came from, or raise. Runs in a thread.
 
-        ``asked``: when it was asked for, by time.perf_counter.
+        ``asked``: time.perf_counter() of the request.
         """
         ...
 
     def tier(self, key: BlobKey) -> Tier:
-        """Where a blob is now, ``disk`` or ``remote``. Cheap."""
+        """The tier that has the blob now, ``disk`` or ``remote``. Cheap."""
         ...
 
     def seconds_per_byte(self, key: BlobKey) -> float:
-        """What it would take now, by experience. Cheap."""
+        """The expected speed of a fetch. Cheap."""
         ...
 
 
@@ -44,23 +44,23 @@ class Blob:
     key: BlobKey
     offset: int
     ready: asyncio.Future[Tier]
-    """Where the bytes were found."""
+    """The tier that the bytes came from."""
     pool: FetchPool[Tier]
-    """Where its fetch is, or was."""
+    """Runs its fetch."""
     job: Job[Tier] | None = None
-    """The fetch; None when it is over."""
+    """Its fetch; None when that is over."""
     holds: int = 0
     leaving: bool = False
-    """Whether it goes when nobody holds it any more."""
+    """Whether to remove it at the last release."""
 
     @property
     def evictable(self) -> bool:
-        """Whether its room may be taken."""
+        """Whether it is neither held nor being fetched."""
         return not self.holds and self.job is None
 
 
 class BlobTable:
-    """Blobs in an arena. It belongs to one event loop; only ``fetch`` runs in threads."""
+    """Blobs in an arena. Belongs to one event loop; only ``fetch`` runs in threads."""
 
     def __init__(
         self,
@@ -70,29 +70,29 @@ class BlobTable:
         quarantine: Quarantine,
         popularity: Popularity[BlobKey],
     ) -> None:
-        """``pools``: by where a blob is, ``disk`` or ``remote``, so that the disk waits for no store."""
+        """``pools``: one for ``disk`` and one for ``remote``, so that disk reads never wait for the store."""
         self._popularity = popularity
         self._memory = memory
         self._fetch = fetch
         self._pools = pools
         self._quarantine = quarantine
         self._arena = ArenaAllocator(len(memory))
-        self._blobs: dict[BlobKey, Blob] = {}  # those that were let go of least recently come first
+        self._blobs: dict[BlobKey, Blob] = {}  # least recently released first
         self.room_changed = asyncio.Event()
-        """Set whenever there may be more room than before."""
+        """Set whenever more room may have become available."""
         self._evictions = 0
 
     @property
     def arena_bytes(self) -> int:
-        """Room in all."""
+        """Size of the arena."""
         return self._arena.size
 
     def has_all(self, entries: Iterable[BlobEntry]) -> bool:
-        """Whether all of these blobs are here or on their way."""
+        """Whether all of these blobs are in the arena or being fetched."""
         return all(blob_key(entry) in self._blobs for entry in entries)
 
     def ready(self, entries: Iterable[BlobEntry]) -> bool:
-        """Whether all of these blobs are here."""
+        """Whether all of these blobs are in the arena."""
         found = (self._blobs.get(blob_key(entry)) for entry in entries)
         return all(blob is not None and blob.job is None for blob in found)
 
@@ -101,14 +101,14 @@ class BlobTable:
         return self._memory[blob.offset : blob.offset + blob.key[1]]
 
     def try_hold(self, version: str, entries: Sequence[BlobEntry], *, ahead: bool = False) -> list[Blob] | None:
-        """Hold a blob for each entry, fetches of those that are missing under way; None when there is no room.
+        """Hold a blob for each entry and start to fetch the missing ones; None when there is no room.
 
-        All or nothing: without room for all nobody is held and nothing is fetched. ``version`` is on whose behalf.
-        ``ahead``: nobody waits for it yet. Raises BlobCorrupt when one of those that are missing is in quarantine.
+        All or nothing: without room for all of them no blob is held and nothing is fetched. The fetches run on behalf
+        of ``version``. ``ahead``: nobody waits for it yet. Raises BlobCorrupt when a missing one is in quarantine.
         """
         self.refuse_quarantined(entries)
         wanted = {blob_key(entry): entry for entry in entries}
-        # An attempt that fails for want of gaps has evicted all it can, so that another one finds the gaps whole.
+        # An attempt that fails because of fragmentation has evicted all it can, so the second one finds merged gaps.
         offsets = self._place_missing(wanted.keys())
         if offsets is None:
             offsets = self._place_missing(wanted.keys())
@@ -125,11 +125,11 @@ class BlobTable:
         return blobs
 
     def refuse_quarantined(self, entries: Iterable[BlobEntry]) -> None:
-        """Raise BlobCorrupt when a blob that is missing would not be fetched."""
+        """Raise BlobCorrupt when a missing blob is in quarantine."""
         self._quarantine.refuse(entry for entry in entries if blob_key(entry) not in self._blobs)
 
     def let_go(self, blobs: Iterable[Blob]) -> None:
-        """Undo one ``try_hold``. A fetch that nobody wants any more is dropped unless it has begun."""
+        """Undo one ``try_hold``. A fetch that nobody wants any more is dropped unless it has started."""
         blobs = list(blobs)
         self._popularity.used(blob.key for blob in blobs)
         for blob in blobs:
@@ -143,7 +143,7 @@ class BlobTable:
         self.room_changed.set()
 
     def discard(self, keys: Iterable[BlobKey]) -> None:
-        """Free the room of blobs, of each as soon as nobody holds it."""
+        """Remove blobs, each as soon as nobody holds it."""
         for key in keys:
             blob = self._blobs.get(key)
             if blob is not None:
@@ -152,12 +152,12 @@ class BlobTable:
                     self._remove(blob)
 
     def seconds_away(self, entries: Iterable[BlobEntry]) -> float:
-        """What fetching those that are not here yet would take, one after the other."""
+        """Expected time to fetch the missing ones, one after the other."""
         keys = {blob_key(entry) for entry in entries if not self.ready((entry,))}
         return sum(key[1] * self._fetch.seconds_per_byte(key) for key in keys)
 
     def cancel_fetches(self, error: Exception) -> None:
-        """Fail the fetches that have not begun."""
+        """Fail the fetches that have not started."""
         for blob in list(self._blobs.values()):
             if blob.job is not None and blob.pool.cancel(blob.job):
                 self._remove(blob, error)
@@ -181,14 +181,14 @@ class BlobTable:
         """Raise StoreError unless arena and blobs agree."""
         self._arena.check()
         if sum(aligned(blob.key[1]) for blob in self._blobs.values()) + self._arena.free_bytes != self._arena.size:
-            raise StoreError("host arena: bytes are taken by no blob; restart the node store and report this")
+            raise StoreError("host arena: bytes belong to no blob; restart the node store and report this")
         if any(blob.holds < 0 for blob in self._blobs.values()):
-            raise StoreError("host arena: a blob was let go of too often; restart the node store and report this")
+            raise StoreError("host arena: a blob was released too often; restart the node store and report this")
 
     def _place_missing(self, wanted: Set[BlobKey]) -> dict[BlobKey, int] | None:
-        """Take room for those of ``wanted`` that are missing, evicting what nobody holds; None when it is not enough.
+        """Allocate room for the missing blobs of ``wanted``, evicting what nobody holds; None when there is not enough.
 
-        When the gaps that others leave are too small, wanted blobs are evicted too, and are missing then.
+        If evicting the others leaves gaps that are too small, wanted blobs are evicted too, and become missing.
         """
         missing = [key for key in wanted if key not in self._blobs]
         others = [blob for blob in self._blobs.values() if blob.evictable and blob.key not in wanted]
@@ -197,7 +197,7 @@ class BlobTable:
             return None
         victims = self._victims(others, wanted)
         offsets: dict[BlobKey, int] = {}
-        for key in missing:  # grows while it is walked
+        for key in missing:  # grows during the iteration
             while (offset := self._arena.allocate(key[1])) is None:
                 victim = next(victims, None)
                 if victim is None:
@@ -212,7 +212,7 @@ class BlobTable:
         return offsets
 
     def _victims(self, others: list[Blob], wanted: Set[BlobKey]) -> Iterator[Blob]:
-        """``others``, those worth least first, and then the wanted ones. Nothing is compared before it must be."""
+        """``others``, the least valuable first, and then the wanted ones. Sorts only when the first one is needed."""
         yield from sorted(others, key=lambda blob: self._worth(blob.key))
         yield from [blob for blob in self._blobs.values() if blob.evictable and blob.key in wanted]
 
@@ -240,10 +240,10 @@ class BlobTable:
             self._remove(blob, error)
 
     def _remove(self, blob: Blob, error: BaseException | None = None) -> None:
-        """Free a blob's room; those who wait for it get ``error``."""
+        """Free a blob's room; its waiters get ``error``."""
         del self._blobs[blob.key]
         self._arena.free(blob.offset)
         if error is not None:
             blob.ready.set_exception(error)
-            blob.ready.exception()  # seen, even if nobody waits
+            blob.ready.exception()  # retrieved, so that asyncio does not complain if nobody waits
         self.room_changed.set()

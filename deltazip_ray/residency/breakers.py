@@ -1,10 +1,9 @@
-"""Versions that fail again and again are answered at once, so that a broken one costs nobody time or bandwidth.
+"""A circuit breaker per version, so that a broken one costs nobody time or bandwidth.
 
-After ``failures`` in a row a version's breaker is open: callers get the last reason without a try. When the back-off
-is over, the next caller is the probe: it tries, and the others still get the reason. A probe that succeeds closes the
-breaker; one that fails makes the back-off longer, twice as long each time up to a bound, less some jitter so that
-hosts do not come back to the store in step; it is no shorter than the store asked for, within the bound. A probe that
-leaves half-way lets the next caller probe.
+After ``failures`` failures in a row the breaker opens: callers get the last error at once. When the back-off is over,
+the next caller is the probe: it tries, while the others still get the error. A successful probe closes the breaker. A
+failed one doubles the back-off up to a maximum, minus some jitter so that hosts do not return to the store in step, but
+waits at least as long as the store asked for (up to the maximum too). If a probe is cancelled, the next caller probes.
 """
 
 import logging
@@ -20,12 +19,12 @@ from deltazip_ray.errors import ArtifactError, StoreError, StoreFull
 logger = logging.getLogger(__name__)
 
 _REMEMBERED = 4096
-"""Versions at most; that of which nothing was heard for longest is forgotten first."""
+"""Versions at most; the one that has been silent for the longest time is forgotten first."""
 
 
 @dataclass
 class _Trouble:
-    """A version whose last try failed. Times are seconds of the breakers' clock."""
+    """A version whose last attempt failed. Times are seconds of the breakers' clock."""
 
     error: ArtifactError | StoreError
     failed_at: float
@@ -37,7 +36,7 @@ class _Trouble:
 
 
 class Breakers:
-    """The breakers of all versions. They belong to one event loop."""
+    """The breakers of all versions. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -49,9 +48,9 @@ class Breakers:
         self._config = config
         self._clock = clock
         self._chance = chance
-        self._troubles: dict[str, _Trouble] = {}  # those heard of least recently come first
+        self._troubles: dict[str, _Trouble] = {}  # the one that failed least recently first
         self.refusals = 0
-        """Callers that were answered without a try, since the start."""
+        """Callers that got an error without an attempt, since the start."""
 
     @property
     def open(self) -> int:
@@ -60,10 +59,10 @@ class Breakers:
 
     @contextmanager
     def guard(self, version: str) -> Iterator[None]:
-        """Around one try. Raises the last failure again when the breaker is open.
+        """Guards one attempt. Raises the last error again when the breaker is open.
 
-        ArtifactError and StoreError are failures, but for StoreFull: it is no fault of the version. All who wait for
-        one failure have failed once.
+        ArtifactError and StoreError count as failures, except StoreFull, which is not the version's fault. Callers that
+        share one failed attempt count as one failure.
         """
         probe = self._admit(version)
         began = self._clock()
@@ -80,7 +79,7 @@ class Breakers:
                 probe.probing = False
 
     def _admit(self, version: str) -> _Trouble | None:
-        """Let a caller try, or raise; returns the trouble that it is the probe of."""
+        """Admit an attempt, or raise; returns the trouble that the attempt probes, if any."""
         trouble = self._troubles.get(version)
         if trouble is None or trouble.retry_at is None:
             return None
@@ -113,7 +112,7 @@ class Breakers:
 
 
 def _again(trouble: _Trouble, wait_s: float) -> ArtifactError | StoreError:
-    """A new error that says the same: one that is raised many times would collect all their tracebacks."""
+    """A copy of the error: one object raised many times would accumulate all the tracebacks."""
     error = trouble.error
     if isinstance(error, ArtifactError):
         return type(error)(error.message)

@@ -1,4 +1,4 @@
-"""A bounded folder of blobs, named by digest and size. Knows files, not tiers."""
+"""A bounded folder of blobs, named by digest and size."""
 
 import fcntl
 import hashlib
@@ -19,35 +19,35 @@ _CLAIM = ".lock"
 
 
 class DiskFolder:
-    """At most ``limit`` bytes of files, of which the least recently used leave first.
+    """At most ``limit`` bytes of files, evicted least recently used first.
 
-    Thread-safe, but for :meth:`write`, which one thread may use at a time. Blocking; every method raises OSError. The
-    folder belongs to one process at a time, until that ends; the others get BlockingIOError. Times of use are the
-    files' modification times, so that a later process knows them. Files of other names are left alone.
+    Thread-safe, except that only one thread at a time may :meth:`write`. Blocking; every method raises OSError. The
+    folder belongs to one process until that process ends; others get BlockingIOError. Each use sets a file's
+    modification time, so that a later process knows the order. Files with other names are left alone.
     """
 
     def __init__(self, root: Path, limit: int) -> None:
-        """Touches nothing yet: the folder is made, claimed and read at the first use."""
+        """Touches nothing yet: the folder is created, locked and read at the first use."""
         self.root = root
         self._limit = limit
         self._lock = threading.Lock()
         self._claim: int | None = None
         self._files: dict[BlobKey, None] = {}  # least recently used first
         self.bytes = 0
-        """Of all files."""
+        """Total size of the files."""
         self.evictions = 0
-        """Files that left to make room, since the start."""
+        """Files evicted since the start."""
 
     def __len__(self) -> int:
-        """Files."""
+        """Number of files."""
         return len(self._files)
 
     def __contains__(self, key: object) -> bool:
-        """Whether the books have such a file."""
+        """Whether the file is known to exist."""
         return key in self._files
 
     def find(self, digest: str) -> BlobKey | None:
-        """What a file of this digest is kept as. Linear in the files."""
+        """The key of the file with this digest. Linear in the number of files."""
         with self._lock:
             self._use()
             return next((key for key in self._files if key[0] == digest), None)
@@ -55,23 +55,22 @@ class DiskFolder:
     def read_into(
         self, key: BlobKey, buffer: memoryview, arrived: Callable[[memoryview], object] = lambda _: None
     ) -> bool:
-        """Fill ``buffer``, of the blob's size, with its bytes as they are; False when there is no such file.
+        """Fill ``buffer``, of the blob's size, with the file's bytes, unverified; False when there is no such file.
 
-        ``arrived`` is told of each piece, in their order.
-        Raises BlobCorrupt when the file has another size than its name says.
+        ``arrived`` is called with each piece, in order. Raises BlobCorrupt when the file's size contradicts its name.
         """
         with self._lock:
             self._use()
             if key not in self._files:
                 return False
             try:
-                file = self._path(key).open("rb", buffering=0)  # stays readable when it is evicted now
+                file = self._path(key).open("rb", buffering=0)  # stays readable if it is evicted meanwhile
             except FileNotFoundError:
                 self._forget(key)
                 return False
             self._files[key] = self._files.pop(key)
         with file:
-            now = time.time_ns()  # finer than the time that the kernel would put
+            now = time.time_ns()  # finer than the kernel's own timestamps
             os.utime(file.fileno(), ns=(now, now))
             size, position = os.fstat(file.fileno()).st_size, 0
             while position < size == len(buffer) and (count := file.readinto(buffer[position : position + PART])):
@@ -82,7 +81,7 @@ class DiskFolder:
         return True
 
     def write(self, key: BlobKey, chunks: Iterable[bytes]) -> bool:
-        """Keep a blob, if ``chunks`` are its bytes; False when they are not, or cannot be kept within the bound."""
+        """Write a blob; False, and no file, when ``chunks`` do not match its digest or it exceeds the limit."""
         digest, size = key
         with self._lock:
             self._use()
@@ -94,7 +93,7 @@ class DiskFolder:
         partial = self.root / _PARTIAL
         found = hashlib.sha256()
         try:
-            # Not flushed: what a power failure leaves of a file is found out when it is read.
+            # Not flushed: a file that a power failure truncated is detected when it is read.
             with partial.open("wb", buffering=0) as file:
                 for chunk in chunks:
                     found.update(chunk)
@@ -110,7 +109,7 @@ class DiskFolder:
         return True
 
     def remove(self, key: BlobKey) -> None:
-        """Remove a file; it is no error if there is none."""
+        """Remove a file if it exists."""
         with self._lock:
             self._use()
             if key in self._files:
@@ -118,12 +117,12 @@ class DiskFolder:
                 self._path(key).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let another process have the folder; a later use claims it again."""
+        """Release the folder to other processes; a later use locks it again."""
         with self._lock:
             self._let_go()
 
     def _use(self) -> None:
-        """See to it that the folder is this process's own, and its contents known."""
+        """Make sure that this process has locked the folder and knows its files."""
         if self._claim is not None:
             if os.fstat(self._claim).st_nlink:
                 return
@@ -147,7 +146,7 @@ class DiskFolder:
             self._claim = None
 
     def _find_files(self) -> None:
-        """Rebuild the books from the folder, without files that are cut short."""
+        """List the folder, and remove truncated files."""
         found: list[tuple[int, BlobKey]] = []
         with os.scandir(self.root) as entries:
             for entry in entries:

@@ -1,11 +1,10 @@
-"""The disk tier: what was fetched survives a restart of the host's store.
+"""The disk tier: fetched blobs survive a restart of the node store.
 
-* **Nothing is believed.** A file's bytes are verified whenever they are read; one that is damaged is removed, and its
-  blob is fetched again.
-* **Never in the way.** Blobs are written by a thread of their own after they were published, from the arena, whose
-  room they do not hold: bytes that are overwritten meanwhile have not the blob's digest any more, and are not kept.
-* **Never a failed request.** What goes wrong with the disk is counted and costs the caching; a log line says when it
-  begins. Writing pauses after a failure.
+* **Every read is verified.** A damaged file is removed, and its blob is fetched again.
+* **Writes delay nobody.** A separate thread writes blobs from the arena after they became available to requests. It
+  does not hold their room: a blob that is overwritten meanwhile no longer has its digest, and is not kept.
+* **A broken disk fails no request.** It only costs the caching: errors are counted, the first one is logged, and
+  writing pauses after each.
 """
 
 import hashlib
@@ -24,17 +23,17 @@ from deltazip_ray.residency.disk_folder import DiskFolder
 from deltazip_ray.residency.quarantine import BlobKey
 
 _PAUSE_S = 30.0
-"""Without writing, after a failure."""
+"""Pause in writing after a failure."""
 _QUIET_S = 600.0
-"""Without a failure, until one is worth a line in the log again: on a full disk every now and then a write succeeds."""
+"""A failure is logged again after this time without one: on a full disk a write succeeds now and then."""
 _BACKLOG = 64
-"""Blobs that may wait to be written; their room is likely to be overwritten when there are more."""
+"""Limit of blobs waiting to be written; with more, their room would probably be overwritten before."""
 
 logger = logging.getLogger(__name__)
 
 
 class DiskTier:
-    """Verified blobs in a folder. Thread-safe; nothing raises for the disk's sake."""
+    """Verified blobs in a folder. Thread-safe; errors of the disk are never raised."""
 
     def __init__(self, folder: DiskFolder, metrics: DiskMetrics, clock: Callable[[], float] = time.monotonic) -> None:
         """``clock`` gives seconds that never go back."""
@@ -50,7 +49,7 @@ class DiskTier:
     def from_settings(
         cls, settings: NodeStoreConfig, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic
     ) -> "DiskTier | None":
-        """The tier that the settings ask for, if any."""
+        """The configured tier, if any."""
         if settings.disk_dir is None:
             return None
         folder = DiskFolder(settings.disk_dir, settings.disk_bytes)
@@ -58,16 +57,16 @@ class DiskTier:
         return cls(folder, metrics, clock)
 
     def has(self, key: BlobKey) -> bool:
-        """Whether a blob was kept here when somebody last looked. Cheap."""
+        """Whether the blob is probably here. Cheap: does not touch the disk."""
         return key in self._folder
 
     def discard(self, keys: Iterable[BlobKey]) -> None:
-        """Remove blobs; it is no error if there are none. Blocking."""
+        """Remove blobs if they exist. Blocking."""
         for key in keys:
             self._remove(key)
 
     def find(self, digest: str) -> bytes | None:
-        """A small blob of unknown size, verified; None when it cannot be had from here. Blocking."""
+        """A small blob of unknown size, verified; None when it cannot be read from here. Blocking."""
         try:
             key = self._folder.find(digest)
         except OSError as error:
@@ -79,19 +78,19 @@ class DiskTier:
         return bytes(buffer) if self.read(key, memoryview(buffer)) else None
 
     def read(self, key: BlobKey, buffer: memoryview) -> bool:
-        """Fill ``buffer``, of the blob's size, with a blob and verify it; False when it cannot be had from here.
+        """Fill ``buffer``, of the blob's size, with a blob and verify it; False when it cannot be read from here.
 
-        ``buffer`` is undefined then. Blocking.
+        The content of ``buffer`` is undefined then. Blocking.
         """
         try:
             found = hashlib.sha256()
             if not self._folder.read_into(key, buffer, found.update):
                 return False
             if found.hexdigest() != key[0]:
-                raise BlobCorrupt(f"{key[0]} has another digest than its name")
+                raise BlobCorrupt(f"the bytes of {key[0]} do not match its digest")
         except BlobCorrupt as error:
             self._metrics.damaged.inc()
-            logger.warning("the disk tier had a damaged blob, which is fetched again: %s", error)
+            logger.warning("a blob on disk is damaged and will be fetched again: %s", error)
         except OSError as error:
             self._failed("read", error)
         else:
@@ -100,7 +99,7 @@ class DiskTier:
         return False
 
     def offer(self, key: BlobKey, buffer: memoryview) -> None:
-        """Keep a blob whose verified bytes are in ``buffer`` now; returns at once.
+        """Write a blob whose verified bytes are in ``buffer`` later, in another thread.
 
         ``buffer`` may be overwritten at any time, but must stay mapped until :meth:`close`.
         """
@@ -113,7 +112,7 @@ class DiskTier:
         self._writer.submit(self._write, key, buffer)
 
     def close(self) -> None:
-        """Finish the write under way, leave the others, and let another process have the folder. Blocking."""
+        """Finish the current write, drop the others, and release the folder to other processes. Blocking."""
         self._writer.shutdown(cancel_futures=True)
         self._folder.close()
 
@@ -143,8 +142,8 @@ class DiskTier:
             self._failed_at = now
         if news:
             logger.warning(
-                "the disk tier in %s fails to %s (%s); what it does not keep is fetched from the store again: "
-                "give it room, or set node_store.disk_dir to another folder",
+                "the disk tier in %s failed to %s (%s); blobs that it does not keep are fetched from the store again: "
+                "free space, or set node_store.disk_dir to another folder",
                 self._folder.root,
                 operation,
                 error.strerror,
@@ -152,6 +151,6 @@ class DiskTier:
 
 
 def _chunks(buffer: memoryview) -> Iterator[bytes]:
-    """Copies, so that what is hashed is what is written."""
+    """Copies, so that the hashed bytes are the written ones."""
     for start in range(0, len(buffer), MIB):
         yield bytes(buffer[start : start + MIB])

@@ -1,4 +1,4 @@
-"""Threads that fetch, shared fairly between versions, so that one that is large, slow or broken delays no other one."""
+"""Fetch threads, shared fairly between versions, so that a large, slow or broken one does not delay the others."""
 
 import asyncio
 import functools
@@ -11,12 +11,12 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 _SHARE = 3
-"""Threads of one version at most, for each that is idle beside them."""
+"""A version may have this many threads for each one that is left idle."""
 
 
 @dataclass(eq=False)
 class Job(Generic[T]):
-    """What a thread is to do for a version."""
+    """One call to make in a thread, for a version."""
 
     version: str
     run: Callable[[], T]
@@ -27,30 +27,30 @@ class Job(Generic[T]):
 
 @dataclass
 class _Share(Generic[T]):
-    """What one version has of the pool."""
+    """One version's jobs."""
 
     waiting: deque[Job[T]] = field(default_factory=deque)
     ahead: deque[Job[T]] = field(default_factory=deque)
-    """Jobs for which nobody waits yet."""
+    """Jobs that nobody waits for yet."""
     running: int = 0
 
     def queue(self, job: Job[T]) -> deque[Job[T]]:
-        """Where ``job`` is until it begins."""
+        """The queue that ``job`` is in until it starts."""
         return self.ahead if job.ahead else self.waiting
 
 
 class FetchPool(Generic[T]):
-    """Versions take turns: a thread that becomes free serves the one whose arrival or last turn is longest ago.
+    """Versions take turns: a free thread serves the version whose arrival or last turn was the longest time ago.
 
-    In a ``shared`` pool a version takes no thread beyond its first unless a third as many as it has then are left
-    idle (Choudhury and Hahne, "Dynamic queue length thresholds", 1998). Of 16 threads one version has 12, and where a
-    second one hangs beside it, the third still finds a thread. Jobs of one version begin in their order. Jobs for which
-    nobody waits yet begin when there are no others, and have half of the threads at most, so that others find one soon.
-    It belongs to one event loop.
+    In a ``shared`` pool a version gets more than one thread only while at least a third as many stay idle (Choudhury
+    and Hahne, "Dynamic queue length thresholds", 1998). Of 16 threads one version gets 12, and if a second one hangs
+    too, the third still finds a thread. The jobs of one version start in order. Jobs that nobody waits for yet start
+    when there are no others, and get at most half of the threads, so that others soon find one.
+    Belongs to one event loop.
     """
 
     def __init__(self, threads: int, *, shared: bool) -> None:
-        """``shared``: whether one version leaves threads to others that may come."""
+        """``shared``: whether a version leaves threads idle for others that may come."""
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="deltazip-fetch")
         self._idle = threads
         self._ahead_idle = max(1, threads // 2)
@@ -60,7 +60,7 @@ class FetchPool(Generic[T]):
     def submit(
         self, version: str, run: Callable[[], T], done: Callable[[Future[T]], None], *, ahead: bool = False
     ) -> Job[T]:
-        """Have ``run`` called in a thread, and then ``done`` on the event loop with what has come of it."""
+        """Call ``run`` in a thread, and then ``done`` on the event loop with the result."""
         job = Job(version, run, done, ahead)
         self._shares.setdefault(version, _Share()).queue(job).append(job)
         self._start_jobs()
@@ -76,7 +76,7 @@ class FetchPool(Generic[T]):
             self._start_jobs()
 
     def cancel(self, job: Job[T]) -> bool:
-        """Drop a job, of which ``done`` will not hear; False when it has begun."""
+        """Drop a job without calling its ``done``; False when it has already started."""
         share = self._shares.get(job.version)
         if share is None or job not in share.queue(job):
             return False
@@ -85,7 +85,7 @@ class FetchPool(Generic[T]):
         return True
 
     def shutdown(self) -> None:
-        """Wait for the jobs that have begun. Blocking; those that have not must have been cancelled."""
+        """Wait for the running jobs; the others must have been cancelled before. Blocking."""
         self._executor.shutdown()
 
     def _start_jobs(self) -> None:
@@ -99,7 +99,7 @@ class FetchPool(Generic[T]):
             self._executor.submit(job.run).add_done_callback(functools.partial(self._tell, loop, job))
 
     def _next_job(self) -> Job[T] | None:
-        """The job whose turn it is."""
+        """The next job to start, if any may."""
         ready = [share for share in self._shares.values() if self._may_start(share)]
         wanted = next((share.waiting[0] for share in ready if share.waiting), None)
         if wanted is not None or not self._ahead_idle:

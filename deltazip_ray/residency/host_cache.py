@@ -1,25 +1,24 @@
-"""The host tier: verified blobs of versions in one arena, shared by all versions that have them in common.
+"""The host tier: verified blobs in one arena, shared by all versions that have them in common.
 
-* **Single flight.** A blob is fetched once, whichever versions and callers want it, and they share its end, also those
-  who came when it had begun to fail; a caller that leaves does not disturb the others. When the last one leaves,
-  fetches that have begun are finished and stay cached (a thread cannot be stopped while it writes), those that have
-  not are dropped.
-* **Nothing unverified is seen.** A blob is published when its sha256 has been checked, never before.
-* **The disk first.** With ``node_store.disk_dir``, what came from the store, manifests too, is kept on disk, beside the
-  requests' way, and read from there when it has left memory or the process was restarted; see :mod:`disk_tier`.
-* **Held blobs never move and never leave.** The others stay until their room is needed; those that are worth least, for
-  what bringing them back would cost, leave first, see :mod:`popularity`.
-* **Who waits comes first.** What is prefetched gets threads that nobody else wants, and gives its room up when a
-  version that somebody waits for needs it.
-* **What is broken is not tried over and over.** A version that fails again and again gets its last failure at once
-  until a later try succeeds, see :mod:`breakers`; a blob that came damaged twice is not fetched for a while, see
-  :mod:`quarantine`. Neither concerns a version whose blobs are all here, nor any other one.
-* **Fair shares.** Versions take turns at the threads that fetch, and none gets all of them; see :mod:`fetch_pool`.
-  What is on disk has threads of its own, and waits for no store that hangs.
-* **Order, and no deadlock.** A version takes the room of all its missing blobs at once or none, so nobody keeps a part
-  and waits for the rest. Versions that find no room wait, holding nothing, in the order in which their manifests came;
-  one whose blobs are all here passes them. A version that is larger than the arena gets StoreFull at once, one that
-  has waited for ``room_timeout_s`` gets it then, so that whoever keeps holding cannot make others wait for ever.
+* **Single flight.** A blob is fetched once for all versions and callers that want it. They share the result, including
+  a failure, even those who joined late; a caller that leaves does not affect the others. When the last one leaves,
+  running fetches finish and stay cached (a thread cannot be stopped while it writes); queued ones are dropped.
+* **Only verified blobs are visible.** A blob is published after its sha256 was checked, never before.
+* **Disk before store.** With ``node_store.disk_dir``, blobs and manifests from the store are also written to disk, off
+  the path of requests, and read from there after an eviction or a restart; see :mod:`disk_tier`.
+* **Held blobs neither move nor leave.** The others stay until their room is needed. The least valuable ones, by
+  popularity and by the cost of fetching them again, leave first; see :mod:`popularity`.
+* **Requests before prefetches.** Prefetches use threads that nothing else needs, and give up their room when a
+  version that a request waits for needs it.
+* **Failures are not repeated endlessly.** A version that keeps failing gets its last error at once until a later
+  attempt succeeds, see :mod:`breakers`; a blob that arrived damaged twice is not fetched for a while, see
+  :mod:`quarantine`. Versions whose blobs are all in the arena, and all other versions, are not affected.
+* **Fair shares.** Versions take turns at the fetch threads, and none gets all of them; see :mod:`fetch_pool`.
+  Disk reads have threads of their own, so they never wait for a store that hangs.
+* **No deadlock.** A version gets room for all of its missing blobs at once or for none, so that nobody holds a part
+  while waiting for the rest. Versions that find no room wait in order of arrival, holding nothing; one whose blobs are
+  all there passes them. A version that is larger than the arena gets StoreFull at once; one that has waited for
+  ``room_timeout_s`` gets it then, so that nobody waits forever for room that is never released.
 """
 
 import asyncio
@@ -49,9 +48,9 @@ from deltazip_ray.residency.quarantine import BlobKey, Quarantine, blob_key
 from deltazip_ray.residency.tiers import HostDelta, HostMemory, Tier
 
 _PREFETCHES = 4
-"""Versions prefetched at once."""
+"""Limit of concurrent prefetches."""
 _UNKNOWN_S = 1.0
-"""What is believed of a version of which nothing is known."""
+"""Assumed fetch time of a version whose manifest is not known."""
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ class _Held:
 
 
 class HostCache:
-    """A DeltaSource over a catalog. It belongs to one event loop; only reads from the store run in threads."""
+    """A DeltaSource over a catalog. Belongs to one event loop; only reads run in threads."""
 
     def __init__(
         self,
@@ -79,7 +78,7 @@ class HostCache:
         registry: CollectorRegistry,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``buffer``: the arena, any writable memory that the caller keeps alive; its size is the arena's.
+        """``buffer`` is the arena: any writable memory, which the caller keeps alive.
 
         ``clock`` gives seconds that never go back. Raises ConfigError.
         """
@@ -107,11 +106,11 @@ class HostCache:
 
     @property
     def versions(self) -> frozenset[str]:
-        """Versions whose blobs are all here, held or not."""
+        """Versions whose blobs are all in the arena, held or not."""
         return frozenset(name for name, manifest in self._manifests.known.items() if self._blobs.ready(manifest.blobs))
 
     async def acquire(self, version: str) -> HostDelta:
-        """Bring a version to the host and hold it until :meth:`release`. The views are read-only.
+        """Fetch a version and hold it until :meth:`release`. The views are read-only.
 
         Raises InvalidName, ObjectNotFound, ManifestInvalid, BaseMismatch, BlobCorrupt, StoreUnavailable, StoreFull.
         """
@@ -131,7 +130,7 @@ class HostCache:
         return HostDelta(manifest, dict(zip(blocks, views, strict=True)), tier, self._memory)
 
     async def release(self, version: str) -> None:
-        """Let go of one :meth:`acquire`; the bytes stay cached. Raises StoreError when the version is not held."""
+        """Undo one :meth:`acquire`; the bytes stay cached. Raises StoreError when the version is not held."""
         held = self._get_held(version)
         held.count -= 1
         if not held.count:
@@ -139,7 +138,7 @@ class HostCache:
         self._blobs.let_go(held.blobs)
 
     async def prefetch(self, version: str) -> bool:
-        """See DeltaSource. A few versions at a time: hints beyond that are dropped."""
+        """See DeltaSource. Hints are dropped while a few prefetches are running already."""
         if version not in self._prefetches:
             if self._closed or len(self._prefetches) >= _PREFETCHES:
                 return False
@@ -150,7 +149,7 @@ class HostCache:
         return not task.cancelled() and task.result()
 
     async def discard(self, version: str, *, disk: bool = False) -> None:
-        """See DeltaSource. Blobs of other versions that are here stay, also on disk."""
+        """See DeltaSource. Blobs that other versions in the arena share stay, also on disk."""
         manifest = await self._manifests.get(version)
         if version in self._prefetches:
             self._prefetches[version].cancel()
@@ -167,12 +166,12 @@ class HostCache:
         return _UNKNOWN_S if manifest is None else self._blobs.seconds_away(manifest.blobs)
 
     def offsets(self, version: str) -> dict[str, tuple[int, int]]:
-        """Block to (offset, size) in the arena, in bytes. Raises StoreError when the version is not held."""
+        """(offset, size) of each block in the arena, in bytes. Raises StoreError when the version is not held."""
         held = self._get_held(version)
         return {e.block: (b.offset, e.size) for e, b in zip(held.manifest.blobs, held.blobs, strict=True)}
 
     def stats(self) -> HostStats:
-        """The state of the cache now."""
+        """The current state."""
         return dataclasses.replace(
             self._blobs.stats(),
             open_breakers=self._breakers.open,
@@ -189,7 +188,7 @@ class HostCache:
                 raise StoreError("host cache: a held blob is gone; restart the node store and report this")
 
     async def close(self) -> None:
-        """Fail those who wait with StoreUnavailable, and wait for reads and writes under way. Views stay valid."""
+        """Fail all waiters with StoreUnavailable, and wait for running reads and writes. Views stay valid."""
         self._closed = True
         self._cancel_prefetches()
         self._blobs.room_changed.set()
@@ -203,11 +202,11 @@ class HostCache:
 
     def _get_held(self, version: str) -> _Held:
         if version not in self._held:
-            raise StoreError(f"version {version[:12]} is not held: acquire it first, and release it once for each time")
+            raise StoreError(f"version {version[:12]} is not held: release it as often as it was acquired")
         return self._held[version]
 
     def _guard(self, version: str) -> contextlib.AbstractContextManager[None]:
-        """Around a try to have a version; raises BlobCorrupt at once for one with a blob in quarantine."""
+        """Guards one attempt to fetch a version; raises BlobCorrupt at once if one of its blobs is in quarantine."""
         manifest = self._manifests.known.get(version)
         if manifest is not None:
             if self._blobs.ready(manifest.blobs):
@@ -216,13 +215,13 @@ class HostCache:
         return self._breakers.guard(version)
 
     async def _prefetch(self, version: str) -> bool:
-        """Have a version's blobs brought, as far as there is room now."""
+        """Fetch a version's blobs if there is room now."""
         try:
             with self._guard(version):
                 manifest = await self._manifests.get(version)
                 blobs = self._blobs.try_hold(version, manifest.blobs, ahead=True)
                 if blobs is None:
-                    raise StoreFull("there is no room for it now")
+                    raise StoreFull("there is no room now")
                 await self._arrival(blobs)
         except DeltaZipError as error:
             logger.info("version %s was not prefetched: %s", version[:12], error.message)
@@ -235,7 +234,7 @@ class HostCache:
             task.cancel()
 
     async def _hold(self, version: str, manifest: Manifest) -> tuple[list[Blob], Tier]:
-        """Hold all blobs of a version once they are verified; returns where the slowest was when they were asked for.
+        """Hold all blobs of a version once they are verified; returns the tier that the slowest one came from.
 
         Raises as :meth:`acquire`, and holds nothing then.
         """
@@ -243,7 +242,7 @@ class HostCache:
         return blobs, await self._arrival(blobs)
 
     async def _arrival(self, blobs: Sequence[Blob]) -> Tier:
-        """Wait for the bytes of held blobs; returns where the slowest one was. Lets go of them when one fails."""
+        """Wait for the bytes of held blobs; returns the slowest one's tier. Releases all of them when one fails."""
         missing = [blob.ready for blob in blobs if not blob.ready.done()]
         try:
             if missing:
@@ -257,7 +256,7 @@ class HostCache:
         return max((ready.result() for ready in missing), key=_SLOWNESS.index, default="host")
 
     async def _place(self, version: str, manifest: Manifest) -> list[Blob]:
-        """Hold all blobs of a version, those that are missing on their way; waits for room. Raises StoreFull."""
+        """Wait for room, hold all blobs of a version, and start to fetch the missing ones. Raises StoreFull."""
         wanted = sum(aligned(size) for _, size in {blob_key(entry) for entry in manifest.blobs})
         arena = self._blobs.arena_bytes
         if wanted > arena:
@@ -278,8 +277,8 @@ class HostCache:
         except TimeoutError:
             now = self.stats()
             raise StoreFull(
-                f"version {version[:12]} takes {wanted} bytes, but of the {arena} of the host arena {now.held_bytes} "
-                f"are held, for {len(self._held)} versions: try again later, or raise node_store.arena_bytes"
+                f"version {version[:12]} takes {wanted} bytes, but {len(self._held)} versions hold {now.held_bytes} of "
+                f"the {arena} bytes of the host arena: try again later, or raise node_store.arena_bytes"
             ) from None
         raise _closed()
 

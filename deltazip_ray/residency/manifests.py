@@ -1,4 +1,4 @@
-"""Manifests of versions, read once and kept: from memory, the disk tier, or the catalog."""
+"""A cache of manifests in memory, before the disk tier and the catalog."""
 
 import asyncio
 import functools
@@ -12,14 +12,14 @@ from deltazip_ray.artifact.names import check_digest
 from deltazip_ray.residency.disk_tier import DiskTier
 
 _KEPT = 1024
-"""Manifests in memory, so that a version that is here can be had while the store is down."""
+"""Manifests in memory, so that a cached version can be served while the store is down."""
 
 _READERS = 16
-"""Threads that read from the store, apart from all others: it may hang, and the disk does not wait for it."""
+"""Threads that read from the store, separate from all others as it may hang."""
 
 
 class Manifests:
-    """One read for all who wait. It belongs to one event loop; reads run in threads."""
+    """Concurrent callers for one version share one read. Belongs to one event loop; reads run in threads."""
 
     def __init__(self, catalog: Catalog, disk: DiskTier | None) -> None:
         self._catalog = catalog
@@ -30,7 +30,7 @@ class Manifests:
 
     @property
     def known(self) -> Mapping[str, Manifest]:
-        """Those in memory, by version."""
+        """The manifests in memory, by version."""
         return self._known
 
     async def get(self, version: str) -> Manifest:
@@ -48,11 +48,11 @@ class Manifests:
         return await asyncio.shield(read)
 
     def forget(self, version: str) -> None:
-        """Read a version's manifest again when it is wanted again."""
+        """Drop a version's manifest from memory."""
         self._known.pop(version, None)
 
     async def close(self) -> None:
-        """Wait for the reads under way."""
+        """Wait for running reads."""
         await asyncio.gather(*self._reads.values(), return_exceptions=True)
         self._readers.shutdown()
 

@@ -1,4 +1,4 @@
-"""A bound on bytes a second, shared by threads."""
+"""A limit on bytes per second, shared by threads."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ class Pace:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """None: no bound. ``clock`` gives seconds that never go back."""
+        """``bytes_per_s`` None: no limit. ``clock`` gives seconds that never go back."""
         self._rate = bytes_per_s
         self._clock = clock
         self._sleep = sleep
@@ -23,11 +23,11 @@ class Pace:
 
     @property
     def unbounded(self) -> bool:
-        """Whether nobody ever waits."""
+        """Whether there is no limit."""
         return self._rate is None
 
     def take(self, size: int) -> None:
-        """Wait until ``size`` bytes may be moved. Those who come while somebody waits wait behind them."""
+        """Wait until ``size`` bytes may be moved. Callers are served in order of arrival."""
         if self._rate is None:
             return
         with self._lock:

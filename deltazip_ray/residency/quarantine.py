@@ -1,4 +1,4 @@
-"""Blobs that came damaged however often they were fetched: for a while they are refused without a fetch."""
+"""Blobs that arrived damaged on every attempt are not fetched again for a while."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -7,16 +7,16 @@ from deltazip_ray.artifact.manifest import BlobEntry
 from deltazip_ray.errors import BlobCorrupt
 
 BlobKey = tuple[str, int]
-"""Digest and size: a manifest that is wrong about a size must not harm one that is right."""
+"""Digest and size: a manifest with a wrong size must not affect one with the right size."""
 
 
 def blob_key(entry: BlobEntry) -> BlobKey:
-    """What makes two blobs the same."""
+    """Identifies a blob."""
     return entry.digest, entry.size
 
 
 class Quarantine:
-    """Blobs by when they may be fetched again, which is found out by fetching them. Belongs to one event loop."""
+    """The time at which each damaged blob may be tried again. Belongs to one event loop."""
 
     def __init__(self, duration_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         """``clock`` gives seconds that never go back."""
@@ -24,10 +24,10 @@ class Quarantine:
         self._clock = clock
         self._until: dict[BlobKey, float] = {}
         self.admissions = 0
-        """Blobs put in, since the start."""
+        """Blobs added since the start."""
 
     def __len__(self) -> int:
-        """Blobs inside."""
+        """Blobs in quarantine now."""
         now = self._clock()
         return sum(until > now for until in list(self._until.values()))
 
@@ -39,12 +39,12 @@ class Quarantine:
         self.admissions += 1
 
     def refuse(self, entries: Iterable[BlobEntry]) -> None:
-        """Raise BlobCorrupt, which names the blob, when one of these is inside."""
+        """Raise BlobCorrupt when one of these is in quarantine."""
         now = self._clock()
         for entry in entries:
             wait_s = self._until.get(blob_key(entry), now) - now
             if wait_s > 0:
                 raise BlobCorrupt(
-                    f"blob {entry.digest} came damaged twice and is not fetched for another {wait_s:.0f} s: "
+                    f"blob {entry.digest} arrived damaged twice and is not fetched for another {wait_s:.0f} s: "
                     "publish the version again with --repair, or check the store and the network"
                 )

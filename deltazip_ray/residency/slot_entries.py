@@ -1,4 +1,4 @@
-"""What the slot table keeps books of: versions on their way, versions in slots, and pins."""
+"""The entries of the slot table: versions being loaded, versions in slots, and pins."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -7,42 +7,42 @@ from dataclasses import dataclass
 from deltazip_ray.residency.tiers import Tier
 
 AskSlot = Callable[[], Awaitable[int]]
-"""Waits for a slot, which is the load's until it ends."""
+"""Waits for a slot, which belongs to the load until the load ends."""
 
 Load = Callable[[AskSlot], Awaitable[Tier]]
-"""Has a version's bytes ready, then asks for a slot, once, fills it and tells where the bytes came from. It must not
-return or raise, not even CancelledError, while anything may still write to the slot: the slot is given to another
-version right after."""
+"""Fetches a version's bytes, then asks for a slot (once), fills it and returns the tier that the bytes came from. It
+must not return or raise, not even CancelledError, while anything may still write to the slot: right after, the slot is
+given to another version."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Pin:
-    """The right to use ``version`` in ``slot`` until it is given back by ``unpin``."""
+    """The right to use ``version`` in ``slot`` until ``unpin``."""
 
     version: str
     slot: int
     tier: Tier
-    """Where the delta was when it was asked for; ``device`` is warm."""
+    """Where the delta was at the time of the request; ``device`` is warm."""
 
 
 Waiters = dict[asyncio.Future[Pin], None]
-"""An ordered set: who waits for one version."""
+"""An ordered set of those waiting for one version."""
 
 
 @dataclass(eq=False)
 class Coming:
-    """A version on its way that has no slot yet."""
+    """A version that is being loaded and has no slot yet."""
 
     version: str
     waiters: Waiters
     load: asyncio.Future[Tier] | None = None
-    """None only until it has been started."""
+    """None only until it is started."""
     place: asyncio.Future[int] | None = None
-    """What the load waits for once it has asked for a slot."""
+    """Will give the load its slot, once it has asked for one."""
     due: int = 0
-    """In the queue: it is overdue when the table's count of overtakes has come to this."""
+    """While queued: it is overdue when the table's count of overtakes reaches this."""
     occupant: "Occupant | None" = None
-    """What it became when it got a slot."""
+    """Its entry once it has a slot."""
 
 
 @dataclass(eq=False)
@@ -52,24 +52,24 @@ class Occupant:
     version: str
     slot: int
     waiters: Waiters
-    """Those who get a pin when the load is done; empty when resident."""
+    """They get a pin when the load is done; empty when resident."""
     load: asyncio.Future[Tier] | None = None
     """None when resident."""
     pins: int = 0
     closed: bool = False
-    """Whether it takes no new pins, so that it drains."""
+    """Whether it accepts no new pins, so that it drains."""
     leaving: bool = False
-    """Whether its slot becomes free when the last pin is given back."""
+    """Whether to free its slot at the last unpin."""
 
 
 def fail(waiters: Waiters, error: BaseException) -> None:
-    """Tell all waiters, who are none any more."""
+    """Fail all waiters and forget them."""
     for waiter in waiters:
         waiter.set_exception(error)
     waiters.clear()
 
 
 def cancel(load: asyncio.Future[Tier] | None) -> None:
-    """Tell a load to stop, if there is one."""
+    """Cancel a load, if there is one."""
     if load is not None:
         load.cancel()

@@ -1,17 +1,16 @@
-"""The device tier's policy: who waits for which version, and who is next. Who is in which slot: :mod:`slots`.
+"""The policy of the device tier: which versions are loaded, and in which order. The slots' state is in :mod:`slots`.
 
-* **A slot is taken last.** A load asks for its slot when everything is there that may be slow or fail. Until then it
-  costs no resident version its place, and when nobody waits for it any more it is cancelled.
-* **Single flight.** All who want a version wait for one load. A waiter that leaves, by cancellation or deadline,
-  changes nothing for the others. When the last one leaves a load that has its slot, the load goes on and the version
-  stays: the bytes are half there, and the client may come back. It is cancelled only when another version has no
-  other slot to go to.
+* **The slot comes last.** A load asks for a slot after everything that may be slow or fail. Until then no resident
+  version has to leave for it, and it is cancelled when nobody waits for it any more.
+* **Single flight.** All requests for a version wait for one load. A waiter that leaves, cancelled or timed out, does
+  not affect the others. When the last one leaves a load that has a slot, the load continues and the version stays:
+  half of the bytes are there, and the client may return. It is cancelled only when another version finds no slot.
 * **First come, first served.** Loads that find no slot queue up.
-* **Bounded overtaking.** Requests for resident versions pass those that wait, which keeps the device busy; but when
-  ``max_overtakes`` have passed a waiting version, the resident version with the fewest pins is closed: new requests
-  for it queue up like everybody's, so that it drains and its slot becomes free. Each overdue version closes one slot,
-  but half of them stay open, so that popular versions go on while many rare ones take turns (docs/scheduling.md).
-* **A failed load** frees its slot and fails those who waited for it, nobody else.
+* **Bounded overtaking.** Requests for resident versions pass waiting ones, which keeps the device busy. But when
+  ``max_overtakes`` have passed a waiting version, the resident version with the fewest pins is closed: new requests for
+  it have to queue, so that it drains and its slot becomes free. Each overdue version closes one slot, but half of the
+  slots stay open, so that popular versions continue while many rare ones take turns (docs/scheduling.md).
+* **A failed load** frees its slot and fails its own waiters, nobody else.
 """
 
 import asyncio
@@ -32,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class SlotTable:
-    """Versions in slots. It belongs to one event loop and never touches the memory itself."""
+    """Versions in slots. Belongs to one event loop and never touches the memory itself."""
 
     def __init__(
         self,
@@ -41,26 +40,26 @@ class SlotTable:
         cost: Callable[[str], float] = lambda _: 1.0,
         half_life: float = HALF_LIFE,
     ) -> None:
-        """``max_overtakes``: requests that may pass a version that waits for a slot. ``cost``: seconds to bring a
-        version back. ``half_life``: of uses, in uses. Raises ConfigError."""
+        """``max_overtakes``: requests that may pass a version waiting for a slot. ``cost``: seconds to load a version
+        again. ``half_life`` of a use, in uses. Raises ConfigError."""
         if slots < 1 or max_overtakes < 0:
             raise ConfigError(f"{slots} slots and {max_overtakes} overtakes: at least 1 and at least 0 are needed")
         self._slots = Slots(slots, cost, half_life)
         self._max_overtakes = max_overtakes
         self._overtakes = 0
         self._coming: dict[str, Coming] = {}
-        self._dropped: set[Coming] = set()  # loads that were told to stop before they had a slot
-        self._queue: dict[str, Coming] = {}  # those that have asked for a slot, first come first
+        self._dropped: set[Coming] = set()  # loads that were cancelled before they had a slot
+        self._queue: dict[str, Coming] = {}  # loads that have asked for a slot, in order
         self._stopped = False
 
     @property
     def slots(self) -> int:
-        """Those that are not lent."""
+        """Slots that are not lent."""
         return self._slots.count
 
     @property
     def evictions(self) -> int:
-        """Versions that had to leave since the start."""
+        """Versions evicted since the start."""
         return self._slots.evictions
 
     @property
@@ -70,7 +69,7 @@ class SlotTable:
 
     @property
     def loading(self) -> frozenset[str]:
-        """Versions that are on their way, without those that wait for a slot."""
+        """Versions being loaded, without those that wait for a slot."""
         copied = {one.version for one in self._slots.occupants.values() if one.load is not None}
         return frozenset(copied | (self._coming.keys() - self._queue.keys()))
 
@@ -81,13 +80,13 @@ class SlotTable:
 
     @property
     def waiting(self) -> tuple[str, ...]:
-        """Versions that wait for a slot, the next one first."""
+        """Versions that wait for a slot, in order."""
         return tuple(self._queue)
 
     async def pin(self, version: str, load: Load, timeout_s: float | None = None) -> Pin:
-        """Have ``version`` on the device, loading it if need be, and keep it there until :meth:`unpin`.
+        """Load ``version`` if it is not resident, and keep it on the device until :meth:`unpin`.
 
-        Of several callers that wait for one version, the first one's ``load`` is used. Raises LoadTimeout after
+        If several callers wait for one version, the ``load`` of the first one is used. Raises LoadTimeout after
         ``timeout_s`` seconds, EngineStopped, and whatever ``load`` raises.
         """
         if self._stopped:
@@ -113,12 +112,12 @@ class SlotTable:
         return waiter.result()
 
     def unpin(self, pin: Pin) -> None:
-        """Give a pin back, once nothing reads the slot on its behalf any more. Raises EngineError the second time."""
+        """Return a pin once nothing reads the slot on its behalf any more. Raises EngineError the second time."""
         self._slots.unpin(pin)
         self._dispatch()
 
     def discard(self, version: str) -> None:
-        """Free the slot of a version as soon as nobody uses it; one that is wanted and not there yet is left alone."""
+        """Free the slot of a resident version as soon as nobody uses it. Versions being loaded are left alone."""
         occupant = self._slots.occupants.get(version)
         if occupant is None or occupant.load is not None:
             return
@@ -129,21 +128,21 @@ class SlotTable:
             self._dispatch()
 
     def lend(self, least: int) -> int | None:
-        """Take a slot that nobody uses or waits for out of use, as long as ``least`` stay; None: there is none.
+        """Take a slot out of service that nobody uses or waits for, if ``least`` remain; None when there is none.
 
-        If none is free, the version that is worth least leaves its own.
+        If no slot is free, the least valuable version is evicted.
         """
         if self._queue or self.slots <= least:
             return None
         return self._slots.lend()
 
     def take_back(self, slot: int) -> None:
-        """Use a slot again that was lent, and whose memory serves nothing else any more."""
+        """Put a lent slot back into service, once its memory is not used for anything else."""
         self._slots.take_back(slot)
         self._dispatch()
 
     async def close(self) -> None:
-        """Fail those who wait with EngineStopped, cancel the loads and wait for their end. Pins stay valid."""
+        """Fail all waiters with EngineStopped, cancel the loads and wait until they have ended. Pins stay valid."""
         self._stopped = True
         stopped = EngineStopped("the engine has stopped: send the request to another replica")
         for coming in list(self._coming.values()):
@@ -176,7 +175,7 @@ class SlotTable:
             raise EngineError(f"slot table: {problem}; restart the replica and report this")
 
     def _join(self, version: str, load: Load, waiter: asyncio.Future[Pin]) -> None:
-        """Put a waiter where its version is: in a slot, on the way to one, or nowhere yet."""
+        """Add a waiter to the load of its version, starting one if there is none."""
         occupant, coming = self._slots.occupants.get(version), self._coming.get(version)
         if occupant is not None and occupant.load is not None:
             occupant.waiters[waiter] = None
@@ -191,7 +190,7 @@ class SlotTable:
             coming.load.add_done_callback(functools.partial(self._loaded, coming))
 
     def _leave(self, version: str, waiter: asyncio.Future[Pin]) -> None:
-        """A waiter gives up; the pin that it may have got in this very moment goes back."""
+        """A waiter gives up; if it got its pin in this very moment, the pin is returned."""
         if waiter.done():
             if waiter.exception() is None:
                 self.unpin(waiter.result())
@@ -234,11 +233,11 @@ class SlotTable:
             self._dispatch()
 
     def _dispatch(self) -> None:
-        """Serve the queue as far as there are slots, then see to it that slots become free for the rest."""
+        """Give free slots to the queue, then make sure that slots become free for the rest."""
         while self._queue:
             version, coming = next(iter(self._queue.items()))
             occupant = self._slots.occupants.get(version)
-            if occupant is not None:  # It was closed for others, and they are gone.
+            if occupant is not None:  # It was closed in favour of others, which are gone.
                 self._reopen(occupant)
                 continue
             slot = self._slots.take()
@@ -254,11 +253,11 @@ class SlotTable:
         del self._coming[coming.version]
         coming.occupant = Occupant(coming.version, slot, coming.waiters, coming.load)
         self._slots.occupants[coming.version] = coming.occupant
-        if coming.place is not None and not coming.place.cancelled():  # else it has given up, and will end soon
+        if coming.place is not None and not coming.place.cancelled():  # otherwise the load is about to end
             coming.place.set_result(slot)
 
     def _loaded(self, coming: Coming, load: asyncio.Future[Tier]) -> None:
-        """The end of a load, good or bad, with or without a slot."""
+        """A load has ended, successfully or not, with or without a slot."""
         error = EngineStopped("the load was cancelled") if load.cancelled() else load.exception()
         occupant = coming.occupant
         if occupant is not None:
@@ -287,13 +286,13 @@ class SlotTable:
             fail(occupant.waiters, error)
 
     def _cancel_abandoned(self) -> None:
-        """Stop loads that nobody waits for, one for each version that waits for a slot."""
+        """Cancel loads that nobody waits for, one for each version that waits for a slot."""
         abandoned = [o for o in self._slots.occupants.values() if o.load is not None and not o.waiters]
         for occupant in abandoned[: max(0, len(self._queue) - len(self._slots.cancelled))]:
             self._slots.cancel(occupant)
 
     def _balance_closed(self) -> None:
-        """Have one closed slot for each overdue version, as far as there are resident ones and half of them allow."""
+        """Keep as many resident versions closed as there are overdue ones (see :meth:`_overdue`)."""
         for occupant in sorted(self._closed(), key=lambda o: o.pins)[self._overdue() :]:
             self._reopen(occupant)
         residents = self._slots.residents
@@ -305,12 +304,12 @@ class SlotTable:
         return [o for o in self._slots.residents if o.closed]
 
     def _overdue(self) -> int:
-        """Versions that slots are closed for: those overdue, which are the first of the queue, up to half the slots."""
+        """Number of overdue versions, which are at the front of the queue; at most half of the slots."""
         overdue = itertools.takewhile(lambda c: c.due <= self._overtakes, self._queue.values())
         return min(sum(1 for _ in overdue), max(1, self.slots // 2))
 
     def _reopen(self, occupant: Occupant) -> None:
-        """Take pins again, at once those of the waiters that came meanwhile."""
+        """Accept pins again, and pin for the waiters that came meanwhile."""
         occupant.closed = False
         coming = self._coming.get(occupant.version)
         if coming is not None:

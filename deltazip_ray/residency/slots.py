@@ -1,8 +1,8 @@
-"""Which version is in which slot, who uses it, and who leaves when room is needed. Nobody waits here.
+"""The state of all slots: which version is in which, its pins, and which version to evict. Nothing waits here.
 
-A slot is free, loading, resident, or lent. What is pinned never leaves; the others stay until somebody needs the room.
-Then that one goes which is worth least: popularity times the seconds that bringing it back would take, see
-:mod:`popularity`. A lent slot is out of use for a while: its memory serves something else.
+A slot is free, loading, resident, or lent. Pinned versions never leave; others stay until a slot is needed. Then the
+least valuable one is evicted, by popularity times the seconds to load it again (see :mod:`popularity`). A lent slot is
+out of service: its memory is used for something else.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,16 +14,16 @@ from deltazip_ray.residency.tiers import Tier
 
 
 class Slots:
-    """The books of all slots. They belong to one event loop and never touch the memory itself."""
+    """The state of all slots. Belongs to one event loop and never touches the memory itself."""
 
     def __init__(self, count: int, cost: Callable[[str], float], half_life: float) -> None:
-        """``cost``: seconds to bring a version back. ``half_life``: of uses, in uses. Raises ConfigError."""
+        """``cost``: seconds to load a version again. ``half_life`` of a use, in uses. Raises ConfigError."""
         self.occupants: dict[str, Occupant] = {}
-        """By version, least recently used first; they have a slot each."""
+        """By version, least recently used first."""
         self.cancelled: set[Occupant] = set()
-        """Loads that were told to stop and still have their slots."""
+        """Cancelled loads, which keep their slots until they have ended."""
         self.evictions = 0
-        """Versions that had to leave since the start."""
+        """Versions evicted since the start."""
         self._all = count
         self._free = list(range(count - 1, -1, -1))
         self._lent: set[int] = set()
@@ -38,7 +38,7 @@ class Slots:
 
     @property
     def residents(self) -> list[Occupant]:
-        """Those that are all there."""
+        """Versions that are completely loaded."""
         return [one for one in self.occupants.values() if one.load is None]
 
     @property
@@ -47,7 +47,7 @@ class Slots:
         return bool(self._free) or any(self._unpinned())
 
     def take(self) -> int | None:
-        """A slot, which is the caller's to fill or to give back; None when all are in use."""
+        """Take a slot, evicting a version if needed; None when all are in use. The caller fills it or gives it back."""
         if self._free:
             return self._free.pop()
         victim = min(
@@ -60,32 +60,32 @@ class Slots:
         return victim.slot
 
     def give_back(self, slot: int) -> None:
-        """A slot that was taken is free."""
+        """Free a slot that was taken."""
         self._free.append(slot)
 
     def lend(self) -> int | None:
-        """Take a slot out of use; None when all are in use."""
+        """Take a slot out of service; None when all are in use."""
         slot = self.take()
         if slot is not None:
             self._lent.add(slot)
         return slot
 
     def take_back(self, slot: int) -> None:
-        """Use a slot again that was lent."""
+        """Put a lent slot back into service."""
         self._lent.remove(slot)
         self._free.append(slot)
 
     def pin(self, occupant: Occupant, tier: Tier) -> Pin:
-        """One more use of a resident version."""
+        """Pin a resident version."""
         occupant.pins += 1
         pin = Pin(occupant.version, occupant.slot, tier)
         self._pins.add(pin)
         return pin
 
     def unpin(self, pin: Pin) -> None:
-        """The end of a use. Raises EngineError the second time."""
+        """Return a pin. Raises EngineError the second time."""
         if pin not in self._pins:
-            raise EngineError(f"the pin of version {pin.version[:12]} in slot {pin.slot} was given back already")
+            raise EngineError(f"the pin of version {pin.version[:12]} in slot {pin.slot} was returned already")
         self._pins.remove(pin)
         occupant = self.occupants[pin.version]
         occupant.pins -= 1
@@ -95,18 +95,18 @@ class Slots:
             self.vacate(occupant)
 
     def vacate(self, occupant: Occupant) -> None:
-        """A version leaves its slot, which is free."""
+        """Remove a version and free its slot."""
         del self.occupants[occupant.version]
         self._free.append(occupant.slot)
 
     def cancel(self, occupant: Occupant) -> None:
-        """Have a load stop; it keeps its slot until it has ended."""
+        """Cancel a load; it keeps its slot until it has ended."""
         del self.occupants[occupant.version]
         self.cancelled.add(occupant)
         cancel(occupant.load)
 
     def check(self) -> Iterator[str]:
-        """What is wrong with the books, if anything. Linear in the slots."""
+        """Inconsistencies, if any. Linear in the slots."""
         taken = [o.slot for o in (*self.occupants.values(), *self.cancelled)]
         if sorted([*taken, *self._free, *self._lent]) != list(range(self._all)):
             yield "a slot is lost or taken twice"

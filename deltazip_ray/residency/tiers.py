@@ -1,4 +1,4 @@
-"""Where a version's bytes are, and who brings them to the host."""
+"""The tiers, and the interface that brings versions to the host."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ PrefetchTier = Literal["device", "host"]
 
 @dataclass(frozen=True, eq=False)
 class HostMemory:
-    """Memory that blobs lie in, mapped at least as long as this object lives: a device may register it once."""
+    """The memory that blobs lie in. It stays mapped while this object lives, so that a device can register it once."""
 
     view: memoryview
 
@@ -26,41 +26,41 @@ class HostDelta:
 
     manifest: Manifest
     blobs: Mapping[str, memoryview]
-    """Block name (``layers.0``, ``outer``) to the bytes of its safetensors blob."""
+    """The bytes of each block's safetensors blob, by block name (``layers.0``, ``outer``)."""
     tier: Tier
-    """Where the slowest blob was found."""
+    """The tier that the slowest blob came from."""
     memory: HostMemory | None = None
-    """What all blobs lie in, where they lie in one piece."""
+    """The memory of all blobs, if it is in one piece."""
 
 
 class DeltaSource(Protocol):
-    """Brings versions into host memory: the node store, or in tests a cache in the same process."""
+    """Brings versions into host memory: the node store, or a cache in the same process (in tests)."""
 
     async def acquire(self, version: str) -> HostDelta:
         """Bring a version to the host and hold it there until :meth:`release`.
 
-        Concurrent calls for one version make one fetch. Raises ArtifactError, StoreError.
+        Concurrent calls for one version share one fetch. Raises ArtifactError, StoreError.
         """
         ...
 
     async def release(self, version: str) -> None:
-        """Let go of one :meth:`acquire`; the bytes may stay cached."""
+        """Undo one :meth:`acquire`; the bytes may stay cached."""
         ...
 
     async def prefetch(self, version: str) -> bool:
-        """Bring a version to the host because somebody will want it soon, behind all that is wanted now.
+        """Bring a version to the host that will be needed soon, with lower priority than all that is needed now.
 
         Returns whether it is there; False also when the hint was dropped, for any reason.
         """
         ...
 
     async def discard(self, version: str, *, disk: bool = False) -> None:
-        """Free what a version takes and no other one needs: at once, or when the last one has released it.
+        """Free the memory of a version that no other one shares, now or at the last release.
 
-        ``disk``: on the host's disk too.
+        ``disk``: remove it from the host's disk too.
         """
         ...
 
     def seconds_away(self, version: str) -> float:
-        """What an :meth:`acquire` would take now, by experience; 0.0 when the version is on the host. Cheap."""
+        """The expected time of an :meth:`acquire`; 0.0 when the version is on the host. Cheap."""
         ...

@@ -58,7 +58,7 @@ CASES = {
     "no bucket": Case(refused(404, "NoSuchBucket"), reason="no such bucket"),
     "no blob": Case(refused(404, "NoSuchKey"), status=500, code="variant_unusable", reason="has no", retry_after=None),
     "wrong bits": Case(
-        flipped(), status=500, code="variant_unusable", reason="another digest than its name", retry_after=None
+        flipped(), status=500, code="variant_unusable", reason="do not match its digest", retry_after=None
     ),
     "trickle": Case(
         trickling(0.05), code="load_timeout", reason="bytes have not come", retry_after="5", load_timeout_s=1.5

@@ -80,7 +80,7 @@ def test_a_provider_that_fails_is_an_outage_until_it_works(
     store = store_of(anonymous, profile="rotating")
     store.put("k", b"v")
     trouble(process)
-    with pytest.raises(StoreUnavailable, match=rf"provider of credentials .*\({name}\): check the profile") as caught:
+    with pytest.raises(StoreUnavailable, match=rf"credential provider .*\({name}\): check the profile") as caught:
         store.get("k")
     assert f"{SECRET_KEY}!" not in text_of(caught.value)
     process.give()
@@ -95,7 +95,7 @@ def test_a_provider_that_fails_at_the_start_is_told_at_once(
         process.remove()
     else:
         process.fail(f"my secret is {SECRET_KEY}!")
-    with pytest.raises(ConfigError, match="provider of credentials") as caught:
+    with pytest.raises(ConfigError, match="credential provider") as caught:
         store_of(anonymous, profile="rotating")
     assert f"{SECRET_KEY}!" not in text_of(caught.value)
 

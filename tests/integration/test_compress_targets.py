@@ -98,7 +98,7 @@ def test_one_block_is_alive_at_a_time(
     assert len(made) == 2 * 4  # fine-tune forth and back, base and fine-tune while coding
 
 
-@pytest.mark.parametrize("ratio", [5.0, 8.0, 12.0])
+@pytest.mark.parametrize("ratio", [5.0, 12.0])
 def test_a_ratio_is_met_and_made_use_of(base: Path, finetuned: Path, tmp_path: Path, ratio: float) -> None:
     manifest = compress(base, finetuned, tmp_path / "artifact", target_ratio=ratio)
     numbers = LlamaForCausalLM.from_pretrained(finetuned).num_parameters()
@@ -122,10 +122,18 @@ def test_bits_count_changed_matrices_only(base: Path, finetuned: Path, tmp_path:
     assert 2.2 < 8 * manifest.bytes_artifact / weights <= 3.0
 
 
-def test_fewer_bits_lose_more(base: Path, finetuned: Path, tmp_path: Path) -> None:
-    found = [compress(base, finetuned, tmp_path / str(bits), target_bits=bits) for bits in (4.5, 3.0, 2.0, 1.0)]
+def test_fewer_bits_lose_more_and_equal_ones_give_one_version(base: Path, finetuned: Path, tmp_path: Path) -> None:
+    found = [compress(base, finetuned, tmp_path / str(bits), target_bits=bits) for bits in (4.5, 2.0, 1.0)]
     assert [manifest.bytes_artifact for manifest in found] == sorted((m.bytes_artifact for m in found), reverse=True)
     assert [kl(manifest) for manifest in found] == sorted(kl(manifest) for manifest in found)
+    seen: list[tuple[str, float]] = []
+    options = CompressOptions.model_validate(SMALL | {"target_bits": 2.0})
+    again = compress_checkpoint(
+        base, finetuned, tmp_path.as_uri(), options, lambda what, done: seen.append((what, done))
+    )
+    assert again.version() == found[1].version()
+    assert [done for _, done in seen] == sorted(done for _, done in seen)
+    assert "sensitivity of each matrix" in {what for what, _ in seen}
 
 
 @pytest.mark.parametrize("limit", [0.03, 0.004])
@@ -209,20 +217,6 @@ def test_rows_of_the_vocabulary_that_did_not_change_stay_exact(base: Path, tmp_p
     for name in (EMBEDDING, HEAD):
         assert torch.equal(merged[name][10:60], start[name][10:60])
         assert not torch.equal(merged[name][:10], start[name][:10])
-
-
-def test_two_runs_with_a_target_make_one_version(base: Path, finetuned: Path, tmp_path: Path) -> None:
-    first, second = (compress(base, finetuned, tmp_path / name, target_bits=2.5) for name in ("first", "second"))
-    assert first.version() == second.version()
-
-
-def test_progress_with_a_target_never_goes_back(base: Path, finetuned: Path, tmp_path: Path) -> None:
-    seen: list[tuple[str, float]] = []
-    options = CompressOptions.model_validate(SMALL | {"target_bits": 2})
-    out = (tmp_path / "artifact").as_uri()
-    compress_checkpoint(base, finetuned, out, options, lambda what, done: seen.append((what, done)))
-    assert [done for _, done in seen] == sorted(done for _, done in seen)
-    assert "sensitivity of each matrix" in {what for what, _ in seen}
 
 
 def test_targets_that_cannot_be_met(base: Path, finetuned: Path, tmp_path: Path) -> None:

@@ -233,5 +233,5 @@ def test_a_product_is_two_matrices_of_its_rank() -> None:
     found = read_blob(data, entry(3))
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    with pytest.raises(BlobCorrupt, match=r"its manifest wants torch\.bfloat16 \[4, 200\]|\[70, 4\]"):
+    with pytest.raises(BlobCorrupt, match=r"its manifest says torch\.bfloat16 \[4, 200\]|\[70, 4\]"):
         read_blob(data, entry(4))

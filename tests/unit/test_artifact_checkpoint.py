@@ -169,8 +169,8 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "index absolute": (lambda p: index(p, {"w": "/etc/passwd.safetensors"}), "names no shard"),
     "index of pickles": (lambda p: index(p, {"w": "model.bin"}), "names no shard"),
     "index of numbers": (lambda p: index(p, {"w": 3}), "names no shard"),
-    "shard missing": (lambda p: index(p, {"w": "model-7.safetensors"}), "is missing"),
-    "tensor missing": (lambda p: index(p, {"w": "model.safetensors"}), "lacks w"),
+    "shard missing": (lambda p: index(p, {"w": "model-7.safetensors"}), "but missing"),
+    "tensor missing": (lambda p: index(p, {"w": "model.safetensors"}), "has no w"),
 }
 
 

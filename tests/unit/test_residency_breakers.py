@@ -234,7 +234,7 @@ def test_quarantine_names_the_blob_and_ends() -> None:
     quarantine.add(blob_key(bad))
     now = 59.0
     quarantine.refuse([good, entry("b", short=1)])
-    with pytest.raises(BlobCorrupt, match=f"{bad.digest} came damaged twice and is not fetched for another 1 s"):
+    with pytest.raises(BlobCorrupt, match=f"{bad.digest} arrived damaged twice and is not fetched for another 1 s"):
         quarantine.refuse([good, bad])
     assert (len(quarantine), quarantine.admissions) == (1, 1)
     now = 60.0

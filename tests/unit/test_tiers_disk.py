@@ -273,7 +273,7 @@ async def test_a_full_disk_costs_the_caching_and_one_line_in_the_log(
         assert await life.tier(versions[3]) == "remote", "during the pause nothing is tried"
     assert life.metric("skipped_total") == 2, "the blob and its manifest"
     (line,) = [record.message for record in caplog.records if "deltazip" in record.name]
-    assert "fails to write" in line
+    assert "failed to write" in line
     assert "node_store.disk_dir" in line
     assert all(path.stat().st_size < 1000 for path in (tmp_path / "disk").iterdir()), "manifests find room"
     life.later_s += 31

@@ -50,7 +50,7 @@ async def test_a_version_larger_than_the_arena_is_refused_at_once(tmp_path: Path
 async def test_an_arena_full_of_held_blobs_is_reported(bench: Bench) -> None:
     held, wanted, small = bench.version("a", pages=6), bench.version("b", pages=3), bench.version("c", pages=2)
     await bench.cache.acquire(held)
-    with pytest.raises(StoreFull, match=f"{6 * ALIGNMENT} are held, for 1 versions"):
+    with pytest.raises(StoreFull, match=f"1 versions hold {6 * ALIGNMENT} of"):
         await bench.cache.acquire(wanted)
     assert bench.metric("failures_total", error="StoreFull") == 1
     await bench.cache.acquire(small)
