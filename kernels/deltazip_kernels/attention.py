@@ -63,7 +63,7 @@ class Parts:
     def __init__(self, items: int, heads: int, dim: int, device: torch.device) -> None:
         """For launches of up to ``items`` items."""
         self.values = torch.empty((items, heads, dim), dtype=torch.float32, device=device)
-        self.logs = torch.empty((items, heads), dtype=torch.float32, device=device)
+        self.weights = torch.empty((items, heads, 2), dtype=torch.float32, device=device)
         self.arrived = torch.zeros(items * heads, dtype=torch.int32, device=device)
         """Parts of a sequence that are there; zero between launches."""
 
@@ -84,7 +84,7 @@ def decode_attention(
     attention_decode[(len(work.items) // FIELDS * kv_heads,)](
         *_arguments(q, cache, work, scoring, out),
         parts.values,
-        parts.logs,
+        parts.weights,
         parts.arrived,
         M=max(8, power_of_2(q.shape[1] // kv_heads)),
         W=_WARPS,

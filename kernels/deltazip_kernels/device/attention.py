@@ -103,35 +103,38 @@ def _runs(base, step, W: tl.constexpr, N: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
-def _merged(
-    parts, logs, first, count, head, column,
+def _merge(
+    parts, weights, first, count, out, head,
     HEADS: tl.constexpr, G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Attention [M, WIDTH] from ``count`` parts, the first of which is ``first``, in their order."""
-    r = tl.arange(0, M)
-    top = tl.full((M,), NEVER, tl.float32)
-    weight = tl.zeros((M,), tl.float32)
-    sums = tl.zeros((M, WIDTH), tl.float32)
-    for some in tl.range(0, count, TOGETHER):
-        part = some + tl.arange(0, TOGETHER)
-        at = (first + part)[:, None] * (HEADS * G) + (head * G + r)[None, :]
-        real = (part < count)[:, None] & (r < G)[None, :]
-        log = tl.load(logs + at, mask=real, other=NEVER, cache_modifier=".cg")
-        mask = real[:, :, None] & (column < D)[None, None, :]
-        found = parts + at.to(tl.int64)[:, :, None] * D + column[None, None, :]
-        found = tl.load(found, mask=mask, other=0.0, cache_modifier=".cg")
-        highest = tl.maximum(top, tl.max(log, axis=0))
-        share = tl.exp2(log - highest[None, :])
+    """Attention from ``count`` parts, the first of which is ``first``, in their order, to the row at ``out``.
+
+    Numbers of all heads lie in one dimension, where each has its thread: in two, those would exchange weights.
+    """
+    i = tl.arange(0, M * WIDTH)
+    row = head * G + i // WIDTH
+    column = i % WIDTH
+    real = (i // WIDTH < G) & (column < D)
+    top = tl.full((M * WIDTH,), NEVER, tl.float32)
+    weight = tl.zeros((M * WIDTH,), tl.float32)
+    sums = tl.zeros((M * WIDTH,), tl.float32)
+    for part in tl.range(first, first + count, loop_unroll_factor=TOGETHER):
+        at = (part * (HEADS * G) + row).to(tl.int64)
+        its_top = tl.load(weights + at * 2, mask=real, other=NEVER, cache_modifier=".cg")
+        its_weight = tl.load(weights + at * 2 + 1, mask=real, other=1.0, cache_modifier=".cg")
+        found = tl.load(parts + at * D + column, mask=real, other=0.0, cache_modifier=".cg")
+        highest = tl.maximum(top, its_top)
+        share = tl.exp2(its_top - highest)
         shrink = tl.exp2(top - highest)
-        weight = weight * shrink + tl.sum(share, axis=0)
-        sums = sums * shrink[:, None] + tl.sum(found * share[:, :, None], axis=0)
+        weight = weight * shrink + its_weight * share
+        sums = sums * shrink + found * share
         top = highest
-    return sums / weight[:, None]
+    tl.store(out + row * D + column, (sums / weight).to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize_on_alignment=["pages", "items"])
 def attention_decode(
-    q, keys, values, scales, pages, page_stride, row_stride, scale_stride, items, out, factor, parts, logs, arrived,
+    q, keys, values, scales, pages, page_stride, row_stride, scale_stride, items, out, factor, parts, weights, arrived,
     CAP: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr,
     PAGE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr,
     M: tl.constexpr, W: tl.constexpr, N: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
@@ -139,8 +142,8 @@ def attention_decode(
     """Attention of ``items`` of one row, which sees all their keys, to ``out``; items without rows are none.
 
     Each of W warps has keys of its own, N at a time: they meet when all are done. An item that is one of several parts
-    leaves what it found in its row of ``parts`` [items, HEADS * G, D] and ``logs`` [items, HEADS * G], float32; the
-    last to come, counted in ``arrived`` [items * HEADS], merges them.
+    leaves its sums in its row of ``parts`` [items, HEADS * G, D], and their highest score and weight in ``weights``
+    [items, HEADS * G, 2], float32; the last to come, counted in ``arrived`` [items * HEADS], merges them.
     """
     work = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
@@ -204,15 +207,17 @@ def attention_decode(
     highest = tl.max(top, axis=0)
     share = tl.exp2(top - highest[None, :])
     weight = tl.sum(weight * share, axis=0)
-    result = tl.trans(tl.sum(sums * share[:, None, :], axis=0) / weight[None, :])
-    if count > 1:
-        tl.store(_place(parts, work, head * G + r, column, HEADS * G, D), result, mask=real)
-        tl.store(logs + (work * HEADS + head) * G + r, highest + tl.log2(weight), mask=r < G)
-        tl.debug_barrier()  # all threads have stored before one of them says so
-        counter = arrived + begin * HEADS + head
-        if tl.atomic_add(counter, 1, sem="acq_rel") < count - 1:
-            return
+    sums = tl.trans(tl.sum(sums * share[:, None, :], axis=0))
+    target = _place(out, row, head * G + r, column, HEADS * G, D)
+    if count == 1:
+        tl.store(target, (sums / weight[:, None]).to(out.dtype.element_ty), mask=real)
+        return
+    tl.store(_place(parts, work, head * G + r, column, HEADS * G, D), sums, mask=real)
+    left = weights + ((work * HEADS + head) * G + r) * 2
+    tl.store(left, highest, mask=r < G)
+    tl.store(left + 1, weight, mask=r < G)
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    counter = arrived + begin * HEADS + head
+    if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
         tl.store(counter, 0)
-        result = _merged(parts, logs, begin, count, head, column, HEADS, G, M, D, WIDTH)
-    rounded = result.to(out.dtype.element_ty)
-    tl.store(_place(out, row, head * G + r, column, HEADS * G, D), rounded, mask=real)
+        _merge(parts, weights, begin, count, out + row.to(tl.int64) * (HEADS * G * D), head, HEADS, G, M, D, WIDTH)
