@@ -8,24 +8,43 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine_runs import batch
+from benchmarks.engine_runs import batch, jobs
 from deltazip_ray.engine.async_engine import AsyncEngine
+from deltazip_ray.scheduler.request import GenerateRequest
+
+_DEVICE = (torch.profiler.ProfilerActivity.CUDA,)
+_BEFORE = 70
+"""Tokens that the last request has drawn when a trace begins: in its middle, each has about 90."""
 
 
 async def profile(engine: AsyncEngine, requests: int, prompt: int, versions: int) -> dict[str, Any]:
-    """Milliseconds of device time of a decode step, by kind of kernel, and one step's launches."""
-    running = asyncio.ensure_future(batch(engine, requests, prompt, 180, versions, 7))
-    await asyncio.sleep(0.4 + requests * prompt / 30_000)  # the prompts are over
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+    """Milliseconds of device time of a decode step, by kind of kernel, one step's launches, and ``context``: the tokens
+    that a request has in the middle of the trace."""
+    with torch.profiler.profile(activities=_DEVICE):
+        pass  # the first takes long to begin
+    drawn = [0] * requests
+    begun = asyncio.Event()
+
+    async def one(i: int, request: GenerateRequest) -> None:
+        async for chunk in engine.generate(request):
+            drawn[i] += len(chunk.tokens)
+            if drawn[-1] >= _BEFORE:
+                begun.set()
+
+    running = asyncio.gather(*map(one, range(requests), jobs(engine, requests, prompt, 180, versions, 7)))
+    await begun.wait()
+    with torch.profiler.profile(activities=_DEVICE) as trace:
         await asyncio.sleep(0.25)
+        tokens = prompt + sum(drawn) / requests
     await running
-    return step_times(_launches(trace))
+    found = step_times(_launches(trace))
+    return found | {"context": tokens - found["steps"] / 2}
 
 
 async def profile_prompts(engine: AsyncEngine, versions: int) -> dict[str, Any]:
     """The same of the steps that have prompts, of 512 requests at once: 256 tokens each, and then up to 224 decodes."""
     await batch(engine, 512, 256, 2, versions, 9)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+    with torch.profiler.profile(activities=_DEVICE) as trace:
         await batch(engine, 512, 256, 40, versions, 8)
     return step_times(_launches(trace), having="Prefill")
 
