@@ -35,17 +35,14 @@ def decode(pieces: Iterable[memoryview], buffer: memoryview, entry: BlobEntry) -
     the stored form claims. Does not check the digest. Raises BlobCorrupt.
     """
     position = 0
-    with _refused(entry):
+    advice = "publish the version again with --repair"
+    with _damage(f"blob {entry.object_digest[:12]} does not decompress to {len(buffer)} bytes: {advice}"):
         reader = zstandard.ZstdDecompressor().stream_reader(cast("IO[bytes]", _File(pieces)), read_across_frames=True)
         while count := reader.readinto(buffer[position : position + MIB]):
             yield buffer[position : position + count]
             position += count
-        if position == len(buffer) and not reader.read(1):
-            return
-    raise BlobCorrupt(
-        f"blob {entry.object_digest[:12]} does not decompress to {len(buffer)} bytes: "
-        "publish the version again with --repair"
-    )
+        if position != len(buffer) or reader.read(1):
+            raise BlobCorrupt("it is shorter or longer")
 
 
 class _File:
@@ -60,7 +57,7 @@ class _File:
 
 
 def read_object(store: ObjectStore, key: str, entry: BlobEntry | FileEntry) -> bytes:
-    """A blob or file as it is stored, after checking that it decompresses to what ``entry`` describes.
+    """A blob or file of an artifact as it is stored, after checking that it decompresses to what ``entry`` describes.
 
     Raises BlobCorrupt, ObjectNotFound, StoreUnavailable.
     """
@@ -73,31 +70,28 @@ def read_verified(store: ObjectStore, key: str, entry: BlobEntry | FileEntry) ->
 
 
 def _read(store: ObjectStore, key: str, entry: BlobEntry | FileEntry) -> tuple[bytes, bytes | bytearray]:
-    # Ask the store for the size: a manifest may claim anything, and that much memory would be allocated.
-    if store.size(key) != entry.object_size:
-        raise BlobCorrupt(
-            f"{store.url}/{key} does not have the {entry.object_size} bytes of its manifest: make it again"
-        )
-    data = store.get(key, entry.object_size)
-    if isinstance(entry, FileEntry) or entry.stored_as is None:
-        verify_blob(data, entry)
-        return data, data
-    verify_blob(data, entry.stored_as)
-    whole = bytearray()  # not allocated at once: the manifest's size may be wrong
-    with _refused(entry):
+    with _damage(f"{store.url}/{key} is not what its manifest says: make the artifact again, or copy it again"):
+        # Ask the store for the size: a manifest may claim anything, and that much memory would be allocated.
+        if store.size(key) != entry.object_size:
+            raise BlobCorrupt(f"it does not have {entry.object_size} bytes")
+        data = store.get(key, entry.object_size)
+        if isinstance(entry, FileEntry) or entry.stored_as is None:
+            verify_blob(data, entry)
+            return data, data
+        verify_blob(data, entry.stored_as)
+        whole = bytearray()  # not allocated at once: the manifest's size may be wrong
         for chunk in zstandard.ZstdDecompressor().read_to_iter(data):
             whole += chunk
             if len(whole) > entry.size:
                 break
-    verify_blob(whole, entry)
-    return data, whole
+        verify_blob(whole, entry)
+        return data, whole
 
 
 @contextmanager
-def _refused(entry: BlobEntry) -> Iterator[None]:
+def _damage(told: str) -> Iterator[None]:
+    """Report any damage as ``told``: a published version is repaired in another way than an artifact."""
     try:
         yield
-    except zstandard.ZstdError as error:
-        raise BlobCorrupt(
-            f"blob {entry.object_digest[:12]} cannot be decompressed ({error}): publish the version again with --repair"
-        ) from error
+    except (BlobCorrupt, zstandard.ZstdError) as error:
+        raise BlobCorrupt(told) from error

@@ -67,6 +67,7 @@ def test_cli_inspect_names_the_broken_blob(folder: Path, tmp_path: Path) -> None
     failed = deltazip("inspect", tmp_path / "broken", "--verify", ok=False)
     assert failed.code == 1
     assert blob.name[:12] in failed.stderr
+    assert "make the artifact again" in failed.stderr
     assert "Traceback" not in failed.stderr
 
 

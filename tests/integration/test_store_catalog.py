@@ -392,7 +392,7 @@ def test_repair_replaces_a_damaged_blob(store: ObjectStore, tmp_path: Path) -> N
     key = catalog.blob_key(blob.object_digest)
     store.put(key, bytes(blob.object_size))
     catalog.publish(source, manifest, "one")
-    with pytest.raises(BlobCorrupt, match="--repair"):
+    with pytest.raises(BlobCorrupt):
         read_verified(store, key, blob)
     catalog.publish(source, manifest, "one", repair=True)
     assert read_verified(store, key, blob)
