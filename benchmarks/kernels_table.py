@@ -113,6 +113,19 @@ def layers(rows: Sequence[Row], bandwidth: float) -> str:
     return "\n".join(lines)
 
 
+def attention(report: Row) -> str:
+    """Microseconds of a layer's attention, decodes and prefills, beside FlashInfer's."""
+    kinds = {"flashinfer": "FlashInfer", "triton": "ours", "fp8": "ours, fp8 cache"}
+    lines = ["| sequences x tokens | reading keys and values | " + " | ".join(kinds.values()) + " |"]
+    lines.append("|---" + "|--:" * (1 + len(kinds)) + "|")
+    for stage, note in (("decodes", ""), ("prefills", ", prefill")):
+        for name, found in report[stage].items():
+            limit = f"{found['limit_us']:.1f}" if "limit_us" in found else ""
+            cells = [f"{found[kind]['us']:.1f}" if kind in found else "–" for kind in kinds]
+            lines.append("| " + " | ".join([name + note, limit, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def long_tables(data: dict[str, Any]) -> dict[str, str]:
     """Those of ``python -m deltazip_kernels.bench --long``."""
     steps = [row for row in data["results"] if "+" in row["segments"]]

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import compress_table, plots, scheduling, serving_table
 from benchmarks.engine_table import breakdown, figures, fp8_quality, gemm, growth, own_figures, prompts, steps_in_fp8
 from benchmarks.host_table import host, sampling
-from benchmarks.kernels_table import long_tables
+from benchmarks.kernels_table import attention, long_tables
 from benchmarks.kernels_table import tables as kernel_tables
 from benchmarks.kv_table import fp8_cache
 from benchmarks.quality import report as quality_report
@@ -89,7 +89,11 @@ def pages() -> dict[str, dict[str, str]]:
             "goals": goals(tiers, _read("tiers-s3-h200-host"), _read("tiers-policy")),
             "ways": ways(tiers),
         },
-        "docs/kernels.md": kernel_tables(_read("kernels-h200")) | long_tables(_read("kernels-h200-long")),
+        "docs/kernels.md": {
+            **kernel_tables(_read("kernels-h200")),
+            **long_tables(_read("kernels-h200-long")),
+            "attention": _dated(attention, _read("attention-h200")),
+        },
         "docs/compression.md": {
             "compress": compress_table.page(_read("compress-h200")),
             "allocation": quality_report.allocation(_lines("quality_allocation")),
