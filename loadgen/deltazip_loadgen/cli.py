@@ -24,6 +24,7 @@ app = typer.Typer(
     help="Make traces of multi-variant traffic, replay them against an OpenAI-compatible server, and report.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",
 )
 
 
