@@ -153,9 +153,11 @@ class EngineConfig(Settings):
 class BreakerConfig(Settings):
     """When a version that fails again and again is answered without another try."""
 
-    failures: int = Field(3, ge=1, description="failures in a row before that")
-    backoff_s: float = Field(1.0, gt=0, description="until the first try after that; doubles with each that fails")
-    backoff_max_s: float = Field(30.0, gt=0, description="what it grows to")
+    failures: int = Field(
+        3, ge=1, description="failures in a row after which a version is answered with its last one at once"
+    )
+    backoff_s: float = Field(1.0, gt=0, description="seconds until it is tried again; doubles with each try that fails")
+    backoff_max_s: float = Field(30.0, gt=0, description="what these seconds grow to")
 
 
 class NodeStoreConfig(Settings):
@@ -165,9 +167,9 @@ class NodeStoreConfig(Settings):
     shm_dir: Path = Field(Path("/dev/shm"), description="where the shared arena is created")  # noqa: S108
     fetch_threads: int = Field(16, ge=1, description="blobs fetched in parallel, and as many read from the disk")
     disk_dir: Path | None = Field(
-        None, description="folder of its own for blobs that survive a restart; none if absent"
+        None, description="folder of its own for blobs that survive a restart; none when absent"
     )
-    disk_bytes: int = Field(64 * GIB, ge=MIB, description="what that folder may grow to")
+    disk_bytes: int = Field(64 * GIB, ge=MIB, description="bytes that the folder may grow to")
     fetch_bytes_per_s: float | None = Field(None, gt=0, description="bound on what is fetched; none when absent")
     eviction_half_life: float = Field(
         2000.0, ge=1, description="uses after which a use counts half for what stays in memory; 1: recency alone"

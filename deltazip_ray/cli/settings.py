@@ -51,18 +51,31 @@ def all_settings(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
             yield Setting(prefix + name, _default(field), _meaning(field))
 
 
+_EXAMPLE = """\
+```yaml
+base: /models/llama
+store: {url: "s3://models/deltas"}
+engine: {device: cuda, dtype: bfloat16, max_model_len: 8192, slots: 16, warm_codecs: [int2]}
+node_store: {arena_bytes: 34359738368, disk_dir: /cache/deltas}
+```"""
+
+
 def as_markdown(found: list[Setting]) -> str:
-    """A page."""
+    """A page, with a table for each part of the config."""
     lines = [
         "# Settings",
         "",
         "What the `args` of a Serve config may hold, or the file of `deltazip serve` itself; anything else is refused.",
         "Made by `deltazip settings --markdown > docs/settings.md`.",
         "",
-        "| setting | default | |",
-        "|---|---|---|",
-        *(f"| `{one.name}` | {_quoted(one.default)} | {one.meaning} |" for one in found),
+        _EXAMPLE,
     ]
+    parts: dict[str, list[Setting]] = {}
+    for one in found:
+        parts.setdefault(one.name.partition(".")[0] if "." in one.name else "application", []).append(one)
+    for part, members in parts.items():
+        lines += ["", f"## {part}", "| setting | default | |", "|---|---|---|"]
+        lines += [f"| `{one.name}` | {_quoted(one.default)} | {one.meaning} |" for one in members]
     return "\n".join(lines) + "\n"
 
 

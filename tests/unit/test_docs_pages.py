@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from deltazip_deployments import cli
 from deltazip_ray.cli.settings import all_settings, as_markdown
@@ -28,6 +29,7 @@ def test_the_page_of_settings_has_all_of_them() -> None:
     assert "| `engine.slots` | `8` | deltas on the device at once |" in page
     assert "| `node_store.breaker.failures` | `3` |" in page
     assert "| `base` | required |" in page
+    AppConfig.model_validate(yaml.safe_load(_blocks(page)[0]))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
