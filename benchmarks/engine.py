@@ -59,7 +59,7 @@ def settings(options: argparse.Namespace, shape: DecoderConfig, slot_bytes: int)
         dtype="bfloat16",
         base_dtype=options.base_dtype,
         max_model_len=min(2048, shape.max_positions),
-        max_batch_tokens=8192,
+        max_batch_tokens=options.max_batch_tokens,
         max_running=256,
         slots=max(1, *options.versions, *options.growth),
         slot_bytes=slot_bytes,
@@ -150,6 +150,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=numbers, default="", help="numbers of requests whose decodes are measured")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--saturated-runs", type=int, default=3)
+    parser.add_argument("--max-batch-tokens", type=int, default=8192)
     parser.add_argument("--memory-fraction", type=float, default=0.95)
     parser.add_argument("--profile", action="store_true", help="where the time of a decode step goes")
     parser.add_argument("--prompts", action="store_true", help="where the time of a step with prompts goes")
@@ -169,6 +170,7 @@ def main() -> None:
         "base_dtype": options.base_dtype or "bfloat16",
         "outer": options.outer,
         "shape": options.shape,
+        "max_batch_tokens": options.max_batch_tokens,
     }
 
     def put(name: str, value: Any) -> None:
