@@ -163,8 +163,8 @@ class AsyncEngine:
             slots=table.slots,
             evictions=table.evictions,
             preemptions=scheduler.preemptions,
-            prefix_lookups=scheduler.prefix_lookups,
-            prefix_hits=scheduler.prefix_hits,
+            prefix_lookups=scheduler.admission.prefix_lookups,
+            prefix_hits=scheduler.admission.prefix_hits,
             stopped=self._stopped,
         )
 

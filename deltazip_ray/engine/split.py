@@ -60,7 +60,7 @@ class Split:
         """Move one slot, if it is time."""
         now = self._clock()
         passed, self._looked_at = now - self._looked_at, now
-        if self._scheduler.short:
+        if self._scheduler.admission.short:
             self._short_at = now
             self._short_for += passed
         else:

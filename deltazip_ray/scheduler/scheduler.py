@@ -1,21 +1,15 @@
 """Continuous batching: which tokens of which requests run in the next step.
 
-1. **Admission** follows :mod:`~deltazip_ray.scheduler.fair_queue`: whose turn it is gets admitted, or nobody.
+1. **Admission**, and who gets how many tokens of a step: :mod:`~deltazip_ray.scheduler.admission`.
 2. **Blocks.** An admitted request shares the KV blocks of the longest prefix that is in the cache, gets those of all
-   its other tokens at once, and later one whenever a decode crosses into it. Admission leaves one block free for each
-   running request, lest it preempts one at once. Blocks are shared from ``update`` of the batch on that filled them.
-3. **Tokens of a step.** Each running request has one token of ``max_batch_tokens``; a prefill under way gets of the
-   rest what it can use, and what is left goes to requests that are admitted now.
-   *No prefill starves*: as nobody is admitted without a token to run, there are never more running requests than
-   tokens in a step, and all of them advance in every step. Behind an unfinished prefill nobody is admitted, so there
-   is at most one. Decodes never wait for it. It is cut where the prompts of its version are whole tiles of rows, since
-   kernels multiply these at once; the second and later ones of a step wait rather than be cut to nothing by that.
-4. **Preemption.** When blocks run out, the running request that is last in the queue's order of arrival and priority
+   its other tokens at once, and later one whenever a decode crosses into it. Blocks are shared from ``update`` of the
+   batch on that filled them.
+3. **Preemption.** When blocks run out, the running request that is last in the queue's order of arrival and priority
    gives up its blocks and waits again; it keeps its output and computes it again as part of its prompt.
    *No livelock*: the first one in that order is never preempted, since alone it fits (see ``limits``);
    it advances in every step, so it finishes. *No starvation*: priorities age, so everybody is the first in time.
    Blocks that were lent to the cache are taken back at any time, from whoever holds them (:meth:`take_back`).
-5. **One step ahead.** ``schedule`` may be called once more before ``update`` of the batch before, so that the host
+4. **One step ahead.** ``schedule`` may be called once more before ``update`` of the batch before, so that the host
    prepares a step while the device runs another. A decode then carries ``DRAWN``, the token that is on the device
    only. Left out are requests whose last token is being drawn, and those that must know it first
    (``SamplingParams.sequential``). That one ended with a stop token is found a step late: the row in the batch on its
@@ -30,15 +24,15 @@ may wait is decided where they arrive, since those that wait for their delta are
 """
 
 from array import array
-from bisect import insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from operator import attrgetter
 
 from deltazip_ray.config import CPU_KV_BLOCKS, EngineConfig
 from deltazip_ray.errors import DeltaZipError, EngineError, InvalidRequest
 from deltazip_ray.kvcache.block_manager import BlockManager
-from deltazip_ray.scheduler.batch import TILE_ROWS, Batch, Drawn, Scores, next_chunk
+from deltazip_ray.scheduler.admission import Admission
+from deltazip_ray.scheduler.batch import Batch, Drawn, Scores, next_chunk
 from deltazip_ray.scheduler.fair_queue import FairQueue
 from deltazip_ray.scheduler.limits import Limits
 from deltazip_ray.scheduler.outbox import End, News, Outbox
@@ -47,13 +41,8 @@ from deltazip_ray.scheduler.sequence import SequenceState
 
 _AHEAD = 2
 """Batches that may be on their way at once."""
-ROWS_AT_ONCE = 32
-"""Decodes of one version that kernels serve in one pass over its delta (``deltazip_kernels.plan.MORE``)."""
-_TILES_OF_A_STEP = 8
-"""In steps of fewer tokens prompts are cut anywhere."""
 _NOT_FINITE = "the logits are not finite: the version is broken"
 
-_slot = attrgetter("slot")
 _order = attrgetter("order")
 
 
@@ -64,25 +53,16 @@ class Scheduler:
         """Uses the limits, the settings of the KV cache and those of fairness."""
         self.blocks = BlockManager(config.kv_blocks or CPU_KV_BLOCKS, config.block_size)
         self.limits = Limits(config.max_model_len, self.blocks.num_blocks * config.block_size)
-        self._max_batch_tokens = config.max_batch_tokens
-        self._max_running = config.max_running
         self._block_size = config.block_size
         self._share_prefixes = config.kv_prefix_cache
         self._queue = FairQueue(config.fair_lead_tokens, config.priority_step_tokens, config.max_batch_tokens)
         self._sequences: dict[str, SequenceState] = {}
         self._running: list[SequenceState] = []  # by slot
-        self._prefill: SequenceState | None = None  # the one that was cut off in the last batch ...
-        self._held: SequenceState | None = None  # ... or the last one before one that had no room there
+        self.admission = Admission(config, self.blocks, self._queue, self._running)
         self._on_the_way: deque[Batch] = deque()
         self._outbox = Outbox()
         self.preemptions = 0
         """Preemptions since the start."""
-        self.short = False
-        """Whether the last call of ``schedule`` could not admit a request for want of blocks."""
-        self.prefix_lookups = 0
-        """Tokens of admitted requests, since the start."""
-        self.prefix_hits = 0
-        """Of those, tokens that were in the KV cache already."""
 
     @property
     def num_running(self) -> int:
@@ -127,14 +107,13 @@ class Scheduler:
         """
         if len(self._on_the_way) == _AHEAD:
             raise EngineError(f"{_AHEAD} batches are on their way: call update first")
-        self.short = False
         self._grow_tables()
-        cut = self._share_out()
+        cut = self.admission.share_out()
         chunks = []
         for sequence in self._running:
             if sequence.may_run:
                 pending = sequence.pending
-                chunks.append(next_chunk(sequence, cut if sequence is self._prefill else pending, pending))
+                chunks.append(next_chunk(sequence, cut if sequence is self.admission.prefill else pending, pending))
         batch = Batch.of(chunks)
         for row, chunk in enumerate(batch.sampling_chunks):
             chunk.sequence.row = row
@@ -221,70 +200,6 @@ class Scheduler:
         if tokens > sequence.paid:
             self._queue.charge(sequence, tokens - sequence.paid)
             sequence.paid = tokens
-
-    def _share_out(self) -> int:
-        """Admit whom the step has room for. Returns the tokens of ``self._prefill``, which has more to run than that.
-
-        All others that run have all of their pending tokens in the step.
-        """
-        room = self._max_batch_tokens - len(self._running)
-        last = self._prefill
-        self._prefill = None
-        if last is not None and last.table:
-            if last.pending > room + 1:
-                self._prefill = last
-                return self._cut(last, room + 1) or room + 1
-            room -= last.pending - 1
-        while room and (last := self._admit(last, room)):
-            if last.pending > room:
-                self._prefill = last
-                return self._cut(last, room) or room
-            room -= last.pending
-        return 0
-
-    def _cut(self, prefill: SequenceState, room: int) -> int:
-        """How many tokens of a ``prefill`` that has more than ``room`` run: as many as make whole tiles of rows with
-        the other prompts of its version, if steps are so large that little is left unused; they may be none."""
-        if prefill.slot < 0 or self._max_batch_tokens < _TILES_OF_A_STEP * TILE_ROWS:
-            return room
-        pending = [s.pending for s in self._running if s.slot == prefill.slot and s is not prefill and s.may_run]
-        return max(room - (room + sum(tokens for tokens in pending if tokens > 1)) % TILE_ROWS, 0)
-
-    def _admit(self, last: SequenceState | None, room: int) -> SequenceState | None:
-        """Start the request whose turn it is, if there is one and it fits; ``last`` was prefilled before it.
-
-        Behind others, one of which no tile of rows has ``room`` waits for the next step, where its version goes on.
-        """
-        filling = self._filling(last or self._held)
-        self._held = None
-        sequence = self._queue.first(filling) if len(self._running) < self._max_running else None
-        if sequence is None or sequence.drawing:
-            return None  # One that was preempted just now is computed again with the token that is on its way.
-        tokens = len(sequence)
-        if last is not None and tokens > room and not self._cut(sequence, room):
-            self._held = last
-            return None
-        names = sequence.names.first(sequence.reusable // self._block_size) if self._share_prefixes else []
-        found = self.blocks.start(tokens, names, spare=len(self._running))
-        if found is None:
-            self.short = True
-            return None
-        sequence.table, sequence.named = found
-        sequence.scheduled = sequence.named * self._block_size
-        self.prefix_lookups += tokens
-        self.prefix_hits += sequence.scheduled
-        self._queue.admit(sequence, max(0, tokens - max(sequence.paid, sequence.scheduled)))
-        sequence.paid = max(sequence.paid, tokens)
-        insort(self._running, sequence, key=_slot)
-        return sequence
-
-    def _filling(self, last: SequenceState | None) -> SequenceState | None:
-        """Of the version that may go on: ``last`` up to ROWS_AT_ONCE, or one that lacks one of them."""
-        counts = Counter(map(_slot, self._running))
-        if last is not None and counts[last.slot] % ROWS_AT_ONCE:
-            return last
-        lacking = (s for s in self._running if s.slot >= 0 and (counts[s.slot] + 1) % ROWS_AT_ONCE == 0)
-        return next(filter(self._queue.waits, lacking), None)
 
     def _arrived(self, batch: Batch) -> None:
         """Take ``batch`` off the way, and tell the ends that waited for it."""

@@ -48,7 +48,7 @@ class World:
 
     async def passes(self, seconds: float, *, short: bool) -> int:
         """Blocks of the cache at the end."""
-        self.scheduler.short = short
+        self.scheduler.admission.short = short
         for _ in range(round(seconds * 10)):
             self.now += 0.1
             await self.split.look()

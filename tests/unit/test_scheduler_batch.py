@@ -9,10 +9,11 @@ from deltazip_kernels.device.fused import TALL
 from deltazip_kernels.plan import MORE
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.errors import EngineError, InvalidRequest, PromptTooLong
+from deltazip_ray.scheduler.admission import ROWS_AT_ONCE
 from deltazip_ray.scheduler.batch import DRAWN, TILE_ROWS, Batch, Drawn
 from deltazip_ray.scheduler.outbox import End
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, TokenChunk
-from deltazip_ray.scheduler.scheduler import ROWS_AT_ONCE, Scheduler
+from deltazip_ray.scheduler.scheduler import Scheduler
 
 
 def request(name: str, prompt: int, max_tokens: int = 4, **sampling: object) -> GenerateRequest:
@@ -419,4 +420,4 @@ def test_nothing_is_shared_of_a_request_that_failed() -> None:
     assert isinstance(news(sched)["a"], EngineError)
     sched.add(request("b", 13), slot=0)
     step(sched)
-    assert sched.prefix_hits == 0
+    assert sched.admission.prefix_hits == 0

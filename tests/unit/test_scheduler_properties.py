@@ -342,4 +342,4 @@ def test_a_thousand_requests_with_random_cancellations_leak_nothing_while_slots_
     assert len(driver.aborted) > 150
     assert driver.failed
     assert driver.sched.preemptions > 20
-    assert driver.sched.prefix_hits > 1000
+    assert driver.sched.admission.prefix_hits > 1000
