@@ -58,9 +58,10 @@ def test_first_launches_beside_loads() -> None:
     values = (3, 2.5, 5 << 40)
     cases = list(itertools.product(values, repeat=3))
     out = torch.zeros(len(cases), 2, dtype=torch.float64, device="cuda")
-    with ThreadPoolExecutor(2) as pool:
-        loads = [pool.submit(lambda case: launch._load(_sum.warmup(out, *case, grid=(1,))), case) for case in cases]
-        for row, case in reversed(list(enumerate(cases))):
+    kernels = [_sum.warmup(out, *case, grid=(1,)) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        loads = [pool.submit(launch._load, kernel) for kernel in kernels]
+        for row, case in enumerate(cases):
             launch.launch(_sum, (1,), out[row], *case)
         for load in loads:
             load.result()
