@@ -40,6 +40,7 @@ class LaunchedStep:
     prompts: PromptScores | None
     """None where nobody asks for log-probabilities of a prompt."""
     done: torch.cuda.Event | None
+    """Behind the step, on a GPU, where ``sampled`` has none."""
 
     def wait(self) -> list[Drawn | None]:
         """See :class:`~deltazip_ray.engine.step_loop.Launched`."""
@@ -92,7 +93,7 @@ class ModelRunner:
             if arrivals is None:
                 arrivals = self._arriving({chunk.slot for chunk in batch.chunks})
             sampled, prompts = self._run(batch, arrivals)
-        if self.device.type != "cuda":
+        if sampled is not None or self.device.type != "cuda":
             return LaunchedStep(sampled, prompts, None)
         done = torch.cuda.Event(blocking=True)
         done.record()

@@ -26,7 +26,7 @@ READER_S = 0.0002
 """Time for each reader of tokens that is woken. Under Serve one costs 60 to 90 us of the interpreter, which the steps
 share: this leaves them more than half of it, however many readers there are."""
 _LONG = 256
-"""Tokens of prompts in a step that takes so long that all readers are woken before it."""
+"""More tokens of prompts make a step long."""
 MOST_FAILURES = 8
 """Steps that fail in a row before the device counts as lost, though it still answers."""
 
@@ -157,25 +157,32 @@ class StepLoop:
             wait = False
 
     def _advance(self) -> None:
-        """Launch the next step and finish the one before; then that next one too, unless it may run meanwhile."""
+        """Launch the next step and finish the one before; then that next one too, unless it may run meanwhile.
+
+        Between the two most tokens are told: their readers need the interpreter, and this thread only waits.
+        """
         batch = self._scheduler.schedule()
-        long = batch.num_tokens - len(batch.chunks) > _LONG
-        if long:
-            self._tell(everybody=True)
+        if _long(batch):
+            self._tell(None)
         before, self._step = self._step, self._launch(batch)
+        self._tell(None if before is not None and _long(before.batch) else self._turns())
         if before is not None:
             self._finish(before)
         if self._step is not None and (not self._ahead or isinstance(self._step.launched, Exception)):
             self._finish(self._step)
             self._step = None
-        self._tell(everybody=long)
+        self._tell(self._turns() if self._step is None else 0)
 
-    def _tell(self, *, everybody: bool) -> None:
-        """Publish first tokens and ends, and of the tokens between those for which there was time since the last."""
+    def _turns(self) -> int:
+        """How many readers there was time for since some were woken."""
         now = time.perf_counter()
-        turns = None if everybody else int((now - self._told_at) / READER_S)
-        if turns != 0:
+        turns = int((now - self._told_at) / READER_S)
+        if turns:
             self._told_at = now
+        return turns
+
+    def _tell(self, turns: int | None) -> None:
+        """Publish first tokens and ends, and the tokens between those to ``turns`` readers; None: to all."""
         if news := self._scheduler.take_news(turns):
             self._publish(news)
 
@@ -251,3 +258,8 @@ class StepLoop:
         except EngineError as error:
             return error
         return None
+
+
+def _long(batch: Batch) -> bool:
+    """Whether a step takes so long that all readers are woken before it."""
+    return batch.num_tokens - len(batch.chunks) > _LONG

@@ -28,6 +28,8 @@ class Outbox:
 
     def put(self, sequence: SequenceState) -> None:
         """A request that goes on has new tokens."""
+        if sequence in self._untold:
+            return
         if sequence.silent:
             self._news.append((sequence.request.request_id, sequence.tell()))
         else:

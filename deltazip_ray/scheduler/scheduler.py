@@ -108,12 +108,12 @@ class Scheduler:
         if len(self._on_the_way) == _AHEAD:
             raise EngineError(f"{_AHEAD} batches are on their way: call update first")
         self._grow_tables()
-        cut = self.admission.share_out()
+        cut, prefill = self.admission.share_out(), self.admission.prefill
         chunks = []
         for sequence in self._running:
             if sequence.may_run:
                 pending = sequence.pending
-                chunks.append(next_chunk(sequence, cut if sequence is self.admission.prefill else pending, pending))
+                chunks.append(next_chunk(sequence, cut if sequence is prefill else pending, pending))
         batch = Batch.of(chunks)
         for row, chunk in enumerate(batch.sampling_chunks):
             chunk.sequence.row = row

@@ -193,7 +193,7 @@ async def test_copying_into_a_slot_does_not_hold_up_the_others(zoo: Zoo, monkeyp
 
 async def test_a_load_that_takes_too_long_times_out(zoo: Zoo) -> None:
     source = slow_source(zoo)
-    async with running(zoo.base, source, load_timeout_s=0.05) as run:
+    async with running(zoo.base, source, load_timeout_s=0.3) as run:
         with pytest.raises(LoadTimeout):
             await run.generate(PROMPT, zoo.versions[0].version)
         source.gate.set()

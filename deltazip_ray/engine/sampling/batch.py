@@ -14,6 +14,8 @@ from deltazip_ray.engine.staging import Fetched
 from deltazip_ray.scheduler.batch import Batch, Drawn
 from deltazip_ray.scheduler.request import TokenLogprobs
 
+_UNDRAWN = -1
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
@@ -59,22 +61,21 @@ class SampledTokens:
     """Drawn tokens on the device, and on their way to the host."""
 
     tokens: torch.Tensor
-    """``[rows]`` int64; anything where a row is not finite."""
-    finite: torch.Tensor
-    """``[rows]`` bool: False where the logits were not, and the model is broken."""
+    """``[rows]`` int64; anything where the logits were not finite, and the model is broken."""
     fetched: Fetched
+    """The same, with ``_UNDRAWN`` for these; and log-probabilities of the rows that are ``wanted``."""
     wanted: tuple[tuple[int, int], ...] = ()
 
     def fetch(self) -> list[Drawn | None]:
         """One for each row, None where it is not finite. Waits until they are drawn, and for nothing after that."""
-        tokens, finite, *logprobs = self.fetched.wait()
+        tokens, *logprobs = self.fetched.wait()
         drawn: list[Drawn | None] = list(map(Drawn, tokens))
         for (row, count), chosen, best, ids in zip(self.wanted, *logprobs, strict=True):
             likeliest = tuple(zip(ids[:count], best[:count], strict=True))
             drawn[row] = Drawn(tokens[row], TokenLogprobs(chosen[0], likeliest))
-        if all(finite):
-            return drawn
-        return [one if ok else None for one, ok in zip(drawn, finite, strict=True)]
+        if _UNDRAWN in tokens:
+            return [None if token == _UNDRAWN else one for token, one in zip(tokens, drawn, strict=True)]
+        return drawn
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> SampledTokens:
@@ -91,7 +92,7 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> SampledTokens:
     top, tokens = logits.max(dim=-1)
     for rows in batch.random:
         tokens.index_copy_(0, rows.rows, rows.draw(logits, top))
-    finite = top.isfinite()
+    told = tokens.where(top.abs() < torch.inf, _UNDRAWN)
     if asked is None or logprobs is None:
-        return SampledTokens(tokens, finite, Fetched(tokens, finite))
-    return SampledTokens(tokens, finite, Fetched(tokens, finite, *asked.select(logprobs, tokens)), asked.wanted)
+        return SampledTokens(tokens, Fetched(told))
+    return SampledTokens(tokens, Fetched(told, *asked.select(logprobs, tokens)), asked.wanted)
