@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deltazip_kernels import CODECS, LOW_RANK
-from deltazip_ray.scheduler import batch, scheduler
+from deltazip_ray.scheduler import admission, batch
 from deltazip_ray.scheduler.batch import Batch, Chunk
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 from tests.support.engines import GREEDY, RunningEngine, random_prompt, running, serving
@@ -68,7 +68,7 @@ async def test_prompts_behind_decodes_in_whole_tiles(zoo: Zoo, monkeypatch: pyte
 
     of = Batch.of
     monkeypatch.setattr(Batch, "of", noted)
-    for module in (batch, scheduler):
+    for module in (batch, admission):
         monkeypatch.setattr(module, "TILE_ROWS", 8)
     async with serving(zoo, max_batch_tokens=48, block_size=4) as run:
         await warm_up(run, zoo)
