@@ -1,4 +1,4 @@
-"""A LoRA adapter beside its base, read as the checkpoint that merging would make.
+"""A LoRA adapter and its base, read as the checkpoint that merging them would give.
 
 PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``. Weights become base + scale · B · A, in
 float32, since rounding the sum to the base's 16 bits would bury small products.
@@ -51,9 +51,9 @@ class LowRank:
 
 
 class AdaptedCheckpoint(Checkpoint):
-    """A base with an adapter applied: the base's names, shapes and dtypes as stored, changed values.
+    """A base with an adapter applied: names, shapes and stored dtypes are the base's, values are changed.
 
-    ``tensor`` gives float32 where there is a product. Tokenizer files are the adapter's if it has a tokenizer.
+    ``tensor`` returns float32 for weights with a product. Tokenizer files are the adapter's own if it has a tokenizer.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class AdaptedCheckpoint(Checkpoint):
         """By weight."""
         self._replaced = replaced
         own = self.files if "tokenizer.json" in self.files else {}
-        # Parts of two tokenizers would not fit each other.
+        # Never mix files of two tokenizers.
         shared = {name: file for name, file in base.files.items() if not own or name == "generation_config.json"}
         self.files = {"config.json": base.path / "config.json"} | shared | own
 
@@ -87,7 +87,7 @@ class AdaptedCheckpoint(Checkpoint):
         return self._base.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The base's: what merging would save."""
+        """The base's, in which a merged checkpoint would be saved."""
         return self._base.dtype(name)
 
     def tensor(self, name: str) -> Tensor:
@@ -106,8 +106,8 @@ def is_adapter(path: Path) -> bool:
 def open_adapter(path: Path, base: Checkpoint) -> AdaptedCheckpoint:
     """Apply the adapter in ``path`` to ``base``.
 
-    Raises CheckpointInvalid for an adapter that is broken or does more than products and replaced weights, and
-    CheckpointMismatch for one that was made for another base.
+    Raises CheckpointInvalid for an adapter that is broken or uses more than LoRA products and replaced weights, and
+    CheckpointMismatch for one that was trained on another base.
     """
     config = read_adapter_config(path)
     refuse_code(path / "tokenizer_config.json")
@@ -116,7 +116,7 @@ def open_adapter(path: Path, base: Checkpoint) -> AdaptedCheckpoint:
     for key, tensor in _read(path).items():
         match = _KEY.fullmatch(key)
         if match is None or (match["part"] and match["leaf"] != "weight"):
-            raise CheckpointInvalid(f"{path / WEIGHTS}: {key} is no part of a LoRA product of a linear layer: {MERGE}")
+            raise CheckpointInvalid(f"{path / WEIGHTS}: {key} is not part of a linear layer's LoRA product: {MERGE}")
         name = f"{match['module']}.{match['leaf']}"
         if name not in base:
             raise CheckpointMismatch(f"{path} adapts {name}, which {base.path} does not have: give the adapter's base")
@@ -125,7 +125,7 @@ def open_adapter(path: Path, base: Checkpoint) -> AdaptedCheckpoint:
         else:
             if tuple(tensor.shape) != base.shape(name):
                 raise CheckpointMismatch(
-                    f"{path} replaces {name} by one of shape {list(tensor.shape)}, but in {base.path} it is "
+                    f"{path} replaces {name} with shape {list(tensor.shape)}, but in {base.path} it is "
                     f"{list(base.shape(name))}: {MERGE}"
                 )
             replaced[name] = tensor
@@ -144,8 +144,8 @@ def _product(path: Path, module: str, parts: Mapping[str, Tensor], config: Adapt
     shape, rank = base.shape(f"{module}.weight"), config.rank(module)
     if down.shape != (rank, shape[1]) or up.shape != (shape[0], rank):
         raise CheckpointMismatch(
-            f"{path}: lora_A {list(down.shape)} and lora_B {list(up.shape)} of {module} make no rank {rank} product "
-            f"for a weight {list(shape)} of {base.path}: give the adapter's own base"
+            f"{path}: lora_A {list(down.shape)} and lora_B {list(up.shape)} of {module} are not a product of rank "
+            f"{rank} for the weight {list(shape)} of {base.path}: give the adapter's own base"
         )
     return LowRank(down, config.scale(module, rank) * up.float())
 

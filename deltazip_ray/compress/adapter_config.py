@@ -1,4 +1,4 @@
-"""The ``adapter_config.json`` of a LoRA adapter in PEFT's format: what is understood, and what is refused."""
+"""The ``adapter_config.json`` of a LoRA adapter in PEFT's format. Settings that change the product are refused."""
 
 import json
 import math
@@ -24,12 +24,12 @@ UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
 )
-"""Settings that, when set, make a weight more than base + scale · B · A."""
+"""With any of these settings a weight is not just base + scale · B · A."""
 _PLAIN = re.compile(r"[A-Za-z0-9_.]+")
 
 
 class AdapterConfig(BaseModel):
-    """The settings that the product needs; others say how the adapter was trained."""
+    """The settings that define the product; all others are about training."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -41,7 +41,7 @@ class AdapterConfig(BaseModel):
     alpha_pattern: dict[str, float] = {}
 
     def scale(self, module: str, rank: int) -> float:
-        """What B · A of ``module`` is multiplied with; ``rank`` is that of its matrices."""
+        """The factor on B · A of ``module``, whose matrices have ``rank``."""
         alpha = self.alpha_pattern.get(_key(self.alpha_pattern, module), self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -67,10 +67,10 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     if used:
         raise CheckpointInvalid(f"{file} sets {', '.join(used)}, which is not supported: {MERGE}")
     if patterns:
-        raise CheckpointInvalid(f"{file} selects modules by the expression {patterns[0]!r}: {MERGE}")
+        raise CheckpointInvalid(f"{file} selects modules by the regular expression {patterns[0]!r}: {MERGE}")
     return config
 
 
 def _key(patterns: dict[str, Any], module: str) -> str:
-    """The first key that is the module's name or the end of it, as PEFT looks it up."""
+    """The first key that is the module's name or a suffix of it, as in PEFT."""
     return next((key for key in patterns if f".{module}".endswith(f".{key}")), module)

@@ -1,9 +1,9 @@
-"""Which codec for which matrix, so that all together fit a budget of bytes and cost the least quality.
+"""Chooses a codec for each matrix, so that all fit a budget of bytes at the least loss of quality.
 
-Each matrix has a few choices of (bytes, cost), and costs add up. The lower convex hull of a matrix's choices is walked
-from its smallest; of all next steps the one that takes away most cost a byte goes first. This greedy walk is the
-Lagrangian solution of Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers" (IEEE Trans.
-ASSP 36(9), 1988): at the budgets where it stops after a whole step no other choice is better.
+Each matrix has a few choices of (bytes, cost), and costs add up. Starting from the smallest choice of every matrix, the
+algorithm walks their lower convex hulls, always taking the step that saves the most cost per byte. This greedy walk is
+the Lagrangian solution of Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers" (IEEE Trans.
+ASSP 36(9), 1988): for budgets that are used up exactly by a step, no other allocation is better.
 """
 
 import heapq
@@ -16,7 +16,7 @@ from deltazip_ray.errors import CompressionError
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to code a matrix: its bytes as stored, and what it costs (any unit that adds up over matrices)."""
+    """One way to code a matrix: its stored bytes, and its cost in any unit that adds up over matrices."""
 
     coding: Coding
     size: int
@@ -24,9 +24,9 @@ class Choice:
 
 
 def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
-    """One choice for each matrix, together at most ``budget`` bytes.
+    """One choice for each matrix, in total at most ``budget`` bytes.
 
-    Raises CompressionError when the smallest choices together are larger.
+    Raises CompressionError when even the smallest choices take more.
     """
     hulls = {name: hull(options) for name, options in choices.items()}
     chosen = {name: steps[0] for name, steps in hulls.items()}
@@ -35,7 +35,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, 
         raise CompressionError(
             f"the smallest artifact is {-room} bytes larger than the target: ask for more bits or a lower ratio"
         )
-    # (negative gain a byte, matrix, step on its hull): ties go by name, so that the result is always the same.
+    # (negative gain per byte, matrix, step on its hull): ties are broken by name, so that the result is deterministic.
     ahead = [(-_gain(*steps[:2]), name, 1) for name, steps in hulls.items() if len(steps) > 1]
     heapq.heapify(ahead)
     while ahead:
@@ -52,7 +52,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, 
 
 
 def hull(choices: Sequence[Choice]) -> list[Choice]:
-    """The choices on the lower convex hull, by size: each step costs more for what it gains than the one before."""
+    """The choices on the lower convex hull, by size: each step gains less per byte than the one before."""
     found: list[Choice] = []
     for choice in sorted(choices, key=lambda choice: (choice.size, choice.cost)):
         if found and choice.cost >= found[-1].cost:
@@ -64,5 +64,5 @@ def hull(choices: Sequence[Choice]) -> list[Choice]:
 
 
 def _gain(smaller: Choice, larger: Choice) -> float:
-    """Cost taken away by each byte more."""
+    """Cost saved per additional byte."""
     return (smaller.cost - larger.cost) / (larger.size - smaller.size)

@@ -1,4 +1,4 @@
-"""Room on a GPU for a while."""
+"""Frees GPU memory for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @contextmanager
 def aside(*tensors: Tensor) -> Iterator[None]:
-    """Within, the values of ``tensors`` wait on the host and take no memory of their GPU; nobody may look at them."""
+    """Moves ``tensors`` to the host for the duration of the block; they must not be read meanwhile."""
     there = [tensor for tensor in tensors if tensor.is_cuda]
     waiting = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor) for tensor in there]
     sizes = [tensor.untyped_storage().nbytes() for tensor in there]

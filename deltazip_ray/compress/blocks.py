@@ -25,14 +25,14 @@ class States:
 
     finetuned: Tensor
     compressed: Tensor
-    """The object that ``finetuned`` is while nothing has changed."""
+    """The same object as ``finetuned`` until the first change."""
     base: Tensor
-    """Of the held-out sequences only: the quality record compares with the base."""
+    """Held-out sequences only, which the quality record needs."""
 
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """The weights of one block on both sides, in their dtypes as stored, on the host: one at a time is placed."""
+    """One block's weights of base and fine-tune, on the host and in their stored dtypes."""
 
     prefix: str
     base: dict[str, Tensor]
@@ -43,15 +43,15 @@ class BlockWeights:
     device: torch.device
 
     def full(self, name: str) -> str:
-        """The full name of ``name``."""
+        """The full name of a weight of the block."""
         return f"{self.prefix}.{name}"
 
     def placed(self, name: str) -> Tensor:
-        """The fine-tune's ``name``, float32 on the device."""
+        """The fine-tune's weight, float32 on the device."""
         return self.finetuned[self.full(name)].to(self.device).float()
 
     def delta(self, name: str) -> Tensor:
-        """Fine-tune minus base of ``name``, float32 on the device."""
+        """Fine-tune minus base, float32 on the device."""
         return self.placed(name) - self.base[self.full(name)].to(self.device)
 
 
@@ -86,7 +86,7 @@ def _module(prefix: str, weights: Mapping[str, Tensor], skeleton: Skeleton, runn
 
 
 class BlockCompressor:
-    """Turns block after block into :class:`Parts`, and the states before a block into those after it."""
+    """Codes one block after another, and advances the calibration states through each."""
 
     def __init__(self, pair: Pair, runner: Runner, options: CompressOptions, plan: Plan) -> None:
         self._pair = pair
@@ -95,7 +95,7 @@ class BlockCompressor:
         self._plan = plan
 
     def compress(self, index: int, states: States) -> tuple[Parts, States]:
-        """Code what block ``index`` changed. The inputs of its linears are those of the model compressed so far."""
+        """Code the changes of block ``index``, calibrated on the outputs of the compressed blocks before it."""
         skeleton = self._pair.skeleton
         weights = read_block(self._pair, index, self._runner.mask.device)
         base = self._behind_base(weights, states)
@@ -117,7 +117,7 @@ class BlockCompressor:
     def replay(
         self, index: int, states: States, entries: Mapping[str, TensorEntry], tensors: Mapping[str, Tensor]
     ) -> States:
-        """The states behind block ``index``, which an earlier run has coded to ``entries`` and ``tensors``."""
+        """The states after block ``index``, which an earlier run has coded as ``entries`` and ``tensors``."""
         skeleton = self._pair.skeleton
         weights = read_block(self._pair, index, self._runner.mask.device)
         base = self._behind_base(weights, states)
@@ -133,11 +133,11 @@ class BlockCompressor:
         return States(reference, self._runner.run(skeleton.part(weights.prefix, rebuilt), states.compressed), base)
 
     def _behind_base(self, weights: BlockWeights, states: States) -> Tensor:
-        """What the base makes of its own states; its module is gone before the fine-tune's is placed."""
+        """The base's states after the block; its module is freed before the fine-tune's is placed."""
         return self._runner.run(_module(weights.prefix, weights.base, self._pair.skeleton, self._runner), states.base)
 
     def _stage(self, block: nn.Module, linears: list[str], weights: BlockWeights, hidden: Tensor, parts: Parts) -> None:
-        """Code linears that share their input, and put their reconstruction into ``block`` for what follows."""
+        """Code linears that share their input, and put their reconstructions into ``block`` for later stages."""
         first = f"{linears[0]}.weight"
         hessian = Hessian(weights.base[weights.full(first)].shape[1], weights.device)
         self._runner.visit_inputs(block, linears[0], hidden[: self._runner.fitted], hessian.add)

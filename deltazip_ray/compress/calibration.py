@@ -1,7 +1,7 @@
-"""Token sequences to calibrate on, and some held out to measure on.
+"""Token sequences for calibration, of which some are held out to measure quality.
 
 A file is text, or (``.jsonl``) one chat a line: ``{"messages": [{"role": …, "content": …}, …]}``, rendered with the
-fine-tune's own chat template; a dataset has such chats, or texts, as rows. Without either the sequences are sampled
+fine-tune's own chat template. The rows of a dataset are such chats, or texts. Without either, the sequences are sampled
 from the fine-tune itself.
 """
 
@@ -21,25 +21,25 @@ from deltazip_ray.compress.skeleton import Skeleton
 from deltazip_ray.errors import CompressionError
 
 SHORTEST = 2
-"""Tokens: a sequence of one token tells nothing about attention."""
+"""In tokens: attention does nothing in a sequence of one."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Sequences, padded at the right: under causal attention padding changes nothing before it."""
+    """Sequences, padded on the right, where causal attention keeps padding from affecting anything."""
 
     tokens: Tensor
     """i64 ``[sequences, tokens]``."""
     mask: Tensor
     """bool ``[sequences, tokens]``: False is padding."""
     held_out: int
-    """The last so many sequences measure quality and are not calibrated on."""
+    """Number of sequences, at the end, that measure quality and are not used for calibration."""
     data: str
-    """What this is, for the quality record."""
+    """Description for the quality record."""
 
     @property
     def fitted(self) -> int:
-        """The first so many sequences are calibrated on."""
+        """Number of sequences, at the beginning, that are used for calibration."""
         return self.tokens.shape[0] - self.held_out
 
 
@@ -47,7 +47,7 @@ def load_calibration(
     finetuned: Checkpoint, skeleton: Skeleton, options: CompressOptions, progress: Callable[[float], None]
 ) -> Calibration:
     """Read or sample the sequences. Raises CompressionError when a file cannot be used."""
-    # Inside one attention window, sliding attention is plain causal attention.
+    # Within one window, sliding-window attention is plain causal attention.
     window = getattr(skeleton.config, "sliding_window", None) or options.sequence_length
     length = min(options.sequence_length, int(skeleton.config.max_position_embeddings), window)
     vocab = skeleton.shapes()[skeleton.embedding][0]
@@ -65,13 +65,13 @@ def load_calibration(
     if len(sequences) < 2:
         raise CompressionError(
             f"{options.dataset or options.calibration or finetuned.path} gives {len(sequences)} calibration "
-            "sequences, and it takes one to calibrate and one to measure on: give a longer file"
+            "sequences, but one to calibrate on and one to measure with are needed: give a longer file"
         )
     largest = max(max(sequence) for sequence in sequences)
     if largest >= vocab:
         raise CompressionError(
             f"the tokenizer of {finetuned.path} gives token {largest}, but its embedding has {vocab} rows: "
-            "resize the embedding to the tokenizer before you save"
+            "resize the embedding before you save the checkpoint"
         )
     tokens, mask = _padded(sequences)
     held_out = min(max(1, round(len(sequences) * options.held_out)), len(sequences) - 1)

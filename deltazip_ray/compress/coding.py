@@ -1,4 +1,4 @@
-"""Codes single matrices, each with the codec that the plan has for it."""
+"""Codes single matrices, each with the codec that the plan chooses for it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from deltazip_ray.compress.options import Coding, CompressOptions
 from deltazip_ray.errors import CompressionError
 
 LADDER: tuple[Coding, ...] = ("absent", "int1", "int2", "int3", "int4", "raw")
-"""What there is to choose from, smallest first. The 2:4 codecs take the bytes of int2 and int3 and lose more."""
+"""The codings to choose from, smallest first. The 2:4 codecs take as many bytes as int2 and int3 and lose more."""
 Encode = Callable[[Tensor, Codec], Coded]
-"""Codes for rows of a delta ``[N, K]``."""
+"""Codes rows of a delta ``[N, K]``."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Plan:
 
     options: CompressOptions
     chosen: Mapping[str, Coding]
-    """What bit allocation chose, by weight; empty without a target."""
+    """The result of bit allocation, by weight; empty without a target."""
     products: Mapping[str, LowRank]
-    """What :func:`kept_products` says."""
+    """See :func:`kept_products`."""
 
     def ladder(self, name: str, uniform: Coding) -> tuple[Coding, ...]:
-        """Codings of a matrix, smallest first; ``uniform`` is that of its kind without a goal."""
+        """Codings to try for a matrix, smallest first; ``uniform`` is the one to use if no goal is set."""
         if name in self.products:
             return ("low_rank",)
         if name in self.options.codecs:
@@ -40,35 +40,35 @@ class Plan:
         return (self.chosen.get(name, uniform),)
 
     def accepts(self, error: float) -> bool:
-        """Whether a relative output error is small enough to stop climbing."""
+        """Whether a relative output error is small enough to stop."""
         return self.options.max_error is None or error <= self.options.max_error
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one delta."""
+    """The result of coding one delta."""
 
     coding: Coding
     coded: Coded | None
     """None when the delta is absent, raw or of low rank."""
     added: Tensor
-    """What is added to the base, float32 ``[N, K]``: the whole delta when it is raw."""
+    """What the reconstruction adds to the base, float32 ``[N, K]``; the whole delta when it is raw."""
     error: float
     """Relative output error."""
     factors: LowRank | None = None
-    """As they are stored; None unless the delta is of low rank."""
+    """The stored factors; None unless the delta is of low rank."""
 
 
 def kept_products(products: Mapping[str, LowRank], options: CompressOptions) -> dict[str, LowRank]:
-    """The deltas among ``products`` that stay what they are: those that take fewer bytes so than in int4.
+    """The ``products`` to store as they are: those that take fewer bytes than in int4.
 
-    Raises CompressionError when ``options`` want a product of a weight that is none, or of too high a rank.
+    Raises CompressionError when ``options`` ask for low_rank for a weight that has no product, or one of too high rank.
     """
     wanted = {name for name, coding in options.codecs.items() if coding == "low_rank"}
     known = {name: product for name, product in products.items() if product.down.shape[0] <= MAX_RANK}
     odd = sorted(wanted - known.keys())
     if odd:
-        raise CompressionError(f"codecs wants {odd[0]} in low_rank, but it is no product of a rank up to {MAX_RANK}")
+        raise CompressionError(f"codecs asks for low_rank for {odd[0]}, which has no product of rank up to {MAX_RANK}")
     return {
         name: product
         for name, product in known.items()
@@ -77,7 +77,7 @@ def kept_products(products: Mapping[str, LowRank], options: CompressOptions) -> 
 
 
 def attempt(delta: Tensor, coding: Coding, encode: Encode) -> tuple[Coded | None, Tensor]:
-    """Codes for ``delta`` ``[N, K]`` and what they stand for."""
+    """The codes of ``delta`` ``[N, K]`` and the matrix that they represent."""
     if coding == "absent":
         return None, torch.zeros_like(delta)
     if coding == "raw":
@@ -89,10 +89,10 @@ def attempt(delta: Tensor, coding: Coding, encode: Encode) -> tuple[Coded | None
 def code(
     name: str, delta: Tensor, plan: Plan, uniform: Coding, encode: Encode, measure: Callable[[Tensor, Tensor], float]
 ) -> Outcome:
-    """Keep ``delta`` ``[N, K]`` if it is a product, else climb its ladder until the plan accepts the error.
+    """Keep ``delta`` ``[N, K]`` as a product if the plan says so, else try its codings until the error is accepted.
 
-    ``name`` is that of its weight, ``uniform`` the coding of its kind without a goal. ``measure`` gives the relative
-    output error from the delta and what its codes stand for.
+    ``name`` is the weight's, ``uniform`` the coding to use if no goal is set. ``measure`` returns the relative output
+    error of a reconstruction (the second argument) of the delta (the first).
     """
     if name in plan.products:
         return _as_product(delta, plan.products[name], measure)

@@ -13,19 +13,19 @@ LLAMA_STAGES = (
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of a decoder are in the transformers module of its architecture."""
+    """Names of the parts of a decoder in the transformers module of its architecture."""
 
     architecture: str
     stages: tuple[tuple[str, ...], ...]
-    """Linears of a block in order of dependence; those of one stage share their input."""
+    """Linears of a block in the order in which they run; those of one stage share their input."""
     config_keys: tuple[str, ...]
-    """Attributes of the transformers config that change the function and must agree with the base's."""
+    """Attributes of the transformers config that must equal the base's, as they change the computation."""
     ignored: tuple[str, ...] = ()
-    """Endings of tensor names that old releases saved though they follow from the config."""
+    """Suffixes of tensors that old releases saved although they follow from the config."""
     attention: str = "sdpa"
-    """The implementation of transformers that its blocks run with."""
+    """The attention implementation of transformers to run its blocks with."""
     scaled_embedding: bool = False
-    """Whether rows of the embedding are multiplied with the root of the hidden size."""
+    """Whether embeddings are multiplied by the square root of the hidden size."""
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
@@ -79,11 +79,11 @@ FAMILIES: Mapping[str, Family] = {
                 "layer_types",
                 "use_bidirectional_attention",
             ),
-            # That of torch knows no soft caps.
+            # SDPA has no soft caps.
             attention="eager",
             scaled_embedding=True,
         ),
-        # Pythia, GPT-NeoX. Query, key and value of a head lie together in one matrix.
+        # Pythia, GPT-NeoX. Query, key and value are one matrix, interleaved by head.
         Family(
             architecture="GPTNeoXForCausalLM",
             stages=(

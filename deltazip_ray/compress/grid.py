@@ -1,4 +1,4 @@
-"""Codes on group scales in torch: the reference, for every codec and device. ``triton_grid`` is its twin for GPUs.
+"""Coding with group scales, in torch: the reference for every codec and device. ``triton_grid`` does the same on GPUs.
 
 A group is up to 128 consecutive columns of one row; ``weight = (code - zero) * scale``.
 """
@@ -13,14 +13,14 @@ from deltazip_kernels.layout import GROUP, Codec
 
 CLIP_HIGHEST, CLIP_STEP = 1.15, 0.05
 CLIP_RATIOS = tuple(CLIP_HIGHEST - CLIP_STEP * step for step in range(19))
-"""Scales tried for a group, relative to the one whose lowest level is the group's largest magnitude. Above 1 because
-int4 has one positive level less than negative ones."""
+"""Scales to try for a group, relative to the scale at which the lowest level is the group's largest magnitude. Above 1
+because int4 has one positive level less than negative ones."""
 REFITS = 2
 
 
 @dataclass(frozen=True)
 class Coded:
-    """A matrix ``[N, K]`` on the grid: what :func:`deltazip_kernels.layout.pack` takes."""
+    """A coded matrix ``[N, K]``: the input of :func:`deltazip_kernels.layout.pack`."""
 
     codes: Tensor
     """u8 ``[N, K]``."""
@@ -30,8 +30,8 @@ class Coded:
     """bool ``[N, K]``, two of every four columns; None for dense codecs."""
 
     def dequantized(self, codec: Codec) -> Tensor:
-        """The matrix that the codes stand for, float32 ``[N, K]``."""
-        # In place, and group by group without an expanded copy of the scales: a head has half a billion weights.
+        """The matrix that the codes represent, float32 ``[N, K]``."""
+        # In place, and without an expanded copy of the scales: a head has half a billion weights.
         values = self.codes.float().sub_(codec.zero)
         whole = values.shape[1] // GROUP * GROUP
         values[:, :whole].unflatten(1, (-1, GROUP)).mul_(self.scales[:, : whole // GROUP, None])
@@ -39,7 +39,7 @@ class Coded:
         return values if self.kept is None else values.masked_fill_(~self.kept, 0.0)
 
     def rows(self, selected: slice) -> "Coded":
-        """The same for some rows."""
+        """Some rows of it."""
         kept = None if self.kept is None else self.kept[selected]
         return Coded(self.codes[selected], self.scales[selected], kept)
 
@@ -52,9 +52,9 @@ class Coded:
 
 
 def to_codes(values: Tensor, scales: Tensor, codec: Codec) -> Tensor:
-    """Nearest codes (float, whole numbers) of ``values`` under ``scales``, which broadcast against them.
+    """The nearest codes, as whole float numbers, of ``values`` for ``scales`` that broadcast against them.
 
-    A scale of 0 is allowed: every code then means 0.
+    A scale may be 0; then every code represents 0.
     """
     steps = torch.where(scales > 0, values / scales.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
     return (steps + codec.zero).round_().clamp_(0, 2**codec.bits - 1)
@@ -64,8 +64,8 @@ def choose_scales(values: Tensor, weights: Tensor, codec: Codec) -> Tensor:
     """Scales ``[N]`` of one group ``[N, columns]`` that minimize the squared error weighted by ``weights``.
 
     ``weights`` broadcast against ``values``; 0 for a column that is not kept. Tries the clip ratios, then refits the
-    best scale by least squares to the codes it gave. Candidates are rounded to bf16, the type in which scales are
-    stored, before their error is taken.
+    best scale to its codes by least squares. Candidates are rounded to bf16, in which scales are stored, before their
+    error is computed.
     """
     weights = weights.expand_as(values)
     best = torch.zeros(values.shape[0], device=values.device)
@@ -90,7 +90,7 @@ def choose_scales(values: Tensor, weights: Tensor, codec: Codec) -> Tensor:
 
 
 def keep_two_of_four(saliency: Tensor) -> Tensor:
-    """The 2:4 mask of the largest ``saliency`` ``[N, columns]``; a last partial four keeps up to two as well."""
+    """The 2:4 mask of the largest ``saliency`` ``[N, columns]``; an incomplete four at the end keeps up to two."""
     kept = torch.zeros_like(saliency, dtype=torch.bool)
     whole = saliency.shape[1] // 4 * 4
     fours = torch.unflatten(saliency[:, :whole], 1, (-1, 4))
@@ -102,7 +102,7 @@ def keep_two_of_four(saliency: Tensor) -> Tensor:
 
 
 def round_to_nearest(delta: Tensor, weights: Tensor, codec: Codec) -> Coded:
-    """Code ``delta`` float32 ``[N, K]`` without compensation; a column's error counts by its weight, of ``[K]``."""
+    """Code ``delta`` float32 ``[N, K]`` without compensation; ``weights`` ``[K]`` of the columns' squared errors."""
     kept = keep_two_of_four(delta.square() * weights) if codec.sparse else None
     counted = weights.expand_as(delta) if kept is None else weights * kept
     groups = [slice(start, start + GROUP) for start in range(0, delta.shape[1], GROUP)]
@@ -112,16 +112,16 @@ def round_to_nearest(delta: Tensor, weights: Tensor, codec: Codec) -> Coded:
 
 
 def code_group(work: Tensor, codes: Tensor, kept: Tensor | None, factor: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
-    """Code the columns of one group ``work`` ``[N, columns]`` in order, each one's error spread over those after it.
+    """Code the columns of one group ``work`` ``[N, columns]`` in order, spreading each error over the later columns.
 
-    Writes ``codes`` and, for 2:4, ``kept``, both perhaps slices; what ``work`` holds afterwards is of no use. Returns
-    the scales ``[N]`` and the errors ``[N, columns]`` to spread over later groups. ``factor`` ``[columns, columns]`` is
-    the group's square of ``hessian.inverse_factor``.
-    A column's error costs ``(error / factor_jj)²`` once the later columns have compensated for it: the weight of
-    scales and, with the whole value as error, the saliency of SparseGPT.
+    Writes ``codes`` and, for 2:4, ``kept``, which may be slices; the content of ``work`` is destroyed. Returns the
+    scales ``[N]`` and the errors ``[N, columns]`` to spread over later groups. ``factor`` ``[columns, columns]`` is the
+    group's diagonal block of ``hessian.inverse_factor``.
+    A column's error costs ``(error / factor_jj)²`` after the later columns have compensated for it. This weights the
+    choice of scales and, with the whole value as the error, is SparseGPT's saliency.
     """
     cost = factor.diagonal().square().reciprocal()
-    # The mask is settled four by four below; until then the scales take what it would be now.
+    # The mask is decided four columns at a time below; the scales are chosen for what it would be now.
     likely = work.new_ones(()) if kept is None else keep_two_of_four(work.square() * cost)
     scales = choose_scales(work, cost * likely, codec)
     errors = torch.zeros_like(work)
@@ -142,12 +142,12 @@ def code_group(work: Tensor, codes: Tensor, kept: Tensor | None, factor: Tensor,
 def improve_group(
     delta: Tensor, lost: Tensor, codes: Tensor, scales: Tensor, slopes: Tensor, metric: Tensor, codec: Codec
 ) -> None:
-    """One round of coordinate descent over one group: the best scale for the codes, then code by code the best one.
+    """One round of coordinate descent over one group: the best scale for the codes, then each code in turn.
 
-    ``delta`` ``[N, columns]`` is what the group shall be. Writes ``codes`` u8 and ``lost``, what they lose of it, of
-    the same shape, and ``scales`` ``[N]``, all perhaps slices. ``slopes`` ``[N, columns]`` is what the rows lose times
-    the columns of the damped Hessian (half the descent of the squared error by each column); ``metric`` ``[columns,
-    columns]`` is the group's square of it. No row's error becomes larger. Dense codecs only.
+    ``delta`` ``[N, columns]`` is the target. Updates ``codes`` u8, ``lost`` (target minus reconstruction, same shape)
+    and ``scales`` ``[N]``, all of which may be slices. ``slopes`` ``[N, columns]`` are the rows' losses times the
+    columns of the damped Hessian, which is minus half the gradient of the squared error; ``metric`` ``[columns,
+    columns]`` is the group's diagonal block of the Hessian. No row's error increases. Dense codecs only.
     """
     levels = codes.float().sub_(codec.zero)
     along = levels @ metric
@@ -158,7 +158,7 @@ def improve_group(
 
 
 def _better_scale(levels: Tensor, scales: Tensor, slopes: Tensor, along: Tensor) -> Tensor:
-    """What to add to the scales ``[N]`` of one group, for fixed ``levels``: 0 where rounding to bf16 spoils it.
+    """The change of the scales ``[N]`` of one group for fixed ``levels``; 0 where rounding to bf16 undoes the gain.
 
     ``along`` is ``levels`` times the metric.
     """
@@ -170,8 +170,8 @@ def _better_scale(levels: Tensor, scales: Tensor, slopes: Tensor, along: Tensor)
 
 
 def _recode(codes: Tensor, scales: Tensor, slopes: Tensor, metric: Tensor, codec: Codec) -> None:
-    """Give each column in turn the code that loses least while all other codes and the ``scales`` stay."""
-    # One row for each column, and in units of the scale: few small operations on neighbours.
+    """Give each column in turn its best code while all other codes and the ``scales`` stay fixed."""
+    # Transposed, so that the operations on one column touch contiguous memory.
     levels, slopes = codes.T.float().sub_(codec.zero), slopes.T.contiguous()
     steps = torch.where(scales > 0, scales.clamp_min(torch.finfo(torch.float32).tiny).reciprocal(), 0.0)
     half = codec.zero % 1

@@ -11,11 +11,11 @@ from deltazip_ray.compress.precision import float32_products
 from deltazip_ray.errors import CompressionError
 
 PANEL = 1024
-"""Columns of a factor, in float64, that are found at a time: a multiple of a group."""
+"""Columns of a factor computed at a time, in float64: a multiple of the group size."""
 PIECE = 2**24
-"""Numbers of a matrix whose products are held at a time."""
+"""Elements of a matrix whose products are in memory at a time."""
 JITTER = 1e-6
-"""First addition to the diagonal of an indefinite matrix, above the rounding of float32 sums of squares."""
+"""Added to the diagonal of an indefinite matrix at first: more than the rounding error of float32 sums of squares."""
 
 
 class Hessian:
@@ -27,13 +27,13 @@ class Hessian:
 
     @float32_products("highest")
     def add(self, inputs: Tensor) -> None:
-        """Take in ``inputs`` ``[tokens, columns]``. Raises CompressionError when they are not finite."""
+        """Add ``inputs`` ``[tokens, columns]``."""
         inputs = inputs.float()
         self.matrix.addmm_(inputs.T, inputs)
 
     def check(self, where: str) -> None:
         """Raise CompressionError when some input was not finite, or too large to be squared."""
-        # No number is larger than the root of the product of two on the diagonal.
+        # By Cauchy-Schwarz the other elements are finite if the diagonal is.
         if not self.matrix.diagonal().isfinite().all():
             raise CompressionError(
                 f"the inputs of {where} overflow on the calibration data: compress with dtype float32 or bfloat16, "
@@ -41,11 +41,11 @@ class Hessian:
             )
 
     def damp(self, damping: float) -> Tensor:
-        """Scale the matrix to mean diagonal 1 and put ``damping`` on the diagonal: positive definite. Once, at the end.
+        """Scale the matrix to a mean diagonal of 1 and add ``damping`` to the diagonal. Call it once, after all inputs.
 
-        In place, for it is the largest tensor of all: the result is the matrix itself.
-        The damping bounds what compensation may put on directions that few calibration tokens span, and makes a
-        column that was never active (a zero row and column) an independent one, so that it is rounded to nearest.
+        In place, as this is the largest tensor of all; the result is the matrix itself, positive definite.
+        The damping limits how much compensation relies on directions that few calibration tokens span. It also makes
+        columns that were never active (zero rows and columns) independent, so that they are rounded to nearest.
         """
         mean = self.matrix.diagonal().double().mean().float()
         if mean > 0:
@@ -75,14 +75,14 @@ Factor = tuple[Tensor, ...]
 def inverse_factor(damped: Tensor, order: Tensor) -> Factor:
     """``U`` with ``Uᵀ U = H⁻¹``, float32, where H is ``damped`` ``[K, K]`` with rows and columns in ``order``.
 
-    Its row ``i`` is that of the inverse Hessian of the columns from ``i`` on, divided by the root of its first
-    element: all that the elimination of the columns in order needs (GPTQ, arXiv 2210.17323, step 3).
-    A matrix that rounding has left indefinite gets more on its diagonal until it is not.
-    Found in float64, of which it holds half a matrix and one panel at a time.
+    Row ``i`` is the first row of the inverse Hessian of the columns from ``i`` on, divided by the square root of its
+    first element, which is what eliminating the columns in order needs (GPTQ, arXiv 2210.17323, step 3).
+    If rounding has made the matrix indefinite, its diagonal is increased until it is positive definite.
+    Computed in float64, of which half a matrix and one panel are in memory at a time.
     """
     # With M Mᵀ = H for an upper triangular M (the Cholesky factor of H in reverse order), U = M⁻¹.
     panels = _cholesky(damped, order.flip(0))
-    # Beside the panels it would be the peak of a whole compression.
+    # With it beside the panels, this would be the peak memory of the whole compression.
     with aside(damped):
         return _inverse(panels)
 
@@ -127,10 +127,10 @@ def _inverse_columns(lower: Sequence[Tensor]) -> Tensor:
 
 
 def _cholesky(matrix: Tensor, order: Tensor) -> list[Tensor]:
-    """Lower Cholesky factor of ``matrix`` with rows and columns in ``order``, float64, in panels of its columns.
+    """Lower Cholesky factor of ``matrix`` with rows and columns in ``order``, float64, in panels of columns.
 
-    Each panel begins at its diagonal; all but the first are of PANEL columns. Of a matrix that is not positive
-    definite, with as little more on the diagonal as makes it so.
+    Each panel begins at its diagonal; all but the first have PANEL columns. The diagonal of a matrix that is not
+    positive definite is increased as little as possible.
     """
     panels, extra = _attempt(matrix, order, 0.0), JITTER
     while panels is None:

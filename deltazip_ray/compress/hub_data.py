@@ -1,4 +1,4 @@
-"""Calibration data from a Hugging Face dataset, through the optional package ``datasets``."""
+"""Calibration data from a Hugging Face dataset. Needs the optional package ``datasets``."""
 
 import importlib
 from collections.abc import Iterator
@@ -8,15 +8,16 @@ from typing import Any
 from deltazip_ray.errors import CompressionError
 
 SHUFFLED = 4096
-"""Rows of the beginning among which the order is random."""
+"""Size of the buffer that shuffles the stream, in rows."""
 READ = 16384
-"""Rows that are read at most."""
+"""Limit of rows read."""
 
 
 def dataset_rows(name: str, seed: int) -> Iterator[dict[str, Any]]:
     """Rows of the training split of ``NAME`` or ``NAME:CONFIG``, in an order that depends on the seed.
 
-    ``NAME`` may be a folder of data files. Streams: nothing is downloaded beyond what is read. Raises CompressionError.
+    ``NAME`` may be a folder of data files. Streams, so only the rows that are read are downloaded. Raises
+    CompressionError.
     """
     try:
         datasets: Any = importlib.import_module("datasets")
@@ -30,6 +31,6 @@ def dataset_rows(name: str, seed: int) -> Iterator[dict[str, Any]]:
         yield from islice(found.shuffle(seed=seed, buffer_size=SHUFFLED), READ)
     except (OSError, ValueError) as error:
         raise CompressionError(
-            f"cannot read the dataset {name}: {error}. Without a network give a text file, chats as .jsonl, or "
-            "nothing, and the fine-tune samples its own"
+            f"cannot read the dataset {name}: {error}. Without a network give a text file or chats as .jsonl, or "
+            "leave --calibration out to sample from the fine-tune"
         ) from error

@@ -1,7 +1,7 @@
-"""What a compression has finished, so that one that broke off goes on from there.
+"""Records the progress of a compression, so that an interrupted one can be resumed.
 
-``journal.json`` lies beside the artifact until its manifest does. It names the inputs and the options by one digest; a
-journal of others is not used.
+``journal.json`` is beside the blobs until the manifest is written. It identifies inputs and options by a digest; a
+journal with another digest is ignored.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ JOURNAL = "journal.json"
 
 
 class Finished(BaseModel):
-    """One decoder block that is done."""
+    """A finished decoder block."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     blob: BlobEntry | None
-    """None when the fine-tune left the block alone, or nothing of it was worth its bytes."""
+    """None when the block is unchanged, or all of its changes are absent by choice."""
     error: float = Field(ge=0, allow_inf_nan=False)
 
 
@@ -45,7 +45,7 @@ class Journal:
     """The journal beside one artifact. Every method raises StoreError."""
 
     def __init__(self, store: ObjectStore, key: str) -> None:
-        """Read what is there. ``key`` is :func:`resume_key`."""
+        """Read the journal if there is one. ``key`` is :func:`resume_key`."""
         self._store = store
         self._record = _Record(key=key)
         with suppress(ObjectNotFound, ValidationError):
@@ -55,23 +55,23 @@ class Journal:
 
     @property
     def codings(self) -> dict[str, Coding] | None:
-        """What bit allocation chose, if it came that far."""
+        """The result of bit allocation, if there is one."""
         return self._record.codings
 
     def finished(self, index: int) -> Finished | None:
-        """Block ``index``, if it is done."""
+        """Block ``index``, if it is finished."""
         return self._record.blocks[index] if index < len(self._record.blocks) else None
 
     def keep_codings(self, codings: Mapping[str, Coding]) -> None:
-        """Note what bit allocation chose."""
+        """Record the result of bit allocation."""
         self._write(codings=dict(codings))
 
     def keep_block(self, index: int, block: Finished) -> None:
-        """Note that ``index`` is done, the blob being in the store; later blocks are to be done again."""
+        """Record that block ``index`` is finished and its blob is in the store; records of later blocks are dropped."""
         self._write(blocks=(*self._record.blocks[:index], block))
 
     def close(self) -> None:
-        """Forget everything: the artifact is whole."""
+        """Delete the journal: the artifact is complete."""
         self._store.delete(JOURNAL)
 
     def _write(self, **changes: object) -> None:
@@ -80,9 +80,9 @@ class Journal:
 
 
 def resume_key(pair: Pair, base: str, options: CompressOptions) -> str:
-    """Digest of all that the blobs follow from: both checkpoints, the options, the calibration file, the libraries.
+    """Digest of everything that the blobs depend on: both checkpoints, the options, the calibration file, torch.
 
-    ``base`` is the base's digest. Reads the whole fine-tune. Bounds on quality may change between two runs.
+    ``base`` is the base's digest. Reads the whole fine-tune. Bounds on quality (``require``) are not part of it.
     """
     parts = [
         base,
@@ -97,5 +97,5 @@ def resume_key(pair: Pair, base: str, options: CompressOptions) -> str:
 
 
 def _digest(file: Path) -> str:
-    """The sha256 of a file; of nothing when it cannot be read, which its reader will tell."""
+    """The sha256 of a file; that of nothing if it does not exist, which is reported when it is read."""
     return hashlib.sha256(file.read_bytes() if file.is_file() else b"").hexdigest()

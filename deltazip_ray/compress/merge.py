@@ -1,4 +1,4 @@
-"""Back from base and artifact to a Hugging Face checkpoint."""
+"""Turns a base and an artifact back into a Hugging Face checkpoint."""
 
 import json
 import tempfile
@@ -25,9 +25,9 @@ from deltazip_ray.errors import BaseMismatch, ConfigError, ManifestInvalid
 
 CONFIG = "config.json"
 SHARD_BYTES = 2 << 30
-"""A shard is closed when it has this many bytes or more."""
+"""A shard is closed once it has this many bytes."""
 WEIGHTS_FROM = 0.2
-"""Fraction of the whole that is done when the base has been digested, for progress."""
+"""For progress: the share of the work that computing the base's digest takes."""
 
 
 def merge(
@@ -39,9 +39,9 @@ def merge(
 ) -> Manifest:
     """Write base + dequantized delta to the new folder ``out``: weights, config and tokenizer files.
 
-    ``dtype`` is that of the fine-tune when absent; float32 gives the sums exactly as they were computed. Blobs are
-    verified. Holds one block at a time and one shard. Raises BaseMismatch when the artifact belongs to another base,
-    ArtifactError, StoreError, CheckpointInvalid, and ConfigError when ``out`` exists or cannot be written.
+    ``dtype`` defaults to the fine-tune's; float32 keeps the sums unrounded. Blobs are verified. At most one block and
+    one shard are in memory. Raises BaseMismatch when the artifact belongs to another base, ArtifactError, StoreError,
+    CheckpointInvalid, and ConfigError when ``out`` exists or cannot be written.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already: give a new folder")
@@ -73,7 +73,7 @@ def _write(
     weights: Iterator[tuple[str, Tensor]],
     dtype: torch.dtype,
 ) -> None:
-    """Fill a folder beside ``out`` that gets its name when it is complete."""
+    """Write to a temporary folder beside ``out``, and rename it when it is complete."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         partial = Path(folder) / out.name
@@ -88,7 +88,7 @@ def _write(
 def _weights(
     checkpoint: Checkpoint, manifest: Manifest, store: ObjectStore, progress: Progress
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every weight of the reconstruction, block by block."""
+    """Names and values of all weights of the reconstruction, block by block."""
     skeleton = Skeleton(checkpoint)
     blobs = {blob.block: blob for blob in manifest.blobs}
     shapes = skeleton.shapes()
@@ -138,7 +138,7 @@ def _write_weights(folder: Path, weights: Iterator[tuple[str, Tensor]], dtype: t
 
 
 def _save(folder: Path, number: int, shard: dict[str, Tensor]) -> Path:
-    """Write one shard under a name for the time being: the final one tells how many there are."""
+    """Write one shard under a preliminary name: the final one contains the number of shards."""
     path = folder / f"{number}.safetensors"
     save_file(shard, path, metadata={"format": "pt"})
     return path

@@ -1,4 +1,4 @@
-"""What surrounds the decoder blocks: embedding, final norm and head."""
+"""Compresses what surrounds the decoder blocks: embedding, final norm and head."""
 
 from collections.abc import Callable
 
@@ -34,8 +34,8 @@ class OuterCompressor:
     def embed(self, calibration: Calibration) -> States:
         """Code the embedding; returns the states before the first block.
 
-        A lookup has no cross terms to compensate with, and any row may be looked up: rounded to nearest on the scales
-        of least squared error. A tied head uses the same matrix.
+        A lookup has no cross terms to compensate with, and any row may be looked up, so values are rounded to nearest
+        with the scales of least squared error. A tied head uses the same matrix.
         """
         name = self._pair.skeleton.embedding
         base, finetuned = load_tensor(self._pair.base, name), load_tensor(self._pair.finetuned, name)
@@ -70,7 +70,7 @@ class OuterCompressor:
             self._add_rows(skeleton.head, finetuned, len(base))
 
     def _head(self, base: Tensor, finetuned: Tensor, norm: nn.Module, hidden: Tensor) -> None:
-        """Code an untied head, calibrated on the compressed model's final states."""
+        """Code an untied head, calibrated on the final states of the compressed model."""
         name, device = self._pair.skeleton.head, self._runner.mask.device
         hessian = Hessian(base.shape[1], device)
         for part, mask in self._runner.batches(hidden[: self._runner.fitted]):
@@ -82,9 +82,9 @@ class OuterCompressor:
     def _code(
         self, name: str, base: Tensor, finetuned: Tensor, encode: Encode, squared_norm: Callable[[Tensor], Tensor]
     ) -> None:
-        """Keep what the rows that both have make up for: a product, or the first codec that is accurate enough.
+        """Code the rows that base and fine-tune have in common: as a product, or with the first codec that is accepted.
 
-        A piece of the rows at a time. ``squared_norm`` of rows ``[N, K]`` is what their outputs sum up to.
+        Works on a piece of the rows at a time. ``squared_norm`` returns the squared norm of the outputs of some rows.
         """
         device = self._runner.mask.device
         product = self._plan.products.get(name)

@@ -1,4 +1,4 @@
-"""The quality record: what held-out tokens show of fine-tune, reconstruction and base."""
+"""The quality record: fine-tune, reconstruction and base compared on held-out tokens."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,10 +21,10 @@ Name = Literal["finetuned", "reconstruction", "base"]
 
 
 class Outputs:
-    """The heads of the three models. The base has the fine-tune's rows for added tokens."""
+    """The heads of the three models. For added tokens the base gets the fine-tune's rows."""
 
     def __init__(self, pair: Pair, runner: Runner, calibration: Calibration, parts: Parts) -> None:
-        """``parts`` are those of the ``outer`` blob."""
+        """``parts`` of the ``outer`` blob."""
         self._pair, self._runner, self._parts = pair, runner, parts
         self._skeleton = pair.skeleton
         self._tokens = calibration.tokens[runner.fitted :].to(runner.mask.device)
@@ -32,7 +32,7 @@ class Outputs:
         self._finetuned, self._base = (load_tensor(side, pair.skeleton.head) for side in (pair.finetuned, pair.base))
 
     def record(self, states: States, block_errors: dict[str, float], data: str) -> Quality:
-        """The quality record of ``states``, behind the last block. Raises CompressionError when they overflow."""
+        """The quality record for ``states`` after the last block. Raises CompressionError when they overflow."""
         found = self._final(states)
         device, softcap = self._mask.device, self._skeleton.logits_softcap
         lost, made_up = (Divergence(len(found["finetuned"]), device, softcap) for _ in range(2))
@@ -50,7 +50,7 @@ class Outputs:
         )
 
     def _final(self, states: States) -> dict[Name, Tensor]:
-        """Behind the norm, ``[held-out tokens, hidden]``."""
+        """The states after the final norm, ``[held-out tokens, hidden]``."""
         fitted, place = self._runner.fitted, self._runner.place
         ours, before = (
             self._skeleton.final_norm({name: place(values) for name, values in norms.items()})
@@ -63,7 +63,7 @@ class Outputs:
         }
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Rows of the three heads; added rows are the same for all."""
+        """Rows of the three heads, piece by piece; added rows are the same for all."""
         place = self._runner.place
         for rows in row_pieces(len(self._base)):
             base = self._base[rows].to(self._mask.device)
@@ -76,7 +76,7 @@ class Outputs:
     def _perplexities(
         self, states: Mapping[Name, Tensor], totals: Mapping[Name, Tensor]
     ) -> Iterator[tuple[Name, float]]:
-        """Of the tokens that follow others; ``totals`` are the softmaxes' log denominators at every position."""
+        """Perplexity of each model; ``totals`` are the log denominators of its softmaxes at every position."""
         followed = torch.zeros_like(self._mask)
         followed[:, :-1] = self._mask[:, 1:]
         tokens = self._tokens.roll(-1, 1)[followed].cpu()
@@ -89,5 +89,5 @@ class Outputs:
         for name, total in totals.items():
             logits = (states[name][at].float() * rows[name].to(total.device).float()).sum(1)
             loss = total[at] - capped(logits, self._skeleton.logits_softcap)
-            # A number in any case, for JSON knows no infinity.
+            # Finite in any case: JSON has no infinity.
             yield name, min(float(loss.mean().exp()), sys.float_info.max)

@@ -1,4 +1,4 @@
-"""Whether two checkpoints belong together."""
+"""Checks that two checkpoints belong together."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,9 +15,10 @@ from deltazip_ray.errors import CheckpointInvalid, CheckpointMismatch, listed
 FIXED_ROPE = {"default", "linear", "llama3"}
 """Rotary types whose frequencies do not depend on ``max_position_embeddings``."""
 SAMPLED = 2**20
-"""Numbers of a matrix that are compared with the base's."""
+"""Elements of a matrix that are compared with the base's."""
 RELATED = 0.2
-"""Cosine of a fine-tune's weights with the base's, at least: far below any training's, far above that of strangers."""
+"""Least cosine between the weights of a fine-tune and its base: far below what training does to it, and far above that
+of unrelated models."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,19 @@ class Pair:
     base: Checkpoint
     finetuned: Checkpoint
     skeleton: Skeleton
-    """Of the fine-tune; equal to the base's but for the rows of the vocabulary."""
+    """The fine-tune's; equal to the base's except for the size of the vocabulary."""
     base_vocab: int
     added: int
     """Rows that the fine-tune adds to the vocabulary."""
     products: Mapping[str, LowRank] = field(default_factory=dict)
-    """The deltas, by weight, that are products because the fine-tune is an adapter."""
+    """If the fine-tune is an adapter: the deltas that are products, by weight."""
 
 
 def open_pair(base: Path, finetuned: Path) -> Pair:
     """Open both checkpoints and check that they belong together; ``finetuned`` may be a LoRA adapter's folder.
 
-    Raises CheckpointInvalid for a checkpoint that is broken by itself, CheckpointMismatch when the two differ in more
-    than weights; the message says in what.
+    Raises CheckpointInvalid for a broken checkpoint, and CheckpointMismatch when the two differ in more than weights;
+    the message lists the differences.
     """
     base_checkpoint = Checkpoint.open(base)
     adapted = is_adapter(finetuned)
@@ -47,7 +48,7 @@ def open_pair(base: Path, finetuned: Path) -> Pair:
     base_skeleton, skeleton = Skeleton(base_checkpoint), Skeleton(finetuned_checkpoint)
     differences = _config_differences(base_skeleton, skeleton)
     if differences:
-        raise CheckpointMismatch(f"{finetuned} is no fine-tune of {base}: " + "; ".join(differences))
+        raise CheckpointMismatch(f"{finetuned} is not a fine-tune of {base}: " + "; ".join(differences))
     _check_tensors(base_checkpoint, base_skeleton)
     _check_tensors(finetuned_checkpoint, skeleton)
     vocab, base_vocab = skeleton.shapes()[skeleton.embedding][0], base_skeleton.shapes()[skeleton.embedding][0]
@@ -63,7 +64,7 @@ def open_pair(base: Path, finetuned: Path) -> Pair:
 
 
 def _config_differences(base: Skeleton, finetuned: Skeleton) -> list[str]:
-    """What differs between the configs and changes the function, in words."""
+    """Differences between the configs that change the computation, for the message."""
     if base.family is not finetuned.family:
         return [
             f"architecture is {base.family.architecture} in the base, {finetuned.family.architecture} in the fine-tune"
@@ -81,7 +82,7 @@ def _check_tensors(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
     expected, found = skeleton.shapes(), set(checkpoint.names)
     missing = sorted(expected.keys() - found)
     if missing:
-        raise CheckpointInvalid(f"{checkpoint.path} lacks {listed(missing, 5)}: is it complete?")
+        raise CheckpointInvalid(f"{checkpoint.path} has no {listed(missing, 5)}: is it complete?")
     tied_head = f"{skeleton.family.head}.weight"
     unknown = [name for name in sorted(found - expected.keys()) if not name.endswith(skeleton.family.ignored)]
     if skeleton.tied and tied_head in unknown:
@@ -104,7 +105,7 @@ def _check_tensors(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
 
 
 def _check_related(base: Checkpoint, finetuned: Checkpoint, skeleton: Skeleton) -> None:
-    """Raise CheckpointMismatch when no matrix of the first block is like the base's."""
+    """Raise CheckpointMismatch when no matrix of the first block resembles the base's."""
     prefix, shapes = f"{skeleton.block_name(0)}.", skeleton.shapes()
     names = [name for name, shape in shapes.items() if name.startswith(prefix) and len(shape) == 2]
     if all(_cosine(base.tensor(name), finetuned.tensor(name)) < RELATED for name in names):
@@ -115,7 +116,7 @@ def _check_related(base: Checkpoint, finetuned: Checkpoint, skeleton: Skeleton) 
 
 
 def _cosine(base: Tensor, finetuned: Tensor) -> float:
-    """Size of the cosine between two weights as far as they are compared; 1 where one is zero."""
+    """Absolute cosine between the first SAMPLED elements of two weights; 1 if one of them is zero."""
     left, right = (weight.flatten()[:SAMPLED].float() for weight in (base, finetuned))
     size = left.norm() * right.norm()
     return float((left @ right / size).abs()) if size > 0 else 1.0

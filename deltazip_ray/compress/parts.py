@@ -1,4 +1,4 @@
-"""What goes into one blob, and how a weight comes back out of it."""
+"""Collects the contents of one blob, and rebuilds weights from them."""
 
 from collections.abc import Mapping
 from math import prod
@@ -16,13 +16,13 @@ from deltazip_ray.compress.grid import Coded
 from deltazip_ray.compress.options import Coding
 
 PACKED = 256 * ROWS
-"""Rows packed at a time: bounds the memory that a matrix of the vocabulary takes."""
+"""Rows packed at a time, to limit the memory for matrices with the size of the vocabulary."""
 ADDED = ".added"
-"""Ends the name of the rows that a fine-tune adds to a matrix of the vocabulary."""
+"""Suffix of the rows that a fine-tune adds to a matrix of the vocabulary."""
 
 
 class Parts:
-    """Entries and tensors of one blob while it is made; ``tensors`` has the keys of a blob."""
+    """Entries and tensors of one blob; ``tensors`` has the keys of a blob."""
 
     def __init__(self, finetuned: Checkpoint) -> None:
         self._finetuned = finetuned
@@ -37,7 +37,7 @@ class Parts:
         self.tensors[name] = values.cpu().contiguous()
 
     def add(self, name: str, outcome: Outcome, finetuned: Tensor) -> None:
-        """Keep what became of the delta of a matrix, whose values in the fine-tune are ``finetuned``."""
+        """Keep the coded delta of a matrix, whose values in the fine-tune are ``finetuned``."""
         if outcome.coding == "raw":
             self.add_raw(name, finetuned)
         elif outcome.factors is not None:
@@ -46,7 +46,7 @@ class Parts:
             self.add_coded(name, outcome.coded, outcome.coding, outcome.error)
 
     def add_coded(self, name: str, coded: Coded, codec: Coding, error: float) -> None:
-        """Keep a coded delta; ``error`` is the relative output error of the weight that it makes."""
+        """Keep a coded delta; ``error`` is the relative output error of the rebuilt weight."""
         shape = (coded.codes.shape[0], coded.codes.shape[1])
         before = self._before(name, coded.codes)
         self.entries[name] = TensorEntry.model_validate(
@@ -74,11 +74,10 @@ class Parts:
 
 
 def rebuild(name: str, base: Tensor, entries: Mapping[str, TensorEntry], tensors: Mapping[str, Tensor]) -> Tensor:
-    """The weight ``name`` of the reconstruction: the base's plus the delta, or the raw one, and added rows below.
+    """The reconstruction of weight ``name``: base plus delta, or the raw values, with added rows below.
 
-    ``base`` as stored in its checkpoint, on the device where the sum is wanted; the result is the base's own tensor
-    when the delta has nothing for it, raw values in their dtype, and float32 otherwise. ``tensors`` has the keys of a
-    blob.
+    ``base`` is the weight as stored, on the device of the result. The result is ``base`` itself if the delta does not
+    contain the weight, raw values in their own dtype, and float32 otherwise. ``tensors`` has the keys of a blob.
     """
     added = tensors.get(name + ADDED)
     entry = entries.get(name)
@@ -92,7 +91,7 @@ def rebuild(name: str, base: Tensor, entries: Mapping[str, TensorEntry], tensors
 
 
 def rebuild_rows(name: str, base: Tensor, rows: Tensor, parts: Parts) -> Tensor:
-    """Rows ``[T]`` of :func:`rebuild`, float32 ``[T, K]``, without the rest of the matrix."""
+    """Rows ``[T]`` of :func:`rebuild`, float32 ``[T, K]``, without computing the rest of the matrix."""
     old = rows < base.shape[0]
     values = torch.empty(rows.shape[0], base.shape[1])
     values[old] = base[rows[old]].float()
@@ -111,13 +110,13 @@ def rebuild_rows(name: str, base: Tensor, rows: Tensor, parts: Parts) -> Tensor:
 
 
 def base_rows(base: Tensor, finetuned: Tensor, rows: Tensor) -> Tensor:
-    """Rows ``[T]`` of the base, float32 ``[T, K]``; those of added tokens, which it lacks, are the fine-tune's."""
+    """Rows ``[T]`` of the base, float32 ``[T, K]``; rows of added tokens are the fine-tune's."""
     old = (rows < len(base))[:, None]
     return torch.where(old, base[rows.clamp_max(len(base) - 1)].float(), finetuned[rows].float())
 
 
 def rebuild_slice(name: str, base: Tensor, rows: slice, parts: Parts) -> Tensor:
-    """Rows of :func:`rebuild` that the base has too, ``base`` being just those, from a multiple of a tile's rows on."""
+    """A slice of :func:`rebuild` for rows that the base has; ``base`` is that slice, which starts at a whole tile."""
     entry = parts.entries.get(name)
     if entry is None:
         return base
@@ -137,7 +136,7 @@ def packed(name: str, tensors: Mapping[str, Tensor], entry: TensorEntry) -> dict
 
 
 def _delta(entry: TensorEntry, parts: Mapping[str, Tensor]) -> Tensor:
-    """What the parts of a coded weight stand for, float32 ``[N, K]``."""
+    """The delta that the parts of a coded weight represent, float32 ``[N, K]``."""
     if entry.rank is not None:
         return LowRank(parts["down"], parts["up"]).product()
     return unpack(entry.codec, parts, (entry.shape[0], entry.shape[1]))

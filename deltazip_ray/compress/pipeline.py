@@ -1,4 +1,4 @@
-"""From two checkpoints to an artifact."""
+"""Compresses a fine-tune: two checkpoints in, an artifact out."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -48,26 +48,25 @@ def compress_checkpoint(
     *,
     replace: bool = False,
 ) -> Manifest:
-    """Compress ``finetuned`` to its difference from ``base`` and write the artifact to ``out`` (a URL or its settings).
+    """Compress ``finetuned`` to its difference from ``base`` and write the artifact to ``out``, a folder or a URL.
 
-    A run that broke off goes on where it was, when inputs and options are the same. An artifact that ``out`` holds is
-    only replaced when that is asked for.
-    Reads the weights block by block; the calibration states ``2 × [sequences, tokens, hidden]`` are on the host. Equal
-    inputs give an equal version.
-    Raises CheckpointInvalid, CheckpointMismatch, CompressionError, ConfigError, StoreError, and QualityTooLow before a
-    manifest is written: what it leaves is no artifact.
+    An interrupted run is resumed if inputs and options are the same. An existing artifact is kept unless ``replace``.
+    Weights are read block by block; the calibration states ``2 × [sequences, tokens, hidden]`` are on the host. Equal
+    inputs give equal versions.
+    Raises CheckpointInvalid, CheckpointMismatch, CompressionError, ConfigError, StoreError, and QualityTooLow. After an
+    error there is no manifest, so ``out`` is not an artifact.
     """
     pair = open_pair(base, finetuned)
     store = open_store(out if isinstance(out, StoreConfig) else StoreConfig.at(out))
     store.create()
     if not replace and store.exists(MANIFEST):
-        raise ConfigError(f"{store.url} holds an artifact already: give another place, or ask to replace it (--force)")
+        raise ConfigError(f"{store.url} already has an artifact: give another --out, or replace it with --force")
     return compress_pair(pair, store, options or CompressOptions(), progress)
 
 
 @torch.no_grad()
 def compress_pair(pair: Pair, store: ObjectStore, options: CompressOptions, progress: Progress = silent) -> Manifest:
-    """:func:`compress_checkpoint` of a pair that is open already, into ``store``, whatever it holds."""
+    """:func:`compress_checkpoint` for an open pair and store; replaces an artifact in ``store``."""
     with float32_products("high" if options.device == "cuda" else "highest"):
         return _compress(pair, store, options, progress)
 
@@ -116,7 +115,7 @@ def _compress(pair: Pair, store: ObjectStore, options: CompressOptions, progress
 
 @dataclass(frozen=True)
 class Blocks:
-    """Brings block after block into the store, or finds it there."""
+    """Compresses the decoder blocks, or takes those that the journal has from the store."""
 
     compressor: BlockCompressor
     runner: Runner
@@ -125,10 +124,10 @@ class Blocks:
     journal: Journal
 
     def finish(self, index: int, states: States) -> tuple[States, float]:
-        """The states behind block ``index`` and its error; its blob is then in the store and the journal says so."""
+        """The states after block ``index`` and its error; its blob is in the store then, and the journal records it."""
         done = self.journal.finished(index)
         if done is not None:
-            # A blob that is gone or damaged is made again.
+            # Blobs that are missing or damaged are made again.
             with suppress(ObjectNotFound, BlobCorrupt):
                 return self._replay(index, states, done), done.error
         parts, states = self.compressor.compress(index, states)
@@ -154,7 +153,7 @@ def _chosen(
     journal: Journal,
     progress: Callable[[float], None],
 ) -> dict[str, Coding]:
-    """The coding of each matrix by bit allocation; nothing without a target."""
+    """The coding of each matrix by bit allocation; empty without a target."""
     if not options.allocated:
         return {}
     if journal.codings is not None:
@@ -168,11 +167,11 @@ def _chosen(
 
 
 def _check_codecs(pair: Pair, options: CompressOptions) -> None:
-    """Raise CompressionError when the options name a matrix that there is not."""
+    """Raise CompressionError when the options name a matrix that does not exist."""
     matrices = {name for name, shape in pair.skeleton.shapes().items() if len(shape) == 2}
     unknown = sorted(options.codecs.keys() - matrices)
     if unknown:
-        raise CompressionError(f"codecs names {unknown[0]}, which is no matrix of {pair.finetuned.path}")
+        raise CompressionError(f"codecs names {unknown[0]}, which is not a matrix of {pair.finetuned.path}")
 
 
 def _digest(base: Checkpoint, progress: Callable[[float], None]) -> str:
@@ -187,7 +186,7 @@ def _digest(base: Checkpoint, progress: Callable[[float], None]) -> str:
 
 
 def _state_error(states: States, runner: Runner) -> float:
-    """Relative difference of the two states on the held-out sequences."""
+    """Relative difference between the two models' states on the held-out sequences."""
 
     def held_out(hidden: Tensor) -> Tensor:
         return runner.place(hidden[runner.fitted :])[runner.mask[runner.fitted :]].float()
@@ -197,7 +196,7 @@ def _state_error(states: States, runner: Runner) -> float:
 
 
 def _add(writer: ArtifactWriter, block: str, parts: Parts) -> BlobEntry | None:
-    """Write a blob, unless there is nothing to put into it."""
+    """Write a blob, unless it would be empty."""
     return writer.add_blob(block, parts.tensors, parts.entries) if parts.entries else None
 
 

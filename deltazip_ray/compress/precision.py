@@ -1,4 +1,4 @@
-"""How exactly float32 matrices are multiplied on a GPU; a CPU multiplies them exactly anyway."""
+"""The precision of float32 matrix products on a GPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 
 @contextmanager
 def float32_products(precision: Literal["highest", "high"]) -> Iterator[None]:
-    """Within, products of float32 matrices round their factors to TF32 (``high``, tensor cores) or do not."""
+    """In the block, float32 matrix products on a GPU use TF32 tensor cores (``high``) or full precision."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:

@@ -1,4 +1,4 @@
-"""Runs one decoder block after another over the calibration sequences."""
+"""Runs single decoder blocks over the calibration sequences."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,14 +13,14 @@ from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.compress.skeleton import Skeleton
 
 NUMBERS = 2**22
-"""Of hidden states whose gradients go through a block at a time (1024 tokens of 4096): all that the block computes for
-them is held."""
+"""Elements of the hidden states in one backward pass (1024 tokens of 4096), which keeps the block's activations."""
 Watch = Callable[[str, Tensor, Tensor], None]
-"""Is given a linear, its inputs ``[sequences, tokens, columns]`` and the gradient by its outputs, of some sequences."""
+"""Called for some sequences with a linear's name, its inputs ``[sequences, tokens, columns]`` and the gradient with
+respect to its outputs."""
 
 
 class _Reached(Exception):
-    """The linear of interest has its inputs ``[sequences, tokens, columns]``: the rest of the block need not run."""
+    """Carries the inputs of a linear ``[sequences, tokens, columns]`` out of a block, whose rest need not run."""
 
     def __init__(self, inputs: Tensor) -> None:
         super().__init__(inputs)
@@ -42,25 +42,25 @@ class Runner:
         self._attention_mask = skeleton.attention_mask(self._positions.shape[1], self._dtype, self._device)
 
     def place(self, tensor: Tensor) -> Tensor:
-        """A weight as the forward passes want it: their device and dtype."""
-        # On the device first: a host takes long to convert a head.
+        """A tensor on the device and in the dtype of the forward passes."""
+        # Moved first: converting a head on the host is slow.
         return tensor.to(self._device).to(self._dtype)
 
     def pinned(self, states: Tensor) -> Tensor:
-        """``states`` on the host, in memory from which a GPU reads fast."""
+        """``states`` in page-locked memory if the device is a GPU."""
         return states.pin_memory() if self._device.type == "cuda" else states
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Outputs of ``block`` for all sequences. They stay on the host, as ``hidden`` may: only a batch is placed."""
+        """Outputs of ``block`` for all sequences, on the host. ``hidden`` may be there too: batches are moved."""
         found = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=self._device.type == "cuda")
         for part, into in zip(torch.split(hidden, self._batch), torch.split(found, self._batch), strict=True):
             into.copy_(self._forward(block, part.to(self._device)))
         return found
 
     def visit_inputs(self, block: nn.Module, linear: str, hidden: Tensor, take: Callable[[Tensor], None]) -> None:
-        """Give ``take`` the inputs ``[tokens, columns]`` of one linear of ``block``, padding left out.
+        """Call ``take`` with the inputs ``[tokens, columns]`` of one linear of ``block``, without padding.
 
-        ``hidden`` are the states of the first sequences before the block.
+        ``hidden`` are the states before the block, of the first sequences.
         """
 
         def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -79,9 +79,9 @@ class Runner:
     def backward(
         self, block: nn.Module, linears: Sequence[str], hidden: Tensor, slopes: Tensor, watch: Watch
     ) -> Tensor:
-        """Gradient by ``hidden``, the states of the first sequences before the block, from ``slopes``, that behind it.
+        """The gradient with respect to ``hidden``, the states before the block, given ``slopes``, the one after it.
 
-        ``watch`` gets what goes through each of ``linears``, a batch of sequences at a time.
+        Both are of the first sequences. Calls ``watch`` for each of ``linears`` and each batch of sequences.
         """
         before = torch.empty_like(hidden, pin_memory=hidden.is_pinned())
         count = max(1, min(self._batch, NUMBERS // hidden[0].numel()))
@@ -91,9 +91,9 @@ class Runner:
         return before
 
     def _back(self, block: nn.Module, linears: Sequence[str], hidden: Tensor, slopes: Tensor, watch: Watch) -> Tensor:
-        """:meth:`backward` of one batch, on the device: nothing of it is held when the next one begins."""
+        """:meth:`backward` of one batch, on the device; its activations are freed before the next one."""
         passed: dict[str, tuple[Tensor, Tensor]] = {}
-        # The other kernels add up gradients on a GPU in the order in which blocks of threads come.
+        # The other kernels are not deterministic on a GPU: they add up gradients in the order in which blocks finish.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _recorded(block, linears, passed):
             leaf = hidden.requires_grad_()
             outputs = self._forward(block, leaf)
@@ -103,7 +103,7 @@ class Runner:
         return first
 
     def batches(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The states of the first sequences on the device with their masks, some sequences at a time."""
+        """Batches of the first sequences' states on the device, with their masks."""
         masks = torch.split(self.mask[: len(hidden)], self._batch)
         for part, mask in zip(torch.split(hidden, self._batch), masks, strict=True):
             yield part.to(self._device), mask
@@ -120,7 +120,7 @@ class Runner:
 
 @contextmanager
 def _recorded(block: nn.Module, linears: Sequence[str], passed: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Keep inputs and outputs of ``linears`` in ``passed`` while the block runs."""
+    """While ``block`` runs, record the inputs and outputs of ``linears`` in ``passed``."""
 
     def keep(linear: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         passed[linear] = (inputs[0], output)

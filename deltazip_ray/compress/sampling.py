@@ -1,8 +1,8 @@
-"""Calibration without data: sequences drawn from the fine-tune itself (as LLM-QAT does, arXiv 2305.17888).
+"""Calibration without data: sequences sampled from the fine-tune itself (as in LLM-QAT, arXiv 2305.17888).
 
-Every other sequence is a chat where there is a template: the template's own tokens around a user turn that the model
-makes up, then the model's answer. The others begin as the model's documents begin. The whole fine-tune is in memory
-meanwhile; a calibration file avoids that.
+If there is a chat template, every other sequence is a chat: the template's tokens around a user turn that the model
+makes up, then the model's answer. The others start as documents do. Needs memory for the whole fine-tune, which a
+calibration file does not.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.compress.skeleton import Skeleton, load_tensors
 
 ROWS = 64
-"""Sequences sampled at a time; bounds the KV cache."""
+"""Sequences sampled at a time, which limits the KV cache."""
 FREE = -1
 USER_TOKENS = 48
-"""Longest user turn that is sampled."""
+"""Maximum tokens of a sampled user turn."""
 
 
 def sample_sequences(
@@ -31,7 +31,7 @@ def sample_sequences(
     length: int,
     progress: Callable[[float], None],
 ) -> list[list[int]]:
-    """Draw ``options.samples`` sequences of up to ``length`` tokens, each ending after its end-of-sequence token."""
+    """Sample ``options.samples`` sequences of up to ``length`` tokens; an end-of-sequence token ends them."""
     device = torch.device(options.device)
     weights = load_tensors(finetuned, skeleton.shapes())
     model = skeleton.whole({name: w.to(device, options.torch_dtype) for name, w in weights.items()}, device)
@@ -47,7 +47,7 @@ def sample_sequences(
 
 
 def _sample(model: Any, forced: Tensor, ends: Tensor, generator: torch.Generator) -> list[list[int]]:
-    """Draw one batch; ``forced`` ``[rows, tokens]`` has the tokens that are given, :data:`FREE` where one is drawn."""
+    """Sample one batch; ``forced`` ``[rows, tokens]`` has the given tokens, and :data:`FREE` where one is sampled."""
     rows, length = forced.shape
     tokens = forced.clone()
     lengths = torch.full((rows,), length, device=forced.device)
@@ -97,7 +97,7 @@ def _forced(skeleton: Skeleton, tokenizer: Any | None, samples: int, length: int
 
 
 def _user_turn(tokenizer: Any) -> tuple[list[int], list[int]] | None:
-    """Tokens before and after the content of a single user turn; None without a template that shows it once."""
+    """Tokens before and after the content of a single user turn; None without a template that contains it once."""
     mark = "\u241e calibration \u241e"
     if tokenizer.chat_template is None:
         return None

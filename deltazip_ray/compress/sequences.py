@@ -1,4 +1,4 @@
-"""Token sequences of texts and chats, from files and from datasets."""
+"""Token sequences from texts and chats in files and datasets."""
 
 import json
 import random
@@ -15,17 +15,17 @@ from deltazip_ray.compress.options import CompressOptions
 from deltazip_ray.errors import CompressionError
 
 CHARACTERS = 8
-"""Of a text that are read for each token that is wanted: more than most tokenizers put into one."""
+"""Characters of text to read for each token needed: more than most tokenizers put into one."""
 
 
 class _Chat(BaseModel):
-    """One line of a file of chats, or row of a dataset; other keys are ignored."""
+    """One line of a file, or row of a dataset; other keys are ignored."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
 
 
 def from_file(path: Path, tokenizer: Any, length: int, options: CompressOptions) -> Iterator[list[int]]:
-    """Pieces of a text, or (``.jsonl``) one chat a line, in an order that depends on the seed."""
+    """Pieces of a text, or the chats of a ``.jsonl`` file in an order that depends on the seed."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -38,7 +38,7 @@ def from_file(path: Path, tokenizer: Any, length: int, options: CompressOptions)
 
 
 def from_dataset(name: str, tokenizer: Any, length: int, options: CompressOptions) -> Iterator[list[int]]:
-    """The same of a Hugging Face dataset, whose rows have ``messages`` or ``text``."""
+    """The same for a Hugging Face dataset whose rows have ``messages`` or ``text``."""
     rows = dataset_rows(name, options.seed)
     first = next(rows, {})
     rows = chain([first], rows)
@@ -47,8 +47,8 @@ def from_dataset(name: str, tokenizer: Any, length: int, options: CompressOption
         return _rendered(name, islice(chats, options.samples), tokenizer, length)
     if not isinstance(first.get("text"), str):
         raise CompressionError(
-            f"the dataset {name} has columns {', '.join(first) or '(none)'}, and calibration takes messages or text: "
-            "write what it shall see to a text file, or to chats as .jsonl"
+            f"the dataset {name} has columns {', '.join(first) or '(none)'}, but calibration needs messages or text: "
+            "write the data to a text file, or to a .jsonl file of chats"
         )
     texts, missing = [], CHARACTERS * length * options.samples
     for row in rows:
@@ -60,7 +60,7 @@ def from_dataset(name: str, tokenizer: Any, length: int, options: CompressOption
 
 
 def _pieces(text: str, tokenizer: Any, length: int, options: CompressOptions) -> Iterator[list[int]]:
-    """Evenly spaced pieces of a text; each begins as the tokenizer begins a text."""
+    """Evenly spaced pieces of a text; each starts with the tokens that the tokenizer puts before a text."""
     start = tokenizer("")["input_ids"][:1]
     start = start if start == [tokenizer.bos_token_id] else []
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -72,10 +72,10 @@ def _pieces(text: str, tokenizer: Any, length: int, options: CompressOptions) ->
 
 
 def _rendered(source: str, chats: Iterable[tuple[str, str]], tokenizer: Any, length: int) -> Iterator[list[int]]:
-    """Chats (where each is, its JSON) in the tokenizer's template, cut to ``length`` tokens."""
+    """Chats, given as (location, JSON), rendered with the tokenizer's template and cut to ``length`` tokens."""
     if tokenizer.chat_template is None:
         raise CompressionError(
-            f"{source} holds chats, but the fine-tune has no chat template: give a text file instead"
+            f"{source} contains chats, but the fine-tune has no chat template: give a text file instead"
         )
     for where, line in chats:
         try:
@@ -83,7 +83,7 @@ def _rendered(source: str, chats: Iterable[tuple[str, str]], tokenizer: Any, len
         except (ValueError, TypeError, TemplateError) as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
             raise CompressionError(
-                f"{where} is no chat that the fine-tune's template takes ({reason}): "
+                f"{where} cannot be rendered with the fine-tune's chat template ({reason}): "
                 'write {"messages": [{"role": "user", "content": "…"}, …]}'
             ) from error
         yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:length]

@@ -1,4 +1,4 @@
-"""A checkpoint's architecture without its weights, from which single parts are brought to life."""
+"""A checkpoint's architecture without its weights, from which single modules are built."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -17,9 +17,9 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Skeleton:
-    """The transformers model of a checkpoint on the meta device: names, shapes and modules, no memory.
+    """The transformers model of a checkpoint on the meta device: names, shapes and modules without memory.
 
-    Raises CheckpointInvalid for an architecture that no family describes, or a config that transformers refuses.
+    Raises CheckpointInvalid for an architecture that is not in FAMILIES, or a config that transformers rejects.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -62,12 +62,12 @@ class Skeleton:
 
     @property
     def embedding_scale(self) -> float:
-        """What rows of the embedding are multiplied with before the first block."""
+        """The factor on embeddings before the first block."""
         return float(self.config.hidden_size**0.5) if self.family.scaled_embedding else 1.0
 
     @property
     def logits_softcap(self) -> float | None:
-        """What the logits are softly capped at."""
+        """The soft cap on the logits, if any."""
         return getattr(self.config, "final_logit_softcapping", None)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -80,7 +80,7 @@ class Skeleton:
 
     @property
     def _output_weight(self) -> str:
-        """What transformers calls the head's weight, which differs between its releases and from checkpoints."""
+        """The name of the head's weight in transformers, which differs between releases and from checkpoints."""
         head = self._model.get_output_embeddings()
         return next(f"{name}.weight" for name, module in self._model.named_modules() if module is head)
 
@@ -89,29 +89,29 @@ class Skeleton:
         return f"{self.family.layers}.{index}"
 
     def block_weights(self, index: int) -> list[str]:
-        """Names, inside the block, of all weights of block ``index``."""
+        """Names of all weights of block ``index``, relative to the block."""
         return list(self._model.get_submodule(self.block_name(index)).state_dict())
 
     def part(self, name: str, weights: Mapping[str, Tensor]) -> nn.Module:
-        """The submodule ``name`` with ``weights``, which are used and not copied."""
+        """The submodule ``name`` with ``weights``, which are not copied."""
         module: nn.Module = copy.deepcopy(self._model.get_submodule(name))
         module.load_state_dict(dict(weights), strict=True, assign=True)
         return module
 
     def final_norm(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """The norm before the head; ``weights`` by their names in the checkpoint."""
+        """The norm before the head; ``weights`` have the names of the checkpoint."""
         start = len(self.family.norm) + 1
         return self.part(self.family.norm, {name[start:]: weights[name] for name in self.norms})
 
     def embed(self, rows: Tensor) -> Tensor:
-        """Rows of the embedding, as they enter the first block."""
-        # The factor is rounded to the dtype of the rows, as transformers does it.
+        """Scale rows of the embedding for the first block."""
+        # The factor is rounded to the dtype of the rows, as in transformers.
         return rows * rows.new_tensor(self.embedding_scale) if self.family.scaled_embedding else rows
 
     def attention_mask(self, tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """What blocks add to the scores of ``tokens`` causal positions; right padding needs nothing else.
+        """The mask to add to the attention scores of ``tokens`` positions; right padding needs no other.
 
-        None where the attention is causal by itself.
+        None where the attention implementation is causal by itself.
         """
         if self.family.attention == "sdpa":
             return None
@@ -119,13 +119,13 @@ class Skeleton:
         return hidden.triu(1)
 
     def rotary(self, device: torch.device) -> nn.Module:
-        """The module that gives cosines and sines of positions; its buffers follow from the config."""
+        """The module that computes cosines and sines of positions; its buffers follow from the config."""
         kind: Any = type(self._model.get_submodule(self.family.rotary))
         module: nn.Module = kind(config=self.config)
         return module.to(device)
 
     def whole(self, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
-        """The complete model with ``weights``, which are used and not copied."""
+        """The complete model with ``weights``, which are not copied."""
         model: Any = copy.deepcopy(self._model)
         named = dict(weights)
         if not self.tied:
@@ -142,7 +142,7 @@ class Skeleton:
 
 
 def load_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """The tensor ``name`` on the host, perhaps mapped from the file.
+    """The tensor ``name`` on the host; it may be mapped from the file.
 
     Raises CheckpointInvalid when it is not finite.
     """
@@ -156,7 +156,7 @@ def check_tensor(checkpoint: Checkpoint, name: str, tensor: Tensor, device: torc
             f"{checkpoint.path}: {name} is {tensor.dtype}: save the checkpoint in float32, bfloat16 or float16"
         )
     placed = tensor.to(device)
-    # NaN goes through both; nothing as large as the tensor is made.
+    # aminmax propagates NaN and needs no temporary of the tensor's size.
     if not torch.stack(placed.aminmax()).isfinite().all():
         raise CheckpointInvalid(
             f"{checkpoint.path}: {name} holds NaN or Inf: save the checkpoint of an earlier training step"

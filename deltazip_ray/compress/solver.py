@@ -1,9 +1,9 @@
-"""Codes for one delta matrix that keep its outputs: GPTQ with group scales, SparseGPT for 2:4, then descent.
+"""Codes a delta matrix so that its outputs change least: GPTQ with group scales, SparseGPT for 2:4, then descent.
 
-Columns are coded in order; the error of each is spread over the columns that are still open so that the output on the
-calibration inputs changes least (arXiv 2210.17323, 2301.00774). What that settles once, with scales chosen before later
-columns were known, is then improved: group by group the best scale for the codes, then code by code the best one while
-the others stay (coordinate descent, as QuantEase, arXiv 2309.01885). Rows are independent of each other.
+Columns are coded in order, and the error of each is spread over the columns that are not coded yet, so that the output
+on the calibration inputs changes least (arXiv 2210.17323, 2301.00774). That pass decides each scale and code once,
+before later columns are known. Coordinate descent then improves them: for each group the best scale for its codes, then
+the best value of each code while the others stay (QuantEase, arXiv 2309.01885). Rows are independent of each other.
 """
 
 from collections.abc import Iterator
@@ -21,15 +21,15 @@ from deltazip_ray.compress.hessian import Factor, inverse_factor
 from deltazip_ray.compress.precision import float32_products
 
 SWEEPS = 4
-"""Rounds of coordinate descent over all groups; a sixth still takes away some percent of the divergence."""
+"""Rounds of coordinate descent over all groups; even a sixth would still reduce the divergence by some percent."""
 PIECE = 2**25
-"""Numbers of a matrix that are coded at a time: bounds the working memory, a few float32 copies of them."""
+"""Elements of a matrix coded at a time, which limits the working memory to a few float32 copies of them."""
 PANEL = 1024
-"""Columns whose slopes are one product: by single groups it would be too narrow to occupy a GPU."""
+"""Columns whose slopes are computed by one product; a single group is too narrow to occupy a GPU."""
 
 
 class Grid(Protocol):
-    """The operations on groups; the contracts are those of the torch bodies in ``grid``."""
+    """The operations on groups, as documented in the torch module ``grid``."""
 
     def round_to_nearest(self, delta: Tensor, weights: Tensor, codec: Codec) -> Coded:
         """Code without compensation."""
@@ -48,24 +48,24 @@ class Grid(Protocol):
 def grid_for(device: torch.device) -> Grid:
     """The fastest implementation on ``device``."""
     if device.type == "cuda":
-        from deltazip_ray.compress import triton_grid  # a host without a GPU need not load a compiler
+        from deltazip_ray.compress import triton_grid  # hosts without a GPU do not need Triton
 
         return triton_grid
     return torch_grid
 
 
 def nearest(delta: Tensor, codec: Codec) -> Coded:
-    """``delta`` rounded, all columns alike: for lookups, which have no cross terms to compensate with."""
+    """Round ``delta`` with equal weights for all columns: for lookups, which have no cross terms to compensate with."""
     return grid_for(delta.device).round_to_nearest(delta, torch.ones(delta.shape[1], device=delta.device), codec)
 
 
 class Solver:
-    """Codes matrices whose inputs have one Hessian, ``damped``, ``[K, K]``: it is factorized once for dense codecs.
+    """Codes matrices whose inputs have the same Hessian ``damped`` ``[K, K]``, which is factorized once.
 
-    Holds ``damped`` itself in float32 and half as much for the factor.
+    Keeps ``damped`` in float32, and half as much for the factor.
 
-    Compensation is greedy and may lose to plain rounding on single rows; those rows are rounded, so that no row's
-    error in the norm of the damped Hessian is larger than by :func:`grid.round_to_nearest`.
+    Compensation is greedy and can be worse than plain rounding for single rows. Those rows are rounded instead, so that
+    no row's error in the norm of the damped Hessian is larger than with ``grid.round_to_nearest``.
     """
 
     def __init__(self, damped: Tensor, grid: Grid | None = None) -> None:
@@ -82,12 +82,12 @@ class Solver:
             compensated, errors = compensate(rows[:, order], factor, codec, grid)
             better = errors < self._squared_errors(rows, nearest, codec)
             coded = _by_row(better[:, None], _reordered(compensated, order), nearest)
-            # The 2:4 codecs are kept as published, to compare with.
+            # The 2:4 codecs stay as published, for comparison.
             pieces.append(coded if codec.sparse else descend(rows, coded, self._metric, codec, grid))
         return Coded.join(pieces)
 
     def _squared_errors(self, delta: Tensor, coded: Coded, codec: Codec) -> Tensor:
-        """Of each row ``[N]``, in the norm of the damped Hessian."""
+        """The error of each row ``[N]`` in the norm of the damped Hessian."""
         lost = coded.dequantized(codec)
         torch.sub(delta, lost, out=lost)
         return (lost @ self._metric).mul_(lost).sum(1)
@@ -104,11 +104,11 @@ class Solver:
 
 
 def coding_order(energy: Tensor) -> Tensor:
-    """The columns ``[K]`` in the order in which they are coded: those with most ``energy`` ``[K]`` first.
+    """The order ``[K]`` in which columns are coded: those with the most ``energy`` ``[K]`` first.
 
-    What is coded early finds most columns still open to make up for it (GPTQ's "act order"). Groups stay together and
-    have their scales as before, so that what is stored does not change: groups are sorted, and columns inside a group.
-    A last group that is not full stays last.
+    The error of an early column can be spread over more later ones (GPTQ's "act order"). The stored format does not
+    change: groups stay together with their scales; only the order of groups, and of columns inside a group, is sorted.
+    An incomplete last group stays last.
     """
     sums = pad(energy, (0, -len(energy) % GROUP)).view(-1, GROUP).sum(1)
     sums[len(energy) // GROUP :] = -1
@@ -121,7 +121,7 @@ def compensate(delta: Tensor, factor: Factor, codec: Codec, grid: Grid = torch_g
     """Code the columns of ``delta`` ``[N, K]``, which is overwritten, from left to right.
 
     ``factor`` is :func:`inverse_factor` of their Hessian. Also returns each row's squared error ``[N]`` in the norm of
-    that Hessian: with e the errors that are spread, the row is off by e · U, and e U H (e U)ᵀ = e eᵀ since Uᵀ U = H⁻¹.
+    that Hessian: with e the spread errors, the row is off by e · U, and e U H (e U)ᵀ = e eᵀ since Uᵀ U = H⁻¹.
     """
     codes = torch.zeros_like(delta, dtype=torch.uint8)
     kept = torch.ones_like(delta, dtype=torch.bool) if codec.sparse else None
@@ -139,9 +139,9 @@ def compensate(delta: Tensor, factor: Factor, codec: Codec, grid: Grid = torch_g
 
 
 def descend(delta: Tensor, coded: Coded, metric: Tensor, codec: Codec, grid: Grid = torch_grid) -> Coded:
-    """Better scales and codes for ``delta`` ``[N, K]``, found from ``coded``: no step makes a row's error larger.
+    """Improve the scales and codes ``coded`` of ``delta`` ``[N, K]``; no step increases a row's error.
 
-    ``metric`` ``[K, K]`` is the damped Hessian, in whose norm the error counts.
+    ``metric`` ``[K, K]`` is the damped Hessian, in whose norm the error is measured.
     """
     codes, scales = coded.codes.clone(), coded.scales.clone()
     lost = coded.dequantized(codec)
@@ -166,12 +166,12 @@ def descend(delta: Tensor, coded: Coded, metric: Tensor, codec: Codec, grid: Gri
 
 
 def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
-    """What lies between, in slices of at most ``step``."""
+    """The range in slices of at most ``step``."""
     return (slice(at, min(at + step, stop)) for at in range(start, stop, step))
 
 
 def _reordered(coded: Coded, order: Tensor) -> Coded:
-    """Columns and groups that are in ``order`` back in their own places."""
+    """Undo the permutation ``order`` of columns and groups."""
     columns, groups = order.argsort(), (order[::GROUP] // GROUP).argsort()
     kept = None if coded.kept is None else coded.kept[:, columns]
     return Coded(coded.codes[:, columns], coded.scales[:, groups], kept)

@@ -1,10 +1,10 @@
-"""What each coding would cost each matrix: the choices that bit allocation has.
+"""Estimates what each coding of each matrix costs: the choices of bit allocation.
 
 The cost of an error E of a matrix is what it adds to KL(fine-tune ‖ reconstruction) per token, to second order: half
-the mean square of ⟨Γ, E⟩, where Γ is the gradient, for one calibration sequence, of the log-likelihood of tokens drawn
-from the fine-tune's own predictions. That is the Fisher information; SqueezeLLM (arXiv 2306.07629) weights single
-weights by its diagonal; the errors here are neither small nor independent (at few bits they resemble the delta), so
-all products count.
+the mean square of ⟨Γ, E⟩, where Γ is the gradient, for one calibration sequence, of the log-likelihood of tokens
+sampled from the fine-tune's own predictions. This is the Fisher information. SqueezeLLM (arXiv 2306.07629) weights
+single weights by its diagonal; here errors are neither small nor independent (at few bits they resemble the delta), so
+all products are kept.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,14 +28,14 @@ from deltazip_ray.compress.trials import TRIED, Trials
 from deltazip_ray.compress.vocabulary import Divergence, row_pieces, sampled_slopes
 
 TOKENS = 16384
-"""Tokens, padding included, of the calibrated sequences that are looked at; bounds the memory for the states of all
-blocks. Trial codes must not fit a few short chats: each needs several tokens for every column."""
+"""Tokens used, padding included, which limits the memory for the states of all blocks. Enough for several tokens per
+column, as trial codes must not overfit a few short chats."""
 FORWARD = 0.05
-"""Share of the time that the pass forth takes, for progress."""
+"""For progress: the share of the time that the forward pass takes."""
 
 
 class Surveyor:
-    """One pass over the fine-tune forth and one back, block by block."""
+    """One forward and one backward pass over the fine-tune, block by block."""
 
     def __init__(self, pair: Pair, runner: Runner, calibration: Calibration, options: CompressOptions) -> None:
         self._pair = pair
@@ -60,19 +60,19 @@ class Surveyor:
         return self._survey
 
     def _forth(self, progress: Callable[[float], None]) -> list[Tensor]:
-        """The states before every block and behind the last, on the host as pages that may be swapped."""
+        """The states before every block and after the last one, on the host in pageable memory."""
         skeleton = self._pair.skeleton
         rows = load_tensor(self._pair.finetuned, skeleton.embedding)[self._tokens.cpu()]
         states = [skeleton.embed(self._runner.place(rows)).cpu()]
         for index in range(skeleton.blocks):
             weights = read_block(self._pair, index, self._mask.device)
-            # Not bound to a name: the next one would be placed beside it.
+            # Not bound to a name, so that it is freed before the next block is placed.
             states.append(self._runner.run(place_block(weights, skeleton, self._runner), states[-1]).clone())
             progress((index + 1) / skeleton.blocks)
         return states
 
     def _block(self, index: int, hidden: Tensor, slopes: Tensor) -> Tensor:
-        """Measure the linears of a block; returns the gradient by its inputs."""
+        """Measure the linears of a block; returns the gradient with respect to its inputs."""
         weights = read_block(self._pair, index, self._mask.device)
         block = place_block(weights, self._pair.skeleton, self._runner)
         products = {name: product for name, product in self._pair.products.items() if name in weights.finetuned}
@@ -92,14 +92,14 @@ class Surveyor:
     def _stage(
         self, block: nn.Module, linears: Sequence[str], weights: BlockWeights, hidden: Tensor, slopes: Tensor
     ) -> Tensor:
-        """Try every coding on linears that share their input; returns the gradient by the block's inputs.
+        """Try every coding on linears that share their input; returns the gradient with respect to the block's inputs.
 
-        Each stage has a pass of its own, so that only its deltas are held beside what goes through the block.
+        Each stage has a backward pass of its own, so that only its deltas are in memory beside the activations.
         """
         trials = self._trials(block, linears, weights, hidden)
 
         def watch(linear: str, inputs: Tensor, gradient: Tensor) -> None:
-            # Padding has no gradient, for nothing before it looks at it.
+            # Padding has no gradient: no other token attends to it.
             trials[linear].add(inputs.float(), gradient.float())
 
         before = self._runner.backward(block, linears, hidden, slopes, watch)
@@ -122,11 +122,11 @@ class Surveyor:
             return {linear: Trials(weights.delta(f"{linear}.weight"), solver.solve) for linear in linears}
 
     def _cost(self, products: Tensor) -> float:
-        """The divergence per token that goes with products ⟨Γ, E⟩ of single sequences."""
+        """The divergence per token from the products ⟨Γ, E⟩ of single sequences."""
         return float(products.square().sum()) / 2 / int(self._mask.sum())
 
     def _outer(self, hidden: Tensor) -> Tensor:
-        """Measure an untied head and count the norm; returns the gradient by the last block's outputs ``hidden``."""
+        """Measure an untied head, count the norm; returns the gradient with respect to the last outputs ``hidden``."""
         skeleton = self._pair.skeleton
         norms = load_tensors(self._pair.finetuned, skeleton.norms)
         for name, values in norms.items():
@@ -144,7 +144,7 @@ class Surveyor:
         return self._through(module, hidden, gradient)
 
     def _through(self, norm: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient by ``hidden`` on the host, from that by what ``norm`` makes of its unpadded tokens."""
+        """Backpropagate ``gradient``, of the norm's outputs for unpadded tokens, to ``hidden``. On the host."""
         slopes, start = [], 0
         for part, mask in self._runner.batches(hidden):
             with torch.enable_grad():
@@ -156,7 +156,7 @@ class Surveyor:
         return torch.cat(slopes)
 
     def _head(self, states: Tensor) -> None:
-        """Measure what each coding of the head adds to the divergence, all else being the fine-tune's own."""
+        """Measure what each coding of the head adds to the divergence if nothing else is compressed."""
         name = self._pair.skeleton.head
         base, finetuned = load_tensor(self._pair.base, name), load_tensor(self._pair.finetuned, name)
         kept = finetuned[: len(base)]
@@ -179,7 +179,7 @@ class Surveyor:
         return Solver(hessian.damp(self._options.damping))
 
     def _divergences(self, states: Tensor, base: Tensor, finetuned: Tensor, encode: Encode) -> dict[Coding, float]:
-        """From the logits of the head ``finetuned`` to those of each coding of it; added rows stay."""
+        """The divergence between the head ``finetuned`` and each coding of it; added rows are unchanged."""
         found = {coding: Divergence(len(states), states.device, self._pair.skeleton.logits_softcap) for coding in TRIED}
         for rows in row_pieces(len(base)):
             placed = self._runner.place(finetuned[rows])
@@ -193,7 +193,7 @@ class Surveyor:
         return {coding: divergence.mean() for coding, divergence in found.items()}
 
     def _embedding(self, slopes: Tensor) -> None:
-        """Measure the lookups by the gradient by the first block's inputs; a tied head's costs come on top."""
+        """Measure the embedding by the gradient of the first block's inputs; the costs of a tied head are added."""
         name = self._pair.skeleton.embedding
         base, finetuned = load_tensor(self._pair.base, name), load_tensor(self._pair.finetuned, name)
         self._survey.add_rest(name + ADDED, finetuned[len(base) :])

@@ -1,4 +1,4 @@
-"""What the codings that bit allocation may choose lose of one delta, and what the errors of each add up to."""
+"""The errors of all codings of one delta, and their products with gradients."""
 
 import torch
 from torch import Tensor
@@ -7,25 +7,25 @@ from deltazip_ray.compress.coding import LADDER, Encode, attempt
 from deltazip_ray.compress.options import Coding
 
 TRIED = LADDER[:-1]
-"""All but raw, which loses nothing."""
+"""All codings except raw, which has no error."""
 
 
 class Trials:
-    """Holds what each coding loses of a delta ``[N, K]``: ten bytes a weight."""
+    """The errors of all codings of a delta ``[N, K]``: ten bytes per weight."""
 
     def __init__(self, delta: Tensor, encode: Encode) -> None:
         self.lost = {coding: _lost(delta, coding, encode) for coding in TRIED}
-        """bfloat16 ``[N, K]``, for products: their rounding is no error of the codes, and does not add up."""
+        """bfloat16 ``[N, K]``: its rounding is random and averages out in the products."""
         self._products: dict[Coding, list[Tensor]] = {coding: [] for coding in TRIED}
 
     def add(self, inputs: Tensor, gradient: Tensor) -> None:
-        """Take in what goes through the linear: inputs ``[sequences, tokens, K]`` and the gradient by its outputs."""
+        """Add the linear's inputs ``[sequences, tokens, K]`` and the gradients with respect to its outputs."""
         for coding, lost in self.lost.items():
             self._products[coding].append(((inputs @ lost.to(inputs.dtype).T) * gradient).sum((1, 2)))
 
     @property
     def products(self) -> dict[Coding, Tensor]:
-        """⟨Γ, E⟩ of each sequence: Γ is its gradient by the weight, E what the coding loses."""
+        """⟨Γ, E⟩ for each sequence: Γ is the gradient with respect to the weight, E the error of the coding."""
         return {coding: torch.cat(found) for coding, found in self._products.items()}
 
 

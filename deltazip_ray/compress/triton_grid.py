@@ -1,6 +1,6 @@
-"""Codes on a GPU: what ``grid`` does in torch, in one launch for a group instead of thousands.
+"""The functions of ``grid`` as GPU kernels: one launch for a group instead of thousands.
 
-Rows equal those of the torch bodies of the same names, but for values that rounding puts between two codes.
+The results equal those of the torch functions, except for values that rounding puts between two codes.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from deltazip_ray.compress.device import grid as device
 from deltazip_ray.compress.grid import CLIP_RATIOS, REFITS, Coded
 
 ROWS = 16
-"""Rows of a program: values, codes and errors of 16 × 128 are 48 registers of each of its 128 threads."""
+"""Rows of a program: values, codes and errors of 16 × 128 elements take 48 registers of each of its 128 threads."""
 
 
 def round_to_nearest(delta: Tensor, weights: Tensor, codec: Codec) -> Coded:

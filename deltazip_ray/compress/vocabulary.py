@@ -1,4 +1,4 @@
-"""Softmaxes over a vocabulary that is looked at a piece at a time: neither a head nor its logits are ever whole."""
+"""Softmaxes over a vocabulary, computed piece by piece: neither a head nor its logits are ever in memory as a whole."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,22 +7,22 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 ROWS = 8192
-"""Tokens of the vocabulary in one piece: a multiple of a tile's rows."""
+"""Rows of the vocabulary in one piece: a multiple of a tile's rows."""
 TOKENS = 1024
-"""Positions whose logits are held at once."""
+"""Positions whose logits are in memory at once."""
 Pieces = Callable[[], Iterator[Tensor]]
-"""Gives the rows ``[≤ ROWS, hidden]`` of a head, piece after piece, each time from the first."""
+"""Returns a new iterator over the pieces ``[≤ ROWS, hidden]`` of a head."""
 
 
 def row_pieces(rows: int) -> Iterator[slice]:
-    """Slices of at most ROWS out of so many rows."""
+    """Slices of at most ROWS that cover ``rows`` rows."""
     return (slice(start, min(start + ROWS, rows)) for start in range(0, rows, ROWS))
 
 
 class Divergence:
-    """KL between the softmaxes of two models, to which pieces of their heads are shown one after the other.
+    """KL between the softmaxes of two models, accumulated over pieces of their heads.
 
-    Sums of float32 logits are kept in float64: the divergences of interest are smaller than the rounding of float32.
+    Sums are kept in float64: the divergences of interest are smaller than the rounding errors of float32.
     """
 
     def __init__(self, tokens: int, device: torch.device, softcap: float | None = None) -> None:
@@ -32,7 +32,7 @@ class Divergence:
         self._gap = torch.zeros_like(self._ours)
 
     def add(self, ours: Tensor, our_head: Tensor, theirs: Tensor, their_head: Tensor) -> None:
-        """Show the same rows of both heads; the states ``[tokens, hidden]`` are those of all positions, each time."""
+        """Add the same rows of both heads; the states ``[tokens, hidden]`` are always those of all positions."""
         for at in torch.split(torch.arange(len(ours)), TOKENS):
             rows = slice(int(at[0]), int(at[-1]) + 1)
             mine = logits(ours[rows], our_head, self._softcap).double()
@@ -54,10 +54,10 @@ class Divergence:
 
 
 def sampled_slopes(states: Tensor, head: Pieces, generator: torch.Generator, softcap: float | None) -> Tensor:
-    """Gradient by ``states`` ``[tokens, hidden]`` of the log-likelihood of tokens drawn from the model's predictions.
+    """Gradient of the log-likelihood of tokens sampled from the predictions of ``states`` ``[tokens, hidden]``.
 
-    The head is gone through twice: a token is the one with the largest sum of logit and Gumbel noise; the gradient of
-    its log-likelihood is its row of the head minus the mean row under the softmax.
+    Goes through the head twice. First it samples each token as the largest sum of logit and Gumbel noise. Then it
+    computes the gradient: the token's row of the head minus the mean row under the softmax.
     """
     total = torch.full((len(states),), -torch.inf, device=states.device)
     best, drawn = total.clone(), torch.zeros_like(total, dtype=torch.int64)
@@ -90,12 +90,12 @@ def logits(states: Tensor, head: Tensor, softcap: float | None) -> Tensor:
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Softly, where a model does that."""
+    """Apply the model's soft cap, if it has one."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _tokens(states: Tensor, rows: Tensor, softcap: float | None) -> Iterator[tuple[slice, Tensor]]:
-    """Logits of some positions at a time."""
+    """Logits, for TOKENS positions at a time."""
     for start in range(0, len(states), TOKENS):
         at = slice(start, start + TOKENS)
         yield at, logits(states[at], rows, softcap)

@@ -124,7 +124,7 @@ def test_a_product_may_be_coded_and_a_rank_may_be_too_high(base: Path, tmp_path:
     wide = compress(base, make_adapter(base, tmp_path / "b", rank=40), tmp_path / "wide", codecs={q1: "low_rank"})
     codecs = {name: entry.codec for blob in wide.blobs for name, entry in blob.tensors.items()}
     assert (codecs[q0], codecs[q1]) == ("int4", "low_rank")
-    with pytest.raises(CompressionError, match=r"lm_head.weight in low_rank, but it is no product"):
+    with pytest.raises(CompressionError, match=r"low_rank for lm_head.weight, which has no product"):
         compress(base, tmp_path / "a", tmp_path / "none", codecs={"lm_head.weight": "low_rank"})
 
 
@@ -161,9 +161,9 @@ def test_an_adapter_with_a_tokenizer_brings_it_along(base: Path, tmp_path: Path)
         ({"trainable_token_indices": [3]}, "sets trainable_token_indices"),
         ({"bias": "all"}, "sets bias, which is not supported"),
         ({"peft_type": "IA3"}, "describes a IA3 adapter, and only LORA is supported"),
-        ({"rank_pattern": {r"layers\.[01]\..*": 2}}, "selects modules by the expression"),
+        ({"rank_pattern": {r"layers\.[01]\..*": 2}}, "selects modules by the regular expression"),
         ({"r": 0}, "r: Input should be greater"),
-        ({"r": 8}, "make no rank 8 product"),
+        ({"r": 8}, "not a product of rank 8"),
     ],
 )
 def test_features_that_are_not_supported(base: Path, tmp_path: Path, settings: dict[str, Any], told: str) -> None:
@@ -176,9 +176,9 @@ def test_features_that_are_not_supported(base: Path, tmp_path: Path, settings: d
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        (f"base_model.model.{Q0}.lora_magnitude_vector", torch.ones(128), "is no part of a LoRA product"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(4, 86), "is no part of a LoRA product"),
-        (f"base_model.model.{Q0}.lora_B.bias", torch.ones(128), "is no part of a LoRA product"),
+        (f"base_model.model.{Q0}.lora_magnitude_vector", torch.ones(128), "is not part of a linear layer"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(4, 86), "is not part of a linear layer"),
+        (f"base_model.model.{Q0}.lora_B.bias", torch.ones(128), "is not part of a linear layer"),
         ("base_model.model.model.layers.7.mlp.up_proj.lora_A.weight", torch.ones(4, 128), "which .* does not have"),
         (
             "base_model.model.model.embed_tokens.weight",

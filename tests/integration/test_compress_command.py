@@ -69,7 +69,7 @@ def test_an_artifact_is_replaced_only_when_asked(command: tuple[object, ...], tm
     before = (out / "manifest.json").read_bytes()
     code, _, told = deltazip(*command, out, "--codec", "int4")
     assert code == 1
-    assert "holds an artifact already" in told
+    assert "already has an artifact" in told
     assert (out / "manifest.json").read_bytes() == before
     assert deltazip(*command, out, "--codec", "int4", "--force")[0] == 0
     assert (out / "manifest.json").read_bytes() != before

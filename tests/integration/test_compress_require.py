@@ -39,7 +39,7 @@ def test_require_stops_compress_and_publish(tmp_path: Path) -> None:
 
     code, told = deltazip(*command, "--require", "kl<1000,sort:acc>0.5")
     assert code == 1
-    assert "sort:acc is measured when there is an artifact" in told
+    assert "sort:acc cannot be measured before the artifact exists" in told
 
     code, told = deltazip(*command, "--require", "kl<1000")
     assert code == 0

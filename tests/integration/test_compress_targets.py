@@ -222,7 +222,7 @@ def test_rows_of_the_vocabulary_that_did_not_change_stay_exact(base: Path, tmp_p
 def test_targets_that_cannot_be_met(base: Path, finetuned: Path, tmp_path: Path) -> None:
     with pytest.raises(CompressionError, match="more than a ratio of 5000 allows: ask for a lower one"):
         compress(base, finetuned, tmp_path / "artifact", target_ratio=5000)
-    with pytest.raises(CompressionError, match=r"codecs names model\.norm\.weight, which is no matrix"):
+    with pytest.raises(CompressionError, match=r"codecs names model\.norm\.weight, which is not a matrix"):
         compress(base, finetuned, tmp_path / "artifact", codecs={"model.norm.weight": "int4"})
     assert not (tmp_path / "artifact" / "manifest.json").exists()
 

@@ -90,7 +90,7 @@ def test_chats_are_rendered_with_the_template_of_the_finetune(pair: Pair, tmp_pa
 def test_a_line_that_is_no_chat_is_named(pair: Pair, tmp_path: Path, line: str) -> None:
     file = write_chats(tmp_path / "chats.jsonl", ["ab"])
     file.write_text(file.read_text() + line)
-    with pytest.raises(CompressionError, match=r"chats\.jsonl, line 3 is no chat"):
+    with pytest.raises(CompressionError, match=r"chats\.jsonl, line 3 cannot be rendered"):
         load(pair, calibration=file)
 
 
@@ -161,7 +161,7 @@ def test_a_dataset_of_chats(pair: Pair, tmp_path: Path) -> None:
 
 def test_datasets_that_cannot_be_used(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = dataset(tmp_path / "numbers", [{"number": 1}, {"number": 2}])
-    with pytest.raises(CompressionError, match=r"has columns number, and calibration takes messages or text"):
+    with pytest.raises(CompressionError, match=r"has columns number, but calibration needs messages or text"):
         load(pair, dataset=name)
     with pytest.raises(CompressionError, match=r"cannot read the dataset .*: give a text file|Without a network give"):
         load(pair, dataset=str(tmp_path / "nowhere"))

@@ -117,7 +117,7 @@ def test_buffers_of_old_releases_are_ignored(base: Path, finetuned: Path) -> Non
 
 def test_missing_tensors(base: Path, finetuned: Path) -> None:
     edit_tensors(finetuned, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(CheckpointInvalid, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(CheckpointInvalid, match=r"has no model\.layers\.1\.mlp\.up_proj\.weight"):
         open_pair(base, finetuned)
 
 
