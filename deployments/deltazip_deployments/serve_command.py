@@ -1,7 +1,6 @@
 """``deltazip serve``: the application from a Serve config file, on this machine, until Ctrl-C."""
 
 import os
-import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,7 +48,7 @@ def serve(
         typer.echo(
             f"Serving {settings.base_name} and the variants of {settings.store.url} at {url}/v1 (Ctrl-C ends it)"
         )
-        threading.Event().wait()
+        serving.watch()
 
 
 def read_config(path: Path) -> tuple[AppConfig, dict[str, Any]]:

@@ -12,12 +12,12 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import ray
 from ray import serve
-from ray._private import ray_constants
+from ray._private import ray_constants, worker
 
 from deltazip_deployments.app import SERVE_ENVIRONMENT, application
 from deltazip_deployments.node_store.discovery import kill_stores
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 APP_NAME = "deltazip"
 _HEALTH_PAUSE_S = 0.1
+_WATCH_S = 1.0
 _OUR_ERROR = re.compile(r"^deltazip_ray\.errors\.\w+: (.+)", re.MULTILINE)
 
 
@@ -96,6 +97,17 @@ def running(
     finally:
         with _uninterrupted():
             stop(owns_ray=owns_ray)
+
+
+def watch() -> NoReturn:
+    """Wait for as long as the processes of a Ray that this process has started live; others' clusters end unnoticed.
+
+    Raises EngineError when one of them has ended: there is no node any more, and Serve cannot heal that.
+    """
+    node: Any = worker._global_node
+    while node.remaining_processes_alive():
+        time.sleep(_WATCH_S)
+    raise EngineError("Ray has ended on this machine (killed, or out of memory?): start the command again")
 
 
 def connect(config: AppConfig) -> bool:

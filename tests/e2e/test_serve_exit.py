@@ -42,14 +42,14 @@ def start(folder: Path, port: int) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def relatives(home: str) -> list[str]:
+def relatives(home: str) -> dict[int, str]:
     """Command lines of all processes that were started with this home."""
-    found = []
+    found = {}
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and process.name != str(os.getpid()):
             try:
                 if f"HOME={home}".encode() in (process / "environ").read_bytes().split(b"\0"):
-                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                    found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             except OSError:
                 continue
     return found
@@ -73,7 +73,7 @@ def ended(server: subprocess.Popen[str]) -> Iterator[None]:
 
 
 def gcs_is_up(home: str) -> bool:
-    return any("gcs_server" in command for command in relatives(home))
+    return any("gcs_server" in command for command in relatives(home).values())
 
 
 def test_it_serves_and_sigterm_to_the_group_ends_all(home: str, tmp_path: Path) -> None:
@@ -97,4 +97,14 @@ def test_ctrl_c_while_it_starts_ends_all(home: str, tmp_path: Path) -> None:
         os.killpg(server.pid, signal.SIGINT)
         server.wait(timeout=60)
         assert server.returncode != 0
+        nothing_is_left(home)
+
+
+def test_it_does_not_outlive_ray(home: str, tmp_path: Path) -> None:
+    with start(tmp_path, free_ports(1)[0]) as server, ended(server):
+        assert server.stdout is not None
+        server.stdout.readline()
+        (raylet,) = (process for process, command in relatives(home).items() if "/raylet/raylet " in command)
+        os.kill(raylet, signal.SIGKILL)
+        assert server.wait(timeout=30) == 1
         nothing_is_left(home)
