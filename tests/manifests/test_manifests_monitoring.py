@@ -78,6 +78,14 @@ def test_what_is_asked_for_exists(known: dict[str, set[str]], expression: str) -
         assert {label.strip() for label in group.split(",")} <= set.intersection(*(known[name] for name, _ in selected))
 
 
+def test_metrics_that_pages_name_exist(known: dict[str, set[str]]) -> None:
+    there = known.keys() | {re.sub("_(bucket|sum|count)$", "", name) for name in known}
+    text = "\n".join(page.read_text() for page in (FOLDER.parents[1] / "docs").rglob("*.md"))
+    named = set(re.findall(r"`(deltazip_(?:engine|host|disk|router)_\w+)", text))
+    assert len(named) > 20
+    assert named - there == set()
+
+
 def test_every_alert_is_explained() -> None:
     page = (FOLDER.parents[1] / "docs" / "kubernetes.md").read_text()
     assert [alert["alert"] for alert in alerts() if f"`{alert['alert']}`" not in page] == []

@@ -45,6 +45,17 @@ def test_what_a_page_points_at_is_there(page: Path) -> None:
         assert re.search(rf"(def|class) {name}\b", (ROOT / file).read_text()) or not name, f"{file}::{name}"
 
 
+def test_settings_that_pages_name_exist() -> None:
+    there = {setting.name for setting in all_settings(AppConfig)}
+    named = {
+        name
+        for page in PAGES
+        for name in re.findall(r"`((?:engine|store|node_store|router)\.[a-z_.]+)", page.read_text())
+    }
+    assert len(named) > 40
+    assert {name for name in named - there if not name.endswith((".py", ".json"))} == {"node_store.breaker"}
+
+
 def test_every_page_is_in_an_index() -> None:
     for index, folder in (("README.md", "docs"), ("docs/decisions/README.md", "docs/decisions")):
         text, pages = (ROOT / index).read_text(), (ROOT / folder).glob("*.md")
