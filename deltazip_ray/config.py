@@ -1,7 +1,7 @@
-"""Settings of the whole system: frozen, and strict about unknown keys.
+"""Settings of the whole system: frozen, and unknown keys are errors.
 
-A Serve config's ``args`` is one :class:`AppConfig`. Credentials never appear here: object stores take them
-from where boto3 looks (environment, profiles, web identity).
+The ``args`` of a Serve config are one :class:`AppConfig`. Credentials are not settings: boto3 finds them in the
+environment, in profiles or by web identity.
 """
 
 import re
@@ -19,16 +19,16 @@ GIB = 1 << 30
 CPU_KV_BLOCKS = 1024
 
 MatrixCodec = Literal["int4", "int3", "int2", "int1", "sparse24_int4", "sparse24_int2"]
-"""How the codes of a matrix are made; see ``deltazip_kernels.layout.CODECS``."""
+"""How a matrix is coded; see ``deltazip_kernels.layout.CODECS``."""
 CodecName = Literal[MatrixCodec, "low_rank", "raw"]
-"""How a weight of a delta is kept: coded, as the product of two factors, or as the fine-tune has it."""
+"""How a weight of a delta is stored: coded, as the product of two factors, or as in the fine-tune."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Settings(BaseModel):
     """Base of all settings."""
 
-    # What is wrong is not shown: it may be a secret that does not belong here.
+    # Errors do not show the wrong value: it may be a secret that does not belong here.
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
@@ -36,17 +36,17 @@ class StoreConfig(Settings):
     """Where artifacts live."""
 
     url: str = Field(description="file:///path or s3://bucket/prefix")
-    endpoint_url: str | None = Field(None, description="S3 endpoint; boto3's own default when absent")
-    region: str | None = Field(None, description="region of the bucket; boto3's own when absent")
-    profile: str | None = Field(None, description="a profile of the AWS configuration files")
+    endpoint_url: str | None = Field(None, description="S3 endpoint; default: boto3's")
+    region: str | None = Field(None, description="region of the bucket; default: boto3's")
+    profile: str | None = Field(None, description="profile in the AWS configuration files")
     ca_bundle: Path | None = Field(
-        None, description="PEM file of the authorities that sign the endpoint's certificate; boto3's own when absent"
+        None, description="PEM file with the CA certificates for the endpoint; default: boto3's"
     )
-    path_style: bool = Field(False, description="address buckets as a path, as most S3-compatible servers want")
+    path_style: bool = Field(False, description="put the bucket into the path, as most S3-compatible servers expect")
     timeout_s: float = Field(
-        10.0, gt=0, description="of one request: to connect, between two pieces, and for each MiB that is read"
+        10.0, gt=0, description="timeout of one request: to connect, between two pieces, and for each MiB of the body"
     )
-    max_attempts: int = Field(4, ge=1, description="tries of one request, the first included")
+    max_attempts: int = Field(4, ge=1, description="attempts for one request, including the first")
 
     @field_validator("url")
     @classmethod
@@ -59,7 +59,7 @@ class StoreConfig(Settings):
 
     @model_validator(mode="after")
     def _no_credentials(self) -> Self:
-        """Settings are shown on dashboards and in logs. A ConfigError, for pydantic's own would show the value."""
+        """Settings appear on dashboards and in logs. Not a ValueError, as pydantic would show the value."""
         refuse_credentials("store.url", self.url)
         refuse_credentials("store.endpoint_url", self.endpoint_url or "")
         return self
@@ -81,66 +81,66 @@ class EngineConfig(Settings):
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Dtype = "float32"
     base_dtype: Literal["fp8"] | None = Field(
-        None, description="fp8: the base's linears in e4m3, half the bytes; as dtype when absent"
+        None, description="fp8: keep the base's linears in e4m3, in half the bytes; default: dtype"
     )
-    max_model_len: int = Field(2048, ge=1, description="prompt plus output tokens of one request")
+    max_model_len: int = Field(2048, ge=1, description="maximum prompt plus output tokens of one request")
     max_batch_tokens: int = Field(
-        512, ge=1, description="token budget of one step, prefill chunks and decodes together"
+        512, ge=1, description="token budget of one step, for prefill chunks and decodes together"
     )
-    max_running: int = Field(64, ge=1, description="requests that may be in a batch at once")
-    max_waiting: int = Field(4096, ge=0, description="requests that may wait; more are answered with 429")
-    block_size: int = Field(16, ge=1, description="tokens of one KV block")
+    max_running: int = Field(64, ge=1, description="maximum requests in a batch")
+    max_waiting: int = Field(4096, ge=0, description="maximum waiting requests; more are answered with 429")
+    block_size: int = Field(16, ge=1, description="tokens per KV block")
     kv_blocks: int | None = Field(
-        None, ge=1, description="KV blocks in all; when absent what memory_fraction leaves on cuda, 1024 on a CPU"
+        None, ge=1, description="number of KV blocks; default: all that memory_fraction leaves on cuda, 1024 on a CPU"
     )
-    kv_prefix_cache: bool = Field(True, description="requests of one version share the KV blocks of a common prefix")
+    kv_prefix_cache: bool = Field(True, description="share the KV blocks of common prefixes within a version")
     fair_lead_tokens: int = Field(
-        65536, ge=1, description="service by which a version may be ahead of others before the rest is forgiven"
+        65536, ge=1, description="tokens that a version can be ahead of others; a larger lead is forgotten"
     )
-    priority_step_tokens: int = Field(8192, ge=0, description="tokens of service that one more of priority is worth")
-    memory_fraction: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory that the engine takes")
-    kernels: Literal["auto", "torch", "triton"] = Field("auto", description="auto: triton on cuda, else torch")
+    priority_step_tokens: int = Field(8192, ge=0, description="tokens of service that one step of priority is worth")
+    memory_fraction: float = Field(0.9, gt=0, le=1, description="share of the GPU's memory that the engine uses")
+    kernels: Literal["auto", "torch", "triton"] = Field("auto", description="auto: triton on cuda, otherwise torch")
     kv_dtype: Literal["auto", "fp8"] = Field(
-        "auto", description="of cached keys and values; auto: dtype; fp8: e4m3 with a scale for each token and head"
+        "auto", description="dtype of the KV cache; auto: dtype; fp8: e4m3 with a scale per token and head"
     )
     attention: Literal["auto", "sdpa", "triton", "flashinfer"] = Field(
         "auto",
-        description="auto: on cuda flashinfer for the head sizes and types that it has, without windows and soft caps, "
-        "else our kernels (triton); sdpa elsewhere",
+        description="auto: on cuda flashinfer where it supports the head size and dtype, without windows and soft "
+        "caps, otherwise our kernels (triton); on a CPU sdpa",
     )
     cuda_graphs: bool = Field(True, description="run decode steps as CUDA graphs, unless attention is sdpa")
-    slots: int = Field(8, ge=1, description="deltas on the device at once")
+    slots: int = Field(8, ge=1, description="number of slots: deltas on the device at once")
     slots_min: int | None = Field(
         None,
         ge=1,
-        description="slots that stay; others that nobody uses are lent to the KV cache while requests wait for blocks; "
-        "all stay when absent",
+        description="slots that are never lent to the KV cache; idle ones beyond are, while requests wait for KV "
+        "blocks; default: none are lent",
     )
-    slot_bytes: int | None = Field(None, ge=1, description="room of one slot; sized for a dense int4 delta when absent")
-    copy_bytes_per_s: float | None = Field(None, gt=0, description="bound on copies to the device; none when absent")
-    max_added_tokens: int = Field(64, ge=0, description="tokens a variant may add to the base's vocabulary")
+    slot_bytes: int | None = Field(None, ge=1, description="size of one slot; default: enough for a dense int4 delta")
+    copy_bytes_per_s: float | None = Field(None, gt=0, description="limit of copies to the device; default: none")
+    max_added_tokens: int = Field(64, ge=0, description="tokens that a variant may add to the base's vocabulary")
     eviction_half_life: float = Field(
-        2000.0, ge=1, description="requests after which one counts half for what stays in a slot; 1: recency alone"
+        2000.0, ge=1, description="requests after which a use of a slot counts half in its eviction; 1: almost LRU"
     )
     load_timeout_s: float = Field(60.0, gt=0, description="how long a request waits for its delta before it gets a 503")
     warm_up: bool | None = Field(
-        None, description="run steps of all kinds and record the base's graphs at the start; on cuda when absent"
+        None, description="run all kinds of steps and record the base's graphs at the start; default: on cuda"
     )
     warm_codecs: tuple[CodecName, ...] = Field(
         (),
-        description="codecs whose kernels the warm-up compiles and over which it records decode steps; others are "
-        "compiled when the first version that has them is loaded, and recorded when steps need it",
+        description="codecs whose kernels are compiled and whose decode graphs are recorded at the start; others are "
+        "compiled when the first version with them is loaded, and recorded when steps need them",
     )
     kernel_cache: Path | None = Field(
-        None, description="folder for compiled kernels; Triton's and FlashInfer's own in the user's home when absent"
+        None, description="folder for compiled kernels; default: Triton's and FlashInfer's own, in the user's home"
     )
-    threads: int | None = Field(None, ge=1, description="torch CPU threads; torch's default when absent")
+    threads: int | None = Field(None, ge=1, description="torch CPU threads; default: torch's")
     overlap_loads: bool | None = Field(
         None,
-        description="on an idle engine, launch a version's first step while its weights come; on cuda when absent",
+        description="launch a version's first step while its weights arrive, if the engine is idle; default: on cuda",
     )
     async_steps: bool | None = Field(
-        None, description="prepare a step while the device runs the one before; only on cuda when absent"
+        None, description="prepare a step while the device runs the one before; default: on cuda"
     )
 
     @model_validator(mode="after")
@@ -151,78 +151,75 @@ class EngineConfig(Settings):
 
 
 class BreakerConfig(Settings):
-    """When a version that fails again and again is answered without another try."""
+    """The circuit breaker of a version that keeps failing."""
 
-    failures: int = Field(
-        3, ge=1, description="failures in a row after which a version is answered with its last one at once"
-    )
-    backoff_s: float = Field(1.0, gt=0, description="seconds until it is tried again; doubles with each try that fails")
-    backoff_max_s: float = Field(30.0, gt=0, description="what these seconds grow to")
+    failures: int = Field(3, ge=1, description="failures in a row after which requests get the last error at once")
+    backoff_s: float = Field(1.0, gt=0, description="seconds until the next attempt; doubles with each failure")
+    backoff_max_s: float = Field(30.0, gt=0, description="limit of these seconds")
 
 
 class NodeStoreConfig(Settings):
     """The store actor of one host."""
 
     arena_bytes: int = Field(256 * MIB, ge=MIB, description="shared memory for blobs")
-    shm_dir: Path = Field(Path("/dev/shm"), description="where the shared arena is created")  # noqa: S108
-    fetch_threads: int = Field(16, ge=1, description="blobs fetched in parallel, and as many read from the disk")
-    disk_dir: Path | None = Field(
-        None, description="folder of its own for blobs that survive a restart; none when absent"
-    )
-    disk_bytes: int = Field(64 * GIB, ge=MIB, description="bytes that the folder may grow to")
-    fetch_bytes_per_s: float | None = Field(None, gt=0, description="bound on what is fetched; none when absent")
+    shm_dir: Path = Field(Path("/dev/shm"), description="folder for the shared memory")  # noqa: S108
+    fetch_threads: int = Field(16, ge=1, description="blobs fetched in parallel, and as many read from disk")
+    disk_dir: Path | None = Field(None, description="folder for blobs that survive a restart; default: none")
+    disk_bytes: int = Field(64 * GIB, ge=MIB, description="size limit of that folder")
+    fetch_bytes_per_s: float | None = Field(None, gt=0, description="limit of reads from the store; default: none")
     eviction_half_life: float = Field(
-        2000.0, ge=1, description="uses after which a use counts half for what stays in memory; 1: recency alone"
+        2000.0, ge=1, description="uses after which a use counts half in the eviction from memory; 1: almost LRU"
     )
     room_timeout_s: float = Field(30.0, gt=0, description="how long a version waits for room in a full arena")
     breaker: BreakerConfig = BreakerConfig()
-    quarantine_s: float = Field(60.0, gt=0, description="how long a blob that came damaged twice is not fetched again")
+    quarantine_s: float = Field(
+        60.0, gt=0, description="how long a blob is not fetched again after it arrived damaged twice"
+    )
     retire_after_s: float = Field(
-        30.0, ge=0, description="how long a version stays in memory that has lost its last alias"
+        30.0, ge=0, description="how long a version stays in memory after it lost its last alias"
     )
-    lease_timeout_s: float = Field(
-        15.0, gt=0, description="leases of a replica that was silent for this long are dropped"
-    )
+    lease_timeout_s: float = Field(15.0, gt=0, description="silence after which the leases of a replica are dropped")
 
 
 class RouterConfig(Settings):
     """The HTTP front."""
 
-    catalog_refresh_s: float = Field(5.0, gt=0, description="how old the list of variants may become")
+    catalog_refresh_s: float = Field(5.0, gt=0, description="interval for reading the list of variants")
     heir_wait_s: float = Field(
-        20.0, ge=0, description="an alias of a version in use moves when the new one is on a replica, or after this"
+        20.0, ge=0, description="a moved alias takes effect when its new version is on a replica, or after this time"
     )
     max_ongoing_requests: int = Field(
         2048,
         ge=1,
-        description="requests that the router answers at once, of one variant at most twice as many as it has places "
-        "left: more get a 429. Eight times as many may wait for that",
+        description="requests that the router handles at once; one variant gets at most twice as many as are left "
+        "free, beyond that a 429. Eight times as many may queue",
     )
-    request_timeout_s: float = Field(300.0, gt=0, description="until an answer must be complete, else it is a 504")
-    resume_attempts: int = Field(2, ge=0, description="times a request moves on when its replica dies")
+    request_timeout_s: float = Field(300.0, gt=0, description="time for a whole answer; after it the client gets a 504")
+    resume_attempts: int = Field(2, ge=0, description="how often a request is resumed after its replica died")
     api_keys_file: Path | None = Field(
-        None, description="JSON of who may use what (docs/api.md), read again when it changes; absent: everybody, all"
+        None, description="JSON file of API keys (docs/api.md), read again when it changes; default: no keys needed"
     )
     weights: dict[str, Annotated[float, Field(ge=0.1, le=100)]] = Field(
-        {}, description="share of variants, by name, against that of others that wait; 1 when absent"
+        {}, description="weights of variants, by name, in fair sharing; default: 1 each"
     )
-    priorities: bool = Field(False, description="let clients give their requests a priority: for trusted clients")
+    priorities: bool = Field(False, description="let clients set priorities; only for trusted clients")
     ebnf: bool = Field(
         False,
-        description="offer structured_outputs.grammar; an ambiguous grammar can hold up all steps: for trusted clients",
+        description="support structured_outputs.grammar; an ambiguous grammar can delay all steps, so only for trusted "
+        "clients",
     )
 
 
 class AppConfig(Settings):
     """The Serve application."""
 
-    base: str = Field(description="path of the base checkpoint on every host")
-    base_name: str = Field("base", description="what clients put in `model` to get the base itself")
+    base: str = Field(description="path of the base checkpoint, on every host")
+    base_name: str = Field("base", description="name of the base itself in a request's `model`")
     store: StoreConfig
-    replicas: int = Field(1, ge=1, description="engines, each with its own copy of the base")
+    replicas: int = Field(1, ge=1, description="number of engines, each with its own copy of the base")
     replica_resources: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default={"CPU": 1.0},
-        description="Ray resources of one replica; a GPU is added on cuda where none is named: share one with 0.5",
+        description="Ray resources of one replica; on cuda a GPU is added unless it is named; GPU: 0.5 shares one",
     )
     engine: EngineConfig = EngineConfig()
     node_store: NodeStoreConfig = NodeStoreConfig()
@@ -231,12 +228,14 @@ class AppConfig(Settings):
     @model_validator(mode="after")
     def _gpu_on_cuda(self) -> Self:
         if self.engine.device == "cuda" and not self.resources["GPU"]:
-            raise ValueError("replica_resources.GPU is 0, but engine.device is cuda: leave it out or share with 0.5")
+            raise ValueError(
+                "replica_resources.GPU is 0, but engine.device is cuda: remove it, or set 0.5 to share one"
+            )
         return self
 
     @property
     def resources(self) -> dict[str, float]:
-        """Ray resources of one replica, with the GPU that its device implies."""
+        """Ray resources of one replica, including the GPU that engine.device implies."""
         return ({"GPU": 1.0} if self.engine.device == "cuda" else {}) | self.replica_resources
 
 
@@ -249,6 +248,6 @@ def first_problem(error: ValidationError) -> str:
 
 
 def refuse_credentials(setting: str, url: str) -> None:
-    """Raise ConfigError, which does not show them, when a URL holds credentials."""
+    """Raise ConfigError when a URL contains credentials, without showing them."""
     if "@" in urlsplit(url).netloc:
-        raise ConfigError(f"{setting} holds credentials: take them out, boto3 finds them in the environment")
+        raise ConfigError(f"{setting} contains credentials: remove them, boto3 finds them in the environment")

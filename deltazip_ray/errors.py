@@ -1,21 +1,21 @@
 """The one tree of errors.
 
 DeltaZipError
-├── ConfigError             a setting is missing, contradictory or does not fit the machine
+├── ConfigError             a setting is missing, contradicts another or does not fit the machine
 ├── RequestError            the client must change its request
 │   ├── InvalidRequest
-│   ├── InvalidName         a variant, alias or version that is not well formed
+│   ├── InvalidName         the name of a variant, alias or version is not well formed
 │   ├── UnknownVariant
-│   ├── InvalidKey          no API key, or one that is not known
-│   ├── NotAllowed          the API key is not for this variant
+│   ├── InvalidKey          no API key, or an unknown one
+│   ├── NotAllowed          the API key does not cover this variant
 │   └── PromptTooLong
-├── Overloaded              come back later
-├── ArtifactError           a version cannot be used, whoever asks
+├── Overloaded              try again later
+├── ArtifactError           a version is unusable, for all clients
 │   ├── ManifestInvalid
 │   ├── BaseMismatch
 │   ├── BlobCorrupt
 │   └── DeltaTooLarge
-├── StoreError              a tier did not do its work
+├── StoreError              a storage tier failed
 │   ├── StoreUnavailable
 │   ├── ObjectNotFound
 │   ├── StoreConflict       an object changes faster than it can be read
@@ -27,17 +27,17 @@ DeltaZipError
 └── CompressionError
     ├── CheckpointInvalid
     ├── CheckpointMismatch
-    └── QualityTooLow       an artifact is further from its fine-tune than was allowed
+    └── QualityTooLow       an artifact violates a bound on its quality
 
-Every error takes one message that says what is wrong and what to do next, and survives pickling:
-errors cross process boundaries. HTTP statuses are given in one place, ``deltazip_deployments.http_errors``.
+Every error has one message, which says what is wrong and what to do about it, and can be pickled, as errors cross
+process boundaries. Their HTTP statuses are in ``deltazip_deployments.http_errors``.
 """
 
 from collections.abc import Sequence
 
 
 class DeltaZipError(Exception):
-    """Root of every error that this project raises on purpose."""
+    """Root of all errors that this project raises on purpose."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -45,7 +45,7 @@ class DeltaZipError(Exception):
 
 
 class ConfigError(DeltaZipError):
-    """A setting is missing, contradictory or does not fit the machine."""
+    """A setting is missing, contradicts another or does not fit the machine."""
 
 
 class RequestError(DeltaZipError):
@@ -53,7 +53,7 @@ class RequestError(DeltaZipError):
 
 
 class InvalidRequest(RequestError):
-    """The request is malformed or asks for something that is not offered."""
+    """The request is malformed or asks for something that is not supported."""
 
 
 class InvalidName(RequestError):
@@ -65,11 +65,11 @@ class UnknownVariant(RequestError):
 
 
 class InvalidKey(RequestError):
-    """The request has no API key, or one that is not known."""
+    """The request has no API key, or an unknown one."""
 
 
 class NotAllowed(RequestError):
-    """The request's API key is not for this variant."""
+    """The request's API key does not cover this variant."""
 
 
 class PromptTooLong(RequestError):
@@ -81,46 +81,46 @@ class Overloaded(DeltaZipError):
 
 
 class ArtifactError(DeltaZipError):
-    """A version cannot be used, whoever asks for it."""
+    """A version is unusable, for all clients."""
 
 
 class ManifestInvalid(ArtifactError):
-    """A manifest cannot be parsed, contradicts itself or has another digest than its name."""
+    """A manifest cannot be parsed, contradicts itself or does not match its digest."""
 
 
 class BaseMismatch(ArtifactError):
-    """A delta belongs to another base than the one that is served."""
+    """A delta belongs to another base."""
 
 
 class BlobCorrupt(ArtifactError):
-    """A blob's bytes differ from its digest or size, or its contents from the manifest."""
+    """A blob does not match its digest, its size or its manifest."""
 
 
 class DeltaTooLarge(ArtifactError):
-    """A delta does not fit the slots of this deployment."""
+    """A delta does not fit into a slot of this deployment."""
 
 
 class StoreError(DeltaZipError):
-    """A storage tier did not do its work."""
+    """A storage tier failed."""
 
     retry_after_s: float | None = None
-    """Seconds until another try makes sense, where that is known."""
+    """Seconds until another attempt makes sense, if known."""
 
 
 class StoreUnavailable(StoreError):
-    """The store does not answer, or refuses for the moment."""
+    """The store does not answer, or refuses the request."""
 
 
 class ObjectNotFound(StoreError):
-    """The store has no object of that key."""
+    """The store has no object with this key."""
 
 
 class StoreConflict(StoreError):
-    """Others change an object faster than it can be read; try again later."""
+    """Others change an object faster than it can be read."""
 
 
 class StoreFull(StoreError):
-    """A tier has no room left that may be taken."""
+    """A tier has no room left."""
 
 
 class LoadTimeout(DeltaZipError):
@@ -140,7 +140,7 @@ class EngineStopped(EngineError):
 
 
 class CompressionError(DeltaZipError):
-    """A delta cannot be made."""
+    """A delta cannot be computed."""
 
 
 class CheckpointInvalid(CompressionError):
@@ -152,7 +152,7 @@ class CheckpointMismatch(CompressionError):
 
 
 class QualityTooLow(CompressionError):
-    """An artifact is further from its fine-tune than was allowed."""
+    """An artifact violates a bound on its quality."""
 
 
 def listed(names: Sequence[str], most: int = 20) -> str:

@@ -1,1 +1,1 @@
-"""Task scores with EleutherAI's lm-eval harness, an optional dependency."""
+"""Task scores by EleutherAI's lm-eval harness, an optional dependency."""

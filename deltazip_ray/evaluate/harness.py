@@ -1,4 +1,4 @@
-"""Runs tasks of the harness and reads off their scores."""
+"""Runs tasks of lm-eval and collects their scores."""
 
 import importlib
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from deltazip_ray.evaluate.subjects import Model
 
 SHOWN = 5
 RESAMPLES = 1000
-"""Bootstrap resamples for the errors of metrics that are no means."""
+"""Bootstrap resamples for the errors of metrics that are not means."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Score:
     """One metric of one task."""
 
     name: str
-    """``task:metric``, and ``:filter`` where the task filters answers."""
+    """``task:metric``, and ``:filter`` if the task filters answers."""
     value: float
     error: float | None
-    """Standard error; None where the harness knows none."""
+    """Standard error, if lm-eval computes one."""
     samples: int
 
 
@@ -32,21 +32,21 @@ class Suite:
 
     tasks: tuple[str, ...]
     include: Path | None = None
-    """A folder with task files of one's own."""
+    """A folder with the user's own task files."""
     limit: int | None = None
-    """Samples of each task at most."""
+    """Maximum samples per task."""
     fewshot: int | None = None
-    """Examples in front of each question; None: as the task says."""
+    """Examples before each question; None: the task's default."""
     batch: int = 8
     chat: bool = False
-    """Questions as chats, in the model's own template."""
+    """Ask in the model's chat template."""
 
 
 def run_tasks(model: Model, suite: Suite) -> tuple[Score, ...]:
-    """Score ``model``; the harness shows its progress on stderr.
+    """Score ``model``; lm-eval shows its progress on stderr.
 
-    Raises ConfigError when lm-eval is not installed, when it does not know a task, cannot read its data, or cannot
-    score it on this kind of model.
+    Raises ConfigError when lm-eval is not installed, does not know a task, cannot read its data, or cannot score it
+    with this kind of model.
     """
     lm_eval, tasks, aiohttp = _module("lm_eval"), _module("lm_eval.tasks"), _module("aiohttp")
     try:
@@ -64,17 +64,17 @@ def run_tasks(model: Model, suite: Suite) -> tuple[Score, ...]:
             task_manager=_manager(tasks, suite),
         )
     except (OSError, ValueError, NotImplementedError, AssertionError, aiohttp.ClientError) as error:
-        # Data that is not there and servers that do not answer are OSErrors; the harness asserts what it cannot do.
+        # Missing data and servers that do not answer are OSErrors; lm-eval asserts that it supports a request.
         raise ConfigError(
             f"lm-eval could not score {', '.join(suite.tasks)}: {str(error) or type(error).__name__}. Without a "
-            "network give task files whose data are local (--include); on a server, tasks that do not generate "
-            "need --tokenizer"
+            "network give task files with local data (--include); tasks that do not generate need --tokenizer on a "
+            "server"
         ) from error
     return tuple(scores_of(found["results"], found["n-samples"]))
 
 
 def scores_of(results: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Mapping[str, int]]) -> Sequence[Score]:
-    """The numbers among the harness's results, by task and metric."""
+    """The numbers in lm-eval's results, sorted by task and metric."""
     found = []
     for task, metrics in results.items():
         for key, value in metrics.items():
@@ -88,8 +88,8 @@ def scores_of(results: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Ma
 
 
 def _manager(tasks: Any, suite: Suite) -> Any:
-    """The harness's index of tasks. Raises ConfigError for one that it lacks."""
-    # To read the thousands of files that come with the harness takes seconds: not when one's own are enough.
+    """lm-eval's index of tasks. Raises ConfigError for an unknown task."""
+    # Reading the thousands of task files of lm-eval takes seconds, so it is avoided if the user's own are enough.
     include = None if suite.include is None else str(suite.include)
     manager = tasks.TaskManager(include_path=include, include_defaults=False)
     if not set(suite.tasks) <= set(manager.all_tasks):

@@ -1,4 +1,4 @@
-"""Scores in an artifact's quality record."""
+"""Writes scores into an artifact's quality record."""
 
 from collections.abc import Iterable
 
@@ -10,14 +10,14 @@ from deltazip_ray.evaluate.harness import Score
 
 
 def record_scores(artifact: StoreConfig, measured: str, scores: Iterable[Score]) -> Manifest:
-    """Write ``scores`` beside those that the record has, and return the new manifest.
+    """Add ``scores`` to the record, and return the new manifest.
 
-    The version's name follows from its manifest, so it changes: record before you publish. ``measured`` is the version
-    that was scored. Raises ConfigError when the artifact holds another by now, ManifestInvalid, StoreError.
+    This changes the version's name, which is the digest of its manifest: record before you publish. ``measured`` is the
+    version that was scored. Raises ConfigError when the artifact is another version now, ManifestInvalid, StoreError.
     """
     manifest, store = open_artifact(artifact)
     if manifest.version() != measured:
-        raise ConfigError(f"{store.url} holds another version than the one that was scored: score it again")
+        raise ConfigError(f"{store.url} has changed since it was scored: score it again")
     quality = manifest.quality or Quality(data="none", block_errors={})
     together = quality.scores | {score.name: score.value for score in scores}
     manifest = manifest.model_copy(update={"quality": quality.model_copy(update={"scores": together})})

@@ -1,4 +1,4 @@
-"""What can be scored, each as the model of lm-eval that runs it."""
+"""The things that can be scored, each as a model of lm-eval."""
 
 import tempfile
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from deltazip_ray.compress.options import Progress
 from deltazip_ray.config import StoreConfig
 
 CONCURRENT = 32
-"""Requests that an endpoint gets at a time."""
+"""Concurrent requests to an endpoint."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as ``lm_eval.simple_evaluate`` takes it."""
+    """The arguments of ``lm_eval.simple_evaluate`` that describe a model."""
 
     kind: Literal["hf", "local-completions", "local-chat-completions"]
     arguments: dict[str, Any]
@@ -27,13 +27,13 @@ class Model:
 
 def of_checkpoint(path: Path, device: str) -> Model:
     """A Hugging Face checkpoint's folder. Raises CheckpointInvalid."""
-    Checkpoint.open(path)  # says what is wrong with it, and refuses code, better than the harness would
+    Checkpoint.open(path)  # has better error messages than lm-eval, and refuses checkpoints with code
     return Model("hf", {"pretrained": str(path), "dtype": "auto"}, device)
 
 
 @contextmanager
 def of_artifact(base: Path, artifact: StoreConfig, device: str, progress: Progress) -> Iterator[Model]:
-    """An artifact, merged with ``base`` into a temporary folder: what the server computes with.
+    """An artifact merged with ``base`` in a temporary folder: the weights that the server computes with.
 
     Raises what ``merge`` raises.
     """

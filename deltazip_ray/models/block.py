@@ -1,4 +1,4 @@
-"""One block of a decoder as Llama has it, and with what Mistral, Qwen and Gemma change in it."""
+"""A decoder block of Llama, with the variations of Mistral, Qwen and Gemma."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from deltazip_ray.models.weights import WeightReader
 
 @dataclass(frozen=True)
 class StepContext:
-    """What every block needs in a step."""
+    """The inputs of a step that all blocks share."""
 
     rows: Rows
     positions: torch.Tensor
@@ -70,7 +70,7 @@ class GatedMLP:
 
 
 class LlamaBlock:
-    """Attention and MLP, each behind a norm and beside the residual stream; Gemma norms their outputs too."""
+    """Attention and MLP with a norm before each, on a residual stream; Gemma also norms their outputs."""
 
     def __init__(
         self, index: int, config: DecoderConfig, weights: WeightReader, rotary: Rotary, backend: AttentionBackend[Any]
@@ -93,9 +93,9 @@ class LlamaBlock:
             self.mlp_norm = norm("post_attention_layernorm")
 
     def __call__(self, stream: torch.Tensor, update: torch.Tensor | None, step: StepContext) -> torch.Tensor:
-        """This block's update of the residual ``stream`` ``[rows, hidden]``, for the next block to add.
+        """Return this block's update of the residual ``stream`` ``[rows, hidden]``, which the next block adds.
 
-        ``update`` is that of the block before; it is added to ``stream`` in place, in one pass with the norm.
+        ``update``, of the block before, is added to ``stream`` in place, in one pass with the norm.
         """
         update = self.attention(self.input_norm(stream, step.rows, update), step)
         if self.attention_norm is not None:

@@ -1,4 +1,4 @@
-"""The decoder: one forward pass over a flat batch whose rows belong to any mixture of versions."""
+"""The decoder: a forward pass over a flat batch whose rows belong to any mix of versions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from deltazip_ray.models.weights import WeightReader
 
 
 def go_on(layer: int | None) -> None:
-    """All weights are there."""
+    """A ``before_layer`` for versions that are completely loaded."""
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,23 @@ class StepInputs:
     tokens: torch.Tensor
     """``[rows]`` int64."""
     positions: torch.Tensor
-    """``[rows]`` int64, of each token in its sequence."""
+    """``[rows]`` int64: the position of each token in its sequence."""
     rows: Rows
     plan: Any
-    """What the attention backend planned for these rows."""
+    """The attention backend's plan for these rows."""
     last: torch.Tensor | None
-    """``[sampled]`` int64: rows whose logits are wanted, in order; None: all."""
+    """``[sampled]`` int64: rows whose logits are needed, in order; None: all."""
     last_rows: Rows
-    """The versions of those."""
+    """The versions of the rows in ``last``."""
     before_layer: Callable[[int | None], None] = go_on
-    """Is told which layer's weights are needed next; None, at the beginning: those that belong to no layer."""
+    """Called with the index of the layer that runs next; first with None, for weights outside the layers."""
 
 
 _BLOCKS: dict[str, type[LlamaBlock] | type[NeoXBlock]] = {"llama": LlamaBlock, "gpt_neox": NeoXBlock}
 
 
 class Decoder:
-    """A whole model. ``weights.targets`` then has a target for every weight that a version may change."""
+    """A whole model. Building it gives ``weights.targets`` a target for every weight that a version may change."""
 
     def __init__(
         self, config: DecoderConfig, weights: WeightReader, backend: AttentionBackend[Any], max_positions: int
@@ -54,7 +54,7 @@ class Decoder:
         tokens = weights.matrix(f"{names.embedding}.weight", shape)
         added = weights.added(tokens.name, config.hidden_size)
         self.embedding = DeltaEmbedding(tokens, added)
-        # Rounded to the type of what it multiplies, as in training.
+        # Rounded to the dtype of the embeddings, as in training.
         self.embedding_scale = float(torch.tensor(config.embedding_scale, dtype=place.dtype))
         block = _BLOCKS[config.block]
         self.blocks = [block(i, config, weights, rotary, backend) for i in range(config.layers)]
@@ -65,11 +65,11 @@ class Decoder:
         self.head = DeltaHead(tokens, added, place.ops, config.logits_softcap)
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
-        """Logits ``[sampled, vocab + added]`` of ``inputs.last``; writes the KV cache."""
+        """Logits ``[sampled, vocab + added]`` of the rows ``inputs.last``; writes the KV cache."""
         return self.logits(self.states(inputs), inputs.last, inputs.last_rows)
 
     def states(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the last block leaves, ``[rows, hidden]``, and what is to be added to that; writes the KV cache."""
+        """The residual stream ``[rows, hidden]`` and the last block's update of it; writes the KV cache."""
         step = StepContext(inputs.rows, inputs.positions, inputs.plan)
         inputs.before_layer(None)
         stream = self.embedding(inputs.tokens, inputs.rows)
@@ -83,6 +83,6 @@ class Decoder:
         return stream, update
 
     def logits(self, states: tuple[torch.Tensor, torch.Tensor], which: torch.Tensor | None, rows: Rows) -> torch.Tensor:
-        """Logits of rows ``which``, of versions ``rows``; None: all of the states, which are overwritten then."""
+        """Logits of the rows ``which``, with versions ``rows``; None: of all states, which are then overwritten."""
         stream, update = states if which is None else (states[0][which], states[1][which])
         return self.head(self.norm(stream, rows, update), rows)

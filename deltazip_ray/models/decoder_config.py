@@ -22,9 +22,8 @@ _FAMILIES = {
     "Gemma2ForCausalLM": "gemma2",
     "GPTNeoXForCausalLM": "gpt_neox",
 }
-# Rope types whose frequencies do not depend on how long a sequence has become: keys are cached rotated. Those of
-# "dynamic" change behind max_position_embeddings, those of "longrope" behind the length before it was extended: no
-# sequence gets so long.
+# Rope types whose frequencies do not change as a sequence grows, since rotated keys are cached. Those of "dynamic"
+# change beyond max_position_embeddings, those of "longrope" beyond the original length: sequences are limited to that.
 _STATIC_ROPE = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
@@ -37,7 +36,7 @@ _ACTIVATIONS: Mapping[str, Activation] = {
 
 @dataclass(frozen=True)
 class Names:
-    """What checkpoints call the parts around the blocks."""
+    """The names of the parts around the blocks in checkpoints."""
 
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
@@ -50,11 +49,11 @@ _NEOX_NAMES = Names("gpt_neox.layers", "gpt_neox.embed_in", "gpt_neox.final_laye
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder with grouped-query attention and rotary positions whose blocks norm their inputs."""
+    """A pre-norm decoder with grouped-query attention and rotary positions."""
 
     architecture: str
     block: Literal["llama", "gpt_neox"]
-    """Llama's: q, k and v apart, a gated MLP. GPT-NeoX's: q, k and v of a head together, a plain MLP, biases."""
+    """llama: separate q, k and v, and a gated MLP. gpt_neox: one matrix for q, k and v, a plain MLP, and biases."""
     names: Names
     vocab_size: int
     hidden_size: int
@@ -66,7 +65,7 @@ class DecoderConfig:
     tied: bool
     """Whether the head is the embedding."""
     embedding_scale: float
-    """Factor on what the embedding gives."""
+    """Factor on the embeddings."""
     logits_softcap: float | None
     """Logits ``x`` become ``cap * tanh(x / cap)``."""
     norm: NormKind
@@ -75,7 +74,7 @@ class DecoderConfig:
     post_norms: bool
     """Whether the outputs of attention and MLP are normed too."""
     parallel_residual: bool
-    """Whether the MLP sees what attention sees, not its result."""
+    """Whether attention and MLP have the same input."""
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
@@ -83,9 +82,9 @@ class DecoderConfig:
     """Whether each head of q and k has an RMS norm."""
     attention_scale: float
     attention_softcap: float | None
-    """As that of the logits, on scores."""
+    """Like ``logits_softcap``, for attention scores."""
     windows: tuple[int | None, ...]
-    """By layer, the positions that a query sees, its own included; None: all before it."""
+    """For each layer, the number of positions that a query attends to, including its own; None: no limit."""
     activation: Activation
     max_positions: int
     inv_freq: torch.Tensor
@@ -95,17 +94,19 @@ class DecoderConfig:
 
 
 def read_decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
-    """Read a Hugging Face ``config.json``. Raises ConfigError for what the decoder cannot compute."""
+    """Read a Hugging Face ``config.json``. Raises ConfigError for models that the decoder does not support."""
     architectures = raw.get("architectures") or ["none"]
     family = _FAMILIES.get(architectures[0])
     if family is None:
-        raise ConfigError(f"architecture {architectures[0]} is not served: use a checkpoint of {', '.join(_FAMILIES)}")
+        raise ConfigError(
+            f"architecture {architectures[0]} is not supported: use a checkpoint of {', '.join(_FAMILIES)}"
+        )
     try:
         config = AutoConfig.for_model(family, **{key: value for key, value in raw.items() if key != "model_type"})
     except (StrictDataclassError, LookupError, TypeError, ValueError) as error:
-        raise ConfigError(f"config.json is not that of a {architectures[0]}: {error}") from error
+        raise ConfigError(f"config.json does not describe a {architectures[0]}: {error}") from error
     if getattr(config, "use_bidirectional_attention", False):
-        raise ConfigError("use_bidirectional_attention is not served: text is generated from left to right only")
+        raise ConfigError("use_bidirectional_attention is not supported: text is generated from left to right only")
     neox, gemma = family == "gpt_neox", family == "gemma2"
     bias = family != "mistral" and bool(getattr(config, "attention_bias", False))
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -145,7 +146,7 @@ def read_decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
 def _activation(name: str, *, gated: bool) -> Activation:
     served = [known for known, kind in _ACTIVATIONS.items() if not (gated and kind == "gelu")]
     if name not in served:
-        raise ConfigError(f"hidden_act {name!r} is not served in this architecture: only {', '.join(served)}")
+        raise ConfigError(f"hidden_act {name!r} is not supported in this architecture: only {', '.join(served)}")
     return _ACTIVATIONS[name]
 
 
@@ -161,7 +162,7 @@ def _windows(config: PreTrainedConfig, family: str) -> tuple[int | None, ...]:
 
 
 def _max_positions(config: PreTrainedConfig) -> int:
-    """Tokens of the longest sequence; configs that extend it by yarn may name the length before."""
+    """Maximum tokens of a sequence; configs that extend it by yarn may give the length before the extension."""
     rope, most = config.rope_parameters, int(config.max_position_embeddings)
     if rope["rope_type"] == "yarn" and rope.get("factor") and rope.get("original_max_position_embeddings"):
         return max(most, int(rope["factor"] * rope["original_max_position_embeddings"]))
@@ -173,8 +174,8 @@ def _rope(config: PreTrainedConfig, head_dim: int, *, partial: bool) -> tuple[to
     kind = parameters["rope_type"]
     if kind not in _STATIC_ROPE:
         raise ConfigError(
-            f"rope type {kind!r} is not served, since a sequence that grows would change keys that are cached: "
-            f"use one of {', '.join(_STATIC_ROPE)}"
+            f"rope type {kind!r} is not supported, as its frequencies change while a sequence grows, and cached keys "
+            f"do not: use one of {', '.join(_STATIC_ROPE)}"
         )
     if kind != "default":
         inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""One block of GPT-NeoX and Pythia: layer norms, biases everywhere, attention and MLP side by side."""
+"""A decoder block of GPT-NeoX and Pythia: layer norms, biases everywhere, attention and MLP in parallel."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from deltazip_ray.models.weights import WeightReader
 
 
 class NeoXAttention:
-    """Self-attention. The outputs of its one matrix are q, k and v of the first head, then of the second, and so on."""
+    """Self-attention with one matrix, whose outputs are q, k and v of the first head, then of the second, and so on."""
 
     def __init__(
         self, index: int, config: DecoderConfig, weights: WeightReader, rotary: Rotary, backend: AttentionBackend[Any]
@@ -57,7 +57,7 @@ class NeoXMLP:
 
 
 class NeoXBlock:
-    """Attention and MLP see the same stream, each through a norm of its own, or the MLP sees attention's result."""
+    """Attention and MLP, each with its own norm, on the same input (``parallel``) or one after the other."""
 
     def __init__(
         self, index: int, config: DecoderConfig, weights: WeightReader, rotary: Rotary, backend: AttentionBackend[Any]

@@ -1,4 +1,4 @@
-"""Builds layers from a checkpoint: straight from safetensors to the device, projections fused."""
+"""Builds layers from a checkpoint: tensors go straight from safetensors to the device, projections are fused."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from deltazip_ray.models.decoder_config import NormKind
 
 
 class WeightSource(Protocol):
-    """Where weights come from: a checkpoint."""
+    """A source of weights: a checkpoint."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor. Raises CheckpointInvalid."""
@@ -28,7 +28,7 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where weights go and how many versions there is room for."""
+    """The device and dtype of the weights, and the room for versions."""
 
     dtype: torch.dtype
     device: torch.device
@@ -37,19 +37,19 @@ class Placement:
     """Rows that a version may add to the vocabulary."""
     ops: LayerOps = field(default_factory=LayerOps)
     fp8: bool = False
-    """Whether the linears of the blocks are kept in fp8; all else, embedding and head included, is in ``dtype``."""
+    """Whether the linears of the blocks are kept in fp8; everything else, also embedding and head, is in ``dtype``."""
 
 
 @dataclass
 class WeightReader:
-    """Reads weights once and keeps, by checkpoint name, where versions put theirs."""
+    """Reads the base's weights, and collects the targets that versions are loaded into, by checkpoint name."""
 
     source: WeightSource
     placement: Placement
     targets: dict[str, DeltaTarget] = field(default_factory=dict)
 
     def matrix(self, name: str, shape: tuple[int, int]) -> MatrixTarget:
-        """One matrix on its own, in ``dtype``. Raises CheckpointInvalid, as every method here does."""
+        """A single matrix, in ``dtype``. Raises CheckpointInvalid, like every method here."""
         weight = self._empty(*shape)
         (target,) = self._fused(weight, [name], [shape[0]])
         return target
@@ -57,7 +57,7 @@ class WeightReader:
     def linear(self, names: Sequence[str], outs: Sequence[int], inputs: int, *, bias: bool) -> DeltaLinear:
         """Modules ``names`` with ``outs`` outputs each, fused into one weight ``[sum(outs), inputs]``.
 
-        Raises ConfigError for a shape that fp8 does not do.
+        Raises ConfigError for shapes that fp8 does not support.
         """
         empty = self._empty_fp8 if self.placement.fp8 else self._empty
         weight: BaseWeight = empty(sum(outs), inputs)
@@ -78,21 +78,21 @@ class WeightReader:
         return DeltaRMSNorm(weight, eps, ops, offset=kind == "rms_plus_one")
 
     def head_norm(self, names: tuple[str, str], size: int, eps: float) -> DeltaHeadNorm:
-        """The norms of the heads of q and of k, which have ``size`` columns."""
+        """The norms of the heads of q and k, which have ``size`` columns."""
         q, k = (self._whole_vector(f"{name}.weight", size) for name in names)
         return DeltaHeadNorm(q, k, eps)
 
     def added(self, name: str, hidden: int) -> AddedTarget:
         """Room for the rows that versions add to the matrix ``name``."""
         place = self.placement
-        # Zeros, since rows that a version lacks are read, and then masked.
+        # Zeros, as rows that a version does not have are read too, and then masked.
         table = torch.zeros(place.slots + 1, place.max_added, hidden, dtype=place.dtype, device=place.device)
         target = AddedTarget(f"{name}.added", table)
         self.targets[target.name] = target
         return target
 
     def _fused(self, weight: BaseWeight, names: Sequence[str], outs: Sequence[int]) -> list[MatrixTarget]:
-        """Fill ``weight`` with matrices of ``outs`` rows, one below the other."""
+        """Fill ``weight`` with matrices of ``outs`` rows, stacked."""
         inputs = weight.shape[1]
         stack = self.placement.ops.stack([(size, inputs) for size in outs], self.placement.slots)
         targets = []
@@ -118,16 +118,16 @@ class WeightReader:
     def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         if self.source.shape(name) != shape:
             raise CheckpointInvalid(
-                f"{name} is {list(self.source.shape(name))}, but config.json makes it {list(shape)}: "
-                "config.json belongs to another checkpoint"
+                f"{name} has shape {list(self.source.shape(name))}, but {list(shape)} by config.json, which must "
+                "belong to another checkpoint"
             )
         return self.source.tensor(name)
 
     def _empty_fp8(self, rows: int, columns: int) -> Fp8Matrix:
         if rows % FP8_MULTIPLE or columns % FP8_MULTIPLE:
             raise ConfigError(
-                f"engine.base_dtype fp8 wants linears of multiples of {FP8_MULTIPLE}, this base has {[rows, columns]}: "
-                "leave it out"
+                f"engine.base_dtype fp8 needs linears with multiples of {FP8_MULTIPLE}, but this base has one of "
+                f"{[rows, columns]}: remove the setting"
             )
         return empty_fp8(rows, columns, self.placement.device)
 

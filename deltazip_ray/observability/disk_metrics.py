@@ -1,4 +1,4 @@
-"""What the disk tier records. Names begin with ``deltazip_disk_``."""
+"""Metrics of the disk tier. Names begin with ``deltazip_disk_``."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from deltazip_ray.observability.moment import register_at_scrape
 
 @dataclass(frozen=True)
 class DiskStats:
-    """A disk tier at one moment."""
+    """A snapshot of a disk tier."""
 
     bytes: int
     files: int

@@ -1,4 +1,4 @@
-"""What an engine records. Names begin with ``deltazip_engine_``; times are seconds."""
+"""Metrics of an engine. Names begin with ``deltazip_engine_``; times are seconds."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _WAIT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 @dataclass(frozen=True)
 class EngineStats:
-    """An engine at one moment."""
+    """A snapshot of an engine."""
 
     resident: frozenset[str]
     """Versions on the device."""
@@ -23,20 +23,20 @@ class EngineStats:
     running: int
     """Requests that have KV blocks."""
     waiting: int
-    """Requests that wait for their delta, or for their turn."""
+    """Requests that wait for their delta or for KV blocks."""
     kv_blocks: int
     kv_blocks_free: int
     slots: int
     evictions: int = 0
-    """Versions that left a slot to another one, since the start."""
+    """Versions evicted from a slot, since the start."""
     preemptions: int = 0
-    """Requests that gave up their KV blocks and were computed again, since the start."""
+    """Requests that lost their KV blocks and were computed again, since the start."""
     prefix_lookups: int = 0
     """Tokens of admitted requests, since the start."""
     prefix_hits: int = 0
-    """Of those, tokens whose keys and values were in the KV cache already."""
+    """Of those, tokens found in the prefix cache."""
     stopped: bool = False
-    """Whether it has ended, on purpose or not: it takes no requests any more."""
+    """Whether it has ended, on purpose or not, and accepts no more requests."""
 
 
 class EngineMetrics:

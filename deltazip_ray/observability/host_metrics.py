@@ -1,4 +1,4 @@
-"""What the host tier records. Names begin with ``deltazip_host_``; times are seconds, sizes bytes."""
+"""Metrics of the host tier. Names begin with ``deltazip_host_``; times are seconds, sizes bytes."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,27 +13,27 @@ _FETCH = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10
 
 @dataclass(frozen=True)
 class HostStats:
-    """A host arena at one moment. ``free + cached + held = arena``, in bytes, each blob counted in whole pages."""
+    """A snapshot of a host arena. ``free + cached + held = arena``, in bytes, each blob counted in whole pages."""
 
     arena_bytes: int
     free_bytes: int
     cached_bytes: int
-    """Verified, and held by nobody: may be evicted."""
+    """Verified and not held, so that they may be evicted."""
     held_bytes: int
-    """In use or on their way."""
+    """In use or being fetched."""
     blobs: int
     fetching: int
-    """Blobs on their way."""
+    """Blobs being fetched."""
     evictions: int
-    """Blobs that left to make room, since the start."""
+    """Blobs evicted since the start."""
     open_breakers: int = 0
-    """Versions that failed again and again, and are answered without a try."""
+    """Versions that keep failing and get their last error without an attempt."""
     refusals: int = 0
-    """Such answers, since the start."""
+    """Such errors, since the start."""
     quarantined: int = 0
-    """Blobs that came damaged twice, and are not fetched for a while."""
+    """Blobs that arrived damaged twice and are not fetched for a while."""
     quarantines: int = 0
-    """How often one was, since the start."""
+    """Blobs put into quarantine since the start."""
 
 
 class HostMetrics:

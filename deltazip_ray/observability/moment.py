@@ -1,4 +1,4 @@
-"""Metrics that are read when somebody asks, not counted along the way."""
+"""Metrics that are computed at each scrape instead of being counted."""
 
 from collections.abc import Callable, Iterable
 
@@ -12,7 +12,7 @@ class _AtScrape(Collector):
         self._families = families
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: names are found at the first scrape; at registration what is measured may not be built yet."""
+        """No names, which the registry would ask for at once: what is measured may not exist yet."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
@@ -20,5 +20,5 @@ class _AtScrape(Collector):
 
 
 def register_at_scrape(registry: CollectorRegistry, families: Callable[[], Iterable[Metric]]) -> None:
-    """Have ``families`` called at each scrape, from the thread that scrapes."""
+    """Call ``families`` at each scrape, from the thread that scrapes."""
     registry.register(_AtScrape(families))

@@ -203,6 +203,6 @@ def test_an_endpoint_of_the_environment_holds_no_credentials(
     s3_environment: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://AKIA:hidden@127.0.0.1:1")
-    with pytest.raises(ConfigError, match="holds credentials") as caught:
+    with pytest.raises(ConfigError, match="contains credentials") as caught:
         store_of(s3_environment, endpoint_url=None)
     assert "hidden" not in caught.value.message

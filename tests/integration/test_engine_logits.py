@@ -215,9 +215,9 @@ def test_every_family_in_bfloat16(architecture: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not served"),
-        ({"hidden_size": "wide"}, "is not that of a LlamaForCausalLM"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not served"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
+        ({"hidden_size": "wide"}, "does not describe a LlamaForCausalLM"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         (
             {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
             "rope type 'proportional' is",
@@ -248,7 +248,7 @@ def test_longrope_is_served_as_far_as_its_frequencies_stay() -> None:
 def test_a_config_of_another_checkpoint_is_refused(zoo: Zoo, tmp_path: Path) -> None:
     make_finetune(zoo.base, tmp_path)
     LlamaConfig.from_pretrained(tmp_path, intermediate_size=64).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointInvalid, match=r"gate_proj\.weight is \[320, 128\]"):
+    with pytest.raises(CheckpointInvalid, match=r"gate_proj\.weight has shape \[320, 128\]"):
         build_core(EngineConfig(**SETTINGS), tmp_path)
 
 

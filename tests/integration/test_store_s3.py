@@ -32,12 +32,12 @@ def assert_no_secret(error: DeltaZipError) -> None:
 
 @pytest.mark.parametrize("url", ["s3://", "s3:///prefix", "s3://bucket/../x", "s3://bucket/a?b=c", "s3://b@d/x"])
 def test_urls_that_are_no_bucket(url: str) -> None:
-    with pytest.raises((ConfigError, ValidationError), match=r"s3\)?://|holds credentials"):
+    with pytest.raises((ConfigError, ValidationError), match=r"s3\)?://|contains credentials"):
         open_store(StoreConfig(url=url))
 
 
 def test_settings_that_cannot_be_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="holds credentials") as caught:
+    with pytest.raises(ConfigError, match="contains credentials") as caught:
         store_at("http://user:secret@127.0.0.1:1", "bucket")
     assert "secret" not in caught.value.message
     with pytest.raises(ConfigError, match="cannot connect"):

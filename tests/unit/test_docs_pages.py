@@ -26,7 +26,7 @@ def test_pages_show_the_measured_results() -> None:
 def test_the_page_of_settings_has_all_of_them() -> None:
     page = as_markdown(list(all_settings(AppConfig)))
     assert (ROOT / "docs/settings.md").read_text() == page, "run: deltazip settings --markdown > docs/settings.md"
-    assert "| `engine.slots` | `8` | deltas on the device at once |" in page
+    assert "| `engine.slots` | `8` | number of slots: deltas on the device at once |" in page
     assert "| `node_store.breaker.failures` | `3` |" in page
     assert "| `base` | required |" in page
     AppConfig.model_validate(yaml.safe_load(_blocks(page)[0]))
