@@ -1,6 +1,17 @@
-"""The tables of what the host spends on a step, and of what drawing takes on the device."""
+"""The tables of what the host spends on a step and at a start, and of what drawing takes on the device."""
 
 from typing import Any
+
+_STAGES = {
+    "digest": "of the base",
+    "attention": "import and workspaces",
+    "base": "read straight to the device",
+    "slots and KV cache": "allocation",
+    "warm-up": "a prefill and a mixed step of the base, which compile its kernels",
+    "codecs": "kernels of `engine.warm_codecs`",
+    "graphs": "decodes of every size, of the base and over these codecs",
+}
+"""What an engine does at its start, in order."""
 
 
 def host(report: dict[str, Any]) -> str:
@@ -10,6 +21,15 @@ def host(report: dict[str, Any]) -> str:
     for row in report["host"]:
         cells = [f"{row['us'][stage] / 1e3:.2f}" for stage in stages]
         lines.append(f"| {row['kind']} | {row['running']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def start(report: dict[str, Any]) -> str:
+    """Seconds of an engine's start by stage."""
+    found = report["start_seconds"]
+    lines = ["| stage | what | s |", "|---|---|--:|"]
+    for stage, what in _STAGES.items():
+        lines.append(f"| `{stage}` | {what} | {f'{found[stage]:.1f}' if stage in found else '–'} |")
     return "\n".join(lines)
 
 
