@@ -166,11 +166,14 @@ def long_steps(rows: Sequence[Row]) -> str:
 
 
 def once(rows: Sequence[Row]) -> str:
-    """Microseconds of what is launched once a step or an input."""
-    lines = []
-    for kind in _ONCE:
-        times = [f"{r['linear']} {r['rows']} rows {r['seconds'] * 1e6:.1f} us" for r in rows if r["kind"] == kind]
-        lines.append(f"- {kind}: " + ", ".join(time.strip() for time in times))
+    """Microseconds of what is launched once a step or an input, by rows."""
+    mine = [row for row in rows if row["kind"] in _ONCE]
+    counts = sorted({row["rows"] for row in mine})
+    lines = ["| | columns | " + " | ".join(f"{n} rows" for n in counts) + " |", "|---|--:|" + "--:|" * len(counts)]
+    found = {(row["kind"], row["linear"], row["rows"]): f"{row['seconds'] * 1e6:.1f}" for row in mine}
+    for kind, columns in dict.fromkeys((row["kind"], row["linear"]) for row in mine):
+        cells = [found.get((kind, columns, n), "") for n in counts]
+        lines.append(f"| {kind} | {columns} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
