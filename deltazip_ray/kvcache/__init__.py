@@ -1,1 +1,1 @@
-"""KV blocks of the device: who has which."""
+"""Management of the KV cache's blocks."""

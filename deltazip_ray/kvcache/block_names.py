@@ -1,8 +1,8 @@
 """Names of full KV blocks: equal names mean equal keys and values.
 
-What a block holds depends on the model, on its own tokens and on all tokens before them. So the name of a block is a
-digest of the name of the block before it and of its own tokens, and the first one hangs on the digest of the version:
-versions never share a block, nor do they with the base.
+The content of a block depends on the model, on its own tokens and on all tokens before them. So the name of a block is
+a digest of its tokens and the name of the block before it, and the chain starts with the digest of the version:
+versions share blocks neither with each other nor with the base.
 """
 
 from array import array
@@ -13,12 +13,12 @@ _BYTES = 16
 
 
 class BlockNames:
-    """The names of one sequence's blocks, made when somebody asks."""
+    """The names of one sequence's blocks, computed when needed."""
 
     __slots__ = ("_block_size", "_names", "_root", "_tokens")
 
     def __init__(self, version: str | None, tokens: Sequence[int], block_size: int) -> None:
-        """``tokens`` may grow at its end, but never changes otherwise; ``version`` is None for the base."""
+        """``tokens`` may only be appended to; ``version`` is None for the base."""
         self._root = blake2b(b"base" if version is None else b"version" + version.encode(), digest_size=_BYTES).digest()
         self._tokens = tokens
         self._block_size = block_size

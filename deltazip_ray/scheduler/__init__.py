@@ -1,1 +1,1 @@
-"""Which requests run when: continuous batching across versions."""
+"""Continuous batching across versions."""

@@ -1,13 +1,14 @@
-"""Who gets how many tokens of a step.
+"""Divides the tokens of a step among requests, and admits new ones.
 
-Each running request has one token of ``max_batch_tokens``; a prefill under way gets of the rest what it can use, and
-what is left goes to requests that begin now, as :mod:`~deltazip_ray.scheduler.fair_queue` has it: whose turn it is, or
-nobody. One block of the cache stays free for each running request, lest one that begins preempts another at once.
+Each running request gets one of the ``max_batch_tokens``. An unfinished prefill gets as much of the rest as it can use.
+The remainder goes to new requests in the order of :mod:`~deltazip_ray.scheduler.fair_queue`: if the next one does not
+fit, no other one is admitted. One KV block stays free per running request, so that a new request does not cause a
+preemption at once.
 
-*No prefill starves*: as nobody begins without a token to run, there are never more running requests than tokens in a
-step, and all of them advance in every step. Behind an unfinished prefill nobody begins, so there is at most one.
-Decodes never wait for it. It is cut where the prompts of its version are whole tiles of rows, since kernels multiply
-these at once; the second and later ones of a step wait rather than be cut to nothing by that.
+*No prefill starves*: every admitted request has a token to run, so there are never more running requests than tokens in
+a step, and all of them advance in every step. Nothing is admitted behind an unfinished prefill, so there is at most
+one, and decodes never wait for it. It is cut where the prompts of its version fill whole tiles of rows, which kernels
+multiply at once; if that would leave nothing of a further prompt in this step, that prompt waits for the next one.
 """
 
 from bisect import insort
@@ -23,18 +24,18 @@ from deltazip_ray.scheduler.sequence import SequenceState
 ROWS_AT_ONCE = 32
 """Decodes of one version that kernels serve in one pass over its delta (``deltazip_kernels.plan.MORE``)."""
 _TILES_OF_A_STEP = 8
-"""In steps of fewer tokens prompts are cut anywhere."""
+"""With fewer tiles in a step, prompts are cut anywhere."""
 
 _slot = attrgetter("slot")
 
 
 class Admission:
-    """Lets requests begin. A part of the :class:`~deltazip_ray.scheduler.scheduler.Scheduler`, whose state it uses."""
+    """Admits requests. A part of :class:`~deltazip_ray.scheduler.scheduler.Scheduler`, whose state it modifies."""
 
     def __init__(
         self, config: EngineConfig, blocks: BlockManager, queue: FairQueue, running: list[SequenceState]
     ) -> None:
-        """``running``, by slot, gets those that begin."""
+        """Admitted requests are added to ``running``, which is sorted by slot."""
         self._blocks = blocks
         self._queue = queue
         self._running = running
@@ -43,18 +44,18 @@ class Admission:
         self._share_prefixes = config.kv_prefix_cache
         self._held: SequenceState | None = None
         self.prefill: SequenceState | None = None
-        """The one that has more to run than the step that was shared out last."""
+        """The prefill that did not fit into the last step as a whole."""
         self.short = False
-        """Whether in that step a request could not begin for want of blocks."""
+        """Whether a request could not be admitted to the last step because KV blocks were missing."""
         self.prefix_lookups = 0
-        """Tokens of requests that began, since the start."""
+        """Tokens of admitted requests, since the start."""
         self.prefix_hits = 0
-        """Of those, tokens that were in the KV cache already."""
+        """Of those, tokens found in the prefix cache."""
 
     def share_out(self) -> int:
-        """Admit whom the step has room for. Returns the tokens of ``self.prefill``, which has more to run than that.
+        """Admit requests to the next step. Returns how many tokens of ``self.prefill`` run in it.
 
-        All others that run have all of their pending tokens in the step.
+        All other running requests have all of their pending tokens in the step.
         """
         self.short = False
         room = self._max_batch_tokens - len(self._running)
@@ -73,24 +74,25 @@ class Admission:
         return 0
 
     def _cut(self, prefill: SequenceState, room: int) -> int:
-        """How many tokens of a ``prefill`` that has more than ``room`` run: as many as make whole tiles of rows with
-        the other prompts of its version, if steps are so large that little is left unused; they may be none."""
+        """How many tokens of a ``prefill`` with more than ``room`` tokens to run: as many as fill whole tiles of rows,
+        together with other prompts of its version, if steps are large enough to waste little; perhaps none."""
         if prefill.slot < 0 or self._max_batch_tokens < _TILES_OF_A_STEP * TILE_ROWS:
             return room
         pending = [s.pending for s in self._running if s.slot == prefill.slot and s is not prefill and s.may_run]
         return max(room - (room + sum(tokens for tokens in pending if tokens > 1)) % TILE_ROWS, 0)
 
     def _admit(self, last: SequenceState | None, room: int) -> SequenceState | None:
-        """Start the request whose turn it is, if there is one and it fits; ``last`` was prefilled before it.
+        """Admit the next request of the queue, if it fits; ``last`` is the prefill before it in this step, if any.
 
-        Behind others, one of which no tile of rows has ``room`` waits for the next step, where its version goes on.
+        If ``room`` after another prefill is less than a tile of rows, the request waits for the next step, which then
+        continues with the version of ``last``.
         """
         before, self._held = last or self._held, None
         if not self._queue or len(self._running) == self._max_running:
             return None
         sequence = self._queue.first(self._filling(before))
         if sequence is None or sequence.drawing:
-            return None  # One that was preempted just now is computed again with the token that is on its way.
+            return None  # Preempted just now: it can be computed again once its token has arrived.
         tokens = len(sequence)
         if last is not None and tokens > room and not self._cut(sequence, room):
             self._held = last
@@ -110,7 +112,8 @@ class Admission:
         return sequence
 
     def _filling(self, last: SequenceState | None) -> SequenceState | None:
-        """Of the version that may go on: ``last`` up to ROWS_AT_ONCE, or one that lacks one of them."""
+        """A request of the version to continue with: ``last`` until its version has a multiple of ROWS_AT_ONCE
+        requests, otherwise one whose version needs just one more for that."""
         counts = Counter(map(_slot, self._running))
         if last is not None and counts[last.slot] % ROWS_AT_ONCE:
             return last

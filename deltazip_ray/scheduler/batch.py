@@ -14,9 +14,9 @@ TILE_ROWS = 256
 """Rows of a long segment that kernels multiply at once (``deltazip_kernels.device.fused.TALL``). Smaller steps may be
 recorded, for which all rows of a slot are together (``engine.decode_graphs``)."""
 DRAWN = -1
-"""In ``Chunk.tokens``: the token that the batch launched just before this one drew for the same sequence.
+"""In ``Chunk.tokens``: stands for the token that the previous batch samples for the same sequence.
 
-It is on the device only: its value becomes known to the host while this batch runs.
+It exists on the device only: the host learns its value while this batch runs.
 """
 
 _DRAWN: tuple[int, ...] = (DRAWN,)
@@ -24,22 +24,21 @@ _NOTHING = range(0)
 
 
 class Drawn(NamedTuple):
-    """A token that was drawn, and what its request wanted to know of it."""
+    """A sampled token, with its log-probabilities if the request asks for them."""
 
     token: int
     logprobs: TokenLogprobs | None = None
 
 
 Scores = Sequence[TokenLogprobs] | None
-"""Log-probabilities of the ``targets`` of a chunk; None where the logits were not finite."""
+"""Log-probabilities of the ``targets`` of a chunk; None if the logits were not finite."""
 
 
 class Chunk(NamedTuple):
     """Consecutive tokens of one sequence that run in a step.
 
-    Token ``i`` of the chunk has position ``start + i``; it attends to positions ``0 .. start + i``, of which those
-    before ``start`` are in the KV cache, or will be when the batches launched before this one have run.
-    ``block_table`` covers all of them.
+    Token ``i`` of the chunk has position ``start + i`` and attends to positions ``0 .. start + i``. Those before
+    ``start`` are in the KV cache once all earlier batches have run. ``block_table`` covers all of them.
     """
 
     sequence: SequenceState
@@ -48,13 +47,13 @@ class Chunk(NamedTuple):
     start: int
     block_table: BlockTable
     samples: bool
-    """Whether a token is drawn from the logits of the chunk's last token; False before the end of the prompt."""
+    """Whether to sample a token from the logits of the chunk's last token; False before the end of the prompt."""
     output_index: int = 0
-    """Position, in the request's whole output, of the token to draw: with ``sampling.seed`` it determines the draw."""
+    """Position of that token in the request's whole output; with ``sampling.seed`` it determines the draw."""
     drawn_row: int = -1
-    """With ``DRAWN``: which of the ``sampling_chunks`` of the batch launched before this one drew it."""
+    """With ``DRAWN``: the index of the chunk that samples it, in the ``sampling_chunks`` of the previous batch."""
     scored: range = _NOTHING
-    """Positions of the chunk's tokens after which the log-probability of the prompt's next token is wanted."""
+    """Positions whose logits give the log-probability of the prompt's next token, if the request asks for it."""
 
     @property
     def request_id(self) -> str:
@@ -68,12 +67,12 @@ class Chunk(NamedTuple):
 
     @property
     def targets(self) -> Sequence[int]:
-        """The tokens behind those at ``scored``."""
+        """The prompt's tokens after the ``scored`` positions."""
         return self.sequence.request.prompt[self.scored.start + 1 : self.scored.stop + 1]
 
     @property
     def sampling(self) -> SamplingParams:
-        """How to draw the token."""
+        """How to sample the token."""
         return self.sequence.request.sampling
 
 

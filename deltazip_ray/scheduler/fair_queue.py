@@ -1,32 +1,31 @@
-"""Who is admitted next: weighted fair service between versions, with a bound on how long anybody is overtaken.
+"""The order of admission: weighted fair queueing between versions, with a bound on overtaking.
 
-**Service** is counted in tokens: those of a prompt when its request is admitted, those of the output as they come.
-Tokens that the prefix cache has, or that are computed again after a preemption, cost nothing. What a version has
-**spent** is its service divided by its weight. This is start-time fair queueing (Goyal, Vin and Cheng, 1996), with
-outputs charged when they come, as their length is not known before (Sheng et al., OSDI 2024).
+**Service** is counted in tokens: a prompt's when its request is admitted, the output's as they are sampled. Tokens
+found in the prefix cache or computed again after a preemption are free. A version's **spent** service is its service
+divided by its weight. This is start-time fair queueing (Goyal, Vin and Cheng, 1996), with outputs charged as they come
+because their length is not known before (Sheng et al., OSDI 2024).
 
-* The first request of each version's queue gets a **tag** when it becomes the first: what the version has spent. Who
-  had nobody waiting has no credit: it begins at the virtual time ``now`` at least. Nobody is more than ``lead`` above
-  ``now``: older service is forgiven. The least tag is admitted; ``now`` is the greatest tag that ever was.
-* **Priority.** Each step up in priority counts as ``step`` tokens less in the tag, and as arriving ``step`` tokens
-  earlier in the version's queue, whose order is the virtual time of arrival. So it ages: a request that waits is passed
-  by newcomers of higher priority only until ``now`` has moved on by ``step`` for each step between them.
-* **Grouping.** One version, which the scheduler names, may go on while its tag is at most ``group`` above the least:
+* **Tags.** When a request becomes the first of its version's queue it gets a tag: what the version has spent. A version
+  without waiting requests collects no credit: its tag is at least the virtual time ``now``. No tag is more than
+  ``lead`` above ``now``: older service is forgiven. The lowest tag is admitted; ``now`` is the highest tag admitted.
+* **Priority.** Each step of priority lowers the tag by ``step`` tokens, and moves the request ``step`` tokens earlier
+  in its version's queue, which is ordered by virtual time of arrival. So priorities age: a newcomer with a higher
+  priority passes a waiting request only until ``now`` has advanced by ``step`` for each step between them.
+* **Grouping.** One version, named by the scheduler, may continue while its tag is at most ``group`` above the lowest:
   few long segments run faster than many short ones.
 
-**Bound.** From the moment on at which a request of version f becomes the first of its queue, until it is admitted, any
-other version g, of weight w, gets requests admitted with prompts of at most ::
+**Bound.** From the time at which a request of version f becomes the first of its queue until it is admitted, any other
+version g, of weight w, gets requests admitted with prompts of at most ::
 
     w * (lead + 2 * (group + step * d)) + L
 
-tokens, ``d`` being how much priorities differ and ``L`` g's longest prompt, if ``L / w`` is at most ``lead``. What f's
-own running requests are served does not matter. *Proof.* Let f's tag be given at ``now = n``; it stays, and is at most
-``n + lead``. A tag that is admitted is at most ``group + step * d`` above that of every other first request, as
-priorities shift both by no more than ``step * d``. Since ``n`` was admitted, the tag of g is at least
-``n - group - step * d`` (or at least ``n``, if g had nobody waiting); when g is admitted, its tag is at most
-``n + lead + group + step * d``. Between these each admission moves it on by prompt / w, or by more. The last one may
-go beyond by L / w. (Should the limit of ``lead`` hold the tag back, it is at ``now + lead``, thus not below f's, and
-g's next one is above.)
+tokens in total, where ``d`` is the largest difference of priorities and ``L`` is g's longest prompt, if ``L / w`` is at
+most ``lead``. The service of f's own running requests does not matter. *Proof.* Let f get its tag at ``now = n``. The
+tag does not change and is at most ``n + lead``. An admitted tag is at most ``group + step * d`` above that of every
+other first request, as priorities shift both by at most ``step * d``. Since ``n`` was admitted, g's tag is at least
+``n - group - step * d`` (at least ``n`` if g had nothing waiting); when g is admitted, its tag is at most
+``n + lead + group + step * d``. In between, each admission advances it by at least prompt / w. The last one may exceed
+the range by L / w. (If ``lead`` limits the tag, it is ``now + lead``, so not below f's, and g's next one is above.)
 """
 
 import heapq
@@ -55,10 +54,10 @@ class _Flow:
 
 
 class FairQueue:
-    """Requests that wait for their turn."""
+    """Requests that wait for admission."""
 
     def __init__(self, lead: float, step: float, group: float) -> None:
-        """See above; all in tokens, and ``lead`` above 0."""
+        """See the module's docstring; all in tokens, ``lead`` above 0."""
         self._lead = lead
         self._step = step
         self._group = group
@@ -68,15 +67,15 @@ class FairQueue:
         self._flows: dict[str | None, _Flow] = {}
 
     def __len__(self) -> int:
-        """Requests that wait."""
+        """Number of waiting requests."""
         return self._length
 
     def __iter__(self) -> Iterator[SequenceState]:
-        """Requests that wait, in no order that matters."""
+        """Waiting requests, in no particular order."""
         return (sequence for flow in self._flows.values() for _, sequence in flow.waiting)
 
     def add(self, sequence: SequenceState) -> None:
-        """Queue a request; one that was here before takes its old place among those of its version."""
+        """Queue a request; one that was queued before gets its old place within its version."""
         request = sequence.request
         if sequence.order is None:
             self._arrivals += 1
@@ -91,7 +90,7 @@ class FairQueue:
         self._retag(flow, before)
 
     def remove(self, sequence: SequenceState) -> None:
-        """Forget a request that waits. Linear in its version's queue."""
+        """Remove a waiting request. Linear in its version's queue."""
         flow = self._flow(sequence)
         before = flow.first
         flow.waiting = [entry for entry in flow.waiting if entry[1] is not sequence]
@@ -100,7 +99,7 @@ class FairQueue:
         self._retag(flow, before)
 
     def first(self, grouped: SequenceState | None = None) -> SequenceState | None:
-        """Whose turn it is; None when nobody waits. ``grouped``: a request of the version that may go on."""
+        """The request to admit next; None when none waits. ``grouped``: a request of the version that may continue."""
         least, best = math.inf, None
         for flow in self._flows.values():
             if flow.waiting and (tag := self._tag(flow)) < least:
@@ -112,12 +111,12 @@ class FairQueue:
         return None if best is None else best.first
 
     def waits(self, sequence: SequenceState) -> bool:
-        """Whether requests of its version wait."""
+        """Whether requests of the same version wait."""
         flow = self._flows.get(sequence.request.version)
         return flow is not None and bool(flow.waiting)
 
     def admit(self, sequence: SequenceState, tokens: int) -> None:
-        """Take out one that is ``first``; its version pays for the ``tokens`` that are to be computed for it."""
+        """Remove a request that is ``first``, and charge its version for the ``tokens`` to be computed for it."""
         flow = self._flow(sequence)
         self._now = max(self._now, flow.tag)
         heapq.heappop(flow.waiting)
@@ -127,12 +126,12 @@ class FairQueue:
         self._flows = {version: f for version, f in self._flows.items() if f.waiting or f.spent > self._now}
 
     def charge(self, sequence: SequenceState, tokens: int) -> None:
-        """Let the version of a running request pay for its output."""
+        """Charge the version of a running request for output tokens."""
         flow = self._flow(sequence)
         flow.spent += tokens / flow.weight
 
     def _flow(self, sequence: SequenceState) -> _Flow:
-        """The version's entry; one that has spent no more than ``now`` and has nobody waiting needs none."""
+        """The version's entry, created if there is none: idle versions that spent no more than ``now`` have none."""
         version = sequence.request.version
         flow = self._flows.get(version)
         if flow is None:
@@ -143,6 +142,6 @@ class FairQueue:
         return flow.tag - self._step * flow.waiting[0][1].request.priority
 
     def _retag(self, flow: _Flow, before: SequenceState | None) -> None:
-        """Give the first request its tag, unless it was the first before."""
+        """Give the first request a tag if it has just become the first."""
         if flow.waiting and flow.first is not before:
             flow.tag = flow.spent = min(flow.spent, self._now + self._lead)

@@ -1,4 +1,4 @@
-"""What an engine can run at all."""
+"""The limits of a single request."""
 
 from dataclasses import dataclass
 
@@ -11,16 +11,16 @@ _WEIGHTS = (0.1, 100.0)
 
 @dataclass(frozen=True)
 class Limits:
-    """Of every request, alone in the engine. Any thread may ask."""
+    """The limits of every request, independent of others. Thread-safe."""
 
     max_model_len: int
     cache_tokens: int
     """Tokens that the whole KV cache holds."""
 
     def check(self, request: GenerateRequest) -> None:
-        """Refuse what could never run.
+        """Reject requests that could never run.
 
-        Raises InvalidRequest (empty prompt, nothing to generate, absurd priority) or PromptTooLong.
+        Raises InvalidRequest (empty prompt, nothing to generate, priority out of range) or PromptTooLong.
         """
         remaining = request.sampling.max_tokens - request.output_offset
         if not request.prompt:
@@ -41,7 +41,7 @@ class Limits:
                 f"{len(request.prompt)} prompt tokens and up to {remaining} output tokens exceed the context of "
                 f"{self.max_model_len}: shorten the prompt or lower max_tokens"
             )
-        # The last token of the output is never fed back, so it needs no room.
+        # The last output token is never fed back, so it needs no room in the cache.
         if total - 1 > self.cache_tokens:
             raise PromptTooLong(
                 f"{total} tokens exceed the KV cache of {self.cache_tokens}: "

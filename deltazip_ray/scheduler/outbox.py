@@ -1,4 +1,4 @@
-"""What requests are told, and when: first tokens and ends at once, the tokens between in turn."""
+"""Delivery of tokens to requests: first tokens and ends at once, the tokens between in turn."""
 
 from collections.abc import Collection, Sequence
 from itertools import islice
@@ -8,26 +8,26 @@ from deltazip_ray.scheduler.request import TokenChunk
 from deltazip_ray.scheduler.sequence import SequenceState
 
 End = TokenChunk | DeltaZipError | None
-"""How a request ended: with its last tokens, with an error, or aborted."""
+"""The end of a request: its last tokens, an error, or None if it was aborted."""
 News = Sequence[tuple[str, End]]
-"""Request ids and what is new: the next tokens, or the end."""
+"""(request id, its next tokens or its end)."""
 
 
 class Outbox:
-    """News that nobody has taken yet."""
+    """Tokens and ends that were not delivered yet."""
 
     def __init__(self) -> None:
         self._news: list[tuple[str, End]] = []
-        self._untold: dict[SequenceState, None] = {}  # that have tokens to be told, who waits longest first
+        self._untold: dict[SequenceState, None] = {}  # with tokens to deliver, the longest wait first
         self._ends: dict[SequenceState, End] = {}
 
     @property
     def ending(self) -> Collection[SequenceState]:
-        """Requests that are over, and whose end is kept."""
+        """Requests that have ended, but whose end must not be delivered yet."""
         return self._ends
 
     def put(self, sequence: SequenceState) -> None:
-        """A request that goes on has new tokens."""
+        """A running request has new tokens."""
         if sequence in self._untold:
             return
         if sequence.silent:
@@ -36,7 +36,7 @@ class Outbox:
             self._untold[sequence] = None
 
     def end(self, sequence: SequenceState, end: End) -> None:
-        """Keep the end of a request until :meth:`tell_end`; before an error come the tokens that were not told."""
+        """Keep the end of a request until :meth:`tell_end`. Undelivered tokens are delivered before an error."""
         if sequence in self._untold:
             del self._untold[sequence]
             if isinstance(end, DeltaZipError):
@@ -44,7 +44,7 @@ class Outbox:
         self._ends[sequence] = end
 
     def tell_end(self, sequence: SequenceState) -> None:
-        """Tell the end that was kept."""
+        """Deliver the end that was kept."""
         self._news.append((sequence.request.request_id, self._ends.pop(sequence)))
 
     def take(self, turns: int | None) -> News:

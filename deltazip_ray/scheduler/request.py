@@ -1,4 +1,4 @@
-"""What the engine is asked for and what it answers; plain data that crosses processes."""
+"""Requests to the engine and its answers: plain data that crosses processes."""
 
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
@@ -13,7 +13,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """What the text of an output must match."""
+    """The structure that an output's text must match."""
 
     kind: Literal["json", "json_schema", "regex", "grammar", "choice"]
     text: str = ""
@@ -22,64 +22,64 @@ class Structure:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn.
+    """How tokens are sampled.
 
-    The draw of output position ``i`` depends on ``seed`` and ``i`` alone, never on what shares the batch, so a
-    request that moves to another replica goes on with the same tokens.
+    The draw at output position ``i`` depends on ``seed`` and ``i`` only, never on other requests in the batch, so that
+    a request that moves to another replica continues with the same tokens.
     """
 
     max_tokens: int = 128
-    """Output tokens of the request in all, those of an earlier replica (``output_offset``) included."""
+    """Maximum output tokens, including those of an earlier replica (``output_offset``)."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     """0: all tokens."""
     min_p: float = 0.0
-    """Drops tokens that are less than ``min_p`` times as likely as the best one."""
+    """Drops tokens that are less than ``min_p`` times as likely as the likeliest one."""
     seed: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     """Tokens that end the output; the token itself is not returned."""
     ignore_eos: bool = False
     """Do not end at ``stop_token_ids``."""
     min_tokens: int = 0
-    """No stop token comes before so many output tokens."""
+    """No stop token is sampled before this many output tokens."""
     repetition_penalty: float = 1.0
-    """Divides what speaks for tokens of prompt and output; 1: off."""
+    """Makes tokens of prompt and output less likely: divides positive logits, multiplies negative ones; 1: off."""
     frequency_penalty: float = 0.0
-    """Taken off a token's logit for each time it is in the output."""
+    """Subtracted from a token's logit for each occurrence in the output."""
     presence_penalty: float = 0.0
-    """Taken off a token's logit once it is in the output."""
+    """Subtracted from the logit of tokens that occur in the output."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """Tokens, none twice, and what is added to their logits."""
+    """(token, addition to its logit), each token at most once."""
     logprobs: int | None = None
-    """How many of the likeliest tokens to tell beside each drawn one; None: no log-probabilities at all."""
+    """Number of likeliest tokens to return with each sampled one; None: no log-probabilities at all."""
     prompt_logprobs: int | None = None
-    """The same for the tokens of the prompt, but the first; None: not at all."""
+    """The same for the tokens of the prompt except the first."""
     structure: Structure | None = None
 
     @property
     def greedy(self) -> bool:
-        """Whether the best token is taken without a draw."""
+        """Whether the likeliest token is taken."""
         return self.temperature == 0 or self.top_k == 1
 
     @property
     def penalized(self) -> bool:
-        """Whether tokens that came before are less likely to come again."""
+        """Whether any penalty is on."""
         return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
     @property
     def sequential(self) -> bool:
-        """Whether the next draw depends on all tokens before it, so that the host must know them first."""
+        """Whether sampling depends on all tokens before, so that the host must know them first."""
         return self.structure is not None or self.penalized
 
     @property
     def edits(self) -> bool:
-        """Whether logits are changed before a token is chosen."""
+        """Whether logits are modified before sampling."""
         return bool(self.logit_bias) or self.min_tokens > 0 or self.sequential
 
     @property
     def plain(self) -> bool:
-        """Whether nothing is wanted but the best token."""
+        """Whether only the likeliest token is needed."""
         return self.greedy and self.logprobs is None and not self.edits
 
 
@@ -87,12 +87,12 @@ class Matcher(Protocol):
     """Follows the structure of one output token by token."""
 
     def accept(self, token: int) -> None:
-        """Go on behind ``token``, which was allowed."""
+        """Advance by ``token``, which was allowed."""
 
     def allowed(self) -> NDArray[np.int32]:
-        """Which tokens may come next: bit ``i % 32`` of word ``i // 32`` is 1 for token ``i``.
+        """The allowed next tokens: bit ``i % 32`` of word ``i // 32`` is 1 for token ``i``.
 
-        Without any the request fails.
+        If no token is allowed, the request fails.
         """
 
 
@@ -106,25 +106,25 @@ class GenerateRequest:
     prompt: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     output_offset: int = 0
-    """Output tokens that an earlier replica already made; they are at the end of ``prompt``."""
+    """Number of output tokens by an earlier replica; they are at the end of ``prompt``."""
     priority: int = 0
-    """Higher goes first; see :mod:`~deltazip_ray.scheduler.fair_queue`."""
+    """Higher first; see :mod:`~deltazip_ray.scheduler.fair_queue`."""
     weight: float = 1.0
-    """Share of the version in the engine, against that of others that have requests waiting."""
+    """Weight of the version in fair queueing."""
     matcher: Matcher | None = field(default=None, repr=False, compare=False)
-    """Of ``sampling.structure``; the engine makes it, and it crosses no process."""
+    """Of ``sampling.structure``; made by the engine, never sent to another process."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one position, before everything that sampling does."""
+    """Log-probabilities at one position, before any penalty, bias or temperature."""
 
     chosen: float
-    """Of the token that was drawn, or that the prompt has there."""
+    """Of the sampled token, or of the prompt's."""
     best: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens, the best first."""
+    """The likeliest tokens, in order."""
     rank: int | None = None
-    """How likely the token is among all, 1 for the likeliest; told of prompt tokens only."""
+    """Rank of the token among all, 1 for the likeliest; for prompt tokens only."""
 
 
 class TokenChunk(NamedTuple):
@@ -133,10 +133,10 @@ class TokenChunk(NamedTuple):
     tokens: tuple[int, ...]
     finish_reason: FinishReason | None = None
     tier: Tier | None = None
-    """On the first chunk only: where the delta was found; ``device`` is warm."""
+    """On the first chunk only: the tier that the delta was in; ``device`` is warm."""
     logprobs: tuple[TokenLogprobs, ...] = ()
-    """One for each token, where the request asks for them, and one for ``stop_token``."""
+    """If requested: one for each token, and one for ``stop_token``."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    """On the first chunk only, where the request asks for them: of each prompt token but the first one."""
+    """If requested, on the first chunk: one for each prompt token except the first."""
     stop_token: int | None = None
-    """On the last chunk: the token that ended the output and is not part of it, where its log-probability is told."""
+    """On the last chunk, if log-probabilities are requested: the token that ended the output and is not part of it."""

@@ -1,26 +1,26 @@
 """Continuous batching: which tokens of which requests run in the next step.
 
-1. **Admission**, and who gets how many tokens of a step: :mod:`~deltazip_ray.scheduler.admission`.
-2. **Blocks.** An admitted request shares the KV blocks of the longest prefix that is in the cache, gets those of all
-   its other tokens at once, and later one whenever a decode crosses into it. Blocks are shared from ``update`` of the
-   batch on that filled them.
-3. **Preemption.** When blocks run out, the running request that is last in the queue's order of arrival and priority
-   gives up its blocks and waits again; it keeps its output and computes it again as part of its prompt.
-   *No livelock*: the first one in that order is never preempted, since alone it fits (see ``limits``);
-   it advances in every step, so it finishes. *No starvation*: priorities age, so everybody is the first in time.
-   Blocks that were lent to the cache are taken back at any time, from whoever holds them (:meth:`take_back`).
-4. **One step ahead.** ``schedule`` may be called once more before ``update`` of the batch before, so that the host
-   prepares a step while the device runs another. A decode then carries ``DRAWN``, the token that is on the device
-   only. Left out are requests whose last token is being drawn, and those that must know it first
-   (``SamplingParams.sequential``). That one ended with a stop token is found a step late: the row in the batch on its
-   way is wasted and its token dropped.
-   *Blocks and slots stay safe.* The device runs batches in the order of their launch, and reads nothing of a batch
-   after it ran. Blocks that a request gives up while a batch on its way uses them go only to later batches, which
-   write them later. Slots are written by others at any time, so the end of a request is told (``take_news``) when no
-   batch on its way has it: until then its version stays where it is.
+1. **Admission** and the division of a step's tokens: see :mod:`~deltazip_ray.scheduler.admission`.
+2. **Blocks.** An admitted request shares the KV blocks of its longest cached prefix and gets blocks for all its other
+   tokens at once; decodes get one more whenever they need it. Other requests can share a block after ``update`` of the
+   batch that filled it.
+3. **Preemption.** When blocks run out, the running request that is last by arrival and priority loses its blocks and
+   waits again. It keeps its output, which is computed again as part of its prompt.
+   *No livelock*: the first request in that order is never preempted, since it fits when alone (see ``limits``); it
+   advances in every step, so it finishes. *No starvation*: priorities age, so every request becomes the first in time.
+   Blocks lent to the cache can be taken back at any time, whoever holds them (:meth:`take_back`).
+4. **One step ahead.** ``schedule`` may be called again before ``update`` of the previous batch, so that the host
+   prepares a step while the device runs another. A decode then carries ``DRAWN`` for the token that exists on the
+   device only. Requests are left out whose last token is being sampled, or whose next draw depends on it
+   (``SamplingParams.sequential``). A stop token is noticed one step late: its request's row in the next batch is wasted
+   and the token dropped.
+   *Why this is safe*: the device runs batches in launch order, and reads nothing of a batch after it ran. So blocks
+   released while a launched batch still uses them can only be written by later batches. Slots, however, are written by
+   loads at any time. So the end of a request is reported (``take_news``) when no launched batch contains it; until then
+   its version stays in its slot.
 
-There is no torch here and no lock: everything but ``limits`` belongs to the engine's step thread. How many requests
-may wait is decided where they arrive, since those that wait for their delta are not here yet.
+There is no torch here and no lock: everything except ``limits`` belongs to the engine's step thread. The number of
+waiting requests is limited where they arrive, as those that wait for their delta are not here yet.
 """
 
 from array import array
@@ -40,7 +40,7 @@ from deltazip_ray.scheduler.request import GenerateRequest
 from deltazip_ray.scheduler.sequence import SequenceState
 
 _AHEAD = 2
-"""Batches that may be on their way at once."""
+"""Batches that may be in flight at once."""
 _NOT_FINITE = "the logits are not finite: the version is broken"
 
 _order = attrgetter("order")
@@ -71,16 +71,16 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that were added, or preempted, and have no KV blocks."""
+        """Requests without KV blocks: not admitted yet, or preempted."""
         return len(self._queue)
 
     @property
     def has_work(self) -> bool:
-        """Whether there are requests whose end was not told; if no batch is on its way, ``schedule`` makes one."""
+        """Whether there are requests whose end was not reported; if no batch is in flight, ``schedule`` makes one."""
         return bool(self._sequences)
 
     def add(self, request: GenerateRequest, slot: int) -> None:
-        """Queue a request whose delta is in ``slot`` (-1: the base) and stays there until its end is told.
+        """Queue a request whose delta is in ``slot`` (-1: the base) and stays there until its end is reported.
 
         Raises what ``limits.check`` raises, and InvalidRequest when a live request has the same id.
         """
@@ -92,21 +92,21 @@ class Scheduler:
         self._queue.add(sequence)
 
     def abort(self, request_id: str) -> None:
-        """Forget a request and free its blocks, whatever its state; one that is over already is fine.
+        """End a request and free its blocks, in any state; does nothing if it has ended already.
 
-        Its end, None, is told when no batch on its way has it; what those bring for it is dropped.
+        Its end, None, is reported when no batch in flight contains it; tokens that these sample for it are dropped.
         """
         sequence = self._sequences.get(request_id)
         if sequence is not None and not sequence.over:
             self._end(sequence, None)
 
     def schedule(self) -> Batch:
-        """Choose the next step's work; blocks are taken here. Empty when all that may run is on its way.
+        """Choose the next step's work and allocate its blocks. Empty when everything that may run is in flight.
 
-        Raises EngineError when two batches are on their way already.
+        Raises EngineError when two batches are in flight already.
         """
         if len(self._on_the_way) == _AHEAD:
-            raise EngineError(f"{_AHEAD} batches are on their way: call update first")
+            raise EngineError(f"{_AHEAD} batches are in flight: call update first")
         self._grow_tables()
         cut, prefill = self.admission.share_out(), self.admission.prefill
         chunks = []
@@ -122,18 +122,18 @@ class Scheduler:
         return batch
 
     def take_back(self, blocks: range) -> None:
-        """Take blocks that were lent away from the requests that hold them, and from the cache.
+        """Remove lent blocks from the cache, preempting the requests that hold them.
 
-        Raises EngineError while a batch is on its way, which may read them.
+        Raises EngineError while a batch is in flight, as it may read them.
         """
         if self._on_the_way:
-            raise EngineError("a batch is on its way: call update first")
+            raise EngineError("a batch is in flight: call update first")
         for sequence in [s for s in self._running if any(block in blocks for block in s.table)]:
             self._preempt(sequence)
         self.blocks.take_back(blocks)
 
     def update(self, batch: Batch, drawn: Sequence[Drawn | None], scores: Sequence[Scores] = ()) -> None:
-        """Record that ``batch`` ran, with what it drew for its ``sampling_chunks``, in their order.
+        """Record that ``batch`` ran, with the tokens sampled for its ``sampling_chunks``, in order.
 
         ``scores``: of its ``scoring_chunks``. None stands for logits that are not finite: that request fails. Raises
         EngineError when it is not the turn of this batch, or the number of tokens is wrong.
@@ -166,7 +166,7 @@ class Scheduler:
                 self._end(chunk.sequence, error)
 
     def take_news(self, turns: int | None = None) -> News:
-        """What is new since the last call, in order. A request that finished, failed or was aborted is gone then.
+        """New tokens and ends since the last call, in order. After its end a request is forgotten.
 
         A request's first tokens and its end are told at once, those between to at most ``turns`` requests, the ones
         that wait longest, if there are more.
@@ -174,14 +174,14 @@ class Scheduler:
         return self._outbox.take(turns)
 
     def check(self) -> None:
-        """Raise EngineError unless the books agree: every request in one place, every block accounted for."""
+        """Raise EngineError unless every request is in exactly one place and every block is accounted for."""
         self.blocks.check(sequence.table for sequence in self._running)
         known = [*self._running, *self._queue, *self._outbox.ending]
         if len(known) != len(self._sequences) or {id(s) for s in known} != {id(s) for s in self._sequences.values()}:
             raise EngineError("requests do not add up; restart the replica and report this")
 
     def _grow_tables(self) -> None:
-        """Give every request that may run the blocks of its tokens, preempting as it takes."""
+        """Give every request that may run the blocks for its tokens, preempting others if needed."""
         size = self._block_size
         short = [s for s in self._running if s.length > len(s.table) * size and s.may_run]
         for sequence in short:
@@ -196,13 +196,13 @@ class Scheduler:
         self.preemptions += 1
 
     def _pay(self, sequence: SequenceState, tokens: int) -> None:
-        """Charge the version of a running request for its first ``tokens`` tokens, unless that was done."""
+        """Charge the version of a running request for its first ``tokens`` tokens, less what was charged before."""
         if tokens > sequence.paid:
             self._queue.charge(sequence, tokens - sequence.paid)
             sequence.paid = tokens
 
     def _arrived(self, batch: Batch) -> None:
-        """Take ``batch`` off the way, and tell the ends that waited for it."""
+        """Remove ``batch`` from those in flight, and report the ends that waited for it."""
         if not self._on_the_way or batch is not self._on_the_way[0]:
             raise EngineError("batches are updated in the order in which they were scheduled")
         self._on_the_way.popleft()
@@ -221,7 +221,7 @@ class Scheduler:
             sequence.named = full
 
     def _take_scores(self, batch: Batch, scores: Sequence[Scores]) -> None:
-        """Keep log-probabilities of prompts until the first token of their request comes."""
+        """Keep log-probabilities of prompts until the first token of their request."""
         for chunk, found in zip(batch.scoring_chunks, scores, strict=True):
             sequence = chunk.sequence
             if sequence.over:
@@ -232,7 +232,7 @@ class Scheduler:
                 sequence.scores.extend(found)
 
     def _record(self, sequence: SequenceState, drawn: Drawn) -> None:
-        """Take the next token of a request, and with the last one its end."""
+        """Append a sampled token to its request; the last one ends it."""
         reason = sequence.append(drawn.token)
         if drawn.logprobs is not None:
             sequence.logprobs.append(drawn.logprobs)
@@ -243,7 +243,7 @@ class Scheduler:
             self._outbox.put(sequence)
 
     def _end(self, sequence: SequenceState, end: End) -> None:
-        """Free what a request holds, and tell its end as soon as nothing on its way needs its slot."""
+        """Free a request's blocks, and report its end as soon as no batch in flight needs its slot."""
         sequence.over = True
         self._outbox.end(sequence, end)
         if not sequence.table:
@@ -256,19 +256,19 @@ class Scheduler:
             self._forget(sequence)
 
     def _release(self, sequence: SequenceState) -> None:
-        """Take a running request off its blocks; batches on their way keep the old table."""
+        """Take the blocks of a running request; batches in flight keep the old table."""
         self._running.remove(sequence)
         self.blocks.free(sequence.table)
         sequence.table = array("i")
 
     def _forget(self, sequence: SequenceState) -> None:
-        """Tell the end of a request that no batch on its way has."""
+        """Report the end of a request that is in no batch in flight."""
         del self._sequences[sequence.request.request_id]
         self._outbox.tell_end(sequence)
 
 
 def _undrawable(sequence: SequenceState) -> DeltaZipError:
-    """Why no token could be drawn."""
+    """Why no token could be sampled."""
     if sequence.request.matcher is not None:
         return InvalidRequest("no token of this model continues the structure: ask for one that it can write")
     return EngineError(_NOT_FINITE)

@@ -1,4 +1,4 @@
-"""What the scheduler knows about one request."""
+"""The scheduler's state of one request."""
 
 from array import array
 from typing import Any
@@ -8,11 +8,11 @@ from deltazip_ray.scheduler.request import FinishReason, GenerateRequest, TokenC
 
 
 class SequenceState:
-    """A request on its way: its tokens so far and how many of them were given to a batch.
+    """An unfinished request: its tokens so far, and how many of them are in a batch.
 
-    Prefill, decode and recompute after a preemption are one thing here: ``pending`` tokens have to run, and the step
-    that runs the last of them draws the next one. While that step is on its way the token counts, but its value is
-    not known (``drawing``).
+    Prefill, decode and recompute after a preemption are the same here: ``pending`` tokens have to run, and the step
+    that runs the last of them samples the next one. While that step runs, the new token counts, but its value is not
+    known (``drawing``).
     """
 
     __slots__ = (
@@ -44,64 +44,65 @@ class SequenceState:
     )
 
     def __init__(self, request: GenerateRequest, slot: int, block_size: int = 1) -> None:
-        """``slot``: where the version's delta is on the device; -1 for the base."""
+        """``slot`` of the version's delta; -1 for the base."""
         self.request = request
         self.slot = slot
         self.tokens = list(request.prompt)
         """Known tokens: prompt and output."""
         self.told = self.length = len(self.tokens)
-        """Of these, how many the request was given or gave itself; and tokens so far, those being drawn included."""
+        """``told``: tokens of the prompt and those already delivered. ``length``: all tokens, including sampled ones
+        whose value is not known yet."""
         self.scheduled = 0
-        """Tokens, from the first on, that are in the KV cache or in a batch on its way."""
+        """Number of tokens at the start that are in the KV cache or in a batch in flight."""
         self.drawing = 0
-        """Batches on their way that draw tokens after ``tokens``: not more than one, when a step is scheduled."""
+        """Batches in flight that sample a token for it: at most one when a step is scheduled."""
         self.row = 0
-        """Which of the last one's sampling chunks does."""
+        """The index of its chunk in that batch's ``sampling_chunks``."""
         self.in_flight = 0
-        """Batches on their way that have tokens of this sequence."""
+        """Batches in flight that contain tokens of it."""
         self.over = False
-        """Finished, failed or aborted: what batches on their way bring is dropped."""
+        """Finished, failed or aborted: tokens from batches in flight are dropped."""
         self.table = array("i")
-        """KV blocks in the order of positions, none while it waits; another object after each admission."""
+        """KV blocks by position, empty while it waits; a new object at each admission."""
         self.names = BlockNames(request.version, self.tokens, block_size)
         self.named = 0
-        """Blocks of ``table``, from the first on, that others may share."""
+        """Number of blocks at the start of ``table`` that others may share."""
         self.scored = 0
-        """Positions, from the first on, of whose next prompt token a batch tells the log-probability."""
+        """Number of positions at the start whose logits were or will be used for prompt logprobs."""
         self.score_end = 0 if request.sampling.prompt_logprobs is None else len(request.prompt) - 1
-        """What ``scored`` has to become."""
+        """The value of ``scored`` when all prompt logprobs are computed."""
         self.scores: list[TokenLogprobs] = []
-        """Those that came, until they are told."""
+        """Prompt logprobs that were not delivered yet."""
         self.logprobs: list[TokenLogprobs] = []
-        """Likewise of the output."""
+        """Output logprobs that were not delivered yet."""
         self.plain = request.sampling.plain
-        """Whether nothing is wanted of a draw but the best token."""
+        """See SamplingParams; cached, as it is needed in every step."""
         self.sequential = request.sampling.sequential
-        """Whether its next draw depends on all tokens before it."""
+        """See SamplingParams; cached too."""
         self.draw_state: Any = None
-        """What the sampler remembers of the request, and of the tokens before, if it must."""
+        """The sampler's state of this request, if it needs any."""
         self.order: tuple[float, int] | None = None
-        """Its place among all requests, the least first: given when it is queued, and kept."""
+        """Its place among all requests, lowest first; assigned when it is first queued."""
         self.paid = 0
-        """Tokens that its version was charged for, or that it got for nothing."""
+        """Number of tokens at the start that its version was charged for or got for free."""
         self._before = request.output_offset - len(request.prompt)
         self._complete = request.sampling.max_tokens - self._before
         self._stops = frozenset[int]() if request.sampling.ignore_eos else request.sampling.stop_token_ids
 
     def __len__(self) -> int:
-        """Tokens so far: known ones, and those that are being drawn."""
+        """Number of tokens so far, including one that is being sampled."""
         return self.length
 
     @property
     def pending(self) -> int:
-        """Tokens that were given to no batch yet."""
+        """Tokens that are not in a batch yet."""
         return self.length - self.scheduled
 
     @property
     def reusable(self) -> int:
-        """Tokens, from the first on, that need not run if their keys and values are in the cache.
+        """Number of tokens at the start that need not run if their keys and values are in the cache.
 
-        The last one has to, for its logits, and so have those whose logits a request for prompt logprobs still needs.
+        The last token has to run for its logits, and so do those whose logits are still needed for prompt logprobs.
         """
         return len(self) - 1 if self.scored >= self.score_end else self.scored
 
@@ -114,18 +115,18 @@ class SequenceState:
     def may_run(self) -> bool:
         """Whether the next tokens can be scheduled now.
 
-        While a token is being drawn, not if it is the last one, or if the next draw depends on its value.
+        Not while a token is being sampled that is the last one, or that the next draw depends on.
         """
         return not self.drawing or (not self.sequential and self.length < self._complete)
 
     def score(self, start: int, count: int) -> range:
-        """Positions among the ``count`` from ``start`` on whose logits are needed; they count as scored from now on."""
+        """The positions in ``[start, start + count)`` whose logits are needed; marks them as scored."""
         positions = range(max(start, self.scored), min(start + count, self.score_end))
         self.scored = max(self.scored, positions.stop)
         return positions
 
     def append(self, token: int) -> FinishReason | None:
-        """Take the token that was drawn; a stop token is not kept. Returns the reason when the sequence is finished."""
+        """Append a sampled token unless it is a stop token. Returns the finish reason if the sequence is finished."""
         self.drawing -= 1
         if token in self._stops:
             return "stop"
@@ -134,11 +135,11 @@ class SequenceState:
 
     @property
     def silent(self) -> bool:
-        """Whether the request was told nothing yet."""
+        """Whether nothing was delivered yet."""
         return self.told == len(self.request.prompt)
 
     def tell(self, reason: FinishReason | None = None, stop_token: int | None = None) -> TokenChunk:
-        """What came since the last call."""
+        """The tokens and logprobs since the last call."""
         tokens, self.told = tuple(self.tokens[self.told :]), len(self.tokens)
         if reason is None and not self.logprobs and not self.scores:
             return TokenChunk(tokens)
