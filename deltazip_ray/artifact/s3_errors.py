@@ -33,6 +33,7 @@ _ABSENT = {"NoSuchKey", "404"}
 _SHORT = {"InvalidRange", "416"}
 _FULL = {"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "InsufficientStorage", "507"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+_SKEWED = "RequestTimeTooSkewed"
 _ELSEWHERE = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "301"}
 _DENIED = {
     "AccessDenied",
@@ -103,6 +104,8 @@ def _from_answer(url: str, key: str, error: ClientError) -> DeltaZipError:
         return StoreFull(f"no room for {url}/{key} ({code}): free space or raise the quota")
     if code in _EXPIRED:
         return StoreUnavailable(f"the credentials for {url} have expired ({code}): renew them")
+    if code == _SKEWED:
+        return StoreUnavailable(f"{url} refuses the time of this machine's requests ({code}): set its clock")
     if code in _ELSEWHERE:
         return StoreUnavailable(f"{url} is in another region than the one of the requests ({code}): set store.region")
     if code in _DENIED:

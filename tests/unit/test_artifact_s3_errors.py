@@ -26,6 +26,7 @@ def answer(code: str, status: int) -> ClientError:
         (answer("NoSuchBucket", 404), StoreUnavailable, "create it"),
         (answer("InvalidRange", 416), BlobCorrupt, "shorter"),
         (answer("ExpiredToken", 400), StoreUnavailable, "have expired .* renew them"),
+        (answer("RequestTimeTooSkewed", 403), StoreUnavailable, "set its clock"),
         (answer("AccessDenied", 403), StoreUnavailable, "check credentials"),
         (answer("403", 403), StoreUnavailable, "check credentials"),
         (answer("InvalidAccessKeyId", 403), StoreUnavailable, "check credentials"),
