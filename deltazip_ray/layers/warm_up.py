@@ -18,7 +18,7 @@ from deltazip_ray.layers.triton_ops import FIRST_ROWS, TritonOps, TritonStack
 _BATCHES = (
     (SOME, 1, SOME),
     (8, 8, 1),
-    (64, 64, 1),
+    (256, 64, MORE),
     (64, 8, SOME),
     (MORE, 1, MORE),
     (2 * MORE, 2, MORE),
@@ -26,6 +26,9 @@ _BATCHES = (
     (40, 1, 40),
     (64, 1, 64),
     (64, 8, 64),
+    (32, 32, 1),
+    (1024, 64, SOME),
+    (2048, 64, MORE),
 )
 """Rows, segments and rows of the longest of steps that together need every launch there is: items of some rows, of more
 and of many, each by few programs that share K, by few, and by plenty; single rows of many versions."""

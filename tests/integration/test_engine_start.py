@@ -125,6 +125,8 @@ def test_what_nobody_waits_for_ends_with_the_engine() -> None:
 
 STACKS = ([(4096, 4096), (1024, 4096), (1024, 4096)], [(4096, 4096)], [(14336, 4096)] * 2, [(4096, 14336)])
 """Linears of an 8B model."""
+NARROW = ([(2048, 2048), (512, 2048), (512, 2048)], [(2048, 2048)], [(5632, 2048)] * 2, [(2048, 5632)])
+"""Linears of a 1B model."""
 
 
 @pytest.fixture
@@ -142,11 +144,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return found
 
 
+@pytest.mark.parametrize("linears", [STACKS, NARROW], ids=["8b", "1b"])
 @pytest.mark.parametrize("codecs", [("int2",), ("int1",), ("int4", "raw"), ("low_rank",)])
-def test_no_step_launches_what_was_not_compiled(codecs: tuple[str, ...], launched: set[str]) -> None:
-    """Any decode of up to 256 rows and 32 versions, and random batches of up to 1,024 tokens."""
+def test_no_step_launches_what_was_not_compiled(linears: Any, codecs: tuple[str, ...], launched: set[str]) -> None:
+    """Any decode of up to 256 rows and 64 versions, and random batches of up to 1,024 tokens."""
     ops = TritonOps(torch.device("cpu"), torch.bfloat16)
-    stacks = [ops.stack(shapes, 32) for shapes in STACKS]
+    stacks = [ops.stack(shapes, 64) for shapes in linears]
     for stack in stacks:
         launch_all(stack, codecs, 16, torch.empty(64, stack.shapes[0][1], dtype=ops.dtype), looked_up=False)
     compiled = set(launched)
@@ -169,14 +172,14 @@ def test_no_step_launches_what_was_not_compiled(codecs: tuple[str, ...], launche
 
 def batches(ops: TritonOps) -> Iterator[Rows]:
     for rows in (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 96, 128, 192, 256):
-        for versions in (1, 2, 4, 8, 16, 32):
+        for versions in (1, 2, 4, 8, 16, 32, 64):
             for longest, halves in ((SOME, False), (MORE, False), (rows, False), (2 * MORE, True)):
                 starts, index = (torch.zeros(size, dtype=torch.int32) for size in (min(rows, versions) + 1, rows))
                 yield ops.graph_rows(index, Segments(starts, starts[1:]), longest, halves=halves)
     yield ops.rows([(0, 40)], ops.device)
     draw = random.Random(0)
     for _ in range(200):
-        lengths = [draw.choice((1, 1, 1, 7, 30, 100, 600)) for _ in range(draw.randint(1, 32))]
+        lengths = [draw.choice((1, 1, 1, 7, 30, 100, 600)) for _ in range(draw.randint(1, 64))]
         yield ops.rows([(slot, length) for slot, length in enumerate(lengths)], ops.device)
 
 
