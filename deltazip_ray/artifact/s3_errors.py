@@ -32,18 +32,20 @@ from deltazip_ray.errors import (
 _ABSENT = {"NoSuchKey", "404"}
 _SHORT = {"InvalidRange", "416"}
 _FULL = {"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "InsufficientStorage", "507"}
-_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
-_SKEWED = "RequestTimeTooSkewed"
-_ELSEWHERE = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "301"}
-_DENIED = {
-    "AccessDenied",
-    "AllAccessDisabled",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "SignatureDoesNotMatch",
-    "401",
-    "403",
-}
+_UNAVAILABLE = {
+    "the credentials for {url} have expired ({code}): renew them": {
+        "ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"
+    },
+    "{url} does not accept the time of this machine's requests ({code}): set its clock": {"RequestTimeTooSkewed"},
+    "{url} is in another region than the one of the requests ({code}): set store.region": {
+        "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "301"
+    },
+    "{url} refuses access to {key} ({code}): check credentials and bucket policy": {
+        *("AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"),
+        *("401", "403"),
+    },
+}  # fmt: skip
+"""What to say of a store that cannot be used, by the codes it answers with."""
 PROVIDER_FAULTS = (
     *(CredentialRetrievalError, MetadataRetrievalError, SSOError, TokenRetrievalError),
     # Botocore does not wrap these: no such process or token file, a process that writes no JSON, and credentials that
@@ -102,14 +104,9 @@ def _from_answer(url: str, key: str, error: ClientError) -> DeltaZipError:
         return BlobCorrupt(f"{url}/{key} is shorter than its manifest says: publish it again with --repair")
     if code in _FULL:
         return StoreFull(f"no room for {url}/{key} ({code}): free space or raise the quota")
-    if code in _EXPIRED:
-        return StoreUnavailable(f"the credentials for {url} have expired ({code}): renew them")
-    if code == _SKEWED:
-        return StoreUnavailable(f"{url} refuses the time of this machine's requests ({code}): set its clock")
-    if code in _ELSEWHERE:
-        return StoreUnavailable(f"{url} is in another region than the one of the requests ({code}): set store.region")
-    if code in _DENIED:
-        return StoreUnavailable(f"{url} refuses access to {key} ({code}): check credentials and bucket policy")
+    for told, codes in _UNAVAILABLE.items():
+        if code in codes:
+            return StoreUnavailable(told.format(url=url, key=key, code=code))
     later = StoreUnavailable(f"{url} failed on {key} ({code or status}): try again later")
     pause = metadata.get("HTTPHeaders", {}).get("retry-after", "")
     if pause.isdecimal():
