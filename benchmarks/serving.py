@@ -201,15 +201,16 @@ def main() -> None:
                     found = asyncio.run(answers(run, 3))
                 with run.stage("judge"):
                     run.report["regret"] = judge(run, found)
+                for streams in filter(None, args.streams.split(",")):
+                    with run.stage(f"{streams} streams"):
+                        there = run.models[: 1 + args.slots]  # all at once
+                        told = measure(run.port, run.folder, there, int(streams), STREAMS_S, STREAM_TOKENS)
+                        run.report.setdefault("streams", []).append(asyncio.run(told))
                 if args.duration:
                     with run.stage("first replay"):  # which meets shapes that are compiled and recorded
                         run.report["first replay"] = replay(run, args.rate, args.duration, SEEDS[0])
                     with run.stage("replay"):
                         run.report["replay"] = replay(run, args.rate, args.duration, SEEDS[1])
-                for streams in filter(None, args.streams.split(",")):
-                    with run.stage(f"{streams} streams"):
-                        told = measure(run.port, run.folder, run.models, int(streams), STREAMS_S, STREAM_TOKENS)
-                        run.report.setdefault("streams", []).append(asyncio.run(told))
                 if args.kill_until:
                     with run.stage("kill"):
                         found = asyncio.run(kill_under_load(run, 16, 3.0, args.kill_until))
