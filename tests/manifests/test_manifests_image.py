@@ -48,6 +48,12 @@ def test_what_is_copied_exists_and_is_let_in() -> None:
     assert [source for source in sources if not (ROOT / source).exists() or f"!{source}" not in ignore] == []
 
 
+def test_what_is_installed_is_what_the_project_names() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (wanted,) = re.findall(r"\['optional-dependencies'\]\['(\w+)'\]", DOCKERFILE)
+    assert wanted in extras
+
+
 def test_the_manifest_wants_the_image_of_this_version() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert set(re.findall(r"image: (\S+)", MANIFEST)) == {f"deltazip-ray:{version}"}

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / "k8s" / "rayservice.yaml"
 CONFIGS = sorted((ROOT / "deployments" / "configs").glob("*.yaml"))
 CRD = Path(__file__).parent / "ray.io_rayservices.yaml"
+PAGE = (ROOT / "docs" / "kubernetes.md").read_text()
 UNITS = {"Gi": 1 << 30, "Mi": 1 << 20}
 Document = dict[str, Any]
 
@@ -180,3 +182,18 @@ def test_every_pod_sees_the_base_and_may_read_the_store(service: Document, docum
         assert {
             container[probe]["httpGet"]["port"] for probe in ("startupProbe", "livenessProbe", "readinessProbe")
         } <= ports
+
+
+def test_fields_that_the_page_names_exist() -> None:
+    code = " ".join(re.findall(r"`([^`\n]+)`", PAGE))
+    named = set(re.findall(r"\b[a-z]+(?:[A-Z][a-z]+)+(?:V\d)?\b", code)) - {"volumeClaimTemplates"}
+    assert len(named) > 10
+    schema = CRD.read_text()
+    assert [name for name in sorted(named) if not re.search(rf"^ +{name}:", schema, re.MULTILINE)] == []
+
+
+def test_what_the_page_adds_to_the_serve_config_is_taken(service: Document) -> None:
+    (added,) = re.findall(r"```yaml\n(.+?)```", PAGE, re.DOTALL)
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    config["applications"][0] |= yaml.safe_load(added)
+    ServeDeploySchema.model_validate(config)
