@@ -15,25 +15,25 @@ from deltazip_ray.config import AppConfig
 _STATS_PERIOD_S = 0.1
 _QUEUED_PER_ONGOING = 8
 SERVE_ENVIRONMENT = {
-    # From Serve's proxy to the router: a piece of an answer costs two thirds of what an actor call does.
+    # gRPC from Serve's proxy to the router: a piece of an answer costs two thirds of an actor call.
     "RAY_SERVE_PROXY_USE_GRPC": "1",
-    # Serve runs calls on one thread and talks gRPC on others. Ours never block, and each hop costs what a token does.
+    # By default Serve runs calls on one thread and gRPC on others. Our calls never block, so save the hops.
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    # Log-probabilities of a long prompt are more than the 4 MiB that gRPC takes by default.
+    # Log-probabilities of a long prompt exceed gRPC's default limit of 4 MiB.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(1 << 30),
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deltazip_deployments.headers:middlewares",
 }
-"""What Serve's proxies are to be started with: `deltazip serve` does it, on clusters the manifest."""
+"""The environment for Serve's proxies: set by `deltazip serve`, and by the manifest on clusters."""
 _OUR_ENVIRONMENT = {"env_vars": SERVE_ENVIRONMENT | {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Build from the ``args`` of a Serve config: the fields of AppConfig. Raises pydantic.ValidationError."""
+    """Build the application from the ``args`` of a Serve config, an AppConfig. Raises pydantic.ValidationError."""
     return application(AppConfig.model_validate(args))
 
 
 def application(config: AppConfig, engine_factory: EngineFactory = make_engine) -> Application:
-    """Router, replicas and, started by these, node stores. Tests pass in an engine of their own."""
+    """Router and replicas, which start the node stores. Tests pass their own engine."""
     replica = serve.deployment(**_replica_options(config))(Replica)
     router = serve.deployment(**_router_options(config))(serve.ingress()(Router))
     return router.bind(config, replica.bind(config, engine_factory, _source))
@@ -59,12 +59,12 @@ def _replica_options(config: AppConfig) -> dict[str, Any]:
         "name": "replica",
         "num_replicas": config.replicas,
         "ray_actor_options": actor | ({"resources": resources} if resources else {}),
-        # The engine itself refuses what is too much, with a message of its own.
+        # The engine rejects requests above its limits itself, with a better message.
         "max_ongoing_requests": config.engine.max_running + config.engine.max_waiting + 1,
         "request_router_config": RequestRouterConfig(**placement),
         "graceful_shutdown_timeout_s": 20.0,
         "health_check_period_s": 5.0,
-        # Of the event loop alone: a step may take longer. Serve replaces a replica after three in a row.
+        # For the event loop only, as a step may take longer. Serve replaces a replica after three timeouts in a row.
         "health_check_timeout_s": 10.0,
     }
 
@@ -72,7 +72,7 @@ def _replica_options(config: AppConfig) -> dict[str, Any]:
 def _router_options(config: AppConfig) -> dict[str, Any]:
     return {
         "name": "router",
-        # It waits for replicas and writes text: it shares a core with whatever runs beside it.
+        # It mostly waits for replicas, so it does not reserve a core.
         "ray_actor_options": {"num_cpus": 0, "runtime_env": _OUR_ENVIRONMENT},
         "max_ongoing_requests": config.router.max_ongoing_requests,
         "max_queued_requests": config.router.max_ongoing_requests * _QUEUED_PER_ONGOING,

@@ -1,4 +1,4 @@
-"""Tasks that nobody waits for."""
+"""Background tasks that nobody awaits."""
 
 import asyncio
 import logging
@@ -9,7 +9,7 @@ logger = logging.getLogger(__name__)
 
 
 def in_background(work: Coroutine[Any, Any, None], consequence: str) -> asyncio.Task[None]:
-    """Run ``work`` beside everything else. Should it fail, the log has the error at once, and its ``consequence``."""
+    """Run ``work`` in the background. If it fails, the error and its ``consequence`` are logged at once."""
     task = asyncio.create_task(work)
 
     def tell(task: asyncio.Task[None]) -> None:

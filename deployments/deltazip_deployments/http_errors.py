@@ -1,4 +1,4 @@
-"""The one place that gives the project's errors their HTTP status and OpenAI error body."""
+"""Maps the project's errors to HTTP statuses and OpenAI error bodies. Nothing else does."""
 
 import math
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from deltazip_ray.errors import (
 
 @dataclass(frozen=True)
 class ErrorAnswer:
-    """How one error is answered: status, OpenAI's ``type`` and ``code``, seconds until a retry makes sense."""
+    """The answer to an error: status, OpenAI's ``type`` and ``code``, and seconds until a retry makes sense."""
 
     status: int
     type: str
@@ -57,7 +57,7 @@ _ANSWERS: dict[type[DeltaZipError], ErrorAnswer] = {
 
 
 def answer_for(error: DeltaZipError) -> ErrorAnswer:
-    """The answer of the nearest ancestor that has one of its own."""
+    """The answer for the error's class, or for its nearest ancestor that has one."""
     return next(_ANSWERS[kind] for kind in type(error).__mro__ if kind in _ANSWERS)
 
 
@@ -71,7 +71,7 @@ def error_body(error: DeltaZipError) -> dict[str, Any]:
 
 
 def error_response(error: DeltaZipError) -> JSONResponse:
-    """The whole HTTP answer, ``Retry-After`` included where a retry may succeed."""
+    """The complete HTTP answer, with ``Retry-After`` if a retry may succeed."""
     answer = answer_for(error)
     headers = {} if answer.retry_after_s is None else {"retry-after": str(_retry_after_s(error, answer.retry_after_s))}
     if isinstance(error, InvalidKey):
@@ -85,7 +85,7 @@ def _retry_after_s(error: DeltaZipError, usual_s: int) -> int:
 
 
 def plain_error_response(status: int, message: str) -> JSONResponse:
-    """An OpenAI error body for what the web framework itself refuses: unknown path, wrong method, a bug of ours."""
+    """An OpenAI error body for errors of the web framework: unknown path, wrong method, an unexpected exception."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     code = {404: "not_found", 405: "method_not_allowed"}.get(
         status, "internal_error" if status >= 500 else "invalid_request"

@@ -1,4 +1,4 @@
-"""Where a request's first token will come soonest: a pure prediction in seconds, no Ray in sight."""
+"""Predicts on which replica a request gets its first token soonest. Pure functions, without Ray."""
 
 import hashlib
 from collections import Counter
@@ -9,33 +9,33 @@ from typing import TypeVar
 
 @dataclass(frozen=True)
 class ReplicaView:
-    """What a router knows about one replica, partly from its reports and partly from its own assignments."""
+    """A router's view of one replica, from the replica's reports and the router's own assignments."""
 
     device: frozenset[str] = frozenset()
     """Versions in a slot."""
     loading: frozenset[str] = frozenset()
-    """Versions on their way into a slot, or assigned here a moment ago."""
+    """Versions being loaded into a slot, or assigned here a moment ago."""
     host: frozenset[str] = frozenset()
     """Versions in the host memory of the replica's node."""
     slots: int = 1
     ongoing: int = 0
-    """Requests that run or wait there."""
+    """Running and waiting requests."""
     capacity: int = 1
-    """Requests that fit into one batch."""
+    """Maximum requests in one batch."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds. Differences matter, not absolute values; the defaults hold for deltas of around a gigabyte."""
+    """In seconds. Only differences matter; the defaults are for deltas of about a gigabyte."""
 
     share: float = 0.02
-    """What each request already in the batch adds to the first token of another."""
+    """Delay of a first token by each request in the batch."""
     wait: float = 0.5
-    """What each request in front of the batch adds."""
+    """Delay by each request waiting for the batch."""
     from_host: float = 0.1
     from_remote: float = 2.0
     evict: float = 0.2
-    """Pushing another version off the device, which somebody may want back."""
+    """Cost of evicting another version, which may be needed again."""
 
 
 def time_to_ready(view: ReplicaView, version: str, costs: Costs) -> float:
@@ -50,7 +50,7 @@ def time_to_ready(view: ReplicaView, version: str, costs: Costs) -> float:
 
 
 def cost(view: ReplicaView, version: str | None, costs: Costs) -> float:
-    """Predicted seconds to the first token: the queue ahead, and the delta's way to the device (None: the base)."""
+    """Predicted seconds to the first token: the queue, plus loading the delta (``version`` None: the base)."""
     batch = min(view.ongoing, view.capacity)
     queue = costs.share * batch + costs.wait * (view.ongoing - batch)
     return queue + (0.0 if version is None else time_to_ready(view, version, costs))
@@ -60,14 +60,14 @@ _Key = TypeVar("_Key", bound=Hashable)
 
 
 class Heat:
-    """Requests under way by version: says when one has become so much hotter that a hint may be worth while."""
+    """Counts running requests by version, to notice when one becomes hot enough for a prefetch elsewhere."""
 
     def __init__(self) -> None:
         self._ongoing: Counter[str] = Counter()
         self._hinted: dict[str, int] = {}
 
     def began(self, version: str) -> bool:
-        """One more; True when that makes 4, 8, 16 and so on for the first time since the version was cold."""
+        """Count a new request; True when it is the 4th, 8th, 16th, … for the first time since the version was cold."""
         self._ongoing[version] += 1
         count = self._ongoing[version]
         if count < _HOT or count < 2 * self._hinted.get(version, 0):
@@ -76,7 +76,7 @@ class Heat:
         return True
 
     def ended(self, version: str) -> None:
-        """One less."""
+        """Count the end of a request."""
         self._ongoing[version] -= 1
         if not self._ongoing[version]:
             del self._ongoing[version]
@@ -84,13 +84,13 @@ class Heat:
 
 
 _HOT = 4
-"""Requests of one version at once, from which on it may be wanted on another replica too."""
+"""Concurrent requests of one version from which on another replica may need it too."""
 
 
 def spill_target(views: Mapping[_Key, ReplicaView], version: str, costs: Costs) -> _Key | None:
-    """Where a version would go if its replica had twice as much to do, and is not yet: there it should be fetched now.
+    """The replica to prefetch a version to: where requests would go if its current replica had twice as many.
 
-    None: nowhere. ``views`` must not be empty.
+    None if that replica has it already, or is the same one. ``views`` must not be empty.
     """
     home = choose(views, version, costs)
     busier = replace(views[home], ongoing=2 * views[home].ongoing)
@@ -99,7 +99,7 @@ def spill_target(views: Mapping[_Key, ReplicaView], version: str, costs: Costs) 
 
 
 def choose(views: Mapping[_Key, ReplicaView], version: str | None, costs: Costs) -> _Key:
-    """The cheapest replica. Ties go by a hash of version and replica, so that all routers agree and versions spread.
+    """The cheapest replica. A hash of version and replica breaks ties, so that all routers agree and versions spread.
 
     ``views`` must not be empty.
     """

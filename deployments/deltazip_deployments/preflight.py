@@ -1,4 +1,4 @@
-"""What is known to fail before Ray has started: said in a line and seconds, not in minutes and a replica's trace."""
+"""Checks before Ray is started, so that errors take seconds and one line, not minutes and a replica's traceback."""
 
 import os
 import socket
@@ -19,7 +19,7 @@ _STORE_TIMEOUT_S = 3.0
 
 
 def check_host(config: AppConfig, host: str, port: int) -> None:
-    """Check what a server needs of this host. Raises ConfigError, CheckpointInvalid."""
+    """Check that this host can run the server. Raises ConfigError, CheckpointInvalid."""
     _check_port(host, port)
     check_device(config.engine.device, "engine.device")
     read_decoder_config(Checkpoint.open(Path(config.base)).config)
@@ -28,7 +28,7 @@ def check_host(config: AppConfig, host: str, port: int) -> None:
 
 
 def check_cluster(address: str) -> None:
-    """Check that something answers at ``RAY_ADDRESS``, for which Ray itself waits minutes. Raises ConfigError."""
+    """Check that something listens at ``RAY_ADDRESS``; Ray would wait for minutes. Raises ConfigError."""
     host, _, port = address.rpartition(":")
     if "://" in address or not port.isdecimal():
         return
@@ -36,12 +36,12 @@ def check_cluster(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_CLUSTER_TIMEOUT_S).close()
     except OSError as error:
         raise ConfigError(
-            f"no Ray answers at RAY_ADDRESS={address} ({error}): correct it, or unset it to start one here"
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): correct it, or unset it to start one here"
         ) from error
 
 
 def store_problem(store: StoreConfig) -> str | None:
-    """Why no variant can be offered yet. A server starts all the same, and looks again. Raises ConfigError."""
+    """Why there are no variants to serve yet, if so. The server starts anyway and tries again. Raises ConfigError."""
     quick = store.model_copy(update={"max_attempts": 1, "timeout_s": min(store.timeout_s, _STORE_TIMEOUT_S)})
     try:
         if not bases(open_store(quick)):
@@ -68,8 +68,8 @@ def _check_arena(folder: Path, size: int) -> None:
         free = there.f_bavail * there.f_frsize
         if free < size:
             raise ConfigError(
-                f"{folder} has {free >> 20} MiB left, and node_store.arena_bytes asks for {size >> 20} MiB: "
-                "lower it, or give the host's or pod's shared memory more"
+                f"{folder} has {free >> 20} MiB left, but node_store.arena_bytes is {size >> 20} MiB: "
+                "lower it, or increase the shared memory of the host or pod"
             )
         return
     raise ConfigError(f"there is no folder {folder}: correct node_store.shm_dir")

@@ -1,7 +1,7 @@
-"""Processes that were started on our behalf, however far down, and their certain end.
+"""Finds and ends all processes that were started on our behalf, directly or indirectly.
 
-Ray's processes watch their parents, but not from their first moment: one whose parent is killed right then stays.
-So what is started while :func:`marked` is active carries our process id in its environment, and can be found by it.
+Ray's processes watch their parents, but not from their first moment: one whose parent is killed right then stays alive.
+So everything that is started inside :func:`marked` has our process id in its environment, where it can be found.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ _PAUSE_S = 0.05
 
 @contextlib.contextmanager
 def marked() -> Iterator[None]:
-    """Processes that are started in the block, and all that these start, can be ended with :func:`end_marked`."""
+    """Mark all processes that are started in the block, directly or indirectly, for :func:`end_marked`."""
     os.environ[_VARIABLE] = str(os.getpid())
     try:
         yield
@@ -26,7 +26,7 @@ def marked() -> Iterator[None]:
 
 
 def end_marked(grace_s: float = 3.0) -> None:
-    """Wait until the marked processes have ended by themselves, and kill those that have not after ``grace_s``."""
+    """Wait until the marked processes have ended, and kill those that have not after ``grace_s``."""
     deadline = time.monotonic() + grace_s
     while alive := _find():
         if time.monotonic() > deadline:
@@ -41,7 +41,7 @@ def _find() -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
-            # Others' processes cannot be read, and ours may end while we look; the environment of a dead one is empty.
+            # Processes of other users cannot be read, and ours may end meanwhile.
             with contextlib.suppress(OSError):
                 if mark in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(int(entry.name))

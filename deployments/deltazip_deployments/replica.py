@@ -1,4 +1,4 @@
-"""One Serve replica: an engine, its way to the node store, and what it tells the routers and the scrape."""
+"""A Serve replica: an engine, its connection to the node store, and its reports to routers and metrics."""
 
 import asyncio
 import contextlib
@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 _MAX_BEAT_S = 1.0
 _CHECK_S = 1.0
 _LONGEST_STEP_S = 100.0
-"""The first step of a kind may have kernels to compile: FlashInfer's take 80 s."""
+"""The first step of a kind may compile kernels; FlashInfer's take 80 s."""
 _SWITCH_S = 0.0005
-"""How long the event loop may keep the interpreter from the thread that steps, which asks for it at every launch."""
+"""How long the event loop may hold the GIL while the step thread waits for it, which it does at every launch."""
 
 
 class Engine(Protocol):
-    """What a replica needs of an engine: AsyncEngine, or a scripted one in tests."""
+    """The engine's interface for a replica: AsyncEngine, or a scripted one in tests."""
 
     @property
     def base_digest(self) -> str: ...
@@ -59,7 +59,7 @@ class Engine(Protocol):
 
 
 class HostSource(DeltaSource, Protocol):
-    """A DeltaSource that wants to know whether its user still lives."""
+    """A DeltaSource that needs heartbeats from its user."""
 
     async def connect(self) -> HostMemory: ...
 
@@ -72,7 +72,7 @@ class HostSource(DeltaSource, Protocol):
 
 EngineFactory = Callable[[AppConfig, DeltaSource, CollectorRegistry], Engine]
 SourceFactory = Callable[[AppConfig, Callable[[], str]], HostSource]
-"""Makes the way to the host's store; the second argument tells the base's digest once the engine has started."""
+"""Makes the client of the node store; the second argument returns the base's digest once the engine has started."""
 
 
 def make_engine(config: AppConfig, source: DeltaSource, registry: CollectorRegistry) -> Engine:
@@ -84,7 +84,7 @@ def make_engine(config: AppConfig, source: DeltaSource, registry: CollectorRegis
 
 
 class Replica:
-    """Runs requests. Made by Serve, which checks its health before it sends anything: that is when it starts."""
+    """Runs requests. Created by Serve; it starts at the first health check, which comes before all requests."""
 
     def __init__(self, config: AppConfig, engine_factory: EngineFactory, source_factory: SourceFactory) -> None:
         self._config = config
@@ -98,36 +98,36 @@ class Replica:
         self._checked_at = 0.0
 
     async def check_health(self) -> None:
-        """Start at the first call; later raise what is broken, so that Serve replaces the replica."""
+        """Start at the first call; later raise if something is broken, so that Serve replaces the replica."""
         if not self._started:
             await self._engine.start()
             await self._engine.adopt(await self._source.connect())
-            # What is here now stays: looking through it for garbage again and again would hold up steps by 0.2 s.
+            # Everything allocated so far stays; garbage collections over it would delay steps by 0.2 s.
             gc.collect()
             gc.freeze()
             sys.setswitchinterval(_SWITCH_S)
             self._beats = asyncio.create_task(self._beat())
             self._started = True
         if self._beats is not None and self._beats.done():
-            self._beats.result()  # without signs of life the node store drops what this replica holds
+            self._beats.result()  # without heartbeats the node store drops this replica's leases
         await self._check_engine()
 
     async def describe(self) -> ReplicaDescription:
-        """What the router must know of the base."""
+        """What the router needs to know about the base."""
         return ReplicaDescription(self._engine.base_digest, self._engine.max_model_len)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Tokens in groups: the first and the last at once, the others when it is their turn."""
+        """Tokens in groups: the first and the last one at once, the others when their turn comes."""
         async with contextlib.aclosing(self._engine.generate(request)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
     async def prefetch(self, version: str) -> bool:
-        """Have a version on the device before it is asked for, if nothing else has to wait for that."""
+        """Load a version before it is requested, if that delays nothing else."""
         return await self._engine.prefetch(version)
 
     def record_routing_stats(self) -> dict[str, Any]:
-        """Serve's hook: what placement goes by."""
+        """Serve's hook: the input of placement."""
         stats = self._engine.stats()
         return routing_stats(
             device=stats.resident,
@@ -139,14 +139,14 @@ class Replica:
         )
 
     async def __del__(self) -> None:
-        """Serve's hook for a graceful end."""
+        """Serve's hook for a graceful shutdown."""
         if self._beats is not None:
             self._beats.cancel()
         await self._engine.stop()
         await self._source.leave()
 
     async def _check_engine(self) -> None:
-        """The engine answers between two steps, of which some are long. This call ends soon, as Serve expects it to."""
+        """Check the engine, which answers between two steps. Returns within a second even if a step takes longer."""
         if self._engine_check is None:
             self._engine_check, self._checked_at = asyncio.create_task(self._engine.check()), time.monotonic()
         check = self._engine_check
@@ -159,7 +159,7 @@ class Replica:
             raise EngineError(f"no step has ended for {waited:.0f} s: is the device stuck?")
 
     async def _beat(self) -> None:
-        """Tell the node store that this replica lives, and what it measured; learn what the host holds."""
+        """Send heartbeats with metrics to the node store, and receive the versions in the host's memory."""
         period = min(_MAX_BEAT_S, self._config.node_store.lease_timeout_s / 3)
         while True:
             try:

@@ -1,8 +1,8 @@
-"""Placement inside Ray Serve: the handle's choice of a replica.
+"""Placement inside Ray Serve: chooses the replica for each call of a handle.
 
 The version's digest travels as ``multiplexed_model_id``; replicas report through ``record_routing_stats``
-(:func:`routing_stats`). A request is bound to the replica that was chosen for it: Serve's default machinery may
-hand that replica to another pending request, and hangs when one HTTP request makes two calls at once.
+(:func:`routing_stats`). A request always goes to the replica that was chosen for it. Serve's default implementation may
+give that replica to another pending request, and hangs when one HTTP request makes two calls at once.
 """
 
 import time
@@ -15,7 +15,7 @@ from ray.serve.request_router import LocalityMixin, PendingRequest, ReplicaID, R
 from deltazip_deployments.placement import Costs, ReplicaView, choose, spill_target
 
 PREFETCH = "prefetch"
-"""The replicas' method that has a version fetched: it goes where the version would spill to, not where it is."""
+"""The replica's prefetch method. Its calls go to the replica that a version would spill to, not to where it is."""
 _TRUST_OWN_ASSIGNMENT_S = 10.0
 _SUSPECT_S = 3.0
 
@@ -23,7 +23,7 @@ _SUSPECT_S = 3.0
 def routing_stats(
     *, device: Iterable[str], loading: Iterable[str], host: Iterable[str], slots: int, capacity: int, stopped: bool
 ) -> dict[str, Any]:
-    """What a replica tells all routers. Only what changes seldom: each change is broadcast."""
+    """A replica's report to all routers. Only values that change rarely, as each change is broadcast."""
     return {
         "device": sorted(device),
         "loading": sorted(loading),
@@ -35,7 +35,7 @@ def routing_stats(
 
 
 class _Assignments:
-    """Which versions this router sent where a moment ago: replicas' reports lag behind by their period."""
+    """The recent assignments of this router, as replicas' reports are late by up to their period."""
 
     def __init__(self) -> None:
         self._recent: OrderedDict[tuple[ReplicaID, str], float] = OrderedDict()
@@ -66,10 +66,10 @@ class DeltaAwareRouter(LocalityMixin, RequestRouter):
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
-        """The best replica that may take the request; waits until there is one."""
+        """The best replica that can take the request; waits until there is one."""
         attempt = 0
         if is_retry:
-            # The replica refused or was gone: give its state a moment to reach us.
+            # The replica rejected the request or is gone: wait until its state has reached this router.
             await self._backoff(attempt)
         while not (ranked := await self.choose_replicas(self._open_replicas(), pending_request)):
             if self._replicas:
@@ -87,7 +87,7 @@ class DeltaAwareRouter(LocalityMixin, RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """One rank with the cheapest candidate; none without candidates."""
+        """A single rank with the cheapest candidate; no rank without candidates."""
         if not candidate_replicas:
             return []
         version = pending_request.metadata.multiplexed_model_id or None if pending_request else None
@@ -100,12 +100,12 @@ class DeltaAwareRouter(LocalityMixin, RequestRouter):
         return [[replica for replica in candidate_replicas if replica.replica_id == best]]
 
     def _open_replicas(self) -> list[RunningReplica]:
-        """Replicas with room; those that just failed to answer, or whose engine has ended, if there is nothing else."""
+        """Replicas with room; those that did not answer, or whose engine has ended, only if there are no others."""
         with_room = self.select_available_replicas()
         return [replica for replica in with_room if self._is_trusted(replica)] or with_room
 
     def _is_trusted(self, replica: RunningReplica) -> bool:
-        """An engine that has ended answers soonest of all: with an error, until Serve replaces its replica."""
+        """An engine that has ended answers fastest of all, with an error, until Serve replaces its replica."""
         stopped = (replica.routing_stats or {}).get("stopped", False)
         return not stopped and self._suspects.get(replica.replica_id, 0.0) < time.monotonic()
 
@@ -126,7 +126,7 @@ class DeltaAwareRouter(LocalityMixin, RequestRouter):
         """Count the request as ongoing there."""
         super().on_request_routed(pending_request, replica_id, result)
         if not pending_request.metadata.is_streaming:
-            # Of a call that is over quickly Serve tells the end before the beginning. Such calls join no batch anyway.
+            # Serve may report the end of a short call before its beginning. Such calls join no batch anyway.
             return
         self._ongoing[replica_id] += 1
         self._routed[pending_request.metadata.internal_request_id, replica_id] += 1
@@ -142,7 +142,7 @@ class DeltaAwareRouter(LocalityMixin, RequestRouter):
             del self._routed[call]
 
     def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
-        """Leave the replica alone until it either answers a probe or is known to be dead."""
+        """Avoid the replica until it answers a probe or is known to be dead."""
         super().on_replica_actor_unavailable(replica_id)
         self._suspects[replica_id] = time.monotonic() + _SUSPECT_S
         replica = self._replicas.get(replica_id)

@@ -34,7 +34,7 @@ def serve(
     """
     settings, http = read_config(config)
     address = (host or http.get("host", "127.0.0.1"), port or http.get("port", 8000))
-    # Imported here, for torch and ray take seconds that `deltazip --help` need not take.
+    # Imported here, as torch and ray take seconds, which `deltazip --help` should not.
     from deltazip_deployments import preflight, serving
 
     if cluster := os.environ.get("RAY_ADDRESS"):
@@ -52,9 +52,9 @@ def serve(
 
 
 def read_config(path: Path) -> tuple[AppConfig, dict[str, Any]]:
-    """The application's settings and the ``http_options`` of a Serve config file, or of a file with just the settings.
+    """The application's settings and the ``http_options`` of a Serve config file, or of a file with the settings alone.
 
-    Raises ConfigError, also for what this command would have to ignore.
+    Raises ConfigError, also for options that this command does not support.
     """
     try:
         document = yaml.safe_load(path.read_text())

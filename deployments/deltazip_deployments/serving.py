@@ -1,6 +1,7 @@
-"""Running the application from a program: the ``deltazip serve`` command, the demo, tests.
+"""Runs the application from a program: the ``deltazip serve`` command, the demo, tests.
 
-What is started here ends here, however the program ends: Ray's processes, the detached node stores, their memory.
+Everything that is started here is also ended here, however the program ends: Ray's processes, the detached node stores,
+their memory.
 """
 
 import contextlib
@@ -40,10 +41,10 @@ class Server:
 
     url: str
     owns_ray: bool
-    """Whether the Ray cluster was started for it, or at least the connection to one was made for it."""
+    """Whether the Ray cluster, or the connection to one, was made for it."""
 
     def stop(self) -> None:
-        """End the application and its node stores, and what was started for them. Harmless when repeated."""
+        """End the application, its node stores, and whatever was started for them. Can be called again."""
         stop(owns_ray=self.owns_ray)
 
 
@@ -57,8 +58,8 @@ def start(
 ) -> Server:
     """Run the application and wait until it answers.
 
-    Uses the Ray cluster that this process is connected to, else that of ``RAY_ADDRESS``, else starts one on loopback
-    without a dashboard. Raises ConfigError, EngineError; call :func:`stop` after that too, or use :func:`running`.
+    Uses the Ray cluster that this process is connected to, otherwise that of ``RAY_ADDRESS``, otherwise starts one on
+    loopback without a dashboard. Raises ConfigError, EngineError; call :func:`stop` even then, or use :func:`running`.
     """
     owns_ray = connect(config)
     _deploy(config, host, port, engine_factory)
@@ -68,14 +69,14 @@ def start(
 
 
 def stop(*, owns_ray: bool = True) -> None:
-    """End the application, its node stores, and, if they are ours, Serve and Ray. Harmless when repeated."""
+    """End the application, its node stores and, if ``owns_ray``, Serve and Ray. Can be called again."""
     try:
         if ray.is_initialized() and (not owns_ray or "RAY_ADDRESS" in os.environ):
             serve.delete(APP_NAME)
             kill_stores(APP_NAME)
     finally:
         if owns_ray:
-            # A cluster of ours takes all actors with it; HAProxy, where Serve uses it, is a process that would stay.
+            # The cluster takes all actors with it; HAProxy, if Serve uses it, is a separate process.
             ray.shutdown()
             end_marked()
 
@@ -88,7 +89,7 @@ def running(
     *,
     engine_factory: EngineFactory = make_engine,
 ) -> Iterator[str]:
-    """The application's URL, for as long as the block runs. SIGTERM ends the block as Ctrl-C does."""
+    """Run the application during the block; yields its URL. SIGTERM ends the block like Ctrl-C."""
     owns_ray = not ray.is_initialized()
     try:
         connect(config)
@@ -111,7 +112,7 @@ def watch() -> NoReturn:
 
 
 def connect(config: AppConfig) -> bool:
-    """Connect to Ray if this process is not; True when it was not. Raises ConfigError."""
+    """Connect to Ray unless this process is connected already, and return whether it was not. Raises ConfigError."""
     if ray.is_initialized():
         return False
     if "RAY_ADDRESS" in os.environ:
@@ -127,22 +128,22 @@ def connect(config: AppConfig) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     for name, value in SERVE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # On Linux Ray listens on all interfaces and takes loopback addresses for a mistake, unless it is told, as on
-    # other systems by default, that there is only this host. The variable is for the processes that Ray starts.
+    # On Linux Ray listens on all interfaces and rejects loopback addresses, unless it is told that there is only this
+    # host (the default on other systems). The variable is for the processes that Ray starts.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
     wanted = config.replicas * config.resources.get("CPU", 0.0)
     with marked(), _interrupts_deferred():
         ray.init(
             address="local",
-            # Logical: replicas on a small machine share its cores rather than wait for each other for ever.
+            # Logical CPUs: replicas on a small machine share its cores instead of waiting for each other forever.
             num_cpus=max(os.cpu_count() or 1, int(wanted) + 1),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
     if missing := _missing_gpus(config):
-        # Serve would wait for ever.
+        # Serve would wait forever.
         raise ConfigError(
             f"{missing}: lower replicas, share a GPU with replica_resources.GPU below 1, or set engine.device to cpu"
         )
@@ -150,7 +151,7 @@ def connect(config: AppConfig) -> bool:
 
 
 def _missing_gpus(config: AppConfig) -> str | None:
-    """What the replicas ask for and the cluster does not have; None when it does."""
+    """The message if the replicas need more GPUs than the cluster has, otherwise None."""
     wanted = config.replicas * config.resources.get("GPU", 0.0)
     resources: Any = ray.cluster_resources  # has no types
     there = resources().get("GPU", 0.0)
@@ -167,14 +168,14 @@ def _deploy(config: AppConfig, host: str, port: int, engine_factory: EngineFacto
 
 
 def _why_not() -> str:
-    """What each deployment failed with: the error of this project that is at the root, else all that Serve says."""
+    """Why each deployment failed: the project's own error at the root if there is one, otherwise Serve's message."""
     application = serve.status().applications.get(APP_NAME)
     deployments = application.deployments if application else {}
     return "\n".join(f"{name}: {root_error(one.message)}" for name, one in deployments.items() if one.message)
 
 
 def root_error(trace: str) -> str:
-    """The last error of this project in the text of a trace; the whole text where there is none."""
+    """The last error of this project in the text of a traceback; the whole text if there is none."""
     ours = _OUR_ERROR.findall(trace)
     return ours[-1] if ours else trace
 
@@ -192,7 +193,7 @@ def _wait_until_healthy(url: str, timeout_s: float) -> None:
 
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """To be entered once Ray is connected: connecting puts a handler of its own in place, which just dies."""
+    """Enter it after connecting to Ray, which installs a handler of its own that exits without cleanup."""
 
     def interrupt(signum: int, _: object) -> None:
         raise KeyboardInterrupt(f"signal {signum}")
@@ -222,7 +223,7 @@ def _interrupts_deferred() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Somebody who presses Ctrl-C twice must not be left with half of the processes."""
+    """Ignore signals during the cleanup: a second Ctrl-C must not leave half of the processes behind."""
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

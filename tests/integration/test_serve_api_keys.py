@@ -92,7 +92,7 @@ async def test_the_client_raises_its_own_errors(config: AppConfig) -> None:
         async with openai.AsyncOpenAI(
             base_url="http://router/v1", api_key="sk-x", max_retries=0, http_client=http
         ) as client:
-            with pytest.raises(openai.AuthenticationError, match="not known"):
+            with pytest.raises(openai.AuthenticationError, match="unknown API key"):
                 await client.completions.create(**asked("one"))
             client.api_key = "sk-one"
             with pytest.raises(openai.PermissionDeniedError, match="'two'"):

@@ -198,7 +198,7 @@ async def test_bytes_whose_hold_was_dropped_are_not_trusted(
 ) -> None:
     await client.acquire(versions[0])
     await host.lives[0].store.leave("r1")
-    with pytest.raises(StoreUnavailable, match="abandoned"):
+    with pytest.raises(StoreUnavailable, match="dropped its lease"):
         await client.release(versions[0])
 
 

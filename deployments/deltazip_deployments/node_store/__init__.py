@@ -1,1 +1,1 @@
-"""One store of deltas for each host, shared by the replicas there."""
+"""One store of deltas per host, shared by the replicas there."""

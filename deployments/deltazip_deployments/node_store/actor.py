@@ -1,6 +1,6 @@
-"""The node store: one detached actor for each host and application, found by name.
+"""The node store: one detached actor per host and application, found by name.
 
-Nobody owns it: it lives while replicas show life, and ends by itself when none has for a while.
+Nobody owns it: it runs while replicas send heartbeats, and ends by itself some time after the last one.
 """
 
 import asyncio
@@ -24,15 +24,15 @@ from deltazip_ray.errors import DeltaZipError
 from deltazip_ray.residency.host_cache import HostCache
 
 _NAMES_PERIOD_S = 5.0
-"""Between two looks at the variants' aliases."""
+"""Interval for reading the variants' aliases."""
 _LINGER_LEASES = 4
-"""How many lease timeouts without a replica are the end: a restarting one finds the deltas still here."""
+"""It ends after this many lease timeouts without a replica, so that a restarting one finds the deltas still here."""
 
 logger = logging.getLogger(__name__)
 
 
 class NodeStore:
-    """Leases on a host cache, kept for replicas of the same host."""
+    """A host cache with leases for the replicas of the host."""
 
     def __init__(
         self,
@@ -44,11 +44,11 @@ class NodeStore:
         clock: Callable[[], float] = time.monotonic,
         retire_after_s: float = 30.0,
     ) -> None:
-        """``retire_after_s``: from the loss of a version's last alias until it is dropped."""
+        """``retire_after_s``: time from the loss of a version's last alias until it is dropped."""
         self._succession = Succession(retire_after_s)
         self._retired: dict[str, set[str]] = {}
         self._heirs: dict[str, asyncio.Task[bool]] = {}
-        """Versions on their way here because an alias moved to them."""
+        """Versions being fetched because an alias moved to them."""
         self._node = node
         self._cache = cache
         self._arena = arena
@@ -62,7 +62,7 @@ class NodeStore:
         return self._arena.ref
 
     async def acquire(self, replica: str, version: str) -> StoredDelta:
-        """Hold a version for a replica; raises what HostCache raises."""
+        """Hold a version for a replica; raises the errors of HostCache."""
         self._leases.touch(replica, self._clock())
         delta = await self._cache.acquire(version)
         self._leases.touch(replica, self._clock())
@@ -70,7 +70,7 @@ class NodeStore:
         return StoredDelta(delta.manifest, self._cache.offsets(version), delta.tier)
 
     async def release(self, replica: str, version: str) -> bool:
-        """Let go of one hold; False when it had been dropped."""
+        """Release one hold; False if it had been dropped."""
         self._leases.touch(replica, self._clock())
         kept = self._leases.remove(replica, version)
         if kept:
@@ -78,48 +78,48 @@ class NodeStore:
         return kept
 
     async def prefetch(self, version: str) -> bool:
-        """Bring a version to the host if there is room and nobody waits for others; see DeltaSource."""
+        """See DeltaSource."""
         return await self._cache.prefetch(version)
 
     async def discard(self, version: str, disk: bool) -> None:
-        """Drop a version once no replica holds it; see DeltaSource."""
+        """See DeltaSource."""
         await self._cache.discard(version, disk=disk)
 
     async def retired(self, replica: str) -> frozenset[str]:
-        """Versions that this replica should drop: no alias stands for them any more. Told once."""
+        """Versions that this replica should drop, as they have no alias any more. Each is returned once."""
         return frozenset(self._retired.pop(replica, ()))
 
     async def heartbeat(self, replica: str, metrics: str) -> frozenset[str]:
-        """The replica lives; returns the versions in memory."""
+        """Renew a replica's lease; returns the versions in memory."""
         self._leases.touch(replica, self._clock())
         self._metrics[replica] = metrics
         return self._cache.versions
 
     async def leave(self, replica: str) -> None:
-        """The replica ends: drop its holds and its metrics."""
+        """A replica ends: drop its holds and its metrics."""
         self._metrics.pop(replica, None)
         self._retired.pop(replica, None)
         for version in self._leases.drop(replica):
             await self._cache.release(version)
 
     async def report(self) -> NodeReport:
-        """Everything a scrape wants to know of this host."""
+        """The metrics of this host and its replicas."""
         return NodeReport(self._node, generate_latest(self._registry).decode(), dict(self._metrics))
 
     async def follow(self, variants: Iterable[Variant]) -> None:
-        """Replace what is replaced: where an alias moved on from a version that is here, the new one comes beside it.
+        """Fetch versions that aliases moved to, if the old version is in memory, and drop versions without aliases.
 
-        The old one goes when it has had no alias for a while.
+        A version is dropped some time after it lost its last alias.
         """
         change = self._succession.update(variants, self._clock())
         for old, new in change.heirs:
-            # One that is still on its way when the alias moves on has an heir too.
+            # A version that is still being fetched when its alias moves on has an heir too.
             if (old in self._cache.versions or old in self._heirs) and new not in self._heirs:
                 self._heirs[new] = asyncio.create_task(self._bring_heir(new))
         for replica in self._leases.replicas:
             self._retired.setdefault(replica, set()).update(change.retired)
         for version in change.retired & self._cache.versions:
-            logger.info("version %s has no alias any more: it is dropped", version[:12])
+            logger.info("dropping version %s, which has no alias any more", version[:12])
             await self._cache.discard(version)
 
     async def _bring_heir(self, version: str) -> bool:
@@ -129,10 +129,10 @@ class NodeStore:
             del self._heirs[version]
 
     async def drop_silent(self) -> float:
-        """Drop what silent replicas hold; returns for how many seconds there has been no replica."""
+        """Drop the holds of silent replicas; returns for how many seconds there has been no replica."""
         now = self._clock()
         for replica in self._leases.silent(now):
-            logger.warning("replica %s is silent: its holds are dropped", replica)
+            logger.warning("replica %s sends no heartbeats: dropping its holds", replica)
             await self.leave(replica)
         return self._leases.alone_s(now)
 
@@ -173,7 +173,7 @@ class NodeStoreProcess(NodeStore):
         alone_s, period_s = 0.0, lease_timeout_s / 4
         while alone_s < _LINGER_LEASES * lease_timeout_s:
             await asyncio.sleep(period_s)
-            # However long that took: a process that was stopped must not take its replicas for silent.
+            # Counted, not measured: after a SIGSTOP this process must not take its replicas for silent.
             self._awake_s += period_s
             alone_s = await self.drop_silent()
         logger.info("no replica needs this node store any more")

@@ -1,7 +1,7 @@
 """Shared memory for deltas: the node store writes it, replicas on the host map it read-only.
 
-The file has no name: other processes of the same user reach it through ``/proc/<pid>/fd``. So the memory is gone
-with the last process that maps it, however that process ends, and no file is left behind.
+The file has no name: other processes of the same user reach it through ``/proc/<pid>/fd``. So the memory is freed with
+the last process that maps it, however that process ends, and no file is left behind.
 """
 
 import mmap
@@ -23,23 +23,23 @@ class ArenaRef:
     fd: int
     size: int
     life: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Tells this arena from all others, for the other numbers come again."""
+    """Distinguishes this arena from earlier ones with the same numbers."""
 
 
 class Arena:
-    """Writable shared memory of a fixed size, in bytes, all of it reserved at once."""
+    """Writable shared memory of a fixed size in bytes, allocated at once."""
 
     def __init__(self, folder: Path, size: int) -> None:
         try:
             with tempfile.TemporaryFile(dir=folder, prefix="deltazip-arena-") as file:
-                # Reserved now: a sparse file would kill the process that writes to it once memory runs out.
+                # Allocated now: with a sparse file, running out of memory later would kill the writing process.
                 os.posix_fallocate(file.fileno(), 0, size)
                 self.buffer = memoryview(mmap.mmap(file.fileno(), size))
                 fd = os.dup(file.fileno())
         except OSError as error:
             raise ConfigError(
                 f"{folder} has no room for an arena of {size >> 20} MiB ({error.strerror}): "
-                "lower node_store.arena_bytes, or give the host's or pod's shared memory more"
+                "lower node_store.arena_bytes, or increase the shared memory of the host or pod"
             ) from error
         weakref.finalize(self, os.close, fd)
         self.ref = ArenaRef(os.getpid(), fd, size)

@@ -1,4 +1,4 @@
-"""A replica's way to its node store: a DeltaSource whose bytes are the store's own, mapped read-only."""
+"""A replica's client of the node store: a DeltaSource that maps the store's memory read-only."""
 
 import asyncio
 import time
@@ -17,12 +17,12 @@ from deltazip_ray.residency.tiers import HostDelta, HostMemory
 _ATTEMPTS = 5
 _PAUSE_S = 0.2
 _PATIENCE_S = 15.0
-"""With a node store that does not come up: it finds no room before all replicas of the host have noticed that its
-predecessor is dead."""
+"""Time for a new node store to come up: it finds no room for its arena before all replicas of the host have noticed
+that its predecessor is dead and have unmapped that one's memory."""
 _UNKNOWN_S = 1.0
-"""What is believed to be the time of a fetch before there was one."""
+"""Assumed time of a fetch before there was one."""
 _FETCHES = 8
-"""How many the time of a fetch is averaged over, roughly."""
+"""Number of fetches that the average time covers, roughly."""
 
 _Answer = TypeVar("_Answer")
 
@@ -39,16 +39,16 @@ class _Link:
 class NodeStoreClient:
     """Survives the store's death: the next call finds or starts another one and maps its memory.
 
-    Views from before stay valid, for their memory lives as long as they do.
+    Earlier views stay valid, as they keep their memory mapped.
     """
 
     def __init__(self, replica: str, find: Callable[[], Any]) -> None:
-        """``find`` returns the actor's handle and starts the actor where there is none; it may block."""
+        """``find`` returns the actor's handle, and starts the actor if there is none; it may block."""
         self._replica = replica
         self._find = find
         self._link: _Link | None = None
         self._last: _Link | None = None
-        """What ``_link`` was before it was lost: a store that was only out of reach still has our holds."""
+        """The last ``_link``, even if it was lost: a store that was only unreachable still has our holds."""
         self._connecting = asyncio.Lock()
         self._held: defaultdict[str, list[_Link]] = defaultdict(list)
         self._on_host: frozenset[str] = frozenset()
@@ -56,7 +56,7 @@ class NodeStoreClient:
 
     async def acquire(self, version: str) -> HostDelta:
         """See DeltaSource; also raises StoreUnavailable when no node store can be reached."""
-        # A caller that leaves must not leave a hold behind: the call is finished for it and taken back.
+        # A cancelled caller must not leave a hold behind: the call is finished, and its hold released.
         call = asyncio.create_task(self._acquire(version))
         try:
             return await asyncio.shield(call)
@@ -65,13 +65,13 @@ class NodeStoreClient:
             raise
 
     async def release(self, version: str) -> None:
-        """Let go of one acquire. Raises StoreUnavailable when the store had dropped the hold before.
+        """Undo one acquire. Raises StoreUnavailable if the store had dropped the hold before.
 
-        Then the bytes may have been overwritten since, and what was read from them must not be used.
+        Then the bytes may have been overwritten, and what was read from them must not be used.
         """
         link = self._oldest_hold(version)
         if link is self._last and not await self._released(link, version):
-            raise StoreUnavailable(f"the node store took version {version[:12]} for abandoned: load it again")
+            raise StoreUnavailable(f"the node store dropped its lease on version {version[:12]}: load it again")
 
     async def prefetch(self, version: str) -> bool:
         """See DeltaSource."""
@@ -90,7 +90,7 @@ class NodeStoreClient:
         return 0.0 if version in self._on_host else self._fetch_s
 
     async def retired(self) -> frozenset[str]:
-        """Versions that this replica should drop, each told once."""
+        """Versions that this replica should drop; each is returned once."""
         versions: frozenset[str]
         versions, _ = await self._call(lambda link: link.actor.retired.remote(self._replica))
         return versions
@@ -101,7 +101,7 @@ class NodeStoreClient:
         return link.arena
 
     async def heartbeat(self, metrics: str) -> frozenset[str]:
-        """Show life and leave the replica's metrics; returns the versions in the host's memory."""
+        """Send a heartbeat with the replica's metrics; returns the versions in the host's memory."""
         self._on_host, _ = await self._call(lambda link: link.actor.heartbeat.remote(self._replica, metrics))
         return self._on_host
 
@@ -123,9 +123,9 @@ class NodeStoreClient:
         return HostDelta(stored.manifest, views, stored.tier, link.arena)
 
     async def _released(self, link: _Link, version: str) -> bool:
-        """Whether the store still had the hold; True when it is dead, for nobody wrote to the bytes.
+        """Release a hold, and return whether the store still had it. True if the store is dead: nobody wrote then.
 
-        Raises StoreUnavailable when it stays out of reach.
+        Raises StoreUnavailable when the store stays unreachable.
         """
         for attempt in range(_ATTEMPTS):
             await asyncio.sleep(_PAUSE_S * attempt)
@@ -139,7 +139,7 @@ class NodeStoreClient:
         raise StoreUnavailable("the node store of this host cannot be reached: load the version again")
 
     def _oldest_hold(self, version: str) -> _Link:
-        """Take back the oldest: whoever holds bytes of a store that died needs no hold, for nobody writes them."""
+        """The oldest hold, to release first: holds on a store that died are not needed, as nobody writes there."""
         return self._held[version].pop(0)
 
     def _give_back(self, version: str) -> None:
@@ -147,7 +147,7 @@ class NodeStoreClient:
         link.actor.release.remote(self._replica, version)
 
     async def _call(self, ask: Callable[[_Link], Awaitable[_Answer]]) -> tuple[_Answer, _Link]:
-        """Ask the store, another life of it if this one ends; returns also which life answered.
+        """Call the store, or its successor if it dies meanwhile; also returns the link that answered.
 
         Raises StoreUnavailable, and what the store raises.
         """
@@ -163,11 +163,11 @@ class NodeStoreClient:
                 self._lost(link, dead=not isinstance(error, ActorUnavailableError | StoreUnavailable))
                 if time.monotonic() > gives_up:
                     raise StoreUnavailable(f"the node store of this host does not stay up: {_reason(error)}") from error
-            del link  # and with it a dead store's memory, for which its successor may wait
+            del link  # unmaps a dead store's memory, which its successor may wait for
             await asyncio.sleep(_PAUSE_S)
 
     def _lost(self, link: _Link | None, *, dead: bool) -> None:
-        """The memory of a dead store goes with its last user, so that its successor finds room."""
+        """Forget a lost link; that of a dead store completely, so that its memory is freed for the successor."""
         if self._link is link:
             self._link = None
             if dead:
@@ -185,7 +185,7 @@ class NodeStoreClient:
 
 
 def _reason(error: Exception) -> str:
-    """One line of what Ray tells of a dead actor: its last one has the error of a constructor that failed."""
+    """One line of Ray's message about a dead actor: the last one if the constructor failed, otherwise the first."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if "creation task" in lines[0] else 0]
 

@@ -1,4 +1,4 @@
-"""Finding node stores: by a name that says application, settings and node."""
+"""Finds node stores by a name made of application, node and settings."""
 
 import asyncio
 import hashlib
@@ -18,19 +18,19 @@ from deltazip_ray.config import AppConfig
 NAMESPACE = "deltazip"
 _REPORT_TIMEOUT_S = 2.0
 _CALLS = 1_000_000
-"""At once: loads that wait must never keep out the releases that they wait for, nor signs of life."""
+"""Concurrent calls: waiting loads must never block the releases that they wait for, or heartbeats."""
 
 logger = logging.getLogger(__name__)
 
 
 def store_name(app: str, node: str, config: AppConfig, base_digest: str) -> str:
-    """The actor's name. Other settings make another name: an old store is never taken for a new one."""
+    """The actor's name. It depends on the settings, so that a store with old settings is not used."""
     settings = f"{base_digest}|{config.store.model_dump_json()}|{config.node_store.model_dump_json()}"
     return f"{_prefix(app)}{node}:{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
 
 
 def find_or_start(app: str, config: AppConfig, base_digest: str) -> Any:
-    """The handle of this node's store, which is started where there is none. Blocking."""
+    """The handle of this node's store, which is started if there is none. Blocking."""
     node = ray.get_runtime_context().get_node_id()
     name = store_name(app, node, config, base_digest)
     options = NodeStoreActor.options(
@@ -57,7 +57,7 @@ def list_stores(app: str) -> list[str]:
 
 
 async def reports(app: str) -> list[NodeReport]:
-    """What all node stores have to tell; one that does not answer soon is left out."""
+    """The reports of all node stores; those that do not answer in time are left out."""
     names = await asyncio.to_thread(list_stores, app)
     found = await asyncio.gather(*(_report(name) for name in names))
     return [report for report in found if report is not None]

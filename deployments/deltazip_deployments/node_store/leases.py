@@ -1,4 +1,4 @@
-"""Who holds which versions in the node store, and who has gone silent. Pure bookkeeping: the caller brings the time."""
+"""The versions that replicas hold in the node store, and which replicas are silent. The caller supplies the time."""
 
 from collections import Counter
 
@@ -14,19 +14,19 @@ class Leases:
 
     @property
     def replicas(self) -> frozenset[str]:
-        """Replicas that are present."""
+        """All replicas with a lease."""
         return frozenset(self._seen)
 
     def touch(self, replica: str, now: float) -> None:
-        """The replica has shown life."""
+        """Renew a replica's lease."""
         self._seen[replica] = now
 
     def add(self, replica: str, version: str) -> None:
-        """The replica holds ``version`` once more."""
+        """Add one hold on ``version``."""
         self._held.setdefault(replica, Counter())[version] += 1
 
     def remove(self, replica: str, version: str) -> bool:
-        """Take one hold back; False when the replica has none, as after it was dropped for its silence."""
+        """Remove one hold; False if the replica has none, for example because it was dropped."""
         held = self._held.get(replica, Counter())
         if not held[version]:
             return False
@@ -34,16 +34,16 @@ class Leases:
         return True
 
     def drop(self, replica: str) -> list[str]:
-        """Forget the replica; returns the versions to release, each as often as it was held."""
+        """Forget a replica; returns the versions to release, each as often as it was held."""
         self._seen.pop(replica, None)
         return list(self._held.pop(replica, Counter()).elements())
 
     def silent(self, now: float) -> list[str]:
-        """Replicas that have shown no life for the timeout."""
+        """Replicas that were silent for longer than the timeout."""
         return [replica for replica, seen in self._seen.items() if now - seen > self._timeout_s]
 
     def alone_s(self, now: float) -> float:
-        """Seconds without any replica."""
+        """Seconds since there was any replica."""
         if self._seen:
             self._last_alone = now
         return now - self._last_alone

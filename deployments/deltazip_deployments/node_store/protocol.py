@@ -1,4 +1,4 @@
-"""What a node store and its clients tell each other."""
+"""The messages between a node store and its clients."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from deltazip_ray.residency.tiers import Tier
 
 @dataclass(frozen=True)
 class StoredDelta:
-    """Where one held version lies in the arena."""
+    """The place of one held version in the arena."""
 
     manifest: Manifest
     blobs: Mapping[str, tuple[int, int]]
-    """Block name to offset and size in bytes."""
+    """Offset and size in bytes, by block name."""
     tier: Tier
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What one node store and its replicas have to tell to a scrape: Prometheus text each."""
+    """The metrics of a node store and its replicas, as Prometheus text."""
 
     node: str
     store: str

@@ -1,4 +1,4 @@
-"""Which versions take over from which, and which are done with. Pure bookkeeping: the caller brings names and time."""
+"""Which versions replace which, and which are retired. The caller supplies the variants and the time."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,25 +8,25 @@ from deltazip_ray.artifact.variants import Variant
 
 @dataclass(frozen=True)
 class Change:
-    """What happened since the last look."""
+    """Changes since the last update."""
 
     heirs: frozenset[tuple[str, str]]
     """(old, new): an alias moved from one version to the other."""
     retired: frozenset[str]
-    """Versions that lost their last alias some time ago and got none since."""
+    """Versions that have had no alias for some time."""
 
 
 class Succession:
     """Follows the aliases of all variants. A version that never had an alias is never retired."""
 
     def __init__(self, grace_s: float) -> None:
-        """``grace_s``: from the loss of the last alias to the retirement; routers may not know of it sooner."""
+        """``grace_s``: time from the loss of the last alias to the retirement, as routers notice it later."""
         self._grace_s = grace_s
         self._aliases: dict[tuple[str, str], str] = {}
         self._lost: dict[str, float] = {}
 
     def update(self, variants: Iterable[Variant], now: float) -> Change:
-        """Take note of the aliases at a moment, in seconds of a clock that never goes back."""
+        """Update the aliases; ``now`` is in seconds of a clock that never goes back."""
         before = self._aliases
         self._aliases = {(one.name, alias): version for one in variants for alias, version in one.aliases.items()}
         named = frozenset(self._aliases.values())

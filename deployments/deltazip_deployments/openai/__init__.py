@@ -1,1 +1,1 @@
-"""The OpenAI HTTP API: what requests may say and how answers are written. Knows nothing of Ray."""
+"""The OpenAI HTTP API: the fields of requests and the form of answers. Independent of Ray."""

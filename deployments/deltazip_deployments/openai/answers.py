@@ -18,7 +18,7 @@ from deltazip_ray.errors import DeltaZipError
 
 @dataclass(frozen=True)
 class Form:
-    """What differs between the endpoints."""
+    """The differences between the endpoints."""
 
     id_prefix: str
     whole: str
@@ -29,7 +29,7 @@ class Form:
     closing: dict[str, Any]
     logprobs: Callable[[Told, TokenText, int], dict[str, Any]]
     prompt_in_choices: bool
-    """Whether ``prompt_logprobs`` stand in each choice, not beside them."""
+    """Whether ``prompt_logprobs`` are in each choice rather than beside the choices."""
 
 
 COMPLETION = Form(
@@ -87,8 +87,8 @@ class Answer:
         return answer if self._form.prompt_in_choices else answer | prompt
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Server-sent events; an error in the middle becomes the last event, without ``[DONE]``."""
-        # The head of a piece never changes: writing only the text anew costs a tenth of a whole document.
+        """Server-sent events; after an error in the middle there is an error event, and no ``[DONE]``."""
+        # Only the text of a piece changes: encoding it alone costs a tenth of encoding the whole document.
         heads = [self._event(self._choice(i, self._form.delta("\0"))) for i in range(self._asked.choices)]
         frames = [json.dumps(head).split(json.dumps("\0")) for head in heads]
         echoed = self._echoed()
@@ -139,19 +139,19 @@ class Answer:
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _logprobs(self, told: Told, offset: int) -> dict[str, Any] | None:
-        """What is told of tokens; None where nobody asked."""
+        """The log-probabilities of tokens; None unless requested."""
         if self._asked.logprobs is None:
             return None
         return self._form.logprobs(told, self._asked.text.token_text, offset)
 
     def _echoed(self) -> Told:
-        """What is told of the prompt where it goes before the output."""
+        """The log-probabilities of an echoed prompt."""
         if self._asked.echo is None or self._asked.logprobs is None:
             return []
         return self._choices.prompt_told(self._asked.logprobs)
 
     def _prompt_logprobs(self) -> dict[str, Any]:
-        """The field that tells them, where somebody asked."""
+        """The field ``prompt_logprobs``, if requested."""
         count = self._asked.prompt_logprobs
         if count is None:
             return {}

@@ -1,4 +1,4 @@
-"""From the bytes of a request to its model. What would change the answer and is not offered is refused by name."""
+"""Parses request bodies. Unsupported fields that would change the answer are rejected by name."""
 
 import asyncio
 import json
@@ -12,13 +12,13 @@ from deltazip_deployments.openai.protocol import ChatRequest, CompletionRequest
 from deltazip_ray.errors import InvalidRequest
 
 MAX_BODY_BYTES = 4 << 20
-"""Prompts of a million tokens have less. Reading the JSON of 16 MiB would hold up everybody for 0.2 s."""
+"""More than a prompt of a million tokens needs. Parsing 16 MiB of JSON would block the event loop for 0.2 s."""
 _THROWN_AWAY_BYTES = 64 << 20
-"""So long may a body be whose client still hears why it is refused: an answer before its end resets the connection."""
+"""Longer bodies are read up to here, so that the client gets the error: answering earlier resets the connection."""
 _BODY_TIMEOUT_S = 30.0
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-# Accepted and without effect on the answer.
+# Accepted, without any effect on the answer.
 _HARMLESS = frozenset(
     {
         "metadata",
@@ -32,7 +32,7 @@ _HARMLESS = frozenset(
     }
 )
 
-# Not offered, or not at this endpoint; the values that ask for nothing are accepted.
+# Not supported, or not at this endpoint; values that ask for nothing are accepted.
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "audio": (None,),
     "best_of": (None, 1),
@@ -52,7 +52,7 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
 
 
 class InvalidField(InvalidRequest):
-    """A request is refused because of one field; ``param`` names it in the answer."""
+    """A request with an invalid field; ``param`` names the field in the answer."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -67,7 +67,7 @@ async def read_request(
 ) -> _Request:
     """Read a whole body and parse it.
 
-    Raises InvalidRequest, also for a body that is too long or does not come to its end.
+    Raises InvalidRequest, also for a body that is too long or does not arrive in time.
     """
     try:
         async with asyncio.timeout(timeout_s):
@@ -91,12 +91,12 @@ async def _whole(chunks: AsyncIterable[bytes]) -> bytes:
 
 
 def parse_request(kind: type[_Request], body: bytes) -> _Request:
-    """Parse a request body; raises InvalidRequest that names the field and what to do."""
+    """Parse a request body; raises InvalidRequest, which names the field and says what to do."""
     try:
         text = body.decode("utf-8-sig")
         data = json.loads(text)
         if _SURROGATE.search(text):
-            # Half of a pair is no character: neither tokenizers nor answers can write it.
+            # Half of a surrogate pair is not a character: tokenizers and answers cannot encode it.
             json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON in UTF-8: {error}") from error
@@ -111,7 +111,7 @@ def parse_request(kind: type[_Request], body: bytes) -> _Request:
 
 
 def _without_unused(kind: type[BaseModel], data: dict[str, Any]) -> dict[str, Any]:
-    """``data`` without fields that ask for nothing; raises InvalidField for one that asks for what is not offered."""
+    """``data`` without fields that ask for nothing; raises InvalidField for unsupported ones."""
     kept = {}
     for name, value in data.items():
         if name in kind.model_fields:
@@ -125,13 +125,13 @@ def _without_unused(kind: type[BaseModel], data: dict[str, Any]) -> dict[str, An
 
 
 def _like(value: Any) -> tuple[type, ...]:
-    """Types of JSON values that may equal ``value``: 0 is not False, but it is 0.0."""
+    """Types of JSON values that can equal ``value``: 0 equals 0.0, but not False."""
     return (int, float) if type(value) is int else (type(value),)
 
 
 def _first_problem(error: ValidationError) -> InvalidField:
     problems = error.errors(include_url=False, include_input=False)
-    # Of a field that takes several kinds, that of the kind which the value comes closest to.
+    # If a field is a union, report the problem with the alternative that the value comes closest to.
     field = [one for one in problems if one["loc"][:1] == problems[0]["loc"][:1]]
     problem = max(field, key=lambda one: len(one["loc"]))
     location = [str(part) for part in problem["loc"] if not str(part).startswith("list[")]
@@ -142,6 +142,6 @@ def _first_problem(error: ValidationError) -> InvalidField:
 
 
 def _named_first(message: str) -> str | None:
-    """The field that a complaint about several begins with."""
+    """The field that a message about several fields begins with."""
     found = re.match(r"'(\w+)'", message)
     return found and found[1]

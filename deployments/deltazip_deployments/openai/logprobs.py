@@ -1,4 +1,4 @@
-"""Log-probabilities as the two endpoints write them."""
+"""Log-probabilities in the forms of the two endpoints."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,17 +6,17 @@ from typing import Any
 from deltazip_ray.scheduler.request import TokenLogprobs
 
 Told = Sequence[tuple[int, TokenLogprobs | None]]
-"""Tokens, and what is told of each: nothing of the first one of a prompt."""
+"""Tokens with their log-probabilities; the first one of a prompt has none."""
 TokenText = Callable[[int], str]
 
 
 def chat_logprobs(told: Told, text_of: TokenText, offset: int) -> dict[str, Any]:
-    """``logprobs`` of a chat completion; ``offset`` is of no use here."""
+    """``logprobs`` of a chat completion, which does not use ``offset``."""
     return {"content": [_entry(token, one, text_of) for token, one in told if one is not None], "refusal": None}
 
 
 def completion_logprobs(told: Told, text_of: TokenText, offset: int) -> dict[str, Any]:
-    """``logprobs`` of a text completion; ``offset`` is where the first token's text begins."""
+    """``logprobs`` of a text completion; ``offset`` is the position of the first token's text."""
     texts = [text_of(token) for token, _ in told]
     offsets = []
     for text in texts:
@@ -31,7 +31,7 @@ def completion_logprobs(told: Told, text_of: TokenText, offset: int) -> dict[str
 
 
 def prompt_logprobs(told: Told, text_of: TokenText) -> list[dict[str, Any] | None]:
-    """``prompt_logprobs`` as vLLM writes them: for each token of the prompt, itself and the likeliest, by their ids."""
+    """``prompt_logprobs`` in vLLM's form: for each token of the prompt, that token and the likeliest ones, by id."""
     return [None if one is None else _ranked(token, one, text_of) for token, one in told]
 
 
@@ -56,7 +56,7 @@ def _token(token: int, value: float, text_of: TokenText) -> dict[str, Any]:
 
 
 def _best(token: int, one: TokenLogprobs, text_of: TokenText) -> dict[str, float]:
-    """The likeliest tokens by text, with the drawn one; of two that read alike the likelier one."""
+    """The likeliest tokens and the sampled one, by text; of two with the same text the likelier one."""
     best = {text_of(token): one.chosen}
     for other, value in reversed(one.best):
         best[text_of(other)] = value

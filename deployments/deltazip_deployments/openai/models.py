@@ -1,4 +1,4 @@
-"""The list of models that clients may put into ``model``."""
+"""The list of models."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,8 +10,8 @@ from deltazip_ray.artifact.names import LATEST
 def model_list(base_name: str, base_since: int, variants: Iterable[Variant]) -> list[dict[str, Any]]:
     """OpenAI model objects: the base, each variant, and ``name@alias`` for aliases other than the default one.
 
-    ``version`` is the digest that the name stands for now, ``parent`` the base that a variant belongs to, ``created``
-    when that version was published, and ``base_since`` for the base (seconds since 1970).
+    ``version`` is the digest that the name stands for now, ``parent`` the base of a variant, and ``created`` when that
+    version was published, or ``base_since`` for the base (seconds since 1970).
     """
     entries = [_entry(base_name, None, base_since, None)]
     for variant in variants:

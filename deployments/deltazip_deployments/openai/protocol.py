@@ -1,4 +1,4 @@
-"""OpenAI requests, with vLLM's names for what OpenAI does not have."""
+"""OpenAI requests, with vLLM's names for additional fields."""
 
 import secrets
 from collections.abc import Mapping
@@ -24,14 +24,14 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """What a stream tells beside the text."""
+    """What a stream contains besides the text."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class Message(BaseModel):
-    """One turn of a chat. Fields that clients echo from earlier answers are accepted while they are empty."""
+    """One turn of a chat. Fields that clients copy from earlier answers are accepted if they are empty."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
@@ -50,7 +50,7 @@ class Message(BaseModel):
         return self
 
     def plain(self) -> dict[str, str]:
-        """What a chat template sees."""
+        """The message as chat templates get it."""
         if isinstance(self.content, list):
             content = "".join(part["text"] for part in self.content)
         else:
@@ -94,7 +94,7 @@ class _Sampled(_Strict):
     @field_validator("logit_bias")
     @classmethod
     def _token_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        # Ten digits are more than any vocabulary has.
+        # No vocabulary needs ten digits.
         if not all(token.isascii() and token.isdigit() and len(token) < 10 for token in bias or ()):
             raise ValueError('takes token ids as keys: {"50256": -100}')
         return bias
@@ -118,23 +118,23 @@ class _Sampled(_Strict):
 
     @cached_property
     def structure(self) -> Structure | None:
-        """What the output must match."""
+        """The structure that the output must match."""
         asked = self.structured_outputs or self.response_format
         return None if asked is None else asked.structure()
 
     @property
     def choices(self) -> int:
-        """How many outputs the answer has."""
+        """Number of outputs in the answer."""
         return self.n or 1
 
     @property
     def candidates(self) -> int:
-        """How many outputs are made, to choose the best of."""
+        """Number of outputs generated, of which the best are returned."""
         return self.choices
 
     @property
     def likeliest(self) -> int | None:
-        """How many of the likeliest tokens are told beside each one's log-probability; None: no log-probabilities."""
+        """Number of likeliest tokens to return with each token's log-probability; None: no log-probabilities."""
         return None
 
     @property
@@ -156,12 +156,12 @@ class _Sampled(_Strict):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk of token counts."""
+        """Whether a stream ends with a chunk with token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def output_limit(self) -> int | None:
-        """The most tokens that the client wants; None: as many as fit."""
+        """Maximum output tokens; None: as many as fit."""
         return self.max_tokens
 
     def sampling(
@@ -169,7 +169,7 @@ class _Sampled(_Strict):
     ) -> SamplingParams:
         """The engine's parameters; ``defaults`` and ``end_token_ids`` are the version's own.
 
-        A seed is drawn where none is given, so that a resumed request goes on alike.
+        Without a seed a random one is used, so that a resumed request continues with the same tokens.
         """
         asked = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
         asked |= {"repetition_penalty": self.repetition_penalty}
@@ -207,7 +207,7 @@ class CompletionRequest(_Sampled):
     @field_validator("prompt", mode="before")
     @classmethod
     def _one_prompt(cls, prompt: Any) -> Any:
-        """A list of prompts may have one."""
+        """A list of prompts may contain one."""
         if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], str | list):
             return prompt
         if len(prompt) > 1:
@@ -236,7 +236,7 @@ class CompletionRequest(_Sampled):
 
     @property
     def prompt_likeliest(self) -> int | None:
-        """``prompt_logprobs``, or ``logprobs`` where the prompt is echoed; the greater of both."""
+        """``prompt_logprobs``, or ``logprobs`` if the prompt is echoed; the greater of both."""
         wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
         return max([count for count in wanted if count is not None], default=None)
 
@@ -247,7 +247,7 @@ class CompletionRequest(_Sampled):
 
     @property
     def output_limit(self) -> int | None:
-        """``max_tokens``, at least 1: the engine draws a token, whatever becomes of it."""
+        """``max_tokens``, at least 1: the engine always samples a token."""
         return 1 if self.prompt_only else self.max_tokens
 
 
@@ -267,7 +267,7 @@ class ChatRequest(_Sampled):
 
     @property
     def likeliest(self) -> int | None:
-        """``top_logprobs``, where there are any."""
+        """``top_logprobs``, if ``logprobs`` is on."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property

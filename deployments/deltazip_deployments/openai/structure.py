@@ -1,4 +1,4 @@
-"""How requests ask for structured output: OpenAI's ``response_format`` and vLLM's ``structured_outputs``."""
+"""Requests for structured output: OpenAI's ``response_format`` and vLLM's ``structured_outputs``."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -49,7 +49,7 @@ ResponseFormat = Annotated[_TextFormat | _ObjectFormat | _SchemaFormat, Field(di
 
 
 class StructuredOutputs(_Part):
-    """Exactly one of its fields."""
+    """Exactly one of the fields must be set."""
 
     json_schema: _Schema | str | None = Field(None, alias="json")
     json_object: Literal[True] | None = None
@@ -64,7 +64,7 @@ class StructuredOutputs(_Part):
         return self
 
     def structure(self) -> Structure:
-        """What the output must match."""
+        """The structure that the output must match."""
         if self.regex is not None:
             return Structure("regex", self.regex)
         if self.grammar is not None:

@@ -1,4 +1,4 @@
-"""JSON of answers, written beside the event loop where there is much of it."""
+"""Encodes answers as JSON, long ones off the event loop."""
 
 import asyncio
 import json
@@ -9,14 +9,14 @@ _LONG = 64
 
 
 async def written(document: Callable[[], Any], *, long: bool) -> bytes:
-    """The JSON of what ``document`` makes, in another thread where it may be ``long``."""
+    """The JSON of what ``document`` returns, encoded in another thread if it may be ``long``."""
     if not long:
         return _dumps(document()).encode()
     return await asyncio.to_thread(lambda: "".join(_pieces(document())).encode())
 
 
 def _pieces(value: Any) -> Iterator[str]:
-    """One encoding in many calls of the encoder, none of them long: it keeps the interpreter until it is done."""
+    """The encoding in many short calls of the encoder, as each call holds the GIL until it is done."""
     if isinstance(value, list) and value:
         for index, one in enumerate(value):
             yield "," if index else "["

@@ -1,1 +1,1 @@
-"""The HTTP front: names, tokenizers, placement's caller, text."""
+"""The HTTP front: names, tokenizers, calls to replicas, text."""

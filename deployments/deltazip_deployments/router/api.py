@@ -1,4 +1,4 @@
-"""The HTTP face: paths, statuses, headers. What is behind them is the service's."""
+"""The HTTP endpoints: paths, statuses, headers. The work is done by the service."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
@@ -30,7 +30,7 @@ Scrape = Callable[[], Awaitable[Iterable[tuple[Labels, str]]]]
 
 @dataclass(frozen=True)
 class _Endpoint:
-    """How requests of one path are read and answered."""
+    """How requests to one path are read and answered."""
 
     read: Callable[[AsyncIterable[bytes]], Awaitable[CompletionRequest | ChatRequest]]
     form: Form
@@ -41,7 +41,7 @@ _CHATS = _Endpoint(partial(read_request, ChatRequest), CHAT)
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events that end the generation however they end, even before the first byte."""
+    """Server-sent events; however the stream ends, even before the first byte, it ends the generation."""
 
     def __init__(
         self, events: AsyncGenerator[bytes, None], headers: dict[str, str], done: Callable[[], Awaitable[None]]

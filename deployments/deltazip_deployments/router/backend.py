@@ -1,4 +1,4 @@
-"""What the router needs of the replicas, and how it gets it through a Serve handle."""
+"""The router's interface to the replicas, and its implementation by a Serve handle."""
 
 import asyncio
 import contextvars
@@ -19,14 +19,14 @@ from deltazip_ray.errors import EngineStopped
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
 
 _LOST = (RayActorError, RequestCancelledError, DeploymentUnavailableError, grpc.aio.AioRpcError)
-"""What a call ends with whose replica is gone."""
+"""Exceptions of calls whose replica is gone."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ReplicaDescription:
-    """What all replicas have in common."""
+    """The properties that all replicas share."""
 
     base_digest: str
     max_model_len: int
@@ -36,23 +36,23 @@ class Backend(Protocol):
     """The replicas."""
 
     async def describe(self) -> ReplicaDescription:
-        """Ask any replica; waits until there is one. Raises EngineStopped when it dies over it, EngineError."""
+        """Ask any replica; waits until there is one. Raises EngineStopped if it dies meanwhile, EngineError."""
         ...
 
     async def bring(self, version: str) -> None:
-        """Have a version brought where it will be wanted; ends when it is there or will not be. Raises nothing."""
+        """Prefetch a version where it will be needed; returns when it is there or has failed. Raises nothing."""
         ...
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Run a request on the replica that suits it. Closing the generator cancels the request there.
+        """Run a request on the best replica. Closing the generator cancels the request there.
 
-        Raises what AsyncEngine.generate raises; EngineStopped also when the replica is gone.
+        Raises the errors of AsyncEngine.generate; EngineStopped also if the replica is gone.
         """
         ...
 
 
 class HandleBackend:
-    """Replicas behind a deployment handle, reached by gRPC: a chunk costs a quarter of what an actor call does."""
+    """Replicas behind a deployment handle, called by gRPC: a chunk costs a quarter of an actor call."""
 
     def __init__(self, handle: Any) -> None:
         self._prefetch = handle.options(method_name=PREFETCH, _by_reference=False)
@@ -70,11 +70,11 @@ class HandleBackend:
         return description
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        """See Backend. The version travels as the model id that placement goes by."""
+        """See Backend. The version is passed as the model id, which placement uses."""
         with _as_our_own():
             chunks = self._generate.options(multiplexed_model_id=request.version or "").remote(request)
         if request.version is not None and self._heat.began(request.version):
-            # In a context of its own: Serve knows calls by the HTTP request that they are made for.
+            # In a context of its own, as Serve attributes calls to the HTTP request of their context.
             hint = asyncio.create_task(self.bring(request.version), context=contextvars.Context())
             self._hints.add(hint)
             hint.add_done_callback(self._hints.discard)
@@ -92,16 +92,16 @@ class HandleBackend:
             raise EngineStopped(_GONE)
 
     async def bring(self, version: str) -> None:
-        """See Backend: one that is somewhere already, where its requests would spill to."""
+        """See Backend. A version that some replica has goes to where its requests would spill to."""
         try:
             await self._prefetch.options(multiplexed_model_id=version).remote(version)
         except (*_LOST, RayTaskError) as error:
-            logger.info("a hint to prefetch version %s was lost: %r", version[:12], error)
+            logger.info("the prefetch of version %s failed: %r", version[:12], error)
 
 
 @contextmanager
 def _as_our_own() -> Iterator[None]:
-    """What a call ends with becomes an error of this project: the replica's own, or EngineStopped when it is gone."""
+    """Turns errors of calls into this project's: the replica's own error, or EngineStopped if the replica is gone."""
     try:
         yield
     except RayTaskError as error:

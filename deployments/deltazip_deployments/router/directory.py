@@ -1,4 +1,4 @@
-"""What clients may ask for: the store's variants as of a moment ago, kept while the store is away."""
+"""The variants that clients may request: the store's, read periodically, and kept while the store is down."""
 
 import asyncio
 import logging
@@ -27,10 +27,10 @@ class Directory:
         heir_wait_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``bring`` is for versions that take aliases over; see :class:`Heirs`."""
+        """``bring`` fetches versions that aliases move to; see :class:`Heirs`."""
         self._heirs = Heirs(bring, heir_wait_s, self._show, clock)
         self._found: dict[str, Variant] = {}
-        """What the store says; clients see ``_variants``."""
+        """The store's variants; clients see ``_variants``."""
         self._catalog = catalog
         self._base_name = base_name
         self._refresh_s = refresh_s
@@ -42,33 +42,33 @@ class Directory:
         """Why the last refresh failed; None when it worked."""
 
     async def keep_fresh(self) -> None:
-        """Refresh for ever, sooner while the store is away."""
+        """Refresh forever, more often while the store is down."""
         while True:
             await self.refresh()
             await asyncio.sleep(self._refresh_s if self.problem is None else min(self._refresh_s, _RETRY_S))
 
     def close(self) -> None:
-        """Wait for no version any more."""
+        """Stop waiting for versions."""
         self._heirs.close()
 
     async def refresh(self) -> None:
-        """Read the variants; on failure the known ones stay and ``problem`` says why."""
+        """Read the variants; after a failure the known ones stay, and ``problem`` has the reason."""
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.create_task(self._read())
         await asyncio.shield(self._refreshing)
 
     @property
     def tried(self) -> bool:
-        """Whether the store was asked at all."""
+        """Whether the store was read at least once, successfully or not."""
         return self._variants is not None or self.problem is not None
 
     async def variants(self) -> Sequence[Variant]:
-        """All known variants by name; raises StoreUnavailable when there never was an answer."""
+        """All known variants, sorted by name; raises StoreUnavailable if the store has never answered."""
         await self._first_answer()
         return sorted(self._known().values(), key=lambda variant: variant.name)
 
     async def resolve(self, ref: VariantRef) -> str:
-        """The version that a name stands for; raises UnknownVariant, StoreUnavailable."""
+        """The version that a reference names; raises UnknownVariant, StoreUnavailable."""
         await self._first_answer()
         try:
             version = self._find(ref)

@@ -1,4 +1,4 @@
-"""What /health says."""
+"""The answer of /health."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Health:
-    """``starting``: nothing can be answered yet. ``degraded``: what is known is served, but something is wrong."""
+    """``starting``: no request can be answered yet. ``degraded``: known variants are served, but there is a problem."""
 
     status: Literal["ok", "degraded", "starting"]
     problems: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Aliases that have moved in the store, and stay with the version before until the new one is there."""
+"""Delays the move of an alias until its new version is loaded."""
 
 import asyncio
 import contextvars
@@ -8,19 +8,19 @@ from collections.abc import Awaitable, Callable, Mapping
 from deltazip_ray.artifact.catalog import Variant
 
 Bring = Callable[[str], Awaitable[object]]
-"""Has a version brought to a replica; ends when it is there, or will not be. Raises nothing."""
+"""Fetches a version to a replica; returns when it is there or has failed. Raises nothing."""
 
 _IN_USE_S = 60.0
-"""After the last request a version needs no heir that is warm: its own requests would have been cold as well."""
+"""A version without requests for this time is replaced at once: its own requests would have been cold, too."""
 
 
 class Heirs:
-    """A version that is in use is replaced when its heir can answer at once. Belongs to one event loop."""
+    """Replaces a version in use only when the new one, its heir, can answer at once. Belongs to one event loop."""
 
     def __init__(
         self, bring: Bring, wait_s: float, changed: Callable[[], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """``wait_s``: an alias is not held back for longer. ``changed`` is called when one need not be any more."""
+        """``wait_s``: the longest delay. ``changed`` is called when an alias can move."""
         self._bring = bring
         self._wait_s = wait_s
         self._changed = changed
@@ -29,13 +29,13 @@ class Heirs:
         self._coming: dict[str, asyncio.Task[None]] = {}
 
     def asked(self, version: str) -> None:
-        """Somebody uses a version."""
+        """Note a request for a version."""
         self._asked[version] = self._clock()
 
     def held_back(self, before: Mapping[str, Variant], now: Mapping[str, Variant]) -> dict[str, Variant]:
-        """Variants as clients should see them: as they are ``now``, but for aliases whose version is on its way.
+        """The variants as clients should see them: ``now``, except for aliases whose new version is being fetched.
 
-        ``before``: what was returned the last time.
+        ``before``: the result of the last call.
         """
         since = self._clock() - _IN_USE_S
         self._asked = {version: at for version, at in self._asked.items() if at >= since}
@@ -45,12 +45,12 @@ class Heirs:
         return shown
 
     def close(self) -> None:
-        """Wait for nobody any more."""
+        """Stop waiting for versions."""
         for task in self._coming.values():
             task.cancel()
 
     def _shown(self, before: Variant | None, variant: Variant, waited: set[str]) -> Variant:
-        """One variant; adds to ``waited`` the versions that it waits for."""
+        """One variant; adds the versions that it waits for to ``waited``."""
         if before is None or before.aliases == variant.aliases:
             return variant
         kept = {}
@@ -63,9 +63,9 @@ class Heirs:
         return variant.model_copy(update={"aliases": variant.aliases | kept})
 
     def _is_coming(self, heir: str) -> bool:
-        """Whether a version is on its way, on which it is sent if it is not."""
+        """Whether a version is still being fetched; starts the fetch if there is none."""
         if heir not in self._coming:
-            # In a context of its own: Serve knows calls by the HTTP request that they are made for.
+            # In a context of its own, as Serve attributes calls to the HTTP request of their context.
             self._coming[heir] = asyncio.create_task(self._come(heir), context=contextvars.Context())
         return not self._coming[heir].done()
 

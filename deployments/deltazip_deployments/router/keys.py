@@ -21,7 +21,7 @@ _KEYS: TypeAdapter[_Keys] = TypeAdapter(_Keys)
 
 @dataclass(frozen=True)
 class Grant:
-    """What one key may use: names of variants, whatever their alias, and of the base; ``*`` is all of them."""
+    """The names of variants (with any alias) and of the base that a key may use; ``*`` means all."""
 
     names: frozenset[str]
 
@@ -32,14 +32,14 @@ class Grant:
     def check(self, model: str) -> None:
         """Raise NotAllowed unless a request may have ``model``."""
         if not self.allows(model):
-            raise NotAllowed(f"this API key is not for {model[:80]!r}: GET /v1/models lists what it is for")
+            raise NotAllowed(f"this API key does not cover {model[:80]!r}: GET /v1/models lists what it covers")
 
 
 _EVERYTHING = Grant(frozenset({_ALL}))
 
 
 class ApiKeys:
-    """The keys of a file, ``{"<sha256 of a key>": ["<name>", …]}``; without a file everybody may use everything."""
+    """The keys in a file ``{"<sha256 of a key>": ["<name>", …]}``; without a file no key is needed."""
 
     def __init__(self, file: Path | None) -> None:
         """Raises ConfigError when the file cannot be read."""
@@ -50,7 +50,7 @@ class ApiKeys:
             self._read(file)
 
     def grant(self, authorization: str | None) -> Grant:
-        """What the header ``Authorization: Bearer <key>`` allows; raises InvalidKey."""
+        """The grant of the header ``Authorization: Bearer <key>``; raises InvalidKey."""
         if self._file is None:
             return _EVERYTHING
         self._refresh(self._file)
@@ -58,14 +58,14 @@ class ApiKeys:
         if scheme.lower() != "bearer" or not key.strip():
             raise InvalidKey("no API key: send 'Authorization: Bearer <key>'")
         digest = hashlib.sha256(key.strip().encode()).hexdigest()
-        # All are compared, each in the same time, so that the time tells nothing.
+        # Compare with all keys in constant time, so that the duration reveals nothing.
         found = [grant for known, grant in self._grants.items() if hmac.compare_digest(known, digest)]
         if not found:
-            raise InvalidKey("this API key is not known: check it, or ask for one")
+            raise InvalidKey("unknown API key: check it, or ask for a new one")
         return found[0]
 
     def _refresh(self, file: Path) -> None:
-        """Keep the known keys while the file cannot be read, as in the middle of its replacement."""
+        """Read the file if it has changed; keep the known keys if that fails, as during its replacement."""
         try:
             if _stamp(file) != self._read_at:
                 self._read(file)
@@ -90,7 +90,7 @@ def _stamp(file: Path) -> tuple[int, int]:
 
 
 def _first_line(error: Exception) -> str:
-    """Without the values: they may be keys that somebody forgot to hash."""
+    """The reason, without values, which may be keys that somebody forgot to hash."""
     if isinstance(error, ValidationError):
         return str(error.errors(include_input=False, include_url=False, include_context=False)[0]["msg"])
     return str(error)

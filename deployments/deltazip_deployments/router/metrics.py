@@ -1,4 +1,4 @@
-"""What the router itself counts."""
+"""The router's own metrics."""
 
 import time
 
@@ -10,7 +10,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class RouterMetrics:
-    """Prometheus metrics in a registry of their own. ``tier`` says where a delta was: ``device`` is warm."""
+    """Prometheus metrics in a registry of their own. ``tier`` is where the delta was: ``device`` is warm."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -32,16 +32,16 @@ class RouterMetrics:
         return generate_latest(self.registry).decode()
 
     def arrived(self) -> float:
-        """A request has come; returns its time for :meth:`begun`."""
+        """Count a new request; returns its arrival time for :meth:`begun`."""
         self._open.inc()
         return time.perf_counter()
 
     def begun(self, arrived: float, choices: Choices) -> None:
-        """The first token is there."""
+        """Record the first token."""
         self._first_token.labels(choices.tier).observe(time.perf_counter() - arrived)
 
     def ended(self, endpoint: str, status: int, choices: Choices | None) -> None:
-        """The request is over, answered or not."""
+        """Record the end of a request, answered or not."""
         self._open.dec()
         self._requests.labels(endpoint, str(status)).inc()
         if choices is not None:

@@ -1,8 +1,8 @@
-"""Places for requests in a router: the flood of one variant must not keep the others out.
+"""Limits the requests of each variant in a router, so that a flood of one does not keep the others out.
 
-Who is served next is decided in the engines, by fair shares; they cannot see who waits for a router that is full. So it
-never is: a variant may have twice as many places as are free. One alone gets two thirds of all, two get two fifths
-each, and so on (dynamic thresholds: Choudhury and Hahne, 1998).
+Fair sharing happens in the engines, which do not see requests that a full router rejects. So the router never fills up:
+a variant may have twice as many places as are free. One alone gets two thirds of all, two get two fifths each, and so
+on (dynamic thresholds: Choudhury and Hahne, 1998).
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ _SHARE = 2
 
 
 class Places:
-    """As many as the router answers requests at once. Belongs to one event loop."""
+    """The places for requests that the router handles at once. Belongs to one event loop."""
 
     def __init__(self, count: int) -> None:
         self._free = count
@@ -23,10 +23,10 @@ class Places:
 
     @contextmanager
     def one(self, variant: str) -> Iterator[None]:
-        """A place for a request of ``variant``, while the block runs. Raises Overloaded when it may have no more."""
+        """Take a place for a request of ``variant`` during the block. Raises Overloaded if the variant has too many."""
         mine = self._taken[variant]
         if mine >= _SHARE * self._free:
-            raise Overloaded(f"{mine} requests for {variant[:80]!r} are being answered already: try again later")
+            raise Overloaded(f"{mine} requests for {variant[:80]!r} are in progress already: try again later")
         self._free -= 1
         self._taken[variant] += 1
         try:

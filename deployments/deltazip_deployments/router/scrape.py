@@ -1,4 +1,4 @@
-"""One scrape for the whole application: many Prometheus texts become one, told apart by labels."""
+"""Merges the metrics of all processes into one Prometheus text, with a label for each source."""
 
 from collections.abc import Iterable, Mapping
 
@@ -11,9 +11,9 @@ Labels = Mapping[str, str]
 
 
 def merge(sources: Iterable[tuple[Labels, str]]) -> bytes:
-    """Prometheus text of all sources; each source's samples get its labels besides their own.
+    """Prometheus text of all sources; the labels of a source are added to its samples.
 
-    A family that several sources have appears once, as the format wants.
+    A family that several sources have appears once, as the format requires.
     """
     families: dict[str, Metric] = {}
     for labels, text in sources:

@@ -1,4 +1,4 @@
-"""The router's work, apart from HTTP: from an OpenAI request to tokens, and from tokens to text."""
+"""The router without HTTP: turns an OpenAI request into tokens, and tokens into text."""
 
 import asyncio
 import logging
@@ -35,7 +35,7 @@ _RETRY_S = 0.5
 
 @dataclass(frozen=True)
 class _Known:
-    """What there is once a replica has answered."""
+    """The parts that exist once a replica has answered."""
 
     replicas: ReplicaDescription
     directory: Directory
@@ -43,7 +43,7 @@ class _Known:
 
 
 class RouterService:
-    """Everything behind the HTTP API. It starts without replicas and without a store, and says so until it has both."""
+    """Everything behind the HTTP API. Starts without replicas or a store, and reports that until it has both."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class RouterService:
         self._background: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin to look for replicas and variants, in the background."""
+        """Start to look for replicas and variants in the background."""
         self._background = in_background(self._learn(), "the list of variants is no longer refreshed")
 
     async def stop(self) -> None:
@@ -75,7 +75,7 @@ class RouterService:
             self._known.directory.close()
 
     def health(self) -> Health:
-        """Whether requests can be answered, and what is in the way."""
+        """Whether requests can be answered, and the problems if not."""
         if self._background is not None and self._background.done():
             return Health("degraded", ("the list of variants is no longer refreshed: see the router's log",))
         if self._known is None:
@@ -86,11 +86,11 @@ class RouterService:
         return Health("ok") if problem is None else Health("degraded", (problem,))
 
     async def models(self) -> list[dict[str, Any]]:
-        """OpenAI's objects of all that ``model`` may name; raises StoreUnavailable, EngineStopped."""
+        """OpenAI's model objects of the base and all variants; raises StoreUnavailable, EngineStopped."""
         return model_list(self.config.base_name, self._since, await self._ready().directory.variants())
 
     async def resolve(self, model: str) -> str | None:
-        """The version that ``model`` stands for, None for the base.
+        """The version that ``model`` names, None for the base.
 
         Raises InvalidName, UnknownVariant, StoreUnavailable, EngineStopped.
         """
@@ -99,7 +99,7 @@ class RouterService:
         return await self._ready().directory.resolve(parse_ref(model))
 
     async def begin(self, request: CompletionRequest | ChatRequest) -> Choices:
-        """Start to answer, and wait for the first tokens. The caller closes what it gets. Raises DeltaZipError."""
+        """Start a request, and wait for the first tokens. The caller must close the result. Raises DeltaZipError."""
         self._check_offered(request)
         variant = request.model.partition("@")[0]
         with ExitStack() as held:
@@ -116,7 +116,7 @@ class RouterService:
     async def _prepare(
         self, request: CompletionRequest | ChatRequest, weight: float
     ) -> tuple[Asked, Sequence[Generation]]:
-        """What is asked for, and its outputs, which have not begun."""
+        """The parsed request and its outputs, which have not started."""
         version = await self.resolve(request.model)
         text = await self._ready().texts.get(version)
         prompt = await _prompt(request, text, self._ready().replicas.max_model_len)
@@ -125,7 +125,7 @@ class RouterService:
             end_token_ids=text.end_token_ids,
             defaults=text.defaults,
         )
-        # vLLM's priorities come first when they are low, the scheduler's when they are high.
+        # In vLLM lower priorities come first, in our scheduler higher ones.
         priority = -(request.priority or 0)
         wanted = GenerateRequest(uuid.uuid4().hex, version, tuple(prompt), sampling, priority=priority, weight=weight)
         asked = Asked(
@@ -141,7 +141,7 @@ class RouterService:
         return asked, [self._generation(nth(wanted, index), request, text) for index in range(request.candidates)]
 
     def _check_offered(self, request: CompletionRequest | ChatRequest) -> None:
-        """Refuse what the settings leave out."""
+        """Reject features that are disabled in the settings."""
         if request.structure is not None and request.structure.kind == "grammar" and not self.config.router.ebnf:
             raise InvalidRequest("structured_outputs.grammar is not offered here (setting router.ebnf): use a regex")
         if request.priority and not self.config.router.priorities:
@@ -204,7 +204,7 @@ async def _prompt(request: CompletionRequest | ChatRequest, text: VersionText, r
 
 
 def _echo(request: CompletionRequest | ChatRequest, text: VersionText) -> str | None:
-    """The prompt, where the answer repeats it."""
+    """The prompt, if the answer repeats it."""
     if not isinstance(request, CompletionRequest) or not request.echo:
         return None
     given = request.prompt

@@ -19,20 +19,20 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Asked:
-    """What the outputs have in common."""
+    """What all outputs share."""
 
     model: str
     version: str | None
     text: VersionText
     prompt: tuple[int, ...]
     choices: int
-    """How many of the outputs are wanted: the best of them, if there are more."""
+    """Number of outputs to return: the best ones, if there are more."""
     logprobs: int | None = None
-    """How many of the likeliest tokens the answer tells beside each one of an output; None: no log-probabilities."""
+    """Number of likeliest tokens to return with each output token; None: no log-probabilities."""
     prompt_logprobs: int | None = None
     """The same for the prompt, in a field of its own."""
     echo: str | None = None
-    """The prompt's text, where it goes before each output."""
+    """The prompt's text, if it is to be put before each output."""
 
 
 @dataclass(frozen=True)
@@ -50,28 +50,28 @@ class Choice:
 
 
 class Choices:
-    """Outputs in the making. :meth:`begin` them, take them in pieces or whole, and close them, whatever happened."""
+    """The outputs being generated. Call :meth:`begin`, then take them in pieces or whole, and always close them."""
 
     def __init__(self, asked: Asked, outputs: Sequence[Generation], held: ExitStack | None = None) -> None:
-        """``held``: what they keep until they are closed."""
+        """``held`` is closed together with the outputs."""
         self.asked = asked
         self._outputs = outputs
         self._held = held or ExitStack()
 
     @property
     def tier(self) -> Tier:
-        """Where the delta was when the request came; known once it has begun."""
+        """Where the delta was when the request arrived; known after :meth:`begin`."""
         return self._outputs[0].tier
 
     def prompt_told(self, count: int) -> Sequence[tuple[int, TokenLogprobs | None]]:
-        """The prompt's tokens, and of each but the first what is told, with ``count`` of the likeliest; once begun."""
+        """The prompt's tokens with their log-probabilities and ``count`` likeliest ones; known after :meth:`begin`."""
         first, *others = self.asked.prompt
         told = [replace(one, best=one.best[:count]) for one in self._outputs[0].prompt_logprobs]
         return [(first, None), *zip(others, told, strict=True)]
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens made so far, of all outputs."""
+        """Tokens generated so far, in all outputs."""
         return sum(output.completion_tokens for output in self._outputs)
 
     @property
@@ -81,22 +81,22 @@ class Choices:
 
     @property
     def error(self) -> DeltaZipError | None:
-        """What ended them early."""
+        """The first error, if any output failed."""
         return next((output.error for output in self._outputs if output.error is not None), None)
 
     async def begin(self) -> None:
-        """Wait for each output's first tokens, so that what goes wrong before them can still become an HTTP status."""
+        """Wait for each output's first tokens: errors before that can still become an HTTP status."""
         await _all([output.begin() for output in self._outputs])
 
     async def whole(self) -> list[Choice]:
-        """The wanted outputs, complete. Raises what the engine raises, and RequestTimeout."""
+        """The complete outputs, the best ones only. Raises the engine's errors, and RequestTimeout."""
         made = await _all([self._complete(output) for output in self._outputs])
         if len(made) > self.asked.choices:
             made = sorted(made, key=lambda choice: choice.likelihood, reverse=True)[: self.asked.choices]
         return made
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        """Pieces of each output, with its index, as they come. Raises as :meth:`whole` does."""
+        """(index of the output, its next piece), as they arrive. Raises as :meth:`whole` does."""
         streams = [output.pieces() for output in self._outputs]
         if len(streams) == 1:
             async with aclosing(streams[0]) as only:
@@ -120,7 +120,7 @@ class Choices:
                 await stream.aclose()
 
     async def aclose(self) -> None:
-        """End the request everywhere; harmless when it is over."""
+        """End the request everywhere, if it has not ended already."""
         with self._held:
             for output in self._outputs:
                 await output.aclose()
@@ -140,7 +140,7 @@ class Choices:
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
-    """The results, or the first error, and then the rest is cancelled."""
+    """The results of all; the first error cancels the rest and is raised."""
     if len(work) == 1:
         return [await work[0]]
     try:
@@ -152,9 +152,9 @@ async def _all(work: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
 
 
 def nth(request: GenerateRequest, index: int) -> GenerateRequest:
-    """The request of output ``index``: itself for the first one, then others with seeds that follow from its own.
+    """The request of output ``index``: the same for the first one, with derived seeds for the others.
 
-    The first one alone tells of the prompt.
+    Only the first one has prompt logprobs.
     """
     if index == 0:
         return request

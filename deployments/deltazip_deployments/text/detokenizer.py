@@ -1,7 +1,7 @@
-"""Text of a growing token sequence.
+"""Incremental detokenization.
 
-``tokenizers.decoders.DecodeStream`` does this too, but it raises on byte-fallback output that is not UTF-8 and
-repeats the prompt when that ends inside a character: a model may emit anything, so neither may break a stream.
+``tokenizers.decoders.DecodeStream`` does this too, but raises on byte-fallback output that is not UTF-8, and repeats
+the prompt if that ends inside a character. A model may emit anything, so neither must break a stream.
 """
 
 from collections.abc import Sequence, Set
@@ -14,10 +14,10 @@ _MOST_HELD = 128  # tokens that make no character: more are none, and decoding e
 
 
 class Detokenizer:
-    """Turns output tokens into text; text never changes once it is out, and no character is split."""
+    """Turns output tokens into text. Returned text never changes, and no character is split."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], special: Set[int] = frozenset()) -> None:
-        """``special`` tokens, which are no text, need not be decoded again and again until there is some."""
+        """``special`` tokens have no text and are skipped."""
         self._tokenizer = tokenizer
         self._special = special
         self._ids = list(prompt[-_CONTEXT:])

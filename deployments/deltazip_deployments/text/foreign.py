@@ -1,4 +1,4 @@
-"""The one place that expects anything of code that runs on files somebody published."""
+"""Handles errors of libraries that process published files, which may raise anything."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ from deltazip_ray.errors import DeltaZipError
 
 @contextmanager
 def blamed_on_files(kind: type[DeltaZipError], message: str) -> Iterator[None]:
-    """Whatever the block raises becomes ``kind``, told as ``message`` and the reason; our own errors stay as they are.
+    """Turn whatever the block raises into a ``kind`` with ``message`` and the reason, except our own errors.
 
-    ``tokenizers`` raises bare ``Exception``, and panics of its Rust code are not even that; a chat template is a
-    program, which fails as it likes.
+    ``tokenizers`` raises plain ``Exception``, and panics of its Rust code do not even inherit from that. A chat
+    template is a program and can raise anything.
     """
     try:
         yield
@@ -27,5 +27,5 @@ def blamed_on_files(kind: type[DeltaZipError], message: str) -> Iterator[None]:
 
 
 def _printable(error: BaseException) -> str:
-    """Text that fits into any answer, without what UTF-8 cannot write."""
+    """The message, shortened, and without characters that UTF-8 cannot encode."""
     return str(error)[:500].encode(errors="backslashreplace").decode()

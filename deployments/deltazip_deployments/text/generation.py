@@ -1,4 +1,4 @@
-"""One output in the making: text pieces, and the counts that go with them."""
+"""One output being generated, as pieces of text."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -12,7 +12,7 @@ from deltazip_ray.scheduler.request import FinishReason, TokenChunk, TokenLogpro
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text that may go out, and what is told of the tokens that came meanwhile: not always those of this text."""
+    """Text to send, and the log-probabilities of the tokens that arrived meanwhile, not always those of the text."""
 
     text: str
     logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
@@ -21,10 +21,10 @@ class Piece:
 
 
 class Generation:
-    """Text of one output. :meth:`begin` it, iterate :meth:`pieces`, and close it, whatever happened in between."""
+    """The text of one output. Call :meth:`begin`, iterate :meth:`pieces`, and always close it."""
 
     tier: Tier
-    """Where the delta was when the request came; known once it has begun."""
+    """Where the delta was when the request arrived; known after :meth:`begin`."""
 
     def __init__(self, chunks: AsyncGenerator[TokenChunk, None], text: OutputText, *, timeout_s: float) -> None:
         self._chunks = chunks
@@ -34,20 +34,20 @@ class Generation:
         self._deadline = asyncio.get_running_loop().time() + timeout_s
         self.tier = "device"
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-        """Of the prompt's tokens but the first, where they were asked for; known once it has begun."""
+        """Of the prompt's tokens except the first, if requested; known after :meth:`begin`."""
         self.completion_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.error: DeltaZipError | None = None
 
     async def begin(self) -> None:
-        """Wait for the first chunk, so that what goes wrong before it can still become an HTTP status."""
+        """Wait for the first chunk: errors before that can still become an HTTP status."""
         self._first = await self._next()
         self.prompt_logprobs = self._first.prompt_logprobs
         if self._first.tier is not None:
             self.tier = self._first.tier
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Text as it becomes known; only the last piece may be empty. Raises what the engine raises, RequestTimeout."""
+        """The text as it arrives; only the last piece may be empty. Raises the engine's errors, RequestTimeout."""
         chunk = self._first or await self._next()
         while True:
             self.completion_tokens += len(chunk.tokens)
@@ -67,7 +67,7 @@ class Generation:
             chunk = await self._next()
 
     async def aclose(self) -> None:
-        """End the request everywhere; harmless when it is over."""
+        """End the request everywhere, if it has not ended already."""
         await self._chunks.aclose()
 
     async def _next(self) -> TokenChunk:
@@ -85,7 +85,7 @@ class Generation:
 
 
 def _told(chunk: TokenChunk) -> tuple[tuple[int, TokenLogprobs], ...]:
-    """The chunk's tokens, the one that ended the output too, with what is told of them."""
+    """The chunk's tokens, including one that ended the output, with their log-probabilities."""
     if not chunk.logprobs:
         return ()
     ended = () if chunk.stop_token is None else (chunk.stop_token,)

@@ -1,4 +1,4 @@
-"""The text of one answer as its tokens arrive: decoded, and cut at stop strings."""
+"""The text of one output as its tokens arrive: decoded, and cut at stop strings."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from deltazip_deployments.text.stops import StopStrings
 
 
 class OutputText:
-    """Feed tokens, take text."""
+    """Takes tokens, returns text."""
 
     def __init__(self, detokenizer: Detokenizer, stops: tuple[str, ...]) -> None:
         self._detokenizer = detokenizer
@@ -19,11 +19,11 @@ class OutputText:
         return self._stops.stopped
 
     def feed(self, tokens: Sequence[int]) -> str:
-        """The text that may go out now."""
+        """The text that can be sent now."""
         return self._stops.feed(self._detokenizer.feed(tokens)) if tokens else ""
 
     def finish(self) -> str:
-        """What was held back, once there are no more tokens."""
+        """The text that was held back; there are no more tokens."""
         if self.stopped:
             return ""
         return self._stops.feed(self._detokenizer.finish()) + self._stops.finish()

@@ -1,4 +1,4 @@
-"""A thread for the text of one version, so that what hangs there holds up nobody else."""
+"""A thread for the text of one version, so that a tokenizer or template that hangs does not block the others."""
 
 import asyncio
 import ctypes
@@ -15,9 +15,9 @@ _T = TypeVar("_T")
 
 
 class OwnThread:
-    """Runs one piece of work after the other, and interrupts one that takes too long. Belongs to one event loop.
+    """Runs calls one after the other, and interrupts one that takes too long. Belongs to one event loop.
 
-    Work that hangs outside of Python's bytecode cannot be interrupted: then this thread is lost, and only this one.
+    Calls that hang outside Python bytecode cannot be interrupted; then only this thread is lost.
     """
 
     def __init__(self, timeout_s: float = _TIMEOUT_S) -> None:
@@ -27,9 +27,9 @@ class OwnThread:
         self._late: Future[Any] | None = None
 
     async def run(self, work: Callable[[], _T]) -> _T:
-        """What ``work`` returns or raises; RequestTimeout when it takes too long, and at once while it still does.
+        """The result of ``work``, or its exception; RequestTimeout if it, or a call before it, takes too long.
 
-        Who is cancelled takes work along that has not begun; other work is watched to its end all the same.
+        Cancellation drops work that has not started; running work is still interrupted if it takes too long.
         """
         if self._late is not None and not self._late.done():
             raise self._timeout()
@@ -54,17 +54,17 @@ class OwnThread:
         return work()
 
     def _give_up(self, future: Future[Any]) -> None:
-        """A template's endless loop would keep the interpreter from everybody else for ever."""
+        """Interrupt work that takes too long: an endless loop in a template would compete for the GIL forever."""
         self._late = future
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._working), ctypes.py_object(TimeoutError))
-        # The interruption may hit the old pool's own code, which ends its thread.
+        # The exception may hit the pool's own code and end its thread, so use a new pool.
         self._pool.shutdown(wait=False)
         self._pool = _new_pool()
 
     def _timeout(self) -> RequestTimeout:
         return RequestTimeout(
-            f"this model's chat template or tokenizer was not done after {self._timeout_s:g} s: "
-            "send a shorter prompt; if that does not help, the variant must be published anew"
+            f"this model's chat template or tokenizer took longer than {self._timeout_s:g} s: "
+            "send a shorter prompt; if that does not help, the variant must be published again"
         )
 
 

@@ -1,8 +1,8 @@
-"""Stop strings: text up to the first of them, with what might become one held back."""
+"""Cuts text at stop strings, and holds back text that may be the beginning of one."""
 
 
 class StopStrings:
-    """Cuts a growing text at the first stop string; the stop string itself is not part of the text."""
+    """Cuts a growing text before the first stop string."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
@@ -10,7 +10,7 @@ class StopStrings:
         self.stopped = False
 
     def feed(self, text: str) -> str:
-        """The text that may go out now; sets ``stopped`` when a stop string is complete."""
+        """The text that can be sent now; sets ``stopped`` when a stop string is complete."""
         self._held += text
         found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
         if found:
@@ -19,7 +19,7 @@ class StopStrings:
         return self._release(len(self._held) - self._undecided())
 
     def finish(self) -> str:
-        """What was held back; the output is over."""
+        """The text that was held back; the output has ended."""
         return "" if self.stopped else self._release(len(self._held))
 
     def _release(self, length: int) -> str:
@@ -27,7 +27,7 @@ class StopStrings:
         return text
 
     def _undecided(self) -> int:
-        """Length of the longest tail that begins a stop string."""
+        """Length of the longest tail that is the beginning of a stop string."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
             tail = self._held[-length:]

@@ -1,4 +1,4 @@
-"""What text means to the base and to versions, in memory while it is used."""
+"""A cache of the tokenizers and templates of the base and of versions."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -11,15 +11,15 @@ from deltazip_ray.artifact.manifest import FILES
 from deltazip_ray.once import Once
 
 _VERSIONS = 4096
-"""Of which it is known what files they have."""
+"""Limit of versions whose lists of files are cached."""
 _LOADED = 64
 
 _Files = frozenset[tuple[str, str]]
-"""Names of files and the sha256 of each."""
+"""(name, sha256) of each file."""
 
 
 class Texts:
-    """Tokenizers take long to load and much memory: versions with equal files share one, also with the base.
+    """Tokenizers are slow to load and large, so versions with equal files, and the base, share one.
 
     Belongs to one event loop; reads and loads run in threads.
     """
@@ -33,7 +33,7 @@ class Texts:
         self._loaded = Once[_Files, VersionText](_LOADED)
 
     async def get(self, version: str | None) -> VersionText:
-        """That of ``version``, None for the base. Raises ArtifactError, StoreError."""
+        """The text of ``version``; None: the base. Raises ArtifactError, StoreError."""
         files = frozenset(self._of_base.items())
         if version is not None:
             files = await self._files.get(version, partial(self._find, version))
@@ -45,6 +45,6 @@ class Texts:
         return frozenset(beside(self._of_base, own).items())
 
     def _load(self, files: _Files) -> VersionText:
-        """What the base has too is not fetched."""
+        """Load; files that the base has too are not fetched."""
         known, fetch = self._contents, self._catalog.file
         return load_version_text({name: known[one] if one in known else fetch(one) for name, one in files})

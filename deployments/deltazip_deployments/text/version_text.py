@@ -25,7 +25,7 @@ _LONG_TOKEN = 32  # characters; more than a token of ordinary text ever has
 
 
 class VersionText:
-    """What text means to one version."""
+    """Converts between text and tokens for one version."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, generation: Mapping[str, Any]) -> None:
         self.tokenizer = tokenizer
@@ -67,7 +67,7 @@ class VersionText:
             return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def _check_length(self, characters: int, room: int) -> None:
-        """Encoding takes seconds and gigabytes for the longest bodies: not for what is far too long anyway."""
+        """Reject prompts that cannot fit before encoding them, which takes seconds and gigabytes for the longest."""
         most = room * max(self._longest, _LONG_TOKEN)
         if characters > most:
             raise PromptTooLong(
@@ -76,13 +76,13 @@ class VersionText:
             )
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of a prompt that came as tokens."""
+        """The text of a prompt given as tokens."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     def token_text(self, token: int) -> str:
-        """What one token reads like inside a text, special ones too; incomplete characters as U+FFFD."""
+        """The text of one token inside a text, also of special ones; incomplete characters as U+FFFD."""
         if token not in self._token_texts:
-            # Alone it would lose the space that it may begin with.
+            # Decoded alone it would lose a leading space.
             once, twice = (self._tokenizer.decode([token] * n, skip_special_tokens=False) for n in (1, 2))
             self._token_texts[token] = twice[len(once) :]
         return self._token_texts[token]
@@ -93,7 +93,7 @@ class VersionText:
 
 
 def load_version_text(files: Mapping[str, bytes]) -> VersionText:
-    """Load from the bytes of ``tokenizer.json`` and its neighbours; runs no code of theirs. Raises ManifestInvalid."""
+    """Load from the bytes of ``tokenizer.json`` and related files, without running any code. Raises ManifestInvalid."""
     if "tokenizer.json" not in files:
         raise ManifestInvalid("the version has no tokenizer.json: publish it again from a checkpoint that has one")
     with blamed_on_files(ManifestInvalid, "the version's tokenizer files cannot be read"):

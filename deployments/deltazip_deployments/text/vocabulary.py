@@ -1,4 +1,4 @@
-"""What tokens read like, for structured output."""
+"""Vocabularies for structured output."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -17,7 +17,7 @@ from deltazip_ray.errors import InvalidRequest, ManifestInvalid
 
 
 class Vocabularies:
-    """Reads vocabularies of versions from the store, and the base's from its folder."""
+    """Loads vocabularies: the versions' from the store, the base's from its folder."""
 
     def __init__(self, config: AppConfig, base_digest: Callable[[], str]) -> None:
         self._config = config
@@ -25,23 +25,23 @@ class Vocabularies:
 
     @cached_property
     def _catalog(self) -> Catalog:
-        """Made once: a client of boto3 is some 50 ms of Python, and steps need the interpreter."""
+        """Created once: making a boto3 client holds the GIL for about 50 ms, which delays steps."""
         return Catalog(open_store(self._config.store), self._base_digest())
 
     def load(self, version: str | None) -> xgrammar.TokenizerInfo:
-        """Blocking. Raises InvalidRequest where there is no end token, ManifestInvalid, StoreError, ConfigError."""
+        """Blocking. Raises InvalidRequest if there is no end token, ManifestInvalid, StoreError, ConfigError."""
         files = base_files(Path(self._config.base))
         if version is not None:
             files = version_files(self._catalog, version, files)
         text = load_version_text(files)
-        with blamed_on_files(ManifestInvalid, "the version's tokenizer is none that structured output can use"):
+        with blamed_on_files(ManifestInvalid, "structured output cannot use the version's tokenizer"):
             return make_vocabulary(text.tokenizer, text.end_token_ids)
 
 
 def make_vocabulary(tokenizer: PreTrainedTokenizerFast, end_token_ids: frozenset[int]) -> xgrammar.TokenizerInfo:
-    """Tokens with their bytes. Special tokens are no text: no structure has them, but for the end tokens at its end."""
+    """The tokens with their bytes. Special tokens have no text; only the end tokens may occur, at the end."""
     if not end_token_ids:
-        raise InvalidRequest("this model has no end token, so that no structured output could end")
+        raise InvalidRequest("this model has no end token, so structured output could never end: leave it out")
     ends = sorted(end_token_ids)
     kind = xgrammar.TokenizerInfo.from_huggingface(tokenizer, stop_token_ids=ends)
     special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
