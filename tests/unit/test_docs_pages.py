@@ -15,7 +15,7 @@ from deltazip_ray.cli.settings import all_settings, as_markdown
 from deltazip_ray.config import AppConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def test_pages_show_the_measured_results() -> None:
