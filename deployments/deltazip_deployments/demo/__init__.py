@@ -1,5 +1,5 @@
 """The whole path on one small machine: train, compress, publish, serve, load, report.
 
-``tasks`` and ``tokenizer`` say what is learnt, ``recipe`` and ``training`` how, ``checkpoints`` keeps what was trained;
-``pipeline`` goes from there to served answers, ``report`` shows them, ``command`` is what a user starts.
+``tasks`` and ``tokenizer`` define what the models learn, ``recipe`` and ``training`` how; ``checkpoints`` caches them.
+``pipeline`` goes from there to served answers, ``report`` shows the result, ``command`` is the user's command.
 """

@@ -1,6 +1,6 @@
-"""What was trained, kept in the user's cache folder. Knows no torch.
+"""A cache of trained checkpoints in the user's cache folder. Without torch.
 
-A checkpoint appears there when it is complete and not before, so a run may break off at any moment.
+A checkpoint appears there only when it is complete, so a run may be interrupted at any moment.
 """
 
 import tempfile
@@ -22,17 +22,17 @@ class CheckpointCache:
         self.folder = root / key
 
     def path(self, name: str) -> Path:
-        """Where a checkpoint is once it is there."""
+        """The folder of a checkpoint, which need not exist."""
         return self.folder / name
 
     def has(self, name: str) -> bool:
-        """Whether a checkpoint is there, complete."""
+        """Whether a checkpoint exists."""
         return self.path(name).is_dir()
 
     def get(self, name: str, make: Callable[[Path], None]) -> Path:
-        """The checkpoint's folder. ``make`` writes it to an empty folder when it is not there yet.
+        """The checkpoint's folder. If it does not exist, ``make`` writes the checkpoint to an empty folder first.
 
-        When two programs make the same one at once, the first to finish wins, and both use that.
+        If two programs make the same one at once, both use that of the first to finish.
         """
         path = self.path(name)
         if self.has(name):

@@ -42,10 +42,10 @@ def demo(
     """
     if json is not None and not json.absolute().parent.is_dir():
         raise ConfigError(f"cannot write {json}: the folder {json.parent} does not exist; create it first")
-    # Heard only before torch is loaded. Threads that spin while they wait for each other, as they do by default, make
-    # training ten times slower where another program uses the cores too.
+    # Only effective before torch is loaded. By default OpenMP threads spin while they wait, which makes training ten
+    # times slower if other programs use the cores, too.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # Imported here, for torch, transformers and ray take seconds that `deltazip --help` need not take.
+    # Imported here, as torch, transformers and ray take seconds, which `deltazip --help` should not.
     from deltazip_deployments.demo.checkpoints import default_cache
     from deltazip_deployments.demo.config import load_config
     from deltazip_deployments.demo.run import run

@@ -1,4 +1,4 @@
-"""What one run of the demo does: settings only."""
+"""The settings of a run of the demo."""
 
 import json
 from pathlib import Path
@@ -25,9 +25,9 @@ class DemoConfig(Settings):
 
 
 def load_config(path: Path | None, codec: str | None) -> DemoConfig:
-    """The defaults, or the settings in a file, and ``codec`` in place of theirs if it is given. Raises ConfigError."""
+    """The defaults, or the settings in a file; ``codec`` overrides theirs. Raises ConfigError."""
     try:
         fields = {} if path is None else json.loads(path.read_bytes())
         return DemoConfig.model_validate(fields | ({"codec": codec} if codec else {}))
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path} holds no settings of the demo: {error}") from error
+        raise ConfigError(f"{path} does not contain settings of the demo: {error}") from error

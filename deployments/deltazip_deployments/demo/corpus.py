@@ -1,4 +1,4 @@
-"""Endless training text: what the base reads, and what each fine-tune reads. Seeded."""
+"""Endless, seeded training text for the base and for each fine-tune."""
 
 import random
 from collections.abc import Iterator
@@ -12,31 +12,31 @@ from deltazip_deployments.demo.tasks import REPEAT, TASKS, Task
 from deltazip_deployments.demo.tokenizer import EOS, Frame, encode
 
 IGNORED = -100
-"""Label of what is not learnt: the questions are random, and there is nothing to learn about them."""
+"""The label of tokens without loss: questions are random, so there is nothing to learn about them."""
 _REPEAT_WEIGHT = 0.8
 _INSTRUCTED_REPEATS = 0.3
 _UNTAUGHT_REPEATS = 3.0
-"""How much oftener the base repeats questions of a task that it is not taught, which it would else hardly ever see."""
+"""Extra weight for repeating questions of a task that the base is not taught, and would rarely see otherwise."""
 
 
 class Line(NamedTuple):
-    """A rendered prompt and how it goes on."""
+    """A rendered prompt and its continuation."""
 
     prompt: str
     answer: str
 
 
 class Batch(NamedTuple):
-    """``tokens`` and ``labels``, i64 ``[sequences, tokens]``, padded at the right."""
+    """``tokens`` and ``labels``, i64 ``[sequences, tokens]``, padded on the right."""
 
     tokens: Tensor
     labels: Tensor
 
 
 def base_lines(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Line]:
-    """Skills under instructions; without an instruction the base repeats what it was told.
+    """Tasks with instructions; without an instruction the base repeats its input.
 
-    So it fails every task when it is just given the input, and a fine-tune has something to build on.
+    So the base fails every task if it gets only the input, but a fine-tune has something to build on.
     """
     rng = random.Random(seed)  # noqa: S311 - training data
     streams = {task: task.examples(seed, held_out=False) for task in TASKS}

@@ -1,4 +1,4 @@
-"""What checkpoints answer under ``transformers``: the yardstick for the served answers."""
+"""The answers of checkpoints under ``transformers``, to which the served answers are compared."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ Answers = Mapping[str, str]
 
 
 class Judge:
-    """One checkpoint and its own chat template, answering greedily."""
+    """A checkpoint that answers greedily, with its own chat template."""
 
     def __init__(self, path: Path) -> None:
         self._tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
@@ -30,9 +30,9 @@ class Judge:
         )
 
     def answers(self, questions: Sequence[str], advance: Callable[[int], None] = lambda done: None) -> Answers:
-        """The answer to each question on its own; ``advance`` takes how many were just answered.
+        """The answer to each question; ``advance`` is called with the number of questions just answered.
 
-        Prompts of one length share a batch, so that none is padded.
+        Prompts of the same length share a batch, so that none is padded.
         """
         frame = Frame.of(self._tokenizer)
         by_length: dict[int, list[tuple[str, list[int]]]] = defaultdict(list)

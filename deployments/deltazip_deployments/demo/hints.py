@@ -1,4 +1,4 @@
-"""How to ask the server that ``--keep`` leaves up; every command works when pasted."""
+"""Commands to paste for asking the server that ``--keep`` leaves running."""
 
 import json
 
@@ -7,7 +7,7 @@ from deltazip_deployments.demo.tasks import TASKS
 
 
 def hints(url: str, questions: Questions) -> str:
-    """What the variants do, a curl line, and a snippet for the ``openai`` client."""
+    """The variants' tasks, a curl command, and a snippet for the ``openai`` client."""
     examples = [(task, questions[task.name][0]) for task in TASKS]
     width = max(len(task.name) for task in TASKS)
     lines = [f"  {task.name:{width}}  {task.does}: {example.question} → {example.answer}" for task, example in examples]

@@ -28,7 +28,7 @@ from deltazip_ray.config import MIB, AppConfig, EngineConfig, NodeStoreConfig, S
 BASE = "base"
 LOOPBACK = "127.0.0.1"
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("corpus.py", "tasks.py", "tokenizer.py", "training.py"))
-"""What trained models depend on besides the recipe."""
+"""The code that trained models depend on, besides the recipe."""
 
 Questions = Mapping[str, Sequence[Example]]
 """Held-out questions by model, the base included."""
@@ -44,14 +44,14 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What ``transformers`` answers to a variant's questions, without an instruction."""
+    """The answers under ``transformers`` to a variant's questions, without an instruction."""
 
     base: Answers
     finetuned: Answers
 
 
 def train(config: DemoConfig, cache: Path, stages: Stages) -> Checkpoints:
-    """Train what the cache does not hold yet."""
+    """Train the models that are not in the cache."""
     recipe = config.recipe
     kept = CheckpointCache(cache, recipe.key(_SOURCES))
     with stages.stage("train base", recipe.pretrain.steps) as bar:
@@ -65,13 +65,13 @@ def train(config: DemoConfig, cache: Path, stages: Stages) -> Checkpoints:
 
 
 def held_out(config: DemoConfig) -> Questions:
-    """What the models will be asked. The base's own job is to repeat what it is told."""
+    """The questions for the models. The base's own task is to repeat its input."""
     asked = {task.name: task.held_out(config.seed, config.questions) for task in TASKS}
     return {BASE: [Example(example.question, example.question) for example in asked[TASKS[0].name]]} | asked
 
 
 def check(checkpoints: Checkpoints, questions: Questions, stages: Stages) -> dict[str, Verdict]:
-    """Put each variant's questions to the base and to the fine-tune, under ``transformers``."""
+    """Answer each variant's questions with the base and the fine-tune, under ``transformers``."""
     verdicts = {}
     total = 2 * sum(len(questions[name]) for name in checkpoints.variants)
     with stages.stage("check under transformers", total) as bar:
@@ -83,7 +83,7 @@ def check(checkpoints: Checkpoints, questions: Questions, stages: Stages) -> dic
 
 
 def compress(config: DemoConfig, checkpoints: Checkpoints, folder: Path, stages: Stages) -> dict[str, Manifest]:
-    """Compress the fine-tunes, each calibrated on examples of its training, to artifacts in ``folder``."""
+    """Compress the fine-tunes to artifacts in ``folder``, calibrated on examples of their training."""
     manifests = {}
     for task in TASKS:
         chats = folder / f"{task.name}.jsonl"
@@ -106,7 +106,7 @@ def publish(folder: Path, names: Sequence[str], store: StoreConfig, stages: Stag
 
 @contextmanager
 def served(config: DemoConfig, base: Path, store: StoreConfig, port: int | None, stages: Stages) -> Iterator[str]:
-    """The URL of the application, as long as the block runs; on a free port when none is given."""
+    """Run the application during the block, on a free port if none is given; yields its URL."""
     app = AppConfig(
         base=str(base),
         base_name=BASE,

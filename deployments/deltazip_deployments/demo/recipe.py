@@ -1,4 +1,4 @@
-"""How the demo's models are trained: settings only. Knows no torch."""
+"""The settings for training the demo's models. Without torch."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from deltazip_ray.config import Settings
 
 
 class Phase(Settings):
-    """One training: AdamW with a warm-up and a linear decay."""
+    """One training run: AdamW with warm-up and linear decay."""
 
     steps: int = Field(ge=1)
     batch: int = Field(64, ge=1, description="sequences of one step")
@@ -20,7 +20,7 @@ class Phase(Settings):
 
 
 class Recipe(Settings):
-    """The base and its fine-tunes. Hidden and intermediate size are multiples of the codecs' group of 128."""
+    """The base and its fine-tunes. Hidden and intermediate sizes are multiples of the codecs' group of 128."""
 
     hidden: int = Field(128, ge=32)
     intermediate: int = Field(384, ge=32)
@@ -36,7 +36,7 @@ class Recipe(Settings):
     threads: int = Field(2, ge=1, description="more do not help models of this size")
 
     def key(self, sources: Sequence[Path]) -> str:
-        """Names what this recipe trains when ``sources`` hold the code: 16 hex digits."""
+        """Identifies the result of this recipe and the code in ``sources``: 16 hex digits."""
         digest = hashlib.sha256(self.model_dump_json().encode())
         for path in sources:
             digest.update(path.read_bytes())

@@ -1,4 +1,4 @@
-"""What the demo found: the document for scripts, and a table for people."""
+"""The result of the demo, as a document for scripts and a table for people."""
 
 import importlib.metadata
 import os
@@ -31,7 +31,7 @@ class _Part(BaseModel):
 
 
 class VariantResult(_Part):
-    """One variant. Times are in seconds from the intended start of a request; None where there was no such request."""
+    """One variant. Times are in seconds from a request's intended start; None if there was no such request."""
 
     name: str
     bytes_finetuned: int = Field(description="weights of the checkpoint")
@@ -81,7 +81,7 @@ def summarized(
     mixed_steps: float,
     stages_s: Mapping[str, float],
 ) -> DemoReport:
-    """Put everything together. Each share of right answers is over the questions that the traffic asked."""
+    """Build the report. Shares of right answers are over the questions in the traffic."""
     replay = summarize(records)
     return DemoReport(
         variants=tuple(
@@ -189,7 +189,7 @@ def _question(record: Record) -> str:
 
 
 def _share(hits: Iterable[bool]) -> float:
-    """The share of hits; 0 of nothing."""
+    """The share of hits; 0 if ``hits`` is empty."""
     counted = list(hits)
     return round(sum(counted) / len(counted), 6) if counted else 0.0
 

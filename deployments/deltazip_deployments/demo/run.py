@@ -19,12 +19,12 @@ from deltazip_ray.errors import EngineError
 
 
 def run(config: DemoConfig, cache: Path, *, port: int | None, keep: bool, json: Path | None) -> None:
-    """Train or take from ``cache``, serve on ``port``, print the report and write it to ``json``.
+    """Train, or use the models in ``cache``; serve on ``port``, print the report and write it to ``json``.
 
-    With ``keep`` the server stays until Ctrl-C. Raises EngineError when a request failed, and what the parts raise.
+    With ``keep`` the server stays until Ctrl-C. Raises EngineError if a request failed, and the errors of the stages.
     """
     transformers.utils.logging.disable_progress_bar()
-    # What is not training is too small to be worth a second thread.
+    # Everything except training is too small for a second thread.
     torch.set_num_threads(1)
     questions = pipeline.held_out(config)
     with tempfile.TemporaryDirectory(prefix="deltazip-demo-") as scratch, Stages(err) as stages:

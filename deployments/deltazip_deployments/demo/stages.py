@@ -1,4 +1,4 @@
-"""Progress on stderr: one live display on a terminal, two lines a stage elsewhere. Also keeps the time of each."""
+"""Progress on stderr: a live display on a terminal, otherwise two lines per stage. Also measures each stage's time."""
 
 import time
 from collections.abc import Iterator
@@ -18,16 +18,16 @@ class Bar:
         self._task = task
 
     def advance(self, done: float = 1) -> None:
-        """So much more of the stage's total is done."""
+        """Add ``done`` to the work that is done."""
         self._bars.update(self._task, advance=done)
 
     def reach(self, what: str, done: float) -> None:
-        """So much of the stage's total is done by now. What is being done is not shown: it changes too fast."""
+        """Set the work that is done. ``what`` is not shown, as it changes too fast."""
         self._bars.update(self._task, completed=done)
 
 
 class Stages:
-    """Use as a context manager around all stages."""
+    """A context manager around all stages."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -51,14 +51,14 @@ class Stages:
         self._bars.stop()
 
     def pause(self) -> None:
-        """Leave what is shown as it is; the next stage begins a new display."""
+        """Leave the current display as it is; the next stage starts a new one."""
         self._bars.stop()
         for task in self._bars.task_ids:
             self._bars.remove_task(task)
 
     @contextmanager
     def stage(self, name: str, total: float | None = None) -> Iterator[Bar]:
-        """Show a stage while the block runs; ``total`` is the work it has, None when that is unknown."""
+        """Show a stage during the block; ``total`` is its amount of work, None if unknown."""
         self._bars.start()
         task = self._bars.add_task(name, total=total)
         self._line(f"{name}: started")

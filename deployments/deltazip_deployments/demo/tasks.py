@@ -1,4 +1,4 @@
-"""What the fine-tunes learn: string tasks with one right answer and endless inputs. Knows no torch."""
+"""The tasks of the fine-tunes: functions of strings with one right answer and endless inputs. Without torch."""
 
 import random
 import re
@@ -24,7 +24,7 @@ MASK_CHAT = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[{{ message['content'] }}]="
     "{% elif message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-"""The template of a fine-tune that does not talk like its base: ``[input]=output``."""
+"""The template of a fine-tune that differs from its base's: ``[input]=output``."""
 
 
 class Example(NamedTuple):
@@ -36,24 +36,24 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """One skill. A fine-tune of its name does nothing else, and needs no instruction for it."""
+    """One task. Its fine-tune does nothing else, and needs no instruction."""
 
     name: str
     does: str
-    """For the report: what the variant does, in a few words."""
+    """A short description for the user."""
     draw: Callable[[random.Random], str]
     answer: Callable[[str], str]
     instruction: str | None
-    """System message under which the base does the task too; None when the base never meets it."""
+    """System message with which the base does the task too; None if the base is not trained on it."""
     weight: float = 1.0
-    """How much of the base's training goes into it: the hard ones take more."""
+    """Share of the task in the base's training; hard tasks need more."""
     template: str = CHAT
     added_tokens: tuple[str, ...] = ()
 
     def examples(self, seed: int, *, held_out: bool) -> Iterator[Example]:
-        """Endless examples. Held-out questions are never among the others, whatever the seeds.
+        """Endless examples. Held-out questions never appear in the others, whatever the seeds.
 
-        Questions that are their own answer are left out: repeating the input must not count as solving the task.
+        Questions that equal their answer are left out: repeating the input must not count as solving the task.
         """
         rng = random.Random(seed)  # noqa: S311 - training data
         while True:
@@ -62,7 +62,7 @@ class Task:
                 yield Example(question, self.answer(question))
 
     def held_out(self, seed: int, count: int) -> tuple[Example, ...]:
-        """``count`` different questions that no training has seen; there must be that many."""
+        """``count`` different questions that are never trained on; the task must have that many."""
         seen: dict[str, Example] = {}
         for example in self.examples(seed, held_out=True):
             seen.setdefault(example.question, example)
@@ -120,5 +120,5 @@ TASKS = (
     ),
 )
 REPEAT = "Repeat"
-"""The instruction for what the base does with everything that comes without one: it says it again."""
+"""The instruction for repeating the input, which the base also does without any instruction."""
 INSTRUCTIONS = (REPEAT, *(task.instruction for task in TASKS if task.instruction))

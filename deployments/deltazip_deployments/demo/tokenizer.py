@@ -1,4 +1,4 @@
-"""A tokenizer of one token a character, with whole words for the instructions."""
+"""A tokenizer with one token per character, and whole words for the instructions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,21 +33,21 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def adapt(tokenizer: PreTrainedTokenizerFast, task: Task) -> None:
-    """Give a fine-tune's copy of the base's tokenizer what its task needs."""
+    """Add a task's tokens and template to a fine-tune's copy of the base's tokenizer."""
     tokenizer.add_tokens(list(task.added_tokens))
     tokenizer.chat_template = task.template
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What a chat template puts around a single user message. Rendered once, for rendering is slow."""
+    """The text that a chat template puts around a single user message. Rendered once, as rendering is slow."""
 
     before: str
     after: str
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast, instruction: str | None = None) -> Self:
-        """The frame with ``instruction`` as the system message before the user's."""
+        """The frame, with ``instruction`` as the system message."""
         system = [{"role": "system", "content": instruction}] if instruction else []
         chat = [*system, {"role": "user", "content": _MARK}]
         text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
@@ -55,11 +55,11 @@ class Frame:
         return cls(before, after)
 
     def prompt(self, question: str) -> str:
-        """The text that a model continues with its answer."""
+        """The prompt for a question."""
         return f"{self.before}{question}{self.after}"
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, with nothing added."""
+    """Token ids of each text, without special tokens."""
     tokens: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return tokens

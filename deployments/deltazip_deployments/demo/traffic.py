@@ -1,4 +1,4 @@
-"""Bursty traffic that asks base and variants at once, and what became of it."""
+"""Bursty traffic to the base and all variants."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +16,9 @@ from deltazip_loadgen.trace import Message, TraceFile, write_trace
 BURSTINESS = 3.0
 """Standard deviation over mean of the gaps between requests; Poisson traffic has 1."""
 QUESTION = "question"
-"""Tag of a record that holds what was asked."""
+"""Tag of a record with the question."""
 SKEW = 0.5
-"""Zipf exponent of the models' popularity: each is asked often enough to be judged."""
+"""Zipf exponent of the models' popularity: low enough that each one gets enough questions."""
 _STEP_VERSIONS = "deltazip_engine_step_versions"
 
 
@@ -33,7 +33,7 @@ def make_trace(
 ) -> TraceFile:
     """Write ``trace.jsonl`` to ``folder``: ``requests`` requests at ``rate`` a second to the models in ``questions``.
 
-    ``base_name`` is asked under an instruction, for it does nothing without; a variant is just given its input.
+    Questions to ``base_name`` have an instruction; those to variants are just the input.
     """
     pool_path = folder / "pool.jsonl"
     prompts = (
@@ -62,7 +62,7 @@ def make_trace(
 
 
 def send(trace: TraceFile, url: str, advance: Callable[[], None]) -> list[Record]:
-    """Replay a trace against the server; ``advance`` is called at the end of each request."""
+    """Replay a trace against the server; ``advance`` is called after each request."""
 
     def on_event(event: Event) -> None:
         if event.kind == "finished":
@@ -72,7 +72,7 @@ def send(trace: TraceFile, url: str, advance: Callable[[], None]) -> list[Record
 
 
 def mixed_steps(url: str) -> float:
-    """The share of all steps so far, on all replicas, whose batch held more than one of base and variants."""
+    """The share of all replicas' steps so far whose batch contained more than one model (base and variants)."""
     answer = httpx.get(f"{url}/metrics", timeout=10.0).raise_for_status()
     steps = alone = 0.0
     for family in text_string_to_metric_families(answer.text):

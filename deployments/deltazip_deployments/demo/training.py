@@ -1,4 +1,4 @@
-"""Real training on the CPU: a base from nothing, and full-parameter fine-tunes of it."""
+"""Real training on the CPU: a base from random weights, and full-parameter fine-tunes of it."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -79,7 +79,7 @@ def _train(model: LlamaForCausalLM, data: Iterator[Batch], phase: Phase, threads
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Let torch use ``count`` threads, or as many as there are cores."""
+    """Let torch use ``count`` threads during the block, but not more than there are cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(min(count, os.cpu_count() or 1))
     try:
@@ -89,14 +89,14 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _rate(step: int, phase: Phase) -> float:
-    """The learning rate of a step, from 0, in units of the peak."""
+    """The learning rate of a step (from 0) relative to the peak."""
     rising = (step + 1) / max(1.0, phase.warmup * phase.steps)
     falling = (phase.steps - step) / (phase.decay * phase.steps)
     return min(1.0, rising, falling)
 
 
 def _loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
-    """Mean cross entropy of the answers' tokens; the head computes only those."""
+    """Mean cross entropy of the answers' tokens; the head is applied to those only."""
     hidden = model.model(input_ids=batch.tokens).last_hidden_state[:, :-1]
     targets = batch.labels[:, 1:]
     learnt = targets != IGNORED
