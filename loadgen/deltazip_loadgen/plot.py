@@ -55,8 +55,9 @@ def plot(records: Sequence[Record], report: Report, path: Path) -> None:
     total = report.total.all
     failed = total.requests - total.ok - total.aborted
     name = report.run.trace if report.run else "replay"
+    models = f"{len(report.variants)} model{'s' if len(report.variants) != 1 else ''}"
     figure.suptitle(
-        f"{name}: {total.requests} requests to {len(report.variants)} models in {duration(report.window_s)}, "
+        f"{name}: {total.requests} requests to {models} in {duration(report.window_s)}, "
         f"{failed} failed, {total.output_tokens_per_s:.0f} output tokens/s",
         fontsize=12,
     )
@@ -68,9 +69,9 @@ def _first_token(panel: "Axes", records: Sequence[Record], limit_s: float | None
     for name, warmth, color in (("warm", "warm", WARM), ("cold", "cold", COLD), ("tier unknown", None, UNKNOWN)):
         samples = np.sort([r.ttft_s for r in records if r.ok and r.ttft_s is not None and r.warmth == warmth])
         if samples.size:
-            shares = np.arange(1, samples.size + 1) / samples.size
+            shares = np.arange(samples.size + 1) / samples.size
             label = f"{name} (n={samples.size}, p50 {duration(float(np.median(samples)))})"
-            panel.step(samples, shares, where="post", color=color, label=label, linewidth=1.8)
+            panel.step([samples[0], *samples], shares, where="post", color=color, label=label, linewidth=1.8)
     if limit_s is not None:
         panel.axvline(limit_s, color=FAILED, linewidth=1, linestyle="--", label=f"SLO {duration(limit_s)}")
     panel.set(title="Time to first token, from the intended start", xlabel="seconds", ylabel="share of requests")

@@ -1,5 +1,6 @@
 """Series behind the plot, and that the plot holds what was measured."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +59,12 @@ def test_a_png_for_any_number_of_records(tmp_path: Path, count: int) -> None:
 def test_the_name_decides_the_format(tmp_path: Path) -> None:
     plot([], summarize([]), tmp_path / "p.svg")
     assert "<svg" in (tmp_path / "p.svg").read_text()
+
+
+def test_one_request_is_seen(tmp_path: Path) -> None:
+    records = [record(0.0, tier="disk")]
+    plot(records, summarize(records), tmp_path / "p.svg")
+    drawn = (tmp_path / "p.svg").read_text()
+    (curve,) = re.findall(r'<path d="([^"]+)" clip-path[^>]+stroke: #d55e00', drawn)
+    heights = {line.split()[2] for line in curve.strip().splitlines()}
+    assert len(heights) == 2, "from none to all"
