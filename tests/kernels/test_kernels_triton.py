@@ -193,17 +193,20 @@ def test_low_rank_segments_of_more_rows_than_most(device: torch.device) -> None:
 @pytest.mark.parametrize(("splits", "columns"), [(2, 900), (4, 388), (3, 1152)])
 @pytest.mark.parametrize("codec", ["int2", "sparse24_int2"])
 def test_programs_share_a_tile_along_k(codec: str, splits: int, columns: int, device: torch.device) -> None:
-    """Odd numbers of groups, shares without any; the counters are left as they were found."""
+    """Odd numbers of groups, shares without any, wide items ahead of narrow ones; the counters are left as found."""
     coded = random_coded(codec, (100, columns), seed=3)
     deltas = DeltaTable([(100, columns)], 1, device)
     deltas.set(0, [to_device(coded.delta(), device)])
-    x = torch.randn(45, columns, generator=torch.Generator().manual_seed(5)).to(device)
-    y, again = torch.zeros(2, 45, 100, device=device)
+    x = torch.randn(48, columns, generator=torch.Generator().manual_seed(5)).to(device)
+    y, again = torch.zeros(2, 48, 100, device=device)
     rows_of_x = quantize_rows(x)
-    work = planned(table([5, 40], [0, 0], device), 45)
+    work = planned(table([40, 3, 5], [0, 0, 0], device), 48)
+    work.partials.fill_(torch.nan)
     for out in (y, again):
         grouped_matmul(out, rows_of_x, deltas, work, [codec], Tile(64, 4, 3, splits))
         assert not bool(work.arrived.any())
+    sums = 2 * splits * 64 * (64 + 8 + 8)  # each program's have room of their own
+    assert int((~work.partials.isnan()).sum()) == sums
     want = rounded(x) @ coded.dense().to(device).T
     assert float((y.double() - want).abs().max()) <= 1e-6 * float(want.abs().max())
     assert torch.equal(y, again)

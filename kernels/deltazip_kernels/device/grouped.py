@@ -141,13 +141,13 @@ def _product(
 
 
 @triton.jit
-def _sum_splits(acc, partials, arrived, BN: tl.constexpr, BM: tl.constexpr):
+def _sum_splits(acc, partials, arrived, BN: tl.constexpr, BM: tl.constexpr, WIDEST: tl.constexpr):
     """The sum of ``acc`` over the programs of one tile, in the order of their shares, and whether this one came last:
-    in the others it is not complete."""
+    in the others it is not complete. Each tile has room for WIDEST rows, so that none overlap."""
     splits = tl.num_programs(2)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     at = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-    mine = partials + program * splits * (BN * BM) + at
+    mine = partials + program * splits * (BN * WIDEST) + at
     tl.store(mine + tl.program_id(2) * (BN * BM), acc)
     tl.debug_barrier()
     last = tl.atomic_add(arrived + program, 1, sem="acq_rel", scope="gpu") == splits - 1
@@ -182,9 +182,9 @@ def _add_rows(
     SPLIT: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
+    WIDEST: tl.constexpr,
     STAGES: tl.constexpr,
     PLAIN: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Block ``block`` of a linear's outputs for up to BM rows."""
     n = block * BN + tl.arange(0, BN)
@@ -208,7 +208,7 @@ def _add_rows(
             )  # fmt: skip
     complete = True
     if SPLIT:
-        acc, complete = _sum_splits(acc, partials, arrived, BN, BM)
+        acc, complete = _sum_splits(acc, partials, arrived, BN, BM, WIDEST)
     if complete:
         if not EARLY:
             before = load_outputs(y, y_stride, m, column + n, live, n < width)
@@ -255,5 +255,5 @@ def grouped(
         if rows <= BATCHES[i] and rows > (BATCHES[i - 1] if i > 0 else 0):
             _add_rows(
                 y, y_stride, values, x_scales, partials, arrived, first, end, column, width, block,
-                codec, codes, scales, extra, GROUPS, CODECS, SPLIT, BN, BATCHES[i], STAGES, PLAIN, OVERLAP,
+                codec, codes, scales, extra, GROUPS, CODECS, SPLIT, BN, BATCHES[i], BATCHES[-1], STAGES, PLAIN,
             )  # fmt: skip
