@@ -130,6 +130,19 @@ def test_ahead_the_next_step_is_launched_before_the_one_before_is_waited_for() -
         assert run.check() is None
 
 
+def test_tokens_are_told_behind_a_launch_but_first_ones_and_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_loop, "READER_S", 1e-9)
+    device = Device()
+    run = Running(device, ahead=True)
+    monkeypatch.setattr(run.loop, "_publish", lambda news: device.diary.append("tell") or run._publish(news))
+    run.add("first", 4)
+    run.loop.start()
+    run.ends(1)
+    run.loop.stop()
+    begins = ["launch 0", "launch 1", "wait 0", "tell"]
+    assert device.diary == [*begins, "launch 2", "wait 1", "launch 3", "tell", "wait 2", "tell", "wait 3", "tell"]
+
+
 def test_else_one_step_after_the_other() -> None:
     device = Device()
     with running(device, ahead=False) as run:
