@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-_SMALL = 32 << 10
-"""Bytes; CUDA promises to take up to 64 KiB along."""
+_SMALL = 64 << 10
+"""Bytes that CUDA promises to take along. Page-locked ones of 40 or 60 KiB cost an H200's host 3 to 4 ms behind large
+products, others 0.05."""
 
 
 def staged(values: NDArray[Any], device: torch.device) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The rows of one step, from logits to tokens."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,6 @@ from deltazip_ray.engine.sampling.random_rows import RandomRows, random_rows
 from deltazip_ray.engine.staging import Fetched
 from deltazip_ray.scheduler.batch import Batch, Drawn
 from deltazip_ray.scheduler.request import TokenLogprobs
-
-_UNDRAWN = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +62,19 @@ class SampledTokens:
     tokens: torch.Tensor
     """``[rows]`` int64; anything where the logits were not finite, and the model is broken."""
     fetched: Fetched
-    """The same, with ``_UNDRAWN`` for these; and log-probabilities of the rows that are ``wanted``."""
+    """The same, the best logit of each row, and log-probabilities of the rows that are ``wanted``."""
     wanted: tuple[tuple[int, int], ...] = ()
 
     def fetch(self) -> list[Drawn | None]:
         """One for each row, None where it is not finite. Waits until they are drawn, and for nothing after that."""
-        tokens, *logprobs = self.fetched.wait()
+        tokens, top, *logprobs = self.fetched.wait()
         drawn: list[Drawn | None] = list(map(Drawn, tokens))
         for (row, count), chosen, best, ids in zip(self.wanted, *logprobs, strict=True):
             likeliest = tuple(zip(ids[:count], best[:count], strict=True))
             drawn[row] = Drawn(tokens[row], TokenLogprobs(chosen[0], likeliest))
-        if _UNDRAWN in tokens:
-            return [None if token == _UNDRAWN else one for token, one in zip(tokens, drawn, strict=True)]
-        return drawn
+        if all(map(math.isfinite, top)):
+            return drawn
+        return [one if math.isfinite(best) else None for one, best in zip(drawn, top, strict=True)]
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> SampledTokens:
@@ -92,7 +91,6 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> SampledTokens:
     top, tokens = logits.max(dim=-1)
     for rows in batch.random:
         tokens.index_copy_(0, rows.rows, rows.draw(logits, top))
-    told = tokens.where(top.abs() < torch.inf, _UNDRAWN)
     if asked is None or logprobs is None:
-        return SampledTokens(tokens, Fetched(told))
-    return SampledTokens(tokens, Fetched(told, *asked.select(logprobs, tokens)), asked.wanted)
+        return SampledTokens(tokens, Fetched(tokens, top))
+    return SampledTokens(tokens, Fetched(tokens, top, *asked.select(logprobs, tokens)), asked.wanted)
