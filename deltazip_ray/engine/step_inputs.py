@@ -73,7 +73,7 @@ class RecordedInputs:
         arrays, count = self._buffer.arrays, batch.num_tokens
         idle = rows - count
         each = batch.chunks if count == len(batch.chunks) else single_tokens(batch.chunks)
-        _, tokens, positions, tables, _, _, drawn_rows, _ = zip(*each, strict=True)
+        _, tokens, positions, tables, _, drawn_rows, _ = zip(*each, strict=True)
         starts, slots = batch.segments()
         arrays["tokens"][:count] = list(chain.from_iterable(tokens))
         arrays["positions"][:count] = positions

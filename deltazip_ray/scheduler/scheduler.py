@@ -143,17 +143,16 @@ class Scheduler:
         self._arrived(batch)
         if scores:
             self._take_scores(batch, scores)
-        results = iter(drawn)
-        for chunk in batch.chunks:
-            sequence, samples = chunk.sequence, chunk.samples
+        results, size = iter(drawn), self._block_size
+        for sequence, tokens, start, table, samples, _, _ in batch.chunks:
             one = next(results) if samples else None
             if sequence.over:
                 continue
             if samples and one is None:
                 self._end(sequence, _undrawable(sequence))
                 continue
-            full = (chunk.start + len(chunk.tokens)) // self._block_size
-            if full > sequence.named and chunk.block_table is sequence.table:
+            full = (start + len(tokens)) // size
+            if full > sequence.named and table is sequence.table:
                 self._name_blocks(sequence, full)
             if one is not None:
                 self._record(sequence, one)

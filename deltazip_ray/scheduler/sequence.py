@@ -16,9 +16,9 @@ class SequenceState:
     """
 
     __slots__ = (
-        "_before",
         "_complete",
         "_stops",
+        "before",
         "draw_state",
         "drawing",
         "in_flight",
@@ -85,8 +85,9 @@ class SequenceState:
         """Its place among all requests, lowest first; assigned when it is first queued."""
         self.paid = 0
         """Number of tokens at the start that its version was charged for or got for free."""
-        self._before = request.output_offset - len(request.prompt)
-        self._complete = request.sampling.max_tokens - self._before
+        self.before = request.output_offset - len(request.prompt)
+        """What to add to a position for its position in the request's whole output."""
+        self._complete = request.sampling.max_tokens - self.before
         self._stops = frozenset[int]() if request.sampling.ignore_eos else request.sampling.stop_token_ids
 
     def __len__(self) -> int:
@@ -105,11 +106,6 @@ class SequenceState:
         The last token has to run for its logits, and so do those whose logits are still needed for prompt logprobs.
         """
         return len(self) - 1 if self.scored >= self.score_end else self.scored
-
-    @property
-    def output_index(self) -> int:
-        """Position, in the request's whole output, of the token after all of ``len(self)`` (see SamplingParams)."""
-        return self._before + self.length
 
     @property
     def may_run(self) -> bool:

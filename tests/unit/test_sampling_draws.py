@@ -144,9 +144,7 @@ def test_draws_of_steps_are_those_of_each_step_alone() -> None:
     draws = StepDraws(cpu)
     steps = [[0, 1, 2, 3]] * 3 + [[1, 3], [1, 2], [4, 0], [4, 0], [5, 1], [5, 1], [2], [1, 2], [1, 2]]
     for position, members in enumerate(steps):
-        chunks = [
-            Chunk(sequences[i], (1,), 2, sequences[i].table, samples=True, output_index=position) for i in members
-        ]
+        chunks = [Chunk(sequences[i], (1,), position + 1, sequences[i].table, samples=True) for i in members]
         logits = random_logits(len(members), seed=position)
         alone = SamplingBatch.of([Draw.of(chunk) for chunk in chunks], cpu)
         staged = draws.stage(Batch(tuple(chunks)))
