@@ -22,7 +22,7 @@ def clocks(found: dict[str, Any], every_ms: int = 300) -> Iterator[None]:
     if tool is None:
         yield
         return
-    with subprocess.Popen([tool, *_ASK, f"-lms={every_ms}"], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([tool, *_ASK, f"--loop-ms={every_ms}"], stdout=subprocess.PIPE, text=True) as process:
         try:
             yield
         finally:
