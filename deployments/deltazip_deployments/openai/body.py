@@ -92,6 +92,8 @@ async def _whole(chunks: AsyncIterable[bytes]) -> bytes:
 
 def parse_request(kind: type[_Request], body: bytes) -> _Request:
     """Parse a request body; raises InvalidRequest, which names the field and says what to do."""
+    if not body:
+        raise InvalidRequest("the body is empty: send JSON, without asking for HTTP/2 (the server drops such a body)")
     try:
         text = body.decode("utf-8-sig")
         data = json.loads(text)
