@@ -12,7 +12,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import httpx
@@ -31,44 +30,34 @@ logger = logging.getLogger(__name__)
 
 APP_NAME = "deltazip"
 _HEALTH_PAUSE_S = 0.1
+_READY_TIMEOUT_S = 600.0
 _WATCH_S = 1.0
 _OUR_ERROR = re.compile(r"^deltazip_ray\.errors\.\w+: (.+)", re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class Server:
-    """A running application."""
-
-    url: str
-    owns_ray: bool
-    """Whether the Ray cluster, or the connection to one, was made for it."""
-
-    def stop(self) -> None:
-        """End the application, its node stores, and whatever was started for them. Can be called again."""
-        stop(owns_ray=self.owns_ray)
-
-
-def start(
+def deploy(
     config: AppConfig,
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
     engine_factory: EngineFactory = make_engine,
-    ready_timeout_s: float = 600.0,
-) -> Server:
-    """Run the application and wait until it answers.
+) -> str:
+    """Run the application on the Ray cluster that this process is connected to; returns its URL once it answers.
 
-    Uses the Ray cluster that this process is connected to, otherwise that of ``RAY_ADDRESS``, otherwise starts one on
-    loopback without a dashboard. Raises ConfigError, EngineError; call :func:`stop` even then, or use :func:`running`.
+    Raises EngineError; call :func:`stop` even then, or use :func:`running`.
     """
-    owns_ray = connect(config)
-    _deploy(config, host, port, engine_factory)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    try:
+        serve.run(application(config, engine_factory), name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise EngineError(f"the application does not come up: {error}\n{_why_not()}") from error
     url = f"http://{host}:{port}"
-    _wait_until_healthy(url, ready_timeout_s)
-    return Server(url, owns_ray)
+    _wait_until_healthy(url)
+    return url
 
 
-def stop(*, owns_ray: bool = True) -> None:
+def stop(*, owns_ray: bool) -> None:
     """End the application, its node stores and, if ``owns_ray``, Serve and Ray. Can be called again."""
     try:
         if ray.is_initialized() and (not owns_ray or "RAY_ADDRESS" in os.environ):
@@ -89,12 +78,16 @@ def running(
     *,
     engine_factory: EngineFactory = make_engine,
 ) -> Iterator[str]:
-    """Run the application during the block; yields its URL. SIGTERM ends the block like Ctrl-C."""
+    """Run the application during the block; yields its URL. SIGTERM ends the block like Ctrl-C.
+
+    Connects to Ray if this process is not connected (see :func:`connect`), and then also ends or leaves it.
+    Raises ConfigError, EngineError.
+    """
     owns_ray = not ray.is_initialized()
     try:
         connect(config)
         with _sigterm_as_interrupt():
-            yield start(config, host, port, engine_factory=engine_factory).url
+            yield deploy(config, host, port, engine_factory=engine_factory)
     finally:
         with _uninterrupted():
             stop(owns_ray=owns_ray)
@@ -111,10 +104,13 @@ def watch() -> NoReturn:
     raise EngineError("Ray has ended on this machine (killed, or out of memory?): start the command again")
 
 
-def connect(config: AppConfig) -> bool:
-    """Connect to Ray unless this process is connected already, and return whether it was not. Raises ConfigError."""
+def connect(config: AppConfig) -> None:
+    """Connect to the Ray cluster of ``RAY_ADDRESS``, or start one on loopback without a dashboard.
+
+    Does nothing if this process is connected already. Raises ConfigError.
+    """
     if ray.is_initialized():
-        return False
+        return
     if "RAY_ADDRESS" in os.environ:
         try:
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
@@ -124,7 +120,7 @@ def connect(config: AppConfig) -> bool:
             ) from error
         if missing := _missing_gpus(config):
             logger.warning("%s: waiting until the cluster has grown", missing)
-        return True
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     for name, value in SERVE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -147,7 +143,6 @@ def connect(config: AppConfig) -> bool:
         raise ConfigError(
             f"{missing}: lower replicas, share a GPU with replica_resources.GPU below 1, or set engine.device to cpu"
         )
-    return True
 
 
 def _missing_gpus(config: AppConfig) -> str | None:
@@ -156,15 +151,6 @@ def _missing_gpus(config: AppConfig) -> str | None:
     resources: Any = ray.cluster_resources  # has no types
     there = resources().get("GPU", 0.0)
     return f"the replicas ask for {wanted:g} GPUs, but Ray finds {there:g}" if wanted > there else None
-
-
-def _deploy(config: AppConfig, host: str, port: int, engine_factory: EngineFactory) -> None:
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-    try:
-        serve.run(application(config, engine_factory), name=APP_NAME, route_prefix="/")
-    except RuntimeError as error:
-        raise EngineError(f"the application does not come up: {error}\n{_why_not()}") from error
 
 
 def _why_not() -> str:
@@ -180,14 +166,16 @@ def root_error(trace: str) -> str:
     return ours[-1] if ours else trace
 
 
-def _wait_until_healthy(url: str, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
+def _wait_until_healthy(url: str) -> None:
+    deadline = time.monotonic() + _READY_TIMEOUT_S
     while True:
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health", timeout=5.0).status_code == 200:
                 return
         if time.monotonic() > deadline:
-            raise EngineError(f"{url}/health did not answer within {timeout_s:g} s: is something else on this port?")
+            raise EngineError(
+                f"{url}/health does not answer after {_READY_TIMEOUT_S:g} s: is something else on the port?"
+            )
         time.sleep(_HEALTH_PAUSE_S)
 
 

@@ -61,13 +61,13 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
             ray.init(address=cluster.address, log_to_driver=False)
             with ThreadPoolExecutor() as pool:
                 port = free_ports(1)[0]
-                starting = pool.submit(serving.start, config, port=port, engine_factory=Script(step_s=0.03))
+                starting = pool.submit(serving.deploy, config, port=port, engine_factory=Script(step_s=0.03))
                 # The router takes its place on the head: its node must outlive the other one here.
                 wait_until(lambda: any("#router#" in actor["name"] for actor in _named_actors()), timeout_s=120)
                 cluster.add_node(**node)
-                server = starting.result(timeout=180)
-            yield TwoNodes(ServeApp(server.url), cluster, version, folder, store)
-            server.stop()
+                url = starting.result(timeout=180)
+            yield TwoNodes(ServeApp(url), cluster, version, folder, store)
+            serving.stop(owns_ray=False)
         finally:
             ray.shutdown()
             cluster.shutdown()

@@ -4,12 +4,13 @@ import asyncio
 import random
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
 
 import pytest
 
 from deltazip_ray.residency.fetch_pool import FetchPool, Job
+from tests.support.waiting import until
 
 
 class Bench:
@@ -53,14 +54,6 @@ class Bench:
             gate.set()
         await until(lambda: not self.pool._shares)
         await asyncio.to_thread(self.pool.shutdown)
-
-
-async def until(reached: Callable[[], bool]) -> None:
-    for _ in range(5000):
-        if reached():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("not reached in 5 s")
 
 
 async def settle() -> None:

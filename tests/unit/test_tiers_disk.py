@@ -23,6 +23,7 @@ from deltazip_ray.residency.host_cache import HostCache
 from deltazip_ray.residency.quarantine import BlobKey, blob_key
 from tests.support.faulty_store import Fault, FaultyStore
 from tests.support.plain_versions import BASE, make_manifest, put_version
+from tests.support.waiting import until
 
 
 def page(fill: str, pages: int = 1) -> bytes:
@@ -31,14 +32,6 @@ def page(fill: str, pages: int = 1) -> bytes:
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
-
-
-async def until(reached: Callable[[], bool]) -> None:
-    for _ in range(5000):
-        if reached():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("not reached in 5 s")
 
 
 class Life:
