@@ -148,10 +148,13 @@ async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
         await read_request(CompletionRequest, body(), timeout_s=0.05)
 
 
-@pytest.mark.parametrize("content", ["", [{"type": "text", "text": ""}] * 1025])
-def test_there_is_an_end_to_messages_and_their_parts(content: Any) -> None:
-    with pytest.raises(InvalidField, match="at most"):
-        chat(messages=[{"role": "user", "content": content}] * 8193)
+@pytest.mark.parametrize(
+    ("count", "content", "most"),
+    [(8193, "", "at most 8192"), (1, [{"type": "text", "text": ""}] * 1025, "at most 1024")],
+)
+def test_there_is_an_end_to_messages_and_their_parts(count: int, content: Any, most: str) -> None:
+    with pytest.raises(InvalidField, match=most):
+        chat(messages=[{"role": "user", "content": content}] * count)
 
 
 def test_not_a_number_is_refused() -> None:

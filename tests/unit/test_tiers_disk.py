@@ -138,9 +138,9 @@ async def test_what_is_on_disk_waits_for_no_read_of_a_store_that_hangs(begin: Ca
 async def test_what_left_the_arena_is_on_disk(begin: Callable[..., Life]) -> None:
     life = begin(pages=2)
     versions = [life.version(page(fill, 2)) for fill in "abc"]
-    for version in versions:
+    for count, version in enumerate(versions, 1):
         await life.tier(version)
-    await life.kept(3, versions=3)
+        await life.kept(count, versions=count)  # before the next one takes its room, or it would not be written
     assert [await life.tier(version) for version in versions] == ["disk"] * 3
 
 

@@ -135,7 +135,7 @@ def _first_problem(error: ValidationError) -> InvalidField:
     problems = error.errors(include_url=False, include_input=False)
     # If a field is a union, report the problem with the alternative that the value comes closest to.
     field = [one for one in problems if one["loc"][:1] == problems[0]["loc"][:1]]
-    problem = max(field, key=lambda one: len(one["loc"]))
+    problem = max(field, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     location = [str(part) for part in problem["loc"] if not str(part).startswith("list[")]
     message = problem["msg"].removeprefix("Value error, ")
     if not location:
