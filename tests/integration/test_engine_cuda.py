@@ -176,7 +176,7 @@ async def test_slots_are_lent_to_the_cache_and_come_back(
     wide_zoo: Zoo, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lent = make_restless(monkeypatch)
-    settings = SETTINGS | {"slots": 4, "slots_min": 1, "kv_blocks": 48, "attention": attention}
+    settings = SETTINGS | {"slots": 6, "slots_min": 1, "kv_blocks": 48, "attention": attention}
     async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **settings) as run:
         assert await all_of(run, wide_zoo, 60, 24) < 0.3
         await run.engine.check()
