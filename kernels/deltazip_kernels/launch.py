@@ -47,23 +47,24 @@ def compiling(pool: Executor) -> Iterator[None]:
 def _load(kernel: Any) -> None:
     """Have a kernel on the device, and what launches it, which for some versions of Triton takes a C compiler."""
     made = kernel.result() if hasattr(kernel, "result") else kernel
-    made.run  # noqa: B018
+    made._init_handles()
 
 
-def _loaded(kernel: Any) -> Any:
-    """``CompiledKernel.run`` as threads need it: what launches ``kernel``, once that is on the device.
+_init_handles = CompiledKernel._init_handles
 
-    Triton's own, up to 3.6, imports what launches a kernel as a module of one name for all kernels and reads it
-    afterwards, so that threads beside each other may get another kernel's; and returns it to others before
-    ``kernel.function`` is there.
+
+def _init_alone(kernel: Any) -> None:
+    """``CompiledKernel._init_handles``, which puts a kernel on the device, as threads need it: one at a time.
+
+    Up to 3.6 Triton imports what launches a kernel as a module of one name for all kernels and reads it afterwards, so
+    that threads beside each other may get another kernel's.
     """
     if kernel.function is None:
         with _loading:
-            kernel._init_handles()
-    return kernel._run
+            _init_handles(kernel)
 
 
-CompiledKernel.run = property(_loaded)
+CompiledKernel._init_handles = _init_alone
 
 
 def ceil_div(value: int, step: int) -> int:
