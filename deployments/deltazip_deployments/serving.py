@@ -94,12 +94,13 @@ def running(
 
 
 def watch() -> NoReturn:
-    """Wait for as long as the processes of a Ray that this process has started live; others' clusters end unnoticed.
+    """Wait for as long as the Ray lives that this process has started, for ever where it has started none.
 
-    Raises EngineError when one of them has ended: there is no node any more, and Serve cannot heal that.
+    Raises EngineError when the raylet or the GCS has ended: Serve cannot heal that.
     """
+    vital = {ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER}
     node: Any = worker._global_node
-    while node.remaining_processes_alive():
+    while not any(kind in vital for kind, _ in node.dead_processes()):
         time.sleep(_WATCH_S)
     raise EngineError("Ray has ended on this machine (killed, or out of memory?): start the command again")
 
