@@ -1,4 +1,4 @@
-"""The requests that the step loop has."""
+"""The requests that the step loop is working on."""
 
 import itertools
 from collections.abc import Callable
@@ -17,35 +17,35 @@ class _Active:
 
     stream: TokenStream
     pin: Pin | None
-    """Given back only when the loop says that the request is over: until then a step may read the slot."""
+    """Returned when the loop reports the request's end: until then a step may read the slot."""
 
 
 class ActiveRequests:
-    """Their streams and pins, by the keys under which the loop knows them. Belongs to one event loop."""
+    """Their streams and pins, by the keys that the loop uses. Belongs to one event loop."""
 
     def __init__(self, unpin: Callable[[Pin], None]) -> None:
-        """``unpin`` takes a pin back."""
+        """``unpin`` returns a pin."""
         self._unpin = unpin
         self._ids = itertools.count()
         self._active: dict[str, _Active] = {}
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of requests."""
         return len(self._active)
 
     def __contains__(self, key: str) -> bool:
-        """Whether its end has not come."""
+        """Whether the request has not ended."""
         return key in self._active
 
     def add(self, request_id: str, pin: Pin | None) -> tuple[str, TokenStream]:
-        """A key for a request, and the stream of its tokens."""
-        key = f"{request_id}#{next(self._ids)}"  # A client may send an id again while the first one ends.
+        """Add a request; returns its key and its token stream."""
+        key = f"{request_id}#{next(self._ids)}"  # A client may reuse an id while the first request is ending.
         stream = TokenStream()
         self._active[key] = _Active(stream, pin)
         return key, stream
 
     def deliver(self, news: News) -> int:
-        """What a step brought; returns how many tokens."""
+        """Deliver the results of a step; returns the number of tokens."""
         tokens = 0
         for key, item in news:
             stream = self._active[key].stream
@@ -60,7 +60,7 @@ class ActiveRequests:
         return tokens
 
     def fail(self, error: DeltaZipError) -> None:
-        """End all of them."""
+        """End all requests with an error."""
         for key in list(self._active):
             self._active[key].stream.fail(error)
             self._forget(key)

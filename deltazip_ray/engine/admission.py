@@ -1,4 +1,4 @@
-"""What a request must be before it costs anything."""
+"""Checks requests before they cost anything."""
 
 import math
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ _TOKENS = range(1 << 31)
 
 
 def check_sampling(params: SamplingParams) -> None:
-    """Raise InvalidRequest for parameters that are not finite or out of range, or that contradict each other."""
+    """Raise InvalidRequest for parameters that are not finite, out of range or contradict each other."""
     structured = params.structure is not None
     rules = {
         "max_tokens must be at least 1": params.max_tokens >= 1,
@@ -49,11 +49,11 @@ def check_sampling(params: SamplingParams) -> None:
 def check_tokens(request: GenerateRequest, vocab_size: int, *, at_most: bool = False) -> None:
     """Raise InvalidRequest when the prompt or logit_bias has tokens that are not in ``0 .. vocab_size - 1``.
 
-    ``at_most``: the version may know fewer.
+    ``at_most``: the version's own vocabulary may be smaller.
     """
     who = "the base" if request.version is None else f"version {request.version[:12]}"
     allowed = f"is not in the vocabulary of {who} (0 to {vocab_size - 1}{' at the most' if at_most else ''})"
-    # Where there is no prompt, the scheduler's own check says so.
+    # An empty prompt is rejected by the scheduler's check.
     _check_range(request.prompt, vocab_size, f"{allowed}: use its own tokenizer")
     _check_range([token for token, _ in request.sampling.logit_bias], vocab_size, f"of logit_bias {allowed}")
 

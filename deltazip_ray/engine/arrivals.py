@@ -1,8 +1,8 @@
-"""Weights that are on their way to a slot, and a step that uses them as they come.
+"""Steps that use a version while its weights are still being copied.
 
-On an engine with nothing else to do, a version may be used as soon as its copies are ordered: the host launches the
-first step meanwhile, and the device begins each layer when that layer's weights are there. Whole models were loaded so
-by PipeSwitch (Bai et al., OSDI 2020).
+On an idle engine, a version can be used as soon as its copies are enqueued: the host launches the first step meanwhile,
+and the device starts each layer when that layer's weights have arrived. PipeSwitch (Bai et al., OSDI 2020) loads whole
+models this way.
 """
 
 import re
@@ -13,33 +13,33 @@ from functools import lru_cache
 import torch
 
 Mark = Future["torch.cuda.Event | None"]
-"""Comes when all copies before it are ordered, with an event behind them if the device is not the CPU."""
+"""Done when all copies before it are enqueued; its result is a CUDA event after them (None on a CPU)."""
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
 @lru_cache(8192)
 def layer_of(weight: str) -> int | None:
-    """The decoder layer that a weight belongs to; None: to none of them."""
+    """The decoder layer that a weight belongs to; None if it belongs to none."""
     found = _LAYER.search(weight)
     return None if found is None else int(found[1])
 
 
 class Arrival:
-    """One version on its way to one slot."""
+    """A version that is being copied to a slot."""
 
     def __init__(self, marks: Mapping[int | None, Mark], small: "torch.cuda.Event | None") -> None:
-        """``marks``, in the order of the copies: behind the last weight of each layer, and of none.
+        """``marks`` after the last weight of each layer (None: of no layer), in the order of the copies.
 
-        ``small``: an event behind what was written besides, if the device is not the CPU.
+        ``small``: an event after all other writes; None on a CPU.
         """
         self._marks = marks
         self._small = small
 
     def wait(self, layer: int | None) -> None:
-        """Let what is launched from now on wait for a layer's weights; None: for those of no layer, before all others.
+        """Make later launches wait for a layer's weights; None, called first: for the weights of no layer.
 
-        This thread waits until their copies are ordered. Raises RuntimeError when one cannot be made.
+        Blocks until the copies are enqueued. Raises RuntimeError when one fails.
         """
         if layer is None:
             _await(self._small)
@@ -47,7 +47,7 @@ class Arrival:
             _await(self._marks[layer].result())
 
     def wait_for_all(self) -> None:
-        """As :meth:`wait`, for every weight."""
+        """:meth:`wait` for all weights."""
         _await(self._small)
         for mark in self._marks.values():
             _await(mark.result())

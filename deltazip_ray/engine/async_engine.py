@@ -1,4 +1,4 @@
-"""The engine as asyncio sees it: one async generator a request, one loop of steps behind all of them."""
+"""The engine's asyncio interface: an async generator per request, and one step loop for all of them."""
 
 import asyncio
 import contextlib
@@ -31,14 +31,14 @@ __all__ = ["AsyncEngine", "EngineStats"]
 logger = logging.getLogger(__name__)
 
 MakeMatcher = Callable[[str | None, Structure], Awaitable[Matcher]]
-"""What keeps an output of a version in a structure. Raises DeltaZipError."""
+"""Makes the matcher for a structure and a version's vocabulary. Raises DeltaZipError."""
 
 _STOPPED = "the engine has stopped: send the request to another replica"
 
 
 @dataclass(frozen=True)
 class _Running:
-    """What exists between start and stop."""
+    """The parts that exist between start and stop."""
 
     core: EngineCore
     versions: Versions
@@ -47,7 +47,7 @@ class _Running:
 
 
 class AsyncEngine:
-    """Generates tokens for the base and for every version that ``source`` can bring. Belongs to one event loop."""
+    """Generates tokens for the base and for all versions that ``source`` has. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -59,9 +59,9 @@ class AsyncEngine:
         make_matcher: MakeMatcher | None = None,
         build: Callable[[EngineConfig, Path], EngineCore] = build_core,
     ) -> None:
-        """``base``: folder of the base checkpoint, which ``build`` reads at :meth:`start`.
+        """``base`` is the folder of the base checkpoint, which ``build`` reads in :meth:`start`.
 
-        Without ``make_matcher`` requests for structured output are refused.
+        Without ``make_matcher`` requests for structured output are rejected.
         """
         self._make_matcher = make_matcher
         self._build = build
@@ -77,9 +77,9 @@ class AsyncEngine:
         self._verdicts: set[asyncio.Future[DeltaZipError | None]] = set()
 
     async def start(self) -> None:
-        """Read the base and begin to step; a second call does nothing.
+        """Load the base and start the step loop; a second call does nothing.
 
-        Raises ConfigError, CheckpointInvalid, and EngineStopped when it was stopped meanwhile.
+        Raises ConfigError, CheckpointInvalid, and EngineStopped if it was stopped meanwhile.
         """
         if self._parts is not None:
             return
@@ -108,15 +108,15 @@ class AsyncEngine:
             self._splitting = asyncio.create_task(split.run())
 
     async def stop(self) -> None:
-        """Stop after the running step; whoever still waits gets EngineStopped. A second call waits for the first."""
+        """Stop after the running step; unfinished requests get EngineStopped. A second call waits for the first."""
         await asyncio.shield(self._begin_to_stop())
 
     async def adopt(self, memory: HostMemory) -> None:
-        """Prepare for loads from ``memory``, so that not the first one has to. Raises EngineStopped."""
+        """Prepare for loads from ``memory`` now rather than at the first load. Raises EngineStopped."""
         await asyncio.to_thread(self._open().core.slots.uploads.lock_pages, memory)
 
     async def prefetch(self, version: str, tier: PrefetchTier = "device") -> bool:
-        """Bring a version nearer because it will be wanted soon, as long as nothing else has to wait for that.
+        """Bring a version to ``tier`` because it will be needed soon, if that delays nothing else.
 
         Returns whether it is there; hints are dropped without an error. Raises EngineStopped.
         """
@@ -127,7 +127,7 @@ class AsyncEngine:
         self._open().versions.table.discard(version)
 
     async def unload(self, version: str, *, disk: bool = False) -> None:
-        """Free what a version takes in its slot, on the host and, if asked, on disk, as soon as nothing uses it.
+        """Remove a version from its slot, the host and, with ``disk``, the disk, as soon as nothing uses it.
 
         Raises EngineStopped, ArtifactError, StoreError.
         """
@@ -140,16 +140,16 @@ class AsyncEngine:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the base knows; versions may add some."""
+        """Size of the base's vocabulary; versions may add tokens."""
         return self._started().core.base.vocab_size
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of one sequence, prompt and output."""
+        """Maximum tokens of one sequence, prompt plus output."""
         return self._started().core.max_model_len
 
     def stats(self) -> EngineStats:
-        """The engine at this moment, from its event loop. Zeros before it has started."""
+        """A snapshot, to be taken in the engine's event loop. Zeros before the start."""
         if self._parts is None:
             return EngineStats(frozenset(), frozenset(), 0, 0, 0, 0, self._config.slots)
         table, scheduler = self._parts.versions.table, self._parts.core.scheduler
@@ -169,7 +169,7 @@ class AsyncEngine:
         )
 
     async def check(self) -> None:
-        """Check that blocks, slots and pins add up. Raises EngineError when not, EngineStopped."""
+        """Check that blocks, slots and pins are consistent. Raises EngineError if not, EngineStopped."""
         parts = self._open()
         parts.versions.table.check()
         if self._splitting is not None and self._splitting.done():
@@ -188,10 +188,10 @@ class AsyncEngine:
             raise error
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Tokens of one request, as they come; the last chunk has a finish reason.
+        """The tokens of one request as they are sampled; the last chunk has a finish reason.
 
-        Leaving early, by cancellation or ``aclose``, ends the request and frees what it held. Raises InvalidRequest,
-        PromptTooLong, Overloaded, ArtifactError, StoreError, LoadTimeout, EngineError, EngineStopped.
+        Cancellation or ``aclose`` ends the request and frees its resources. Raises InvalidRequest, PromptTooLong,
+        Overloaded, ArtifactError, StoreError, LoadTimeout, EngineError, EngineStopped.
         """
         arrived = time.perf_counter()
         outcome = "aborted"
@@ -231,7 +231,7 @@ class AsyncEngine:
                 parts.steps.abort(key)
 
     async def _matcher(self, request: GenerateRequest) -> Matcher | None:
-        """What keeps the output in its structure; before the pin, as it may take a while."""
+        """The matcher of a structured output. Made before the slot is pinned, as it may take a while."""
         structure = request.sampling.structure
         if structure is None:
             return None
@@ -240,7 +240,7 @@ class AsyncEngine:
         return await self._make_matcher(request.version, structure)
 
     async def _pin(self, request: GenerateRequest, parts: _Running) -> Pin | None:
-        """The slot of the request's version, with its vocabulary checked; None for the base. Raises EngineStopped."""
+        """Pin the request's version and check its tokens; None for the base. Raises EngineStopped."""
         if request.version is None:
             self._open()  # the engine may have ended while a structure was compiled
             return None
@@ -258,7 +258,7 @@ class AsyncEngine:
         return pin
 
     def _check_request(self, request: GenerateRequest, parts: _Running) -> None:
-        """Refuse at once what can be refused without the delta."""
+        """Make all checks that do not need the delta."""
         core = parts.core
         check_sampling(request.sampling)
         core.scheduler.limits.check(request)
@@ -271,11 +271,11 @@ class AsyncEngine:
             raise Overloaded(f"{inside} requests are in the engine already: try again later")
 
     def _deliver(self, news: News) -> None:
-        """What a step brought, on the event loop."""
+        """Deliver the results of a step, on the event loop."""
         self._metrics.output_tokens.inc(self._started().requests.deliver(news))
 
     def _begin_to_stop(self) -> asyncio.Task[None]:
-        """Take no more requests, and end the rest, once."""
+        """Accept no more requests, and start to end the others, once."""
         self._stopped = True
         if self._stopping is None:
             self._stopping = asyncio.create_task(self._stop())
@@ -289,7 +289,7 @@ class AsyncEngine:
             self._end()
 
     def _end(self) -> None:
-        """The loop of steps is over, on purpose or not: nobody waits for it any longer."""
+        """The step loop has ended, on purpose or not: fail everything that waits for it."""
         self._stopped = True
         if self._splitting is not None:
             self._splitting.cancel()
@@ -310,11 +310,11 @@ class AsyncEngine:
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: object) -> None:
-    """Have ``callback`` called on the event loop, from any thread."""
+    """Call ``callback`` on the event loop, from any thread."""
     loop.call_soon_threadsafe(callback, *args)
 
 
 def _settle(verdict: asyncio.Future[DeltaZipError | None], error: DeltaZipError | None) -> None:
-    """Tell who waits for a check, if anybody still does."""
+    """Set the result of a check, if it is still awaited."""
     if not verdict.done():
         verdict.set_result(error)

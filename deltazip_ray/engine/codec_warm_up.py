@@ -1,4 +1,4 @@
-"""Kernels of codecs, compiled before the first version that has them is seen by a step."""
+"""Compiles the kernels of codecs before a step uses the first version with them."""
 
 import logging
 import os
@@ -22,16 +22,16 @@ logger = logging.getLogger(__name__)
 
 _AT_START = min(16, os.cpu_count() or 1)
 _BESIDE_STEPS = 3
-"""Threads that compile. Tracing a kernel, a fourth of the work or so, takes the interpreter from the steps."""
+"""Compiling threads while steps run: tracing a kernel, about a fourth of the work, needs the GIL as the steps do."""
 
 
 class Later(ThreadPoolExecutor):
-    """Once closed it leaves out what has not begun: futures that are cancelled would not end who waits for several."""
+    """After ``closed`` is set, queued calls fail instead of running: cancelled ones would leave waiters waiting."""
 
     closed = False
 
     def submit(self, work: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
-        """As the base class."""
+        """See the base class."""
         return super().submit(self._unless_closed, work, *args, **options)
 
     def _unless_closed(self, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -42,25 +42,25 @@ class Later(ThreadPoolExecutor):
 
 @dataclass
 class _Wanted:
-    """What a stack is to be ready for."""
+    """What a stack must have kernels for."""
 
     codecs: set[str] = field(default_factory=set)
     rank: int = 0
 
     def is_new(self, stack: TritonStack) -> bool:
-        """Whether the stack is not ready for it."""
+        """Whether the stack lacks some of the kernels."""
         return not self.codecs <= stack.codecs or self.rank > stack.rank
 
     def missing(self, stack: TritonStack) -> tuple[str, ...]:
-        """What there are no kernels for."""
+        """The codecs that the stack has no kernels for."""
         return ordered(self.codecs - stack.codecs | ({LOW_RANK} if self.rank > stack.rank else set()))
 
 
 class CodecWarmUp:
-    """Compiles for all stacks of an engine together; those alike share their kernels. Nothing to do on plain torch."""
+    """Compiles for all stacks of an engine; equal stacks share kernels. Does nothing without Triton."""
 
     def __init__(self, targets: Mapping[str, DeltaTarget], vocab_size: int) -> None:
-        """``vocab_size``: of the base; matrices with so many rows are looked up, too."""
+        """``vocab_size`` of the base; matrices with this many rows also need lookups."""
         self._stacks: dict[str, TritonStack] = {}
         self._targets: dict[TritonStack, MatrixTarget] = {}
         for name, target in targets.items():
@@ -73,9 +73,9 @@ class CodecWarmUp:
         self._later = Later(1, thread_name_prefix="deltazip-compile")
 
     def codecs(self, codecs: Sequence[str]) -> None:
-        """Be ready for the base and for versions with any matrix in any of ``codecs``, before the first step.
+        """Compile for versions with any matrix in any of ``codecs``, before the first step.
 
-        A launch that no version needs costs steps little, a step that has to be recorded again more.
+        A launch that no version needs costs little per step; recording a step again costs more.
         """
         with _threads(_AT_START) as pool:
             self._compile([(stack, ordered({*codecs}), 0) for stack in self._targets], pool)
@@ -83,10 +83,10 @@ class CodecWarmUp:
             stack.grow({*codecs}, 0)
 
     def version(self, manifest: Manifest) -> None:
-        """Be ready for a version beside those that are there; from the thread that loads it, before it is published.
+        """Compile for one more version. Called by the thread that loads it, before it is published.
 
-        Only codecs that are new are compiled, for launches of their own. That one launch serves them and the others is
-        compiled later, when steps run already.
+        New codecs are compiled for separate launches first. Kernels that serve them and the others in one launch are
+        compiled later, while steps run.
         """
         wanted = defaultdict[TritonStack, _Wanted](_Wanted)
         for blob in manifest.blobs:
@@ -96,7 +96,7 @@ class CodecWarmUp:
                     one.codecs.add(entry.codec)
                     one.rank = max(one.rank, entry.rank or 0)
         if any(one.is_new(stack) for stack, one in wanted.items()):
-            with self._lock, _threads(_BESIDE_STEPS) as pool:  # what two versions bring at once is compiled once
+            with self._lock, _threads(_BESIDE_STEPS) as pool:  # compile once what two concurrent loads need
                 new = {stack: one for stack, one in wanted.items() if one.is_new(stack)}
                 self._compile([(stack, one.missing(stack), one.rank) for stack, one in new.items()], pool)
                 for stack, one in new.items():
@@ -104,11 +104,11 @@ class CodecWarmUp:
             self._joins.submit(self._join).add_done_callback(self._tell)
 
     def close(self) -> None:
-        """Leave out what nobody waits for; no version comes any more."""
+        """Drop background compilations; no more versions will be loaded."""
         self._later.closed = True
 
     def _join(self) -> None:
-        """Where several launches serve a stack, have one do it."""
+        """Replace several launches of a stack by one."""
         several = [stack for stack in self._targets if len(stack.groups) > 1]
         joined = [(stack, ordered(stack.codecs), stack.rank) for stack in several]
         self._compile(joined, self._later)
@@ -116,7 +116,7 @@ class CodecWarmUp:
             stack.join({*codecs})
 
     def _compile(self, wanted: Sequence[tuple[TritonStack, tuple[str, ...], int]], pool: Executor) -> None:
-        """For each stack, codecs that share it and the largest rank: what steps then launch."""
+        """Compile the kernels for (stack, codecs in one launch, largest rank)."""
         distinct = {
             (stack.shapes, type(self._targets[stack].base), codecs, rank): stack for stack, codecs, rank in wanted
         }

@@ -1,4 +1,4 @@
-"""Puts the parts of an engine together around a base checkpoint."""
+"""Assembles the parts of an engine around a base checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,22 +35,22 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class EngineCore:
-    """Everything of an engine that knows no asyncio."""
+    """The parts of an engine that do not use asyncio."""
 
     base: BaseIdentity
     max_model_len: int
-    """Tokens of a sequence: the least of what the settings and the model allow."""
+    """Maximum tokens of a sequence: the lower of the setting's and the model's limits."""
     slots: DeviceSlots
     slot_blocks: Sequence[range]
-    """Blocks of the KV cache that the memory of each slot would be."""
+    """The KV blocks that each slot's memory becomes when it is lent."""
     runner: ModelRunner
     scheduler: Scheduler
     start: StartUp
-    """What it took to put this together."""
+    """The durations of the start's stages."""
 
 
 def build_core(config: EngineConfig, base: Path) -> EngineCore:
-    """Read the base and allocate slots and KV cache: takes seconds to minutes.
+    """Load the base and allocate slots and KV cache, which takes seconds to minutes.
 
     Raises ConfigError, CheckpointInvalid.
     """
@@ -68,7 +68,7 @@ def build_core(config: EngineConfig, base: Path) -> EngineCore:
 def assemble(
     config: EngineConfig, shape: DecoderConfig, weights: WeightSource, digest: str, start: StartUp | None = None
 ) -> EngineCore:
-    """An engine around the weights of any source. Raises ConfigError, CheckpointInvalid."""
+    """Build an engine with weights from any source. Raises ConfigError, CheckpointInvalid."""
     start = start or StartUp(torch.device(config.device))
     keep_kernels(config.kernel_cache)
     device, dtype = torch.device(config.device), _DTYPES[config.dtype]
@@ -109,7 +109,7 @@ def _ops(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Laye
 
 
 def check_fp8(config: EngineConfig, capability: tuple[int, int]) -> None:
-    """Raise ConfigError where the kernels for a base in fp8 do not run."""
+    """Raise ConfigError if the kernels for a base in fp8 are not supported here."""
     if config.dtype != "bfloat16":
         raise ConfigError(f"engine.base_dtype fp8 on cuda goes with dtype bfloat16, not {config.dtype}")
     if capability < _FP8_CAPABILITY:

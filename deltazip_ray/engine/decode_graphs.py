@@ -1,7 +1,7 @@
-"""Steps of few rows as CUDA graphs: one launch for a whole step, whichever versions share it.
+"""Small steps as CUDA graphs: one launch for a whole step, for any mix of versions.
 
-A token of a short prompt is a row as a decode is: it sees the keys and values before it, which every layer writes for
-all rows before any of them attends.
+Tokens of short prompts are rows like decodes: each layer writes the keys and values of all rows before any row attends,
+so every token sees those before it.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,21 +23,22 @@ from deltazip_ray.models.decoder import Decoder, StepInputs, go_on
 from deltazip_ray.scheduler.batch import Batch
 
 _PROMPT_ROWS, _PROMPT_CONTEXT = 256, 1024
-"""Rows of a step with prompts, and what one may see: each row reads all of it, where a prefill's rows share it."""
+"""Limits of rows, and of context, for steps with prompts: here each row reads its whole context by itself, while the
+rows of a prefill share the reads."""
 
 
 @dataclass(frozen=True)
 class _Captured:
     graphs: Sequence[torch.cuda.CUDAGraph]
-    """One, or what comes before the layers and each layer, the last with what comes behind it."""
+    """One graph; or one for what precedes the layers and one per layer, the last including what follows."""
     state: tuple[int, int]
 
 
 class DecodeGraphs:
-    """Captures a graph when a step first needs one of its shape, and replays it from then on.
+    """Captures a graph the first time a step of its shape is needed, and replays it from then on.
 
-    Graphs share their memory, since one runs at a time, and write logits to one place: whoever reads them does so on
-    the stream of the steps, before the next is launched.
+    Graphs share memory, as only one runs at a time, and write logits to the same place: they must be read on the stream
+    of the steps before the next step is launched.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class DecodeGraphs:
         slots: int,
         pages: int,
     ) -> None:
-        """``drawn`` ``[most rows]`` int64 holds the tokens of the step before; ``pages``: the most of a whole batch."""
+        """``drawn`` ``[max rows]`` int64 has the tokens of the previous step; ``pages``: the maximum of a batch."""
         self._decoder = decoder
         self._attention = attention
         self._ops = ops
@@ -61,13 +62,13 @@ class DecodeGraphs:
         self._logits = torch.empty((most, vocab), dtype=ops.dtype, device=ops.device)
         self._slots = slots
         self._pool = torch.cuda.graph_pool_handle()
-        # Torch hands its 32 streams of one priority out in turn: one of a load's would be recorded with the step.
+        # A separate priority: torch reuses its 32 streams per priority, and a load's stream would be captured too.
         self._stream = torch.cuda.Stream(ops.device, priority=-1)
         self._plans: dict[int, Any] = {}
         self._graphs: dict[StepShape, _Captured] = {}
 
     def fits(self, batch: Batch) -> bool:
-        """Whether every chunk of ``batch`` samples, and is one token or part of few short prompts."""
+        """Whether every chunk of ``batch`` samples, and is a decode or a short prompt."""
         if len(batch.sampling_chunks) != len(batch.chunks):
             return False
         if len(batch.chunks) == batch.num_tokens:
@@ -79,7 +80,7 @@ class DecodeGraphs:
     def run(self, batch: Batch, arrivals: Sequence[Arrival]) -> torch.Tensor:
         """Launch a batch that fits; returns its logits ``[chunks, vocab + added]``.
 
-        ``arrivals``: versions in it that are on their way; each layer waits for its own weights.
+        ``arrivals``: versions in it that are still being copied; each layer waits for its own weights.
         """
         rows = next(size for size in self.sizes if size >= batch.num_tokens)
         plan = self._plan(rows)
@@ -103,7 +104,7 @@ class DecodeGraphs:
         return len(self._decoder.head.target.base) + self._decoder.head.added.width
 
     def _state(self, shape: StepShape) -> tuple[int, int]:
-        """What makes recorded launches old: wider logits, and where versions take part, more kinds of deltas."""
+        """A graph is outdated when this changes: the logits' width and, with versions, the kernels for deltas."""
         return self._vocab, self._ops.generation if shape.versions else 0
 
     def _plan(self, rows: int) -> Any:
@@ -113,12 +114,12 @@ class DecodeGraphs:
         return self._plans[rows]
 
     def _capture(self, shape: StepShape, plan: Any) -> _Captured:
-        """Record the step. Kernels that are new are compiled meanwhile."""
-        # Read first: a load that changes them meanwhile makes this graph an old one.
+        """Capture the step; new kernels are compiled during it."""
+        # Read first: if a load changes it during the capture, this graph is outdated.
         state = self._state(shape)
-        if not self._graphs:  # a pool ends with the last of its graphs, as which one counts whose capture failed
+        if not self._graphs:  # a pool is freed with its last graph, and a failed capture counts as one
             self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.current_blas_handle()  # which takes memory, which a recording must not
+        torch.cuda.current_blas_handle()  # allocates memory, which is not possible during a capture
         here, stream = torch.cuda.current_stream(), self._stream
         stream.wait_stream(here)
         graphs: list[torch.cuda.CUDAGraph] = []
@@ -133,14 +134,14 @@ class DecodeGraphs:
             try:
                 self._step(shape, plan, cut)
             finally:
-                graphs[-1].capture_end()  # or the stream would go on recording
+                graphs[-1].capture_end()  # also after an error, or the stream would stay in capture mode
         here.wait_stream(stream)
         return _Captured(graphs, state)
 
     def _begin(self, graphs: list[torch.cuda.CUDAGraph]) -> None:
-        """Record what is launched from now on in a new graph, the last of ``graphs``."""
+        """Start to capture into a new graph, which is appended to ``graphs``."""
         graphs.append(torch.cuda.CUDAGraph())
-        # Other threads copy deltas to the device meanwhile.
+        # Other threads may copy deltas to the device at the same time.
         graphs[-1].capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def _step(self, shape: StepShape, plan: Any, before_layer: Callable[[int | None], None] = go_on) -> None:

@@ -1,4 +1,4 @@
-"""Device memory for deltas: preallocated slots, into which blobs are copied as they are."""
+"""Device memory for deltas: preallocated slots, into which blobs are copied without conversion."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,24 +19,24 @@ from deltazip_ray.models.weights import Placement
 from deltazip_ray.residency.tiers import HostDelta
 
 _Weight = tuple[DeltaTarget, str, Mapping[str, torch.Tensor]]
-"""Where a weight goes, its codec, and its tensors."""
+"""(target, codec, tensors) of a weight."""
 
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """What a delta must agree with."""
+    """The properties of the base that a delta must match."""
 
     digest: str
     vocab_size: int
 
 
 def default_slot_bytes(targets: Mapping[str, DeltaTarget]) -> int:
-    """Room for a delta with every matrix in int4, the largest of the codecs."""
+    """Bytes of a delta with every matrix in int4, the largest codec."""
     return sum(room("int4", target.shape, torch.uint8) for target in targets.values() if target.in_slot)
 
 
 class DeviceSlots:
-    """Which bytes of which slot belong to which weight. Each slot is filled by one thread at a time."""
+    """Loads versions into slots. A slot is filled by one thread at a time."""
 
     def __init__(
         self,
@@ -46,36 +46,36 @@ class DeviceSlots:
         slot_bytes: int | None,
         copy_bytes_per_s: float | None = None,
     ) -> None:
-        """Without memory yet: see :attr:`memory`. ``copy_bytes_per_s`` bounds all loads together."""
+        """Does not allocate memory yet, see :attr:`memory`. ``copy_bytes_per_s`` limits all loads together."""
         self.targets = targets
         self.base = base
         self.dtype = placement.dtype
         self.max_added = placement.max_added
         self.slot_bytes = slot_bytes or default_slot_bytes(targets)
         self.memory = torch.empty((placement.slots, 0), dtype=torch.uint8, device=placement.device)
-        """``[slots, at least slot_bytes]``. Given by who plans the device's memory, before the first load."""
+        """``[slots, at least slot_bytes]`` uint8. Set by the memory planner before the first load."""
         self.uploads = Uploads(placement.device, copy_bytes_per_s)
         self.idle: Callable[[], bool] = lambda: True
-        """Whether no step runs. Set by who steps."""
+        """Whether no step is running. Set by the engine."""
         self.overlap = False
-        """Whether steps may use a version that is on its way, where no other step runs."""
+        """Whether steps may use a version that is still being copied, if the engine is idle otherwise."""
         self._vocab = [base.vocab_size] * placement.slots
         self._arriving: dict[int, Arrival] = {}
         self.warm_up = CodecWarmUp(targets, base.vocab_size)
 
     def vocab_size(self, slot: int) -> int:
-        """Tokens that the version in ``slot`` knows."""
+        """Size of the vocabulary of the version in ``slot``."""
         return self._vocab[slot]
 
     def arriving(self, slots: Iterable[int]) -> list[Arrival]:
-        """Versions that are on their way to some of these slots, for steps that use them already. Any thread."""
+        """Versions that are still being copied to these slots, for steps that use them already. Thread-safe."""
         found = (self._arriving.get(slot) for slot in slots)
         return [arrival for arrival in found if arrival is not None]
 
     def check(self, manifest: Manifest) -> None:
-        """Raise unless a version belongs to this base, names its weights and fits a slot.
+        """Check that a version belongs to this base, matches its weights and fits into a slot.
 
-        BaseMismatch, ManifestInvalid, DeltaTooLarge.
+        Raises BaseMismatch, ManifestInvalid, DeltaTooLarge.
         """
         if manifest.base.digest != self.base.digest:
             raise BaseMismatch(
@@ -103,11 +103,11 @@ class DeviceSlots:
             )
 
     def load(self, slot: int, delta: HostDelta, usable: Callable[[], object] | None = None) -> None:
-        """Copy a checked version into ``slot`` and publish it there; returns when the device has all of it.
+        """Copy a checked version into ``slot`` and publish it; returns when the device has all of it.
 
-        What its codecs need is compiled first. No step that was launched may read the slot. Where it may be
-        overlapped, ``usable`` is called before the end: from then on steps may be launched that wait for
-        :meth:`arriving`. Raises BlobCorrupt, but not after that.
+        Kernels for its codecs are compiled first. No launched step may read the slot. If overlapping is possible,
+        ``usable`` is called before the end: from then on steps can be launched that wait for :meth:`arriving`.
+        Raises BlobCorrupt, but never after calling ``usable``.
         """
         if delta.memory is not None:
             self.uploads.lock_pages(delta.memory)
@@ -128,14 +128,14 @@ class DeviceSlots:
             self._arriving.pop(slot, None)
 
     def clear(self, slot: int) -> None:
-        """Leave nothing of a version in ``slot``, which no step that was launched may read."""
+        """Remove a version from ``slot``, which no launched step may read."""
         writes = Writes()
         for target in self.targets.values():
             target.clear(slot, writes)
         writes.send()
 
     def _fill(self, slot: int, delta: HostDelta, upload: Upload) -> Arrival:
-        """Have a version's weights copied to where each belongs; those that it does not change are the base's."""
+        """Enqueue the copies of a version's weights; weights that it does not change are reset to the base's."""
         untouched = dict(self.targets)
         late: list[_Weight] = []
         writes = Writes()
@@ -147,7 +147,7 @@ class DeviceSlots:
             for target, codec, tensors in weights:
                 del untouched[target.name]
                 if target.in_slot and codec == RAW:
-                    late.append((target, codec, tensors))  # its values are read when it is installed
+                    late.append((target, codec, tensors))  # installing it reads the copied values
                 else:
                     target.install(slot, codec, tensors, writes)
         for target in untouched.values():
@@ -162,8 +162,10 @@ class DeviceSlots:
     def _place(
         self, slot: int, start: int, blob: BlobEntry, data: memoryview, upload: Upload
     ) -> tuple[list[_Weight], int]:
-        """The weights of a blob, on their way to ``slot`` from byte ``start`` on where that is their place, and where
-        the next blob may begin."""
+        """Enqueue the copies of a blob's weights to ``slot`` from byte ``start`` on, for targets inside slots.
+
+        Returns the weights, and the start of the next blob.
+        """
         tensors = read_blob(data, blob)
         parts = {name: _parts(name, entry, tensors) for name, entry in blob.tensors.items()}
         in_slot = {
@@ -201,7 +203,7 @@ class DeviceSlots:
 
 
 def _is_of_layers(blob: BlobEntry) -> bool:
-    """Whether all its weights belong to layers; other blobs are needed before those."""
+    """Whether all its weights belong to layers; other blobs are needed first."""
     return all(layer_of(name) is not None for name in blob.tensors)
 
 

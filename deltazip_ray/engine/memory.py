@@ -1,4 +1,4 @@
-"""How a GPU's memory is shared out at the start: base, slots, workspace, and the KV cache from what is left."""
+"""Plans a GPU's memory at the start: base, slots, workspace, and the KV cache in what is left."""
 
 import logging
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 _GRAPHS = GIB  # CUDA graphs, cuBLAS and what the allocator cannot use
 _FEWEST = 16
-"""Blocks below which a cache is no use."""
+"""Minimum blocks of a useful cache."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class DeviceMemory:
     total: int
     free: int
     own: int
-    """What this process has allocated."""
+    """Allocated by this process."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class MemoryPlan:
     cache: int
     blocks: int
     tokens: int
-    """That the cache holds."""
+    """Capacity of the cache."""
 
     def __str__(self) -> str:
         """A table."""
@@ -51,7 +51,7 @@ class MemoryPlan:
 
 
 def workspace_bytes(config: EngineConfig, shape: DecoderConfig, itemsize: int) -> int:
-    """The most that a step takes beside weights and cache: its widest activations, one merged weight, its logits."""
+    """Upper bound of a step's memory besides weights and cache: activations, one merged weight, logits."""
     attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     widest = max(3 * shape.intermediate_size, attention + shape.heads * shape.head_dim)
     rows = config.max_batch_tokens * (4 * shape.hidden_size + widest) * (itemsize + (2 if config.base_dtype else 1))
@@ -61,7 +61,7 @@ def workspace_bytes(config: EngineConfig, shape: DecoderConfig, itemsize: int) -
 
 
 def measure(device: torch.device) -> DeviceMemory:
-    """A GPU's memory now, without what loading has left in torch's cache."""
+    """A GPU's current memory, after emptying torch's cache."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     return DeviceMemory(total, free, torch.cuda.memory_reserved(device))
@@ -70,10 +70,10 @@ def measure(device: torch.device) -> DeviceMemory:
 def plan_memory(
     config: EngineConfig, memory: DeviceMemory, *, base: int, slots: int, workspace: int, block_bytes: int
 ) -> MemoryPlan:
-    """Blocks of ``block_bytes`` in what ``config.memory_fraction`` allows. Raises ConfigError when that is too little.
+    """Fit blocks of ``block_bytes`` into ``config.memory_fraction``. Raises ConfigError if there are too few.
 
-    The fraction is this engine's own, whatever others have taken, so that two engines share a GPU with 0.45 each.
-    ``base`` is allocated already. With ``config.kv_blocks`` the plan takes that many, if they fit.
+    The fraction is for this engine alone, whatever others use, so two engines can share a GPU with 0.45 each.
+    ``base`` is allocated already. With ``config.kv_blocks`` the plan has that many, if they fit.
     """
     total = memory.total
     left = min(int(total * config.memory_fraction) - memory.own, memory.free) - slots - workspace
@@ -93,7 +93,7 @@ def plan_memory(
 def allocate(
     config: EngineConfig, shape: DecoderConfig, attention: AttentionBackend[Any], slots: DeviceSlots
 ) -> list[range]:
-    """Memory for slots and KV cache, once the base is there: slots lie behind the cache, each in blocks of its own.
+    """Allocate the KV cache and, behind it, the slots, each a whole number of blocks. Call it after loading the base.
 
     Returns the blocks of each slot. Raises ConfigError.
     """

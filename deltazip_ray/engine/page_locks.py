@@ -1,4 +1,4 @@
-"""Host memory that the device reads directly."""
+"""Page-locks host memory, so that the device can read it directly."""
 
 import logging
 import threading
@@ -12,26 +12,25 @@ import torch
 from deltazip_ray.residency.tiers import HostMemory
 
 _READ_ONLY = 8
-"""cudaHostRegisterReadOnly: a mapping that this process may not write cannot be registered otherwise."""
+"""cudaHostRegisterReadOnly, without which a read-only mapping cannot be registered."""
 
 logger = logging.getLogger(__name__)
 
 
 class PageLocks:
-    """Memories registered with CUDA, each once in a process, until it is unmapped. Thread-safe."""
+    """Registers memory with CUDA, once per process, until it is unmapped. Thread-safe."""
 
     _seen: ClassVar[weakref.WeakSet[HostMemory]] = weakref.WeakSet()
     _lock: ClassVar = threading.Lock()
 
     def ensure(self, memory: HostMemory) -> None:
-        """Register ``memory`` unless that was tried before. Copies work without it, at a fraction of the speed."""
+        """Register ``memory`` unless that was tried before. Without it copies work at a fraction of the speed."""
         with self._lock:
             if memory in self._seen:
                 return
             self._seen.add(memory)
             address = np.frombuffer(memory.view, np.uint8).ctypes.data
-            # CUDA keeps an error for the thread that had it and reports it there again, at a kernel's launch: this
-            # thread ends with the error.
+            # In a thread of its own: CUDA reports an error again at the same thread's next kernel launch.
             with ThreadPoolExecutor(1) as thread:
                 problem = thread.submit(_register, address, memory.view.nbytes, memory.view.readonly).result()
             if problem is None:
@@ -47,7 +46,7 @@ class PageLocks:
 
 
 def _register(address: int, size: int, read_only: bool) -> str | None:
-    """Register memory; what is wrong when that does not work."""
+    """Register memory; returns the error, if any."""
     runtime = torch.cuda.cudart()
     result = runtime.cudaHostRegister(address, size, _READ_ONLY if read_only else 0)
     return None if int(result) == 0 else str(runtime.cudaGetErrorString(result))

@@ -1,4 +1,4 @@
-"""Runs the batches that the scheduler makes."""
+"""Runs the scheduler's batches on the device."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -18,29 +18,29 @@ from deltazip_ray.scheduler.batch import Batch, Drawn, Scores
 
 
 class StepGraphs(Protocol):
-    """Steps that were recorded before: see :class:`~deltazip_ray.engine.decode_graphs.DecodeGraphs`."""
+    """Recorded steps: see :class:`~deltazip_ray.engine.decode_graphs.DecodeGraphs`."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Rows of those that there can be."""
+        """The possible numbers of rows."""
 
     def fits(self, batch: Batch) -> bool:
-        """Whether ``batch`` can run so."""
+        """Whether ``batch`` can run as a recorded step."""
 
     def run(self, batch: Batch, arrivals: Sequence[Arrival]) -> torch.Tensor:
-        """Its logits ``[sampled, vocab + added]``; it waits for the weights of ``arrivals``."""
+        """Launch ``batch``, which waits for ``arrivals``; returns logits ``[sampled, vocab + added]``."""
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """A step on the device."""
+    """A launched step."""
 
     sampled: SampledTokens | None
-    """None where no chunk samples."""
+    """None if no chunk samples."""
     prompts: PromptScores | None
-    """None where nobody asks for log-probabilities of a prompt."""
+    """None if no prompt logprobs are requested."""
     done: torch.cuda.Event | None
-    """Behind the step, on a GPU, where ``sampled`` has none."""
+    """An event after the step, if it is on a GPU and ``sampled`` is None."""
 
     def wait(self) -> list[Drawn | None]:
         """See :class:`~deltazip_ray.engine.step_loop.Launched`."""
@@ -54,9 +54,9 @@ class LaunchedStep:
 
 
 class ModelRunner:
-    """A step in three parts, none of which waits for the device: inputs, logits, tokens.
+    """Launches steps: inputs, logits, tokens. Never waits for the device.
 
-    Tokens stay on the device for the next step, which may be launched before the host knows them.
+    Sampled tokens stay on the device for the next step, which may be launched before the host knows them.
     """
 
     def __init__(
@@ -68,10 +68,9 @@ class ModelRunner:
         graphs: StepGraphs | None,
         arriving: Callable[[Iterable[int]], Sequence[Arrival]],
     ) -> None:
-        """``drawn`` ``[most running]`` int64 keeps the tokens of the last step; ``graphs``, where given,
-        run steps of few rows.
+        """``drawn`` ``[max running]`` int64 keeps the tokens of the last step. ``graphs``, if given, run small steps.
 
-        ``arriving`` finds versions that are on their way to slots.
+        ``arriving`` finds versions that are still being copied to slots.
         """
         self.decoder = decoder
         self.attention = attention
@@ -84,11 +83,11 @@ class ModelRunner:
 
     @property
     def graph_sizes(self) -> tuple[int, ...]:
-        """Rows of the decode steps that can be recorded."""
+        """The numbers of rows that can be recorded."""
         return () if self._graphs is None else self._graphs.sizes
 
     def launch(self, batch: Batch, arrivals: Sequence[Arrival] | None = None) -> LaunchedStep:
-        """See :class:`~deltazip_ray.engine.step_loop.StepRunner`. ``arrivals``, where given, count as the batch's."""
+        """See :class:`~deltazip_ray.engine.step_loop.StepRunner`. ``arrivals`` replaces what ``arriving`` finds."""
         with torch.inference_mode():
             if arrivals is None:
                 arrivals = self._arriving({chunk.slot for chunk in batch.chunks})
@@ -144,7 +143,7 @@ class ModelRunner:
     def _logits(
         self, states: tuple[torch.Tensor, torch.Tensor], rows: Sequence[int], runs: Sequence[tuple[int, int]]
     ) -> torch.Tensor:
-        """Logits of ``rows`` of a step, which belong to versions as the ``(slot, rows)`` runs say."""
+        """Logits of ``rows`` of a step; ``runs`` are (slot, number of rows)."""
         return self.decoder.logits(states, self._send(rows), self.ops.rows(runs, self.device)).float()
 
     def _send(self, values: Sequence[int]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How the tensors of a delta lie in a slot."""
+"""The layout of a delta's tensors in a slot."""
 
 import math
 from collections.abc import Hashable, Mapping
@@ -12,19 +12,19 @@ from deltazip_kernels import RAW, packed_layout
 from deltazip_ray.engine.uploads import Upload
 
 ALIGNMENT = 256
-"""Bytes; what a tensor in a slot starts at a multiple of."""
+"""Alignment of tensors in a slot, in bytes."""
 
 _Key = TypeVar("_Key", bound=Hashable)
 
 
 def aligned(size: int) -> int:
-    """Bytes of a slot that a tensor of ``size`` bytes takes."""
+    """Bytes that a tensor of ``size`` bytes takes in a slot."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 @lru_cache(1024)
 def room(codec: str, shape: tuple[int, ...], dtype: torch.dtype, rank: int | None = None) -> int:
-    """Bytes of a slot that one matrix takes; raw ones and products of a low ``rank`` are kept in ``dtype``."""
+    """Bytes that a matrix takes in a slot; raw matrices and products of low ``rank`` are kept in ``dtype``."""
     if codec == RAW:
         return aligned(math.prod(shape) * dtype.itemsize)
     if rank is not None:
@@ -38,9 +38,9 @@ def fill(
 ) -> tuple[dict[_Key, torch.Tensor], int]:
     """Copy contiguous ``tensors`` to ``memory``, ``[bytes]`` uint8, from ``start`` on.
 
-    Returns the copies, and where the next tensor may begin. They lie in the order of the originals' addresses, so that
-    neighbours in a blob, whose sizes are multiples of ALIGNMENT but in tiny models, are neighbours here too, and are
-    copied in one piece.
+    Returns the copies, and the start of the next tensor. The copies are in the order of the originals' addresses: so
+    tensors that are adjacent in a blob are adjacent here too (except in tiny models, whose sizes are not multiples of
+    ALIGNMENT), and are copied in one piece.
     """
     copies: dict[_Key, torch.Tensor] = {}
     runs: list[_Run] = []
@@ -60,17 +60,17 @@ def fill(
 
 @dataclass
 class _Run:
-    """Bytes that lie in one piece on both sides."""
+    """Bytes that are contiguous in source and target."""
 
     first: torch.Tensor
-    """The tensor that they begin with."""
+    """The first tensor."""
     address: int
     start: int
-    """Where they go."""
+    """Offset in the target."""
     size: int
 
     def grow(self, tensor: torch.Tensor, address: int, start: int) -> bool:
-        """Take in ``tensor``, if it comes right after these bytes on both sides, in the same memory."""
+        """Append ``tensor`` and return True if it directly follows in source and target, in the same memory."""
         if self.address + self.size != address or self.start + self.size != start:
             return False
         if self.first.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
@@ -79,5 +79,5 @@ class _Run:
         return True
 
     def bytes(self) -> torch.Tensor:
-        """All of them."""
+        """All the bytes."""
         return self.first.view(-1).view(torch.uint8).as_strided((self.size,), (1,))

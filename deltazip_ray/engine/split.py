@@ -1,8 +1,8 @@
-"""The split of device memory between slots and KV cache, which moves while the engine runs.
+"""Moves device memory between slots and the KV cache while the engine runs.
 
-The memory of a slot could be blocks of the cache. A slot that nobody uses is lent to the cache when requests have
-waited for blocks for a while. It comes back as soon as a version waits for a slot, at the price of preempting those who
-hold its blocks, or when the cache has had enough for a while and none of them is held.
+The memory of a slot can be used as KV blocks. An unused slot is lent to the cache when requests have been waiting for
+blocks for a while. It is taken back as soon as a version waits for a slot, which preempts requests that hold its
+blocks, or when the cache has had enough blocks for a while and none of the slot's is held.
 """
 
 import asyncio
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.02
 SHORT_S = 1.0
-"""How much longer requests have waited for blocks than not when a slot is lent, and again until the next one is. While
-some end and others begin, a step or two has none that wait for blocks."""
+"""A slot is lent when the time in which requests waited for blocks exceeds the time in which none did by this much. As
+requests end and others start, a few steps without waiting requests are normal."""
 CALM_S = 10.0
-"""How long blocks were enough when a slot comes back that no version waits for; and between one that came back and the
-next that is lent, lest they go to and fro."""
+"""A slot that no version waits for is taken back after this time with enough blocks. Also the pause before the next one
+is lent, so that slots do not move back and forth."""
 
 
 class Split:
@@ -51,13 +51,13 @@ class Split:
         self._back_at = clock() - CALM_S
 
     async def run(self) -> None:
-        """Look again and again, until cancelled."""
+        """Check periodically, until cancelled."""
         while True:
             await asyncio.sleep(LOOK_S)
             await self.look()
 
     async def look(self) -> None:
-        """Move one slot, if it is time."""
+        """Lend or take back one slot, if it is time."""
         now = self._clock()
         passed, self._looked_at = now - self._looked_at, now
         if self._scheduler.admission.short:
@@ -73,7 +73,7 @@ class Split:
             self._short_for = 0.0
 
     async def lend(self) -> None:
-        """Give the cache a slot that nobody uses, if there is one."""
+        """Lend an unused slot to the cache, if there is one."""
         slot = await self._versions.lend(self._least)
         if slot is not None:
             self._steps.lend(self._blocks[slot])
@@ -81,7 +81,7 @@ class Split:
             logger.info("slot %d is lent to the KV cache", slot)
 
     async def take_back(self) -> None:
-        """Take the slot back that was lent last; there must be one."""
+        """Take back the slot that was lent last; there must be one."""
         slot = self._lent.pop()
         left = asyncio.Event()
         left_soon = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, left.set)
@@ -91,5 +91,5 @@ class Split:
         logger.info("the KV cache gave slot %d back", slot)
 
     def _needless(self, now: float) -> bool:
-        """Whether the cache has done without the slot that was lent last."""
+        """Whether the cache does not need the slot that was lent last."""
         return now - self._short_at >= CALM_S and self._scheduler.blocks.are_free(self._blocks[self._lent[-1]])

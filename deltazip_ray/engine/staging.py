@@ -1,4 +1,4 @@
-"""Small tensors from the device to the host, without waiting for more than what makes them."""
+"""Copies small tensors from the device to the host, waiting only for the work that computes them."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import torch
 
 
 class Fetched:
-    """Tensors on their way to the host. Made behind the work that computes them, read when somebody needs them."""
+    """Tensors being copied to the host. Create it right after launching their computation, read it when needed."""
 
     def __init__(self, *tensors: torch.Tensor) -> None:
-        """Start to copy."""
+        """Start the copies."""
         self._event: torch.cuda.Event | None = None
         self._host = tensors
         if tensors[0].is_cuda:
@@ -20,7 +20,7 @@ class Fetched:
             self._event.record()
 
     def wait(self) -> list[list[Any]]:
-        """Each tensor as nested lists, once it is here; waits for nothing that was queued later."""
+        """The tensors as nested lists. Waits for the copies, but for nothing that was queued later."""
         if self._event is not None:
             self._event.synchronize()
         return [tensor.tolist() for tensor in self._host]

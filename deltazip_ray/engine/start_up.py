@@ -1,4 +1,4 @@
-"""What a start spends its time on, and where what it compiles is kept."""
+"""Measures the stages of a start, and sets the cache for compiled kernels."""
 
 import os
 import time
@@ -17,7 +17,7 @@ class StartUp:
         self.seconds: dict[str, float] = {}
 
     def end(self, stage: str) -> None:
-        """All that was done since the last call, also on the device, was ``stage``."""
+        """End ``stage``: the time since the last call, including work on the device."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
@@ -31,9 +31,9 @@ class StartUp:
 
 
 def keep_kernels(folder: Path | None) -> None:
-    """Keep compiled kernels in ``folder``, so that a second start finds them; None: where Triton and FlashInfer do.
+    """Cache compiled kernels in ``folder`` for later starts; None: in the default folders of Triton and FlashInfer.
 
-    FlashInfer looks once, when it is imported.
+    Call it before FlashInfer is imported, which reads the setting once.
     """
     if folder is not None:
         triton.knobs.cache.dir = str(folder / "triton")

@@ -1,4 +1,4 @@
-"""The inputs of a captured step: device memory at fixed places, filled by one copy."""
+"""The inputs of a captured step: device memory at fixed addresses, filled by one copy."""
 
 from array import array
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,10 @@ _ALIGNMENT = 16
 
 
 class StepBuffer:
-    """Named arrays, one behind the other, on the host and at fixed addresses of the device."""
+    """Named arrays in one buffer, on the host and at fixed addresses of the device."""
 
     def __init__(self, fields: Mapping[str, tuple[int, type[np.generic]]], device: torch.device) -> None:
-        """``fields``: entries and type of each. The last is the one of which only a part may be sent."""
+        """``fields``: (size, dtype) by name. Only a part of the last one need be sent."""
         self.arrays: dict[str, np.ndarray] = {}
         self.tensors: dict[str, torch.Tensor] = {}
         sizes = {name: count * np.dtype(kind).itemsize for name, (count, kind) in fields.items()}
@@ -35,19 +35,19 @@ class StepBuffer:
             start += -(-sizes[name] // _ALIGNMENT) * _ALIGNMENT
 
     def send(self, last: int) -> None:
-        """Copy everything, and of the last field ``last`` entries, behind what the device has yet to do."""
+        """Enqueue the copy of all fields, with ``last`` entries of the last one."""
         start, size = self._last
         stop = start + last * size
         self._device[:stop].copy_(staged(self._host[:stop], self._device.device), non_blocking=True)
 
 
 class RecordedInputs:
-    """Tokens, positions, versions and attention's tables of steps of one token a row."""
+    """Tokens, positions, versions and attention's tables of steps with one token per row."""
 
     def __init__(
         self, attention: CapturableBackend[Any], device: torch.device, most: int, slots: int, pages: int
     ) -> None:
-        """For up to ``most`` rows of ``slots`` versions, with ``pages`` pages in all."""
+        """For up to ``most`` rows of ``slots`` versions, with ``pages`` pages in total."""
         self._attention = attention
         self._slots = slots
         fields: dict[str, tuple[int, type[np.generic]]] = {
@@ -63,12 +63,12 @@ class RecordedInputs:
             fields[name] = (size, np.int32)
         self._buffer = StepBuffer(fields, device)
         self.tensors = self._buffer.tensors
-        """On the device; ``drawn_rows`` is -1 where the token is known."""
+        """On the device; ``drawn_rows`` is -1 for known tokens."""
 
     def fill(self, batch: Batch, rows: int) -> list[int]:
-        """Send the inputs of ``batch`` and plan its attention; returns how many rows each version has.
+        """Send the inputs of ``batch`` and plan its attention; returns the number of rows of each version.
 
-        It is padded to ``rows`` with such as belong to the base and see one token.
+        The batch is padded to ``rows`` with rows of the base that attend to one token.
         """
         arrays, count = self._buffer.arrays, batch.num_tokens
         idle = rows - count
@@ -82,7 +82,7 @@ class RecordedInputs:
         arrays["drawn_rows"][count:rows] = -1
         arrays["index"][:count] = np.repeat(np.array(slots) + 1, np.diff(starts))
         arrays["index"][count:rows] = 0
-        if slots[0] < 0:  # the base's rows would only make programs that idle, and those of others slower
+        if slots[0] < 0:  # rows of the base would only add idle programs and slow down the others
             starts, slots = starts[1:], slots[1:]
         arrays["starts"][:] = starts + [count] * (self._slots + 1 - len(starts))
         arrays["slots"][:] = slots + [-1] * (self._slots - len(slots))
@@ -92,7 +92,7 @@ class RecordedInputs:
 
 
 def single_tokens(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Each token as a chunk of its own, in the same order."""
+    """Every token as a chunk of its own, in the same order."""
     return [
         chunk._replace(tokens=(token,), start=chunk.start + i)
         for chunk in chunks

@@ -1,4 +1,4 @@
-"""The thread that steps: commands in, news out, and nothing of asyncio in it."""
+"""The thread that runs steps: takes commands, publishes tokens. Independent of asyncio."""
 
 import logging
 import queue
@@ -19,39 +19,38 @@ from deltazip_ray.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-# What torch and the code around it raise for a batch that they cannot compute. Anything else ends the loop.
+# Exceptions of torch and our code for a batch that cannot be computed. Any other exception ends the loop.
 _STEP_FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError, EngineError)
 
 READER_S = 0.0002
 """Time for each reader of tokens that is woken. Under Serve one costs 60 to 90 us of the interpreter, which the steps
 share: this leaves them more than half of it, however many readers there are."""
 _LONG = 256
-"""More tokens of prompts make a step long."""
+"""A step with more prompt tokens is long."""
 MOST_FAILURES = 8
-"""Steps that fail in a row before the device counts as lost, though it still answers."""
+"""After this many failed steps in a row the device is considered lost, even if it still answers."""
 
 
 class Launched(Protocol):
-    """A step on the device."""
+    """A launched step."""
 
     def wait(self) -> Sequence[Drawn | None]:
-        """What it drew for each of ``batch.sampling_chunks``; None where the logits are not finite.
+        """The tokens sampled for ``batch.sampling_chunks``; None if the logits are not finite.
 
-        Waits for this step and for nothing that was launched after it.
+        Waits for this step, but for nothing that was launched after it.
         """
 
     def scores(self) -> Sequence[Scores]:
-        """What it computed for each of ``batch.scoring_chunks``; called after :meth:`wait`."""
+        """The results for ``batch.scoring_chunks``; call it after :meth:`wait`."""
 
 
 class StepRunner(Protocol):
-    """Runs batches, one after the other in the order of their launch."""
+    """Runs batches in the order of their launch."""
 
     def launch(self, batch: Batch) -> Launched:
-        """Enqueue ``batch`` without waiting for the one before, whose tokens stand where it says ``DRAWN``.
+        """Enqueue ``batch`` without waiting for the previous one, whose tokens replace ``DRAWN``.
 
-        A device that is the host itself may compute at once. After a launch that raised, the next batch has no
-        ``DRAWN``.
+        On a CPU it may be computed at once. After a launch that raised, the next batch has no ``DRAWN``.
         """
 
     def synchronize(self) -> None:
@@ -60,16 +59,16 @@ class StepRunner(Protocol):
 
 @dataclass(frozen=True)
 class _Step:
-    """A batch on its way."""
+    """A batch in flight."""
 
     batch: Batch
     launched: Launched | Exception
-    """Why the launch failed, if it did."""
+    """The exception if the launch failed."""
     began: float
 
 
 class StepLoop:
-    """Schedules, runs and publishes, one step after the other; sleeps when there is nothing to do."""
+    """Schedules and runs steps and publishes their tokens; sleeps when there is nothing to do."""
 
     def __init__(
         self,
@@ -82,9 +81,9 @@ class StepLoop:
         ahead: bool,
         threads: int | None,
     ) -> None:
-        """``publish`` and ``ended`` (once, when the loop is over) are called from the loop's thread.
+        """``publish`` and ``ended`` (once, at the end of the loop) are called from the loop's thread.
 
-        With ``ahead``, a step is scheduled and launched before the one before it is waited for.
+        With ``ahead``, a step is scheduled and launched before waiting for the previous one.
         """
         self._scheduler = scheduler
         self._runner = runner
@@ -102,23 +101,23 @@ class StepLoop:
         self._thread = threading.Thread(target=self._run, name="deltazip-step", daemon=True)
 
     def start(self) -> None:
-        """Begin to take commands."""
+        """Start the thread."""
         self._thread.start()
 
     def add(self, request: GenerateRequest, slot: int) -> None:
-        """Queue a request whose delta is in ``slot`` and stays there until news say that the request is over."""
+        """Queue a request whose delta is in ``slot`` and stays there until the request's end is published."""
         self._inbox.put(lambda: self._add(request, slot))
 
     def abort(self, request_id: str) -> None:
-        """Forget a request; news say None when no step uses it any more, or that it was over before."""
+        """End a request; its end (None) is published when no step uses it any more, unless it ended before."""
         self._inbox.put(lambda: self._scheduler.abort(request_id))
 
     def lend(self, blocks: range) -> None:
-        """Let requests have ``blocks``, which nothing else uses until they are taken back."""
+        """Add ``blocks`` to the cache, which nothing else uses until they are taken back."""
         self._inbox.put(lambda: self._scheduler.blocks.lend(blocks))
 
     def take_back(self, blocks: range, done: Callable[[], object]) -> None:
-        """Take ``blocks`` from requests; ``done`` is called from the loop's thread when no step uses them any more."""
+        """Remove ``blocks`` from the cache; ``done`` is called from the loop's thread when no step uses them."""
         self._inbox.put(lambda: self._take_back(blocks, done))
 
     def check(self, done: Callable[[DeltaZipError | None], None]) -> None:
@@ -126,7 +125,7 @@ class StepLoop:
         self._inbox.put(lambda: done(self._check()))
 
     def stop(self) -> None:
-        """End after the running step, and wait for it. Requests that are left get no news."""
+        """End after the running step, and wait for that. Nothing is published for unfinished requests."""
         self._inbox.put(None)
         self._thread.join()
 
@@ -142,7 +141,7 @@ class StepLoop:
             self._ended()
 
     def _obey(self) -> bool:
-        """Carry out what was asked for, waiting for it if there is no other work; False: stop."""
+        """Execute queued commands, waiting for one if there is no other work; returns False to stop."""
         wait = not self._scheduler.has_work
         if wait:
             self._scheduler.check()
@@ -157,9 +156,9 @@ class StepLoop:
             wait = False
 
     def _advance(self) -> None:
-        """Launch the next step and finish the one before; then that next one too, unless it may run meanwhile.
+        """Launch the next step, then finish the previous one (and the next one too, unless ``ahead``).
 
-        Between the two most tokens are told: their readers need the interpreter, and this thread only waits.
+        Most tokens are published in between: their readers need the GIL, while this thread only waits.
         """
         batch = self._scheduler.schedule()
         if _long(batch):
@@ -174,7 +173,7 @@ class StepLoop:
         self._tell(self._turns() if self._step is None else 0)
 
     def _turns(self) -> int:
-        """How many readers there was time for since some were woken."""
+        """The number of readers to wake, by the time since the last ones."""
         now = time.perf_counter()
         turns = int((now - self._told_at) / READER_S)
         if turns:
@@ -182,7 +181,7 @@ class StepLoop:
         return turns
 
     def _tell(self, turns: int | None) -> None:
-        """Publish first tokens and ends, and the tokens between those to ``turns`` readers; None: to all."""
+        """Publish first tokens and ends, and the tokens of ``turns`` other readers; None: of all."""
         if news := self._scheduler.take_news(turns):
             self._publish(news)
 
@@ -196,7 +195,7 @@ class StepLoop:
             return _Step(batch, error, began)
 
     def _finish(self, step: _Step) -> None:
-        """Wait for a step; one that failed fails its requests, or all with the loop if the device is lost."""
+        """Wait for a step. If it failed, its requests fail; if the device is lost, the loop ends."""
         try:
             if isinstance(step.launched, Exception):
                 raise step.launched
@@ -213,7 +212,7 @@ class StepLoop:
         self._record(step)
 
     def _device_works(self) -> bool:
-        """Whether only a step failed: some errors of a GPU make all later calls fail, until the process is replaced."""
+        """Whether the device still works: after some GPU errors all later calls of the process fail."""
         if self._failures == MOST_FAILURES:
             logger.critical(
                 "%d steps in a row failed: the engine stops, so that its replica is replaced", MOST_FAILURES
@@ -227,7 +226,7 @@ class StepLoop:
         return True
 
     def _record(self, step: _Step) -> None:
-        """Steps overlap: the time of one begins when the one before was finished."""
+        """Record metrics. As steps overlap, a step's time starts at the end of the previous one."""
         now = time.perf_counter()
         self._metrics.step_seconds.observe(now - max(step.began, self._finished_at))
         self._metrics.step_rows.observe(step.batch.num_tokens)
@@ -249,7 +248,7 @@ class StepLoop:
             done()
 
     def _check(self) -> DeltaZipError | None:
-        # A load may have lost the device while no step ran that could tell.
+        # A load may have broken the device while no step was running.
         if self._step is None and not self._device_works():
             self._lost = True
             return EngineError("the device is lost: the engine stops, so that its replica is replaced")
@@ -261,5 +260,5 @@ class StepLoop:
 
 
 def _long(batch: Batch) -> bool:
-    """Whether a step takes so long that all readers are woken before it."""
+    """Whether a step takes so long that all tokens are published before it."""
     return batch.num_tokens - len(batch.chunks) > _LONG

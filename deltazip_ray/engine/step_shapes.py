@@ -1,4 +1,4 @@
-"""Which steps there are recordings of."""
+"""The shapes of recorded steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ a row too many costs next to nothing; a size more is one recording more for each
 
 @dataclass(frozen=True)
 class StepShape:
-    """What the launches of a step depend on; a batch runs in a graph at least as large in every respect."""
+    """The parameters of a step's launches; a batch runs in a graph that is at least as large in each."""
 
     rows: int
     versions: int
     """0: the base alone."""
     longest: int
-    """Rows of one version."""
+    """Maximum rows of one version."""
     arriving: bool
-    """Whether a version is on its way: then each layer is a graph of its own."""
+    """Whether a version is still being copied; then each layer is a graph of its own."""
     halves: bool = False
-    """Whether some versions have more rows than one item of work: see ``in_halves``."""
+    """Whether some versions have more rows than one work item: see ``in_halves``."""
 
     @classmethod
     def of(cls, rows: int, lengths: Sequence[int], slots: int, *, arriving: bool) -> "StepShape":
-        """The least shape, of which there is a graph, for versions of ``lengths`` rows."""
+        """The smallest recorded shape for versions with ``lengths`` rows."""
         if not lengths:
             return cls(rows, 0, 0, arriving=arriving)
         versions = min(1 << (len(lengths) - 1).bit_length(), rows, slots)
@@ -36,18 +36,18 @@ class StepShape:
 
 
 def step_sizes(most: int) -> tuple[int, ...]:
-    """Rows of the graphs for batches of up to ``most`` rows."""
+    """Numbers of rows of the graphs for batches of up to ``most`` rows."""
     sizes = [*_SMALL, *range(_SMALL[-1] + _FINE, _COARSE, _FINE), *range(_COARSE, most, 64)]
     return (*(size for size in sizes if size < most), most)
 
 
 def mixtures(rows: int, versions: int) -> list[tuple[int, ...]]:
-    """Rows of each version in steps of ``rows`` rows; together they take all recordings that there are for these."""
+    """Rows of each version in example steps of ``rows`` rows that together need all recordings of that size."""
     most = rows - versions + 1
     longest = sorted({min(length, most) for length in (SOME, MORE, 2 * MORE, rows)})
     return [(length, *[1] * (versions - 1)) for length in longest]
 
 
 def numbers_of_versions(most: int) -> list[int]:
-    """1, 2, 4 … and ``most``: those that there are recordings for."""
+    """The recorded numbers of versions: 1, 2, 4 … and ``most``."""
     return sorted({min(1 << i, most) for i in range(most.bit_length() + 1)} - {0})

@@ -1,4 +1,4 @@
-"""One request's results on their way from the step loop to whoever iterates over them."""
+"""Passes one request's tokens from the step loop to their reader."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ _NOTHING = TokenChunk(())
 
 
 class TokenStream:
-    """Joins what arrives faster than it is taken. Belongs to one event loop, with one reader."""
+    """Joins chunks that arrive faster than they are read. Belongs to one event loop, with one reader."""
 
     def __init__(self) -> None:
         self._chunk = _NOTHING
@@ -17,7 +17,7 @@ class TokenStream:
         self._ready = asyncio.Event()
 
     def put(self, chunk: TokenChunk) -> None:
-        """Give the reader the next tokens."""
+        """Add the next tokens."""
         self._chunk = chunk if self._chunk is _NOTHING else _joined(self._chunk, chunk)
         self._ready.set()
 
@@ -27,7 +27,7 @@ class TokenStream:
         self._ready.set()
 
     async def get(self) -> TokenChunk:
-        """All tokens that have arrived since the last call, at least one or the end. Raises what ``fail`` was given."""
+        """All tokens since the last call; waits for at least one, or the end. Raises the error of :meth:`fail`."""
         await self._ready.wait()
         chunk, self._chunk = self._chunk, _NOTHING
         if self._error is None:

@@ -1,13 +1,13 @@
-"""Copies from the host to the device, beside the steps and never in their way.
+"""Copies from the host to the device that do not delay steps.
 
-A load on an idle engine orders its copies itself, all at once: another thread would have to wait for the interpreter
-again and again, and the wire with it. While steps run, a thread makes the large copies of all loads in chunks, each
-when the one before is done, and sleeps meanwhile: a copy engine that always finds work on one stream lets others wait
-without end (docs/tiers.md). These copies have a stream of their own; what is small goes on another one.
+On an idle engine, a load enqueues all of its copies itself: another thread would have to wait for the GIL again and
+again, and the bus with it. While steps run, one thread makes the large copies of all loads in chunks, each after the
+previous one is done, and sleeps in between: a copy engine that always has work on one stream starves the others
+(docs/tiers.md). These copies have a stream of their own; small writes use another one.
 
-A load ends when the device has done all of it, which its thread waits for. So what is published after that is complete
-for every step launched later, on whatever stream, without an event between the streams. What was launched before does
-not use the slot, for the slot's pins are back. On a CPU the thread makes plain copies.
+A load ends when the device has finished all of it, which its thread waits for. So a version that is published after
+that is complete for every later step on any stream, without events between streams. Earlier steps do not use the slot,
+as all its pins have been returned. On a CPU the thread makes plain copies.
 """
 
 import sys
@@ -24,11 +24,11 @@ from deltazip_ray.residency.pace import Pace
 from deltazip_ray.residency.tiers import HostMemory
 
 CHUNK = 8 * MIB
-"""Bytes of one copy beside steps."""
+"""Bytes of one copy while steps run."""
 AHEAD = 2
-"""Copies that a load beside steps asks for before it waits: its work between them takes the interpreter from theirs."""
+"""Copies that a load requests before it waits while steps run, so that it does not compete with them for the GIL."""
 _SWITCH_S = 0.0005
-"""Threads take turns at the interpreter. Loads are Python for some milliseconds; Python's own 5 would delay steps."""
+"""Switch interval of the GIL. Loads run Python for some milliseconds; the default of 5 ms would delay steps."""
 
 
 class Copier:
@@ -42,24 +42,24 @@ class Copier:
 
     @property
     def orders(self) -> bool:
-        """Whether copies can be ordered at once: by a device, and without a bound."""
+        """Whether copies can be enqueued at once: on a GPU, without a speed limit."""
         return self.stream is not None and self._pace.unbounded
 
     def order(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Tell the device to copy ``source`` to ``target``, both ``[bytes]`` uint8, behind the copies so far."""
+        """Enqueue the copy of ``source`` to ``target``, both ``[bytes]`` uint8."""
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
 
     def submit(self, target: torch.Tensor, source: torch.Tensor) -> Future[None]:
-        """Have the same copied in chunks by the thread, in the order in which copies are asked for."""
+        """Let the thread make the copy in chunks, in the order of the calls."""
         return self._thread.submit(self._copy, target, source)
 
     def event(self) -> torch.cuda.Event | None:
-        """An event behind what was ordered so far; None on a CPU."""
+        """An event after all copies enqueued so far; None on a CPU."""
         return None if self.stream is None else _mark(self.stream)
 
     def mark(self) -> Mark:
-        """A mark behind all copies that the thread was asked for so far."""
+        """A mark after all copies submitted so far."""
         return self._thread.submit(self.event)
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -73,19 +73,19 @@ class Copier:
 
 
 class Upload:
-    """The device work of one load, in one thread."""
+    """The device work of one load, used by one thread."""
 
     def __init__(self, copier: Copier, *, gently: bool = False) -> None:
-        """``gently``: beside steps, which come first."""
+        """``gently``: steps are running, and must not be delayed."""
         self._copier = copier
         self._gently = gently
         self._at_once = copier.orders and not gently
         self._copies: list[Future[None]] = []
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Have ``source`` copied to ``target``, both ``[bytes]`` uint8; ``source`` must stay until the load ends.
+        """Copy ``source`` to ``target``, both ``[bytes]`` uint8; ``source`` must stay valid until the load ends.
 
-        What is launched in the same block sees the bytes after :meth:`join` only.
+        Launches in the same block see the bytes only after :meth:`join`.
         """
         if self._at_once:
             self._copier.order(target, source)
@@ -95,7 +95,7 @@ class Upload:
         self._copies.append(self._copier.submit(target, source))
 
     def mark(self) -> Mark:
-        """What comes when the copies so far, and those of other loads, have been ordered."""
+        """A mark after the copies so far, including those of other loads."""
         if not self._at_once:
             return self._copier.mark()
         mark: Mark = Future()
@@ -103,24 +103,24 @@ class Upload:
         return mark
 
     def join(self) -> None:
-        """Let what is launched from now on wait for the copies so far."""
+        """Make later launches wait for the copies so far."""
         copies, self._copies = self._copies, []
-        wait(copies)  # for those behind one that failed, too
+        wait(copies)  # also for those after a failed one
         for copy in copies:
             copy.result()
         if self._copier.stream is not None:
             torch.cuda.current_stream(self._copier.stream.device).wait_stream(self._copier.stream)
 
     def drop(self) -> None:
-        """Leave out the copies that have not begun."""
+        """Cancel the copies that have not started."""
         self._copies = [copy for copy in self._copies if not copy.cancel()]
 
 
 class Uploads:
-    """Where loads do their device work. Thread-safe."""
+    """The device work of all loads. Thread-safe."""
 
     def __init__(self, device: torch.device, bytes_per_s: float | None = None, chunk: int = CHUNK) -> None:
-        """``bytes_per_s`` bounds all loads together; None: as fast as the wires."""
+        """``bytes_per_s`` limits all loads together; None: no limit."""
         self.copier = Copier(device, Pace(bytes_per_s), chunk)
         if device.type == "cuda":
             sys.setswitchinterval(min(_SWITCH_S, sys.getswitchinterval()))
@@ -129,19 +129,19 @@ class Uploads:
         self._locks = PageLocks()
 
     def lock_pages(self, memory: HostMemory) -> None:
-        """Let the device read ``memory`` directly, once and for as long as it lives; seconds for many gigabytes."""
+        """Page-lock ``memory`` for as long as it lives; takes seconds for many gigabytes."""
         if self._device.type == "cuda":
             self._locks.ensure(memory)
 
     def event(self) -> torch.cuda.Event | None:
-        """An event behind what is on the current stream; None on a CPU."""
+        """An event after the work on the current stream; None on a CPU."""
         return _mark(torch.cuda.current_stream(self._device)) if self._device.type == "cuda" else None
 
     @contextmanager
     def beside_steps(self, *, gently: bool = False) -> Iterator[Upload]:
-        """Around one load: what the block does on the device is done when the block ends, however it ends.
+        """The context of one load: however the block ends, its device work is finished then.
 
-        ``gently``: steps run meanwhile, and come first.
+        ``gently``: steps are running, and must not be delayed.
         """
         upload = Upload(self.copier, gently=gently)
         rest = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -160,7 +160,7 @@ class Uploads:
 
 
 def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """An event behind all that is on ``stream``; a thread that waits for it sleeps."""
+    """An event after the work on ``stream``; waiting for it does not spin."""
     event = torch.cuda.Event(blocking=True)
     event.record(stream)
     return event

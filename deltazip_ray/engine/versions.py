@@ -1,4 +1,4 @@
-"""Brings versions into slots, beside the step loop and never in its way."""
+"""Loads versions into slots without delaying the step loop."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ _COPY_THREADS = 2
 
 
 class Versions:
-    """Versions on the device: pinned while a request uses them, loaded from ``source`` when it asks for them."""
+    """Versions on the device: loaded from ``source`` when a request needs them, and pinned while it uses them."""
 
     def __init__(
         self,
@@ -32,14 +32,14 @@ class Versions:
         half_life: float = HALF_LIFE,
         broken: Callable[[], object] = lambda: None,
     ) -> None:
-        """``count`` slots; ``half_life`` of a request, in requests, for what stays in them.
+        """``count`` slots; ``half_life`` of a use, in uses, for eviction.
 
-        ``broken`` is called when a slot turns out to have had wrong bytes while steps used it.
+        ``broken`` is called if a slot turns out to have had wrong bytes while steps used it.
         """
         self.table = SlotTable(count, cost=self._seconds_away, half_life=half_life)
         self._copy_s: dict[str, float] = {}
         self._unconfirmed: dict[int, asyncio.Task[None]] = {}
-        """By slot: copies into slots that are in use."""
+        """By slot: running copies into slots that are in use already."""
         self._broken = broken
         self._source = source
         self._slots = slots
@@ -47,14 +47,14 @@ class Versions:
         self._copiers = ThreadPoolExecutor(_COPY_THREADS, thread_name_prefix="deltazip-load")
 
     async def pin(self, version: str, timeout_s: float) -> Pin:
-        """Have ``version`` in a slot until ``table.unpin``.
+        """Keep ``version`` in a slot until ``table.unpin``, loading it if needed.
 
         Raises LoadTimeout, EngineStopped, ArtifactError, StoreError.
         """
         return await self.table.pin(version, functools.partial(self._load, version), timeout_s)
 
     async def prefetch(self, version: str, tier: PrefetchTier, timeout_s: float) -> bool:
-        """Bring a version nearer, behind all that is wanted now; returns whether it is there."""
+        """Bring a version to ``tier`` with low priority; returns whether it is there."""
         try:
             there = version in self.table.resident or await self._source.prefetch(version)
             if there and tier == "device":
@@ -68,7 +68,7 @@ class Versions:
         return there
 
     async def unload(self, version: str, *, disk: bool) -> None:
-        """Free what a version takes here and on the host, as soon as nothing uses it.
+        """Remove a version from its slot and from the host, as soon as nothing uses it.
 
         Raises ArtifactError, StoreError.
         """
@@ -76,33 +76,33 @@ class Versions:
         await self._source.discard(version, disk=disk)
 
     async def lend(self, least: int) -> int | None:
-        """A slot whose memory nothing uses until ``table.take_back``: see :meth:`SlotTable.lend`."""
+        """See :meth:`SlotTable.lend`; nothing uses the slot's memory until ``table.take_back``."""
         slot = self.table.lend(least)
         if slot in self._unconfirmed:
             await asyncio.wait({self._unconfirmed[slot]})
         return slot
 
     def vocab_size(self, pin: Pin) -> int:
-        """Tokens that a pinned version knows."""
+        """Size of the vocabulary of a pinned version."""
         return self._slots.vocab_size(pin.slot)
 
     async def confirm(self, pin: Pin) -> None:
-        """Wait until all of a pinned version is in its slot; before that, nothing that it made may be given away.
+        """Wait until a pinned version is completely in its slot. No token of it may be delivered before that.
 
-        Raises StoreError and EngineError: then the slot may hold anything.
+        Raises StoreError and EngineError: then the content of the slot is undefined.
         """
         copy = self._unconfirmed.get(pin.slot)
         if copy is not None:
             await asyncio.shield(copy)
 
     async def close(self) -> None:
-        """Fail those who wait for a slot, and end the loads."""
+        """Fail all waiters, and end the loads."""
         await self.table.close()
         await asyncio.gather(*self._unconfirmed.values(), return_exceptions=True)
         self._copiers.shutdown()
 
     async def _load(self, version: str, ask_slot: AskSlot) -> Tier:
-        """All that may be slow or fail comes before the slot, so that it costs no other version its place."""
+        """Load a version. It asks for the slot after everything that may be slow or fail."""
         began = time.perf_counter()
         try:
             delta = await self._source.acquire(version)
@@ -120,7 +120,7 @@ class Versions:
         return delta.tier
 
     async def _until_usable(self, slot: int, version: str, delta: HostDelta) -> None:
-        """Fill a slot; on an idle engine this ends when steps may be launched that wait for the rest."""
+        """Fill a slot; on an idle engine, return as soon as steps can be launched that wait for the rest."""
         usable = asyncio.Event()
         copy = asyncio.create_task(self._copy(slot, version, delta, usable))
         waiting = asyncio.create_task(usable.wait())
@@ -138,7 +138,7 @@ class Versions:
             copy.add_done_callback(functools.partial(self._confirmed, slot))
 
     async def _copy(self, slot: int, version: str, delta: HostDelta, usable: asyncio.Event) -> None:
-        """Copy a version that is held, and let go of it."""
+        """Copy a held version to the device, and release it."""
         began = time.perf_counter()
         tell = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, usable.set)
         try:
@@ -155,7 +155,7 @@ class Versions:
         self._copy_s = {one: seconds for one, seconds in self._copy_s.items() if one in resident} | {version: copied}
 
     def _confirmed(self, slot: int, copy: asyncio.Task[None]) -> None:
-        """The end of a copy into a slot that is in use already."""
+        """A copy into a slot that is in use already has ended."""
         error = None if copy.cancelled() else copy.exception()
         if error is None:
             del self._unconfirmed[slot]
@@ -168,7 +168,7 @@ class Versions:
 
 
 async def _ended(copy: asyncio.Future[None]) -> None:
-    """Wait for a copy, even when cancelled: until it has ended it reads the host's bytes and writes the slot."""
+    """Wait for a copy even if cancelled: until it ends, it reads the host's bytes and writes the slot."""
     try:
         await asyncio.shield(copy)
     finally:

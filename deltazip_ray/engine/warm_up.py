@@ -1,6 +1,6 @@
-"""Steps that nobody asked for: what they compile and record is there when the first request comes.
+"""Runs steps without requests, so that kernels are compiled and graphs recorded before the first request.
 
-Before the first real step only. Keys and values go to the block that no request has.
+Only before the first real step. Keys and values go to the padding block, which no request has.
 """
 
 from array import array
@@ -15,13 +15,13 @@ from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 from deltazip_ray.scheduler.sequence import SequenceState
 
 _PROMPTS = (128, 101)
-"""Rows, more than graphs have: kernels are compiled for multiples of 16 and for other numbers."""
+"""Rows of the prompts: kernels are compiled separately for multiples of 16 and for other numbers."""
 _GREEDY = SamplingParams(temperature=0.0)
 _CUT = SamplingParams(top_k=20, top_p=0.9, min_p=0.01, logprobs=1)
 
 
 def run_steps(runner: ModelRunner, config: EngineConfig) -> None:
-    """Run a prefill, and one beside a decode, over the base."""
+    """Run a prefill, and a prefill together with a decode, of the base."""
     most = min(config.max_batch_tokens, config.max_model_len - 1)
     for rows in (min(rows, most) for rows in _PROMPTS):
         _run(runner, [_chunk(runner, rows, _GREEDY)])
@@ -30,8 +30,8 @@ def run_steps(runner: ModelRunner, config: EngineConfig) -> None:
 
 
 def record_graphs(runner: ModelRunner, slots: int) -> None:
-    """Run all steps that can be recorded over the base and up to ``slots`` versions; over one version alone also as if
-    it were on its way."""
+    """Run all steps that can be recorded with the base and up to ``slots`` versions; with a single version also as if
+    it were still being copied."""
     for rows in runner.graph_sizes:
         _run(runner, [_chunk(runner, 1, _GREEDY) for _ in range(rows)])
         for versions in numbers_of_versions(min(rows, slots)):
@@ -47,7 +47,7 @@ def _run(runner: ModelRunner, chunks: Sequence[Chunk], arrivals: Sequence[Arriva
 
 
 def _chunk(runner: ModelRunner, rows: int, sampling: SamplingParams, slot: int = -1) -> Chunk:
-    """A prompt of the base, or of a ``slot`` that is empty, of ``rows`` tokens."""
+    """A prompt of ``rows`` tokens for the base, or for an empty ``slot``."""
     sequence = SequenceState(GenerateRequest("warm-up", None, (0,) * rows, sampling), slot)
     blocks = -(-rows // runner.attention.shape.block_size)
     return Chunk(sequence, sequence.request.prompt, 0, array("i", [runner.attention.padding]) * blocks, samples=True)

@@ -1,4 +1,4 @@
-"""Drawing tokens. What a row draws depends on its logits, its request and its output position, and nothing else."""
+"""Sampling. The draw of a row depends on its logits, its request and its output position, and on nothing else."""
 
 from deltazip_ray.engine.sampling.batch import SampledTokens, SamplingBatch, StepDraws, sample
 from deltazip_ray.engine.sampling.draw import Draw

@@ -1,4 +1,4 @@
-"""The rows of one step, from logits to tokens."""
+"""Samples the tokens of one step from its logits."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from deltazip_ray.scheduler.request import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
-    """Everything that :func:`sample` needs beside logits, on the device. Empty for a batch that is greedy."""
+    """Everything that :func:`sample` needs besides logits, on the device. Empty for a greedy batch."""
 
     edits: tuple[Edit, ...] = ()
     random: tuple[RandomRows, ...] = ()
@@ -26,22 +26,22 @@ class SamplingBatch:
 
     @classmethod
     def of(cls, draws: Sequence[Draw], device: torch.device) -> "SamplingBatch":
-        """Stage draws, in the order of the logits' rows; waits for nothing."""
+        """Stage draws, in the order of the logits' rows, without waiting for the device."""
         return cls(edits(draws, device), random_rows(draws, device), LogprobRows.of(draws, device))
 
 
 class StepDraws:
-    """Stages the draws of steps. While the same requests draw at random, only the points are new."""
+    """Stages the draws of steps. While the set of requests stays the same, only the random numbers change."""
 
     def __init__(self, device: torch.device) -> None:
-        """The device of the logits."""
+        """``device`` of the logits."""
         self._device = device
         self._random: tuple[RandomRows, ...] = ()
         self._drawing: Sequence[object] | None = None
-        """Whose they are, where nothing else is wanted of the draws."""
+        """The sequences of ``_random``, if they need neither edits nor logprobs."""
 
     def stage(self, batch: Batch) -> SamplingBatch:
-        """Waits for nothing."""
+        """Stage the draws of a batch, without waiting for the device."""
         chunks = batch.sampling_chunks
         drawing = [chunk.sequence for chunk in chunks]
         if drawing == self._drawing:
@@ -57,16 +57,16 @@ class StepDraws:
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """Drawn tokens on the device, and on their way to the host."""
+    """Sampled tokens, on the device and being copied to the host."""
 
     tokens: torch.Tensor
-    """``[rows]`` int64; anything where the logits were not finite, and the model is broken."""
+    """``[rows]`` int64; undefined for rows whose logits are not finite."""
     fetched: Fetched
-    """The same, the best logit of each row, and log-probabilities of the rows that are ``wanted``."""
+    """The tokens, the highest logit of each row, and log-probabilities of the rows in ``wanted``."""
     wanted: tuple[tuple[int, int], ...] = ()
 
     def fetch(self) -> list[Drawn | None]:
-        """One for each row, None where it is not finite. Waits until they are drawn, and for nothing after that."""
+        """One per row, None if its logits are not finite. Waits for the samples, but for nothing after them."""
         tokens, top, *logprobs = self.fetched.wait()
         drawn: list[Drawn | None] = list(map(Drawn, tokens))
         for (row, count), chosen, best, ids in zip(self.wanted, *logprobs, strict=True):
@@ -78,7 +78,7 @@ class SampledTokens:
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> SampledTokens:
-    """One token for each row of ``logits`` ``[rows, vocab]``, -inf where a token cannot be.
+    """One token for each row of ``logits`` ``[rows, vocab]``, which are -inf for impossible tokens.
 
     May overwrite ``logits``. Does not wait for the device.
     """

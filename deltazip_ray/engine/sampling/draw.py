@@ -1,4 +1,4 @@
-"""One token to draw, and what its request remembers of those before it."""
+"""A token to sample, and the state that its request keeps between tokens."""
 
 import math
 from array import array
@@ -8,26 +8,26 @@ from typing import NamedTuple
 from deltazip_ray.scheduler.batch import Chunk
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 
-_COLDEST = 1e-30  # a lower temperature is no different, and would not be a float32
+_COLDEST = 1e-30  # lower temperatures make no difference, and do not fit into float32
 
 
 class DrawState:
-    """What the draws of one sequence depend on beside its logits. The step thread brings it up to date."""
+    """What the draws of one sequence depend on besides its logits. Updated by the step thread."""
 
     def __init__(self, request: GenerateRequest) -> None:
         self.matcher = request.matcher
-        """Follows the output's structure; None where any text will do."""
+        """Follows the output's structure, if it has one."""
         self.tokens = array("i")
         """Distinct tokens of prompt and output."""
         self.counts = array("i")
-        """How often each is in the output."""
+        """Occurrences of each in the output."""
         self._places: dict[int, int] = {}
         self._counts_all = request.sampling.penalized
         self._output = len(request.prompt) - request.output_offset
         self._known = 0
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Take note of the sequence's ``tokens``, all of them, as far as they are new."""
+        """Update to ``tokens``, which are all tokens of the sequence."""
         for position in range(self._known, len(tokens)):
             made = position >= self._output
             if self._counts_all:
@@ -45,10 +45,10 @@ class DrawState:
 
 
 class Traits(NamedTuple):
-    """What all draws of a request have in common, worked out once."""
+    """What all draws of a request have in common, computed once."""
 
     random: tuple[bool, bool] | None
-    """None for greedy ones; else whether top-k or top-p cut anything off, and whether min-p does."""
+    """None if greedy; otherwise whether top-k or top-p is on, and whether min-p is."""
     edits: bool
     seed: int
     numbers: tuple[float, float, float, float]
@@ -56,20 +56,20 @@ class Traits(NamedTuple):
 
     @classmethod
     def of(cls, params: SamplingParams) -> "Traits":
-        """Those of a request with these parameters."""
+        """The traits of requests with these parameters."""
         random = None if params.greedy else (params.top_k > 0 or params.top_p < 1, params.min_p > 0)
         numbers = (max(params.temperature, _COLDEST), params.top_k or math.inf, params.top_p, params.min_p)
         return cls(random, params.edits, params.seed, numbers)
 
 
 class Draw(NamedTuple):
-    """One token to draw: the parameters of its request and its position in the request's whole output."""
+    """A token to sample: its request's parameters, and its position in the request's whole output."""
 
     params: SamplingParams
     position: int
     traits: Traits
     state: DrawState | None = None
-    """Needed where ``params.sequential``."""
+    """Needed if ``params.sequential``."""
 
     @classmethod
     def at(cls, params: SamplingParams, position: int, state: DrawState | None = None) -> "Draw":
@@ -78,7 +78,7 @@ class Draw(NamedTuple):
 
     @classmethod
     def of(cls, chunk: Chunk) -> "Draw":
-        """The draw of a chunk that samples. Its sequence keeps what the next one needs."""
+        """The draw of a chunk that samples; its sequence keeps the state for the next one."""
         sequence, params = chunk.sequence, chunk.sampling
         if sequence.draw_state is None:
             state = DrawState(sequence.request) if sequence.sequential else None
