@@ -1,4 +1,4 @@
-"""What goes into the product of a linear layer: activations and the base's weight."""
+"""The operands of a linear layer: activations and the base's weight."""
 
 from dataclasses import dataclass
 
@@ -13,14 +13,14 @@ BaseWeight = torch.Tensor | Fp8Matrix
 
 @dataclass(frozen=True)
 class Activations:
-    """Rows ``[rows, K]``, and the same rounded to int8 (and fp8) where the layer that made them did so."""
+    """Rows ``[rows, K]``, also rounded to int8 (and fp8) if the layer before did that."""
 
     values: torch.Tensor
     rounded: QuantizedRows | None = None
 
 
 def dense(weight: BaseWeight, dtype: torch.dtype) -> torch.Tensor:
-    """``weight`` as an ordinary tensor: itself, or one in ``dtype`` made from fp8."""
+    """``weight`` as an ordinary tensor; fp8 is converted to ``dtype``."""
     return weight.dequantize(dtype) if isinstance(weight, Fp8Matrix) else weight
 
 

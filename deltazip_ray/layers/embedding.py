@@ -1,4 +1,4 @@
-"""Token embedding and output head, with deltas and with tokens that only some versions have."""
+"""Token embedding and output head, with deltas and with tokens that versions add."""
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +32,14 @@ class DeltaHead:
     """Logits over the base's vocabulary and each version's added tokens."""
 
     def __init__(self, target: MatrixTarget, added: AddedTarget, ops: LayerOps, softcap: float | None = None) -> None:
-        """For tied weights these are the embedding's own. ``softcap``: logits ``x`` become ``cap * tanh(x / cap)``."""
+        """Tied weights have the targets of the embedding. ``softcap``: logits ``x`` become ``cap * tanh(x / cap)``."""
         self.target = target
         self.added = added
         self.ops = ops
         self.softcap = softcap
 
     def __call__(self, hidden: Activations, rows: Rows) -> torch.Tensor:
-        """``hidden`` ``[rows, hidden]`` to logits ``[rows, vocab + most added]``; -inf where a version ends."""
+        """``hidden`` ``[rows, hidden]`` to logits ``[rows, vocab + max added]``; -inf for tokens a version lacks."""
         logits = self._capped(self.ops.linear(self.target.base, hidden, self.target.stack, rows))
         width = self.added.width
         if width == 0:

@@ -9,15 +9,15 @@ from deltazip_ray.layers.stack import DeltaStack
 
 
 class DeltaLinear:
-    """``x W^T + b`` for the base in one product over all rows, then each version's deltas.
+    """``x W^T + b`` of the base in one product over all rows, plus the deltas of each row's version.
 
-    ``weight`` ``[out, in]`` holds several checkpoint matrices one below the other (q|k|v, gate|up).
+    ``weight`` ``[out, in]`` may be several checkpoint matrices, stacked (q|k|v, gate|up).
     """
 
     def __init__(
         self, weight: BaseWeight, stack: DeltaStack, ops: LayerOps, biases: torch.Tensor | None = None
     ) -> None:
-        """``biases`` ``[slots + 1, out]``, row 0 the base's."""
+        """``biases`` ``[slots + 1, out]``; row 0 is the base's."""
         self.weight = weight
         self.stack = stack
         self.ops = ops

@@ -1,4 +1,4 @@
-"""Norms with weights of their own for each version."""
+"""Norms with separate weights for each version."""
 
 from typing import Protocol
 
@@ -12,18 +12,18 @@ from deltazip_ray.layers.targets import VectorTarget
 
 
 class Norm(Protocol):
-    """Any of the norms over whole rows."""
+    """A norm over whole rows."""
 
     def __call__(self, x: torch.Tensor, rows: Rows, update: torch.Tensor | None = None) -> Activations:
-        """Norm ``x`` ``[rows, hidden]``, to which ``update`` is added in place before; the mean is taken in float32."""
+        """Add ``update`` to ``x`` ``[rows, hidden]`` in place, and norm the sum; means are computed in float32."""
         ...
 
 
 class DeltaRMSNorm:
-    """Scale rows to unit root mean square, then by the weight of the row's version."""
+    """Scales rows to unit root mean square, then by the weight of the row's version."""
 
     def __init__(self, target: VectorTarget, eps: float, ops: LayerOps, *, offset: bool = False) -> None:
-        """With ``offset`` the factor is one plus the weight."""
+        """With ``offset`` the factor is 1 + weight."""
         self.target = target
         self.eps = eps
         self.ops = ops
@@ -35,7 +35,7 @@ class DeltaRMSNorm:
 
 
 class DeltaLayerNorm:
-    """Shift rows to mean 0 and scale them to variance 1, then apply weight and bias of the row's version."""
+    """Shifts rows to mean 0 and scales them to variance 1, then applies weight and bias of the row's version."""
 
     def __init__(self, weight: VectorTarget, bias: VectorTarget, eps: float, ops: LayerOps) -> None:
         self.weight = weight
@@ -49,7 +49,7 @@ class DeltaLayerNorm:
 
 
 class DeltaHeadNorm:
-    """RMS norms over each head of q and of k; computed with the rotation."""
+    """RMS norms of each head of q and k, computed together with the rotation."""
 
     def __init__(self, q: VectorTarget, k: VectorTarget, eps: float) -> None:
         self.q = q

@@ -1,4 +1,4 @@
-"""Which rows of a flat batch belong to which version."""
+"""The assignment of a flat batch's rows to versions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ class Span:
 
     @property
     def rows(self) -> int:
-        """How many."""
+        """Number of rows."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one flat batch, sorted by slot; the same facts for the host and for the device."""
+    """The rows of a flat batch, sorted by slot, as the host and as the device need them."""
 
     index: torch.Tensor
     """``[rows]`` int32, slot + 1: picks from tables that keep the base in row 0."""

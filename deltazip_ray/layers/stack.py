@@ -1,4 +1,4 @@
-"""The deltas of one linear, or of several that share their input."""
+"""The deltas of one linear, or of several linears that share their input."""
 
 from collections.abc import Sequence
 from itertools import accumulate

@@ -61,7 +61,7 @@ class MatrixTarget(DeltaTarget):
         self.stack.put(slot, self.part, delta, writes)
 
     def clear(self, slot: int, writes: Writes) -> None:
-        """Forget the views."""
+        """Drop the views."""
         self.stack.put(slot, self.part, None, writes)
 
 
@@ -82,7 +82,7 @@ class VectorTarget(DeltaTarget):
         writes.put(self._rows[slot + 1], tensors[VALUES])
 
     def clear(self, slot: int, writes: Writes) -> None:
-        """Put the base's values back."""
+        """Restore the base's values."""
         writes.put(self._rows[slot + 1], self._rows[0])
 
 
@@ -108,5 +108,5 @@ class AddedTarget(DeltaTarget):
         self.width = max(self.width, len(values))
 
     def clear(self, slot: int, writes: Writes) -> None:
-        """Forget that the slot has added rows."""
+        """Set the slot's number of added rows to 0."""
         writes.put(self.counts[slot + 1], [0])

@@ -1,4 +1,4 @@
-"""What is done to logits before a token is chosen, in place: biases, penalties, masks; only where a row asks for it."""
+"""Modifies logits in place before sampling: biases, penalties and masks, for the rows that need them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Biases:
 
     @classmethod
     def of(cls, draws: Sequence[Draw], device: torch.device) -> "Biases | None":
-        """None when no row has any."""
+        """None if no row has any."""
         cells = [(row, *bias) for row, one in enumerate(draws) for bias in _biases(one)]
         if not cells:
             return None
@@ -29,7 +29,7 @@ class Biases:
         return cls(staged[:2].long(), staged[2].float())
 
     def apply(self, logits: torch.Tensor) -> None:
-        """A version may name end tokens that its vocabulary does not have: those are left out."""
+        """Add the biases. Stop tokens outside the vocabulary, which a version may have, are ignored."""
         inside = self.cells[1] < logits.shape[1]
         cells = (self.cells[0], self.cells[1].where(inside, 0))
         logits.index_put_(cells, self.values.where(inside, 0.0), accumulate=True)
@@ -37,12 +37,12 @@ class Biases:
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
-    """Penalties of tokens that came before."""
+    """Penalties of tokens that occurred before."""
 
     cells: torch.Tensor
     """``[3, N]`` int64: row of the batch, token, and column of ``strengths``."""
     counts: torch.Tensor
-    """``[N]``: how often each token is in the output."""
+    """``[N]``: occurrences of each token in the output."""
     strengths: torch.Tensor
     """``[3, rows]``: repetition, frequency, presence."""
 
@@ -63,27 +63,27 @@ class Penalties:
         return cls(staged[:3], staged[3], to_device(np.array(strengths, dtype=np.float32).T.copy(), device))
 
     def apply(self, logits: torch.Tensor) -> None:
-        """Repetition first, as in its paper (arXiv 1909.05858), then what OpenAI's API defines."""
+        """Apply the repetition penalty (arXiv 1909.05858), then those of OpenAI's API."""
         row, token, owner = self.cells
         repetition, frequency, presence = self.strengths.index_select(1, owner)
         old = logits[row, token]
         new = torch.where(old > 0, old / repetition, old * repetition)
         new -= frequency * self.counts + presence * (self.counts > 0)
-        # No pair of row and token comes twice, so that the order of writing does not matter.
+        # Each pair of row and token is unique, so the order of writes does not matter.
         logits.index_put_((row, token), new)
 
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """Tokens that may come next in a structured output."""
+    """Tokens that are allowed next in structured outputs."""
 
     rows: torch.Tensor
     bits: torch.Tensor
-    """``[rows, words]`` int32: bit ``i % 32`` of word ``i // 32`` is 1 where token ``i`` may come."""
+    """``[rows, words]`` int32: bit ``i % 32`` of word ``i // 32`` is 1 if token ``i`` is allowed."""
 
     @classmethod
     def of(cls, draws: Sequence[Draw], device: torch.device) -> "Masks | None":
-        """None when no row is structured."""
+        """None if no row is structured."""
         allowed = {row: one.state.matcher.allowed() for row, one in enumerate(draws) if one.state and one.state.matcher}
         if not allowed:
             return None
@@ -93,7 +93,7 @@ class Masks:
         return cls(to_device(np.array(list(allowed)), device), to_device(bits, device))
 
     def apply(self, logits: torch.Tensor) -> None:
-        """Leave out all other tokens, those beyond the masks included."""
+        """Exclude all other tokens, including those beyond the masks."""
         shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
         vocab = logits.shape[1]
         allowed = (self.bits[:, :, None] >> shifts & 1).bool().flatten(1)[:, :vocab]
@@ -105,7 +105,7 @@ Edit = Biases | Penalties | Masks
 
 
 def edits(draws: Sequence[Draw], device: torch.device) -> tuple[Edit, ...]:
-    """What the draws ask for, in the order in which it is applied."""
+    """The edits that the draws need, in the order of their application."""
     if not any(one.traits.edits for one in draws):
         return ()
     made = (kind.of(draws, device) for kind in (Biases, Penalties, Masks))

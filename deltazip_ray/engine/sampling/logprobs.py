@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens as the model gave them: before biases, penalties, masks and temperature."""
+"""Log-probabilities of the model's own logits, before biases, penalties, masks and temperature."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ _LEAST = -9999.0  # JSON has no -inf; OpenAI's API writes this
 
 @dataclass(frozen=True, slots=True)
 class LogprobRows:
-    """Rows that ask for them."""
+    """The rows whose log-probabilities are requested."""
 
     rows: torch.Tensor
     wanted: tuple[tuple[int, int], ...]
-    """Each row of the batch, and how many of the likeliest tokens it wants."""
+    """(row of the batch, number of likeliest tokens)."""
 
     @classmethod
     def of(cls, draws: Sequence[Draw], device: torch.device) -> "LogprobRows | None":
-        """None when no row asks."""
+        """None if no row needs them."""
         wanted = [(row, one.params.logprobs) for row, one in enumerate(draws) if one.params.logprobs is not None]
         if not wanted:
             return None
@@ -33,7 +33,7 @@ class LogprobRows:
         return logprobs_of(logits.index_select(0, self.rows))
 
     def select(self, logprobs: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of all, those of the drawn ``tokens`` ``[batch]``, ``[rows, 1]``, and the best with their tokens."""
+        """The log-probabilities ``[rows, 1]`` of the sampled ``tokens`` ``[batch]``, and the best with their tokens."""
         return select(logprobs, tokens.index_select(0, self.rows), max(count for _, count in self.wanted))
 
 
@@ -43,7 +43,7 @@ def logprobs_of(logits: torch.Tensor) -> torch.Tensor:
 
 
 def select(logprobs: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of ``logprobs`` ``[rows, vocab]`` those of ``tokens`` ``[rows]``, ``[rows, 1]``, and the ``count`` best, if there
-    are as many, with their tokens."""
+    """The elements ``[rows, 1]`` of ``logprobs`` ``[rows, vocab]`` at ``tokens`` ``[rows]``, and the ``count`` best (or
+    all, if there are fewer) with their tokens."""
     best = logprobs.topk(min(count, logprobs.shape[1]))
     return logprobs.gather(1, tokens[:, None]), best.values, best.indices

@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens of a prompt, from the logits of its other rows."""
+"""Log-probabilities of prompt tokens, from the logits of the positions before them."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,25 +19,25 @@ _PIECE = 256
 """Rows whose logits are in memory at once: 0.3 GB for a vocabulary of 128,000."""
 
 RowLogits = Callable[[Sequence[int], Sequence[tuple[int, int]]], torch.Tensor]
-"""Logits ``[rows, vocab]``, float32, of rows of a step, and the ``(slot, rows)`` runs that these form."""
+"""Computes logits ``[rows, vocab]``, float32, of rows of a step, given also as ``(slot, rows)`` runs."""
 
 _Row = tuple[int, int, int, int]
-"""A row of the step, its slot, the token behind it, and how many of the likeliest are wanted."""
+"""(row of the step, its slot, the next token, number of likeliest tokens)."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptScores:
-    """What a step computed for prompts, on its way to the host."""
+    """The prompt log-probabilities of a step, being copied to the host."""
 
     pieces: tuple[Fetched, ...]
     lengths: tuple[int, ...]
     """Rows of each scoring chunk."""
     wanted: tuple[int, ...]
-    """How many of the likeliest each of these wants."""
+    """Number of likeliest tokens for each scoring chunk."""
 
     @classmethod
     def of(cls, batch: Batch, logits: RowLogits, most: int) -> "PromptScores":
-        """Compute them piece by piece, of ``most`` rows or fewer; waits for nothing."""
+        """Compute them in pieces of at most ``most`` rows, without waiting for the device."""
         chunks = batch.scoring_chunks
         rows = _rows(batch)
         pieces = []
@@ -50,7 +50,7 @@ class PromptScores:
         )
 
     def fetch(self) -> list[Scores]:
-        """One for each scoring chunk. Waits until they are computed."""
+        """The results of each scoring chunk. Waits until they are computed."""
         found = _told(self.pieces)
         return [
             _finite(list(islice(found, length)), count) for length, count in zip(self.lengths, self.wanted, strict=True)

@@ -1,4 +1,4 @@
-"""Rows that are drawn at random, each at a point that only its seed and its position determine."""
+"""Random sampling: each row uses a random number that depends only on its seed and its position."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +17,11 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class RandomRows:
-    """Rows that are drawn in the same way; columns ``[rows, 1]`` on the device."""
+    """Rows that are sampled in the same way; columns ``[rows, 1]`` on the device."""
 
     rows: torch.Tensor
     ranked: bool
-    """Whether top-k or top-p cut anything off."""
+    """Whether top-k or top-p is on."""
     temperature: torch.Tensor
     point: torch.Tensor
     top_k: torch.Tensor
@@ -32,12 +32,12 @@ class RandomRows:
     seeds: NDArray[np.uint64]
 
     def at(self, positions: NDArray[np.int64]) -> "RandomRows":
-        """The same rows at other ``positions`` ``[batch]`` of their requests' outputs."""
+        """The same rows at new ``positions`` ``[batch]`` in their requests' outputs."""
         points = uniform(self.seeds, positions[self.where])
         return replace(self, point=to_device(points[:, None], self.point.device))
 
     def draw(self, logits: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-        """Tokens of these rows of ``logits`` ``[batch, vocab]``, whose greatest are ``top`` ``[batch]``."""
+        """Sample tokens for these rows of ``logits`` ``[batch, vocab]``, whose maxima are ``top`` ``[batch]``."""
         picked = logits.index_select(0, self.rows)
         weights = whole_weights(picked, top.index_select(0, self.rows)[:, None], self.temperature)
         least = self.least
@@ -48,7 +48,7 @@ class RandomRows:
 
 
 def random_rows(draws: Sequence[Draw], device: torch.device) -> tuple[RandomRows, ...]:
-    """All rows that are not greedy, by what has to be done for them."""
+    """All rows that are not greedy, grouped by the work that they need."""
     groups: dict[tuple[bool, bool], list[int]] = {}
     for row, one in enumerate(draws):
         if one.traits.random is not None:

@@ -1,4 +1,4 @@
-"""Structured output: what may be asked for, compiled for a version's vocabulary, and followed token by token."""
+"""Structured output: structures are checked, compiled for a version's vocabulary, and followed token by token."""
 
 from deltazip_ray.engine.structure.structures import Structures
 

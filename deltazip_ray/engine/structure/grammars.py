@@ -1,4 +1,4 @@
-"""From a structure to a matcher, with xgrammar. What would be slow to follow is refused before it reaches a step."""
+"""Compiles structures with xgrammar. Structures that are slow to follow are rejected before they reach a step."""
 
 import json
 import random
@@ -18,7 +18,7 @@ from deltazip_ray.errors import InvalidRequest
 from deltazip_ray.scheduler.request import Structure
 
 _COMPILER_THREADS = 4
-_MOST_SPACE = 32  # white space in a row: a model that likes it must come to an end
+_MOST_SPACE = 32  # consecutive white space: otherwise a model may go on with it forever
 _TRIAL_TOKENS = 32
 _TRIAL_S = 1.0
 _SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")
@@ -27,18 +27,18 @@ _CONTROL = re.compile(rb"[\x00-\x09\x0b-\x1f]")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the tokens of a version read like, and what xgrammar lets through though it is no text.
+    """The tokens of a version, and masks of those that xgrammar allows although they are not valid text.
 
     Masks have bit ``i % 32`` of word ``i // 32`` for token ``i``.
     """
 
     info: xgrammar.TokenizerInfo
     text: NDArray[np.int32]
-    """Tokens that there are (xgrammar leaves the bits behind the last one as they come), without surrogates."""
+    """Existing tokens (xgrammar does not clear the bits after the last one) without surrogates."""
     printable: NDArray[np.int32]
-    """Of these, what has no control character but for the end of line: some may come in its JSON strings."""
+    """Those of ``text`` without control characters except line feeds; xgrammar allows some in JSON strings."""
     no_surrogate: NDArray[np.int32]
-    """Tokens that make no surrogate of a character that has begun with 0xED."""
+    """Tokens that do not complete a surrogate after a token that ends with 0xED."""
     begins_one: frozenset[int]
     """Tokens that end with 0xED."""
 
@@ -58,16 +58,16 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A structure for one vocabulary."""
+    """A structure compiled for one vocabulary."""
 
     grammar: xgrammar.CompiledGrammar
     vocabulary: Vocabulary
     tokens: NDArray[np.int32]
-    """Mask of the tokens that it may use."""
+    """Mask of the tokens that may be used at all."""
 
 
 class GrammarMatcher:
-    """A Matcher. Made in any thread, then used by the step thread alone."""
+    """A Matcher. Created in any thread, then used by the step thread only."""
 
     def __init__(self, compiled: Compiled) -> None:
         self._compiled = compiled
@@ -83,7 +83,7 @@ class GrammarMatcher:
 
     def allowed(self) -> NDArray[np.int32]:
         """See Matcher."""
-        if self._matcher.is_terminated():  # behind an end token that did not end the output
+        if self._matcher.is_terminated():  # after an end token that did not end the output
             self._words[:] = 0
             return self._words
         self._matcher.fill_next_token_bitmask(self._mask)
@@ -94,7 +94,7 @@ class GrammarMatcher:
 
 
 def compile_structure(structure: Structure, vocabulary: Vocabulary) -> Compiled:
-    """Takes milliseconds to seconds. Raises InvalidRequest that says what is wrong with the structure."""
+    """Compile a structure, which takes milliseconds to seconds. Raises InvalidRequest with the reason."""
     if len(structure.text) > MOST_STRUCTURE_CHARS:
         raise InvalidRequest(
             f"the structure has {len(structure.text)} characters; at most {MOST_STRUCTURE_CHARS} are compiled"
@@ -126,12 +126,12 @@ def _parse(structure: Structure) -> xgrammar.Grammar:
 
 
 def _literal(text: str) -> str:
-    """A string of EBNF."""
+    """A string literal in EBNF."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _try(compiled: Compiled) -> None:
-    """Follow one random output, since slow masks would hold up the steps of everybody."""
+    """Follow one random output, as slow masks would delay the steps of all requests."""
     matcher = GrammarMatcher(compiled)
     chance = random.Random(0)  # noqa: S311
     began = time.perf_counter()
@@ -149,7 +149,7 @@ def _try(compiled: Compiled) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The message without the place in xgrammar's sources."""
+    """The message without the location in xgrammar's sources."""
     return str(error).strip().splitlines()[-1].split(": ", 1)[-1][:300]
 
 

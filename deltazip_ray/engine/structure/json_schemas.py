@@ -1,4 +1,4 @@
-"""Which JSON schemas xgrammar enforces to the letter: it leaves out, without a word, what it does not know."""
+"""Rejects JSON schemas that xgrammar would not enforce completely: it silently ignores what it does not support."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -50,7 +50,7 @@ _MAPS = ("$defs", "definitions", "patternProperties", "properties")
 
 
 def check_schema(text: str) -> None:
-    """Raise InvalidRequest for a schema that is not JSON, too deep, endless, or asks for what would not be enforced."""
+    """Raise InvalidRequest for a schema that is not JSON, too deep, endless, or not completely enforced."""
     try:
         root = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -71,7 +71,7 @@ def check_schema(text: str) -> None:
 
 
 def _schemas(schema: Any, where: str, depth: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All schemas in a schema, but for true and false, each with its place."""
+    """All schemas inside a schema, except true and false, each with its location."""
     if depth > _MOST_NESTED:
         raise InvalidRequest(f"the schema is nested more than {_MOST_NESTED} deep: use $defs and $ref")
     if isinstance(schema, bool):
@@ -84,7 +84,7 @@ def _schemas(schema: Any, where: str, depth: int) -> Iterator[tuple[str, dict[st
 
 
 def _unenforced(schema: Mapping[str, Any]) -> Iterator[str]:
-    """What would be left out."""
+    """Problems: keywords that would be ignored."""
     for key in sorted(_IGNORED & schema.keys()):
         if schema[key] not in (False, None):
             yield f"{key!r} is not enforced by structured output: leave it out"
@@ -100,7 +100,7 @@ def _unenforced(schema: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_strings(schema: Mapping[str, Any]) -> Iterator[str]:
-    """What cannot be followed in a pattern."""
+    """Problems of patterns."""
     if isinstance(schema.get("pattern"), str):
         check_regex(schema["pattern"])
         if schema.keys() & {"minLength", "maxLength"}:
@@ -108,13 +108,13 @@ def _of_strings(schema: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _dangling(schema: Mapping[str, Any], root: Any) -> Iterator[str]:
-    """References to nowhere."""
+    """Problems: references without a target."""
     if "$ref" in schema and _target(schema["$ref"], root) is None:
         yield f"'$ref' {str(schema['$ref'])[:80]!r} leads nowhere: it must be a place in this schema, as '#/$defs/…'"
 
 
 def _stand_for(schema: Mapping[str, Any], root: Any) -> Iterator[Any]:
-    """Schemas that may take the place of this one without any text between."""
+    """Schemas that this one can expand to without consuming any text."""
     if "$ref" in schema:
         yield _target(schema["$ref"], root)
     for key in ("allOf", "anyOf", "oneOf"):
@@ -122,7 +122,7 @@ def _stand_for(schema: Mapping[str, Any], root: Any) -> Iterator[Any]:
 
 
 def _target(reference: Any, root: Any) -> Any:
-    """What a JSON pointer finds; None for nothing."""
+    """The target of a JSON pointer; None if there is none."""
     if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
         return None
     found = root
@@ -133,7 +133,7 @@ def _target(reference: Any, root: Any) -> Any:
 
 
 def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The schemas inside a schema."""
+    """The direct subschemas of a schema."""
     for key in _ONE:
         if key in schema:
             yield key, schema[key]
@@ -144,7 +144,7 @@ def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _of_type(schema: Mapping[str, Any], key: str, kind: type) -> Any:
-    """The value of ``key``, or an empty one where it is absent; of another type it is refused."""
+    """The value of ``key``, or an empty one if it is absent. Raises InvalidRequest if it has another type."""
     value = schema.get(key, kind())
     if not isinstance(value, kind):
         raise InvalidRequest(f"{key!r} in a schema must be {'a list' if kind is list else 'an object'}")

@@ -1,4 +1,4 @@
-"""Which regular expressions may be followed: counted repetitions inside each other multiply."""
+"""Rejects regular expressions whose nested repetitions, which multiply, expand to too much."""
 
 import re
 
@@ -9,7 +9,7 @@ _PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,?\d*\}|.", re.DOTALL)
 
 
 def check_regex(regex: str) -> None:
-    """Raise InvalidRequest for an expression whose nested repetitions unfold to too much."""
+    """Raise InvalidRequest for an expression whose nested repetitions expand to too much."""
     if (count := _repetitions(regex)) > MOST_REPETITIONS:
         raise InvalidRequest(
             f"repetitions inside each other make {count} at most, more than {MOST_REPETITIONS}: lower the counts"
@@ -17,7 +17,7 @@ def check_regex(regex: str) -> None:
 
 
 def _repetitions(regex: str) -> int:
-    """The greatest product of counts that are nested. Loops without a count cost nothing."""
+    """The largest product of nested counts. Loops without a count cost nothing."""
     open_groups = [1]
     last = 1
     for part in _PART.findall(regex):

@@ -1,4 +1,4 @@
-"""Structured output: each structure is compiled once for a version, beside the event loop and the steps."""
+"""Compiles structures, once per structure and version, off the event loop and the step thread."""
 
 import asyncio
 from collections.abc import Callable
@@ -20,13 +20,13 @@ _TIMEOUT_S = 30.0
 _VOCABULARIES = 16  # about 10 MB each for 128,000 tokens
 _COMPILED = 64
 _PENDING = 32
-"""Structures that wait for one of the threads, whoever still waits for them: more would only time out."""
+"""Limit of queued compilations, also of those that nobody waits for any more: more would only time out."""
 
 
 class Structures:
     """Makes matchers. Belongs to one event loop.
 
-    A compilation cannot be interrupted: one that takes too long fails its request, and keeps its thread until it ends.
+    Compilations cannot be interrupted. If it takes too long its request fails, and its thread stays busy until it ends.
     """
 
     def __init__(self, load: LoadVocabulary, timeout_s: float = _TIMEOUT_S) -> None:
@@ -37,10 +37,10 @@ class Structures:
         self._compiled = Once[tuple[str | None, Structure], Compiled](_COMPILED, pool, _PENDING)
 
     async def matcher(self, version: str | None, structure: Structure) -> Matcher:
-        """What follows one output of ``version``.
+        """A matcher for one output of ``version``.
 
-        Raises InvalidRequest for a structure that cannot be compiled or followed, RequestTimeout, Overloaded, and what
-        loading the version's vocabulary raises.
+        Raises InvalidRequest for a structure that cannot be compiled or followed, RequestTimeout, Overloaded, and the
+        errors of loading the version's vocabulary.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
