@@ -14,11 +14,13 @@ from torch import Tensor
 
 from deltazip_kernels.attention_items import FIELDS
 from deltazip_kernels.device.attention import attention_decode, attention_prefill
-from deltazip_kernels.launch import overlap, power_of_2
+from deltazip_kernels.launch import ceil_div, overlap, power_of_2
 
 _LOG2E = 1.4426950408889634
-_PROGRAMS = 3
-"""Of decodes, for each processor; all of them fit it at once."""
+_MOST_PROGRAMS = 4
+"""Of decodes, for which a processor has registers."""
+_SHARED_BYTES = 227 << 10
+"""Of one processor."""
 _WARPS = 2
 """Of such a program."""
 _OWN_KEYS = 16
@@ -68,9 +70,9 @@ class Parts:
         """Parts of a sequence that are there; zero between launches."""
 
 
-def wanted_items(device: torch.device, kv_heads: int) -> int:
-    """Items of a launch of decodes that keep a device busy."""
-    return max(1, _PROGRAMS * _processors(device) // kv_heads)
+def wanted_items(device: torch.device, kv_heads: int, itemsize: int) -> int:
+    """Items of a launch of decodes that keep a device busy, over a cache of numbers of ``itemsize`` bytes."""
+    return max(1, _programs(itemsize) * _processors(device) // kv_heads)
 
 
 def decode_attention(
@@ -81,7 +83,8 @@ def decode_attention(
     ``q`` and ``out`` are contiguous.
     """
     page, kv_heads = cache.keys.shape[1:3]
-    attention_decode[(len(work.items) // FIELDS * kv_heads,)](
+    programs = len(work.items) // FIELDS * kv_heads
+    attention_decode[(programs,)](
         *_arguments(q, cache, work, scoring, out),
         parts.values,
         parts.weights,
@@ -90,10 +93,28 @@ def decode_attention(
         W=_WARPS,
         N=_OWN_KEYS,
         RUN=gcd(page, _OWN_KEYS),
-        STAGES=7,
+        STAGES=_decode_stages(programs, cache.keys),
         num_warps=_WARPS,
         **_shape(q, cache, scoring),
     )
+
+
+def _programs(itemsize: int) -> int:
+    """For each processor: the fewest that keep its share of memory busy, with keys of a byte a number only all."""
+    return _MOST_PROGRAMS if itemsize == 1 else 2
+
+
+def _decode_stages(programs: int, keys: Tensor) -> int:
+    """Two for each tile of keys on its way, and one: so many tiles that a processor has room for its share of the
+    programs, but no more.
+
+    Behind a GEMM that is about to end, the first processors that are free would take as many as they have room for.
+    """
+    share = max(ceil_div(programs, _processors(keys.device)), _programs(keys.dtype.itemsize))
+    if share >= _MOST_PROGRAMS:
+        return 7
+    tile = _WARPS * _OWN_KEYS * 2 * keys.shape[3] * keys.dtype.itemsize
+    return 2 * min(_SHARED_BYTES // ((share + 1) * tile) + 1, 5) + 1
 
 
 def prefill_attention(q: Tensor, cache: PagedCache, work: AttentionWork, scoring: Scoring, out: Tensor) -> None:

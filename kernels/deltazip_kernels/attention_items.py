@@ -32,8 +32,12 @@ class Contexts:
 def decode_items(contexts: Contexts, wanted: int, window: int | None = None) -> np.ndarray:
     """Items [n, FIELDS] int32 of sequences of one row, in about equal parts; those of a sequence are neighbours.
 
-    At most ``wanted``, or one for each sequence.
+    At most ``wanted``, or one for each sequence; of many sequences those that take longest begin first.
     """
+    if len(contexts.lengths) > 2 * wanted:
+        order = np.argsort(-contexts.lengths, kind="stable")
+        rows, queries, lengths, tables = contexts.rows, contexts.queries, contexts.lengths, contexts.tables
+        contexts = Contexts(rows[order], queries[order], lengths[order], tables[order])
     begins = np.zeros_like(contexts.lengths) if window is None else np.maximum(contexts.lengths - window, 0)
     lengths = contexts.lengths - begins
     room = max(wanted, len(lengths))

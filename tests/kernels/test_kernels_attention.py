@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deltazip_kernels import attention
 from deltazip_kernels.attention import (
     AttentionWork,
     PagedCache,
@@ -109,6 +110,16 @@ def test_decodes_and_prefills(
         assert distance(out, step.expected(scoring)) < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize(("items", "programs"), [(1, 2), (33, 2), (49, 3), (66, 4), (500, 4)])
+def test_a_processor_has_room_for_its_share_of_programs_and_no_more(
+    items: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_processors", lambda _: 132)
+    keys = torch.empty((1, 16, 8, 128), dtype=torch.bfloat16)
+    on_their_way = attention._decode_stages(items * 8, keys) // 2 * 32 * 2 * 128 * 2
+    assert programs * on_their_way <= 227 << 10 < (programs + 1) * on_their_way
+
+
 @pytest.mark.parametrize("window", [None, 1, 100])
 @pytest.mark.parametrize("wanted", [1, 7, 1000])
 def test_items_of_decodes_cover_what_is_seen_once(wanted: int, window: int | None) -> None:
@@ -116,6 +127,8 @@ def test_items_of_decodes_cover_what_is_seen_once(wanted: int, window: int | Non
     contexts = Contexts(np.array([9, 4, 3, 2, 1, 0]), np.ones(6, int), lengths, np.arange(6) * 1000)
     found = decode_items(contexts, wanted, window)
     assert len(found) <= max(len(lengths), wanted)
+    if window is None and len(lengths) > 2 * wanted:
+        assert (np.diff(found[:, 3] - found[:, 2]) <= 0).all()  # those that take longest begin first
     for i, length in enumerate(lengths):
         mine = np.flatnonzero(found[:, 4] == i * 1000)
         own = found[mine]

@@ -59,7 +59,7 @@ class PagedDecodes(CapturableBackend[PagedPlan[PrefillsT]]):
         """For steps with up to ``decodes`` decodes."""
         super().__init__(shape, dtype, device, kv_dtype)
         self.windows = tuple(dict.fromkeys(shape.window(layer) for layer in range(shape.layers)))
-        self._wanted = wanted_items(device, shape.kv_heads)
+        self._wanted = wanted_items(device, shape.kv_heads, self.kv_dtype.itemsize)
         self._parts = Parts(self._items(decodes), shape.heads, shape.head_dim, device)
 
     @abstractmethod
