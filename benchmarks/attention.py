@@ -1,7 +1,8 @@
 """``python -m benchmarks.attention --json FILE``: attention of the 8B shape on one GPU, layer after layer in a graph.
 
-Decodes: all that lies between q|k|v and the linear behind attention, which is rotation with the write to the cache,
-attention, and rounding to int8; with our kernels, over a cache in fp8, and with FlashInfer, whose decodes are not used.
+Decodes: what q|k|v, rotation with the write to the cache, attention and the linear behind it take more than without
+attention; with our kernels, over a cache in fp8, and with FlashInfer, whose decodes are not used. Where attention's
+programs lie depends on the GEMM ahead: without it, kernels that were 7 us faster gained nothing in steps.
 Prefills: attention alone.
 Microseconds a layer, medians of nine.
 """
@@ -21,8 +22,8 @@ import torch
 
 from deltazip_kernels.bench.__main__ import commit
 from deltazip_kernels.bench.timing import copy_bandwidth, graph_times
-from deltazip_kernels.quantize import quantize_rows
 from deltazip_kernels.rope import RotaryTables, rope_and_cache
+from deltazip_kernels.skinny import BaseProduct
 from deltazip_ray.layers.attention.backend import AttentionBackend, SequenceRows
 from deltazip_ray.layers.attention.cache import FP8, CacheShape
 from deltazip_ray.layers.attention.flashinfer import FlashInferBackend, Prefills
@@ -41,6 +42,8 @@ DECODES = {
 """Contexts; the second and third are those of the steps that ``benchmarks.engine`` traces."""
 PREFILLS = ((16, 512), (4, 2048), (1, 8192))
 DTYPE, DEVICE = torch.bfloat16, torch.device("cuda")
+WEIGHTS = 8
+"""Of each linear, in turn: together several times the L2."""
 
 
 class FlashInfer(FlashInferBackend):
@@ -82,22 +85,29 @@ class Setting:
         sequences = [SequenceRows(queries, context, own) for context, own in zip(contexts, blocks, strict=True)]
         self.plan = self.backend.plan(sequences)
         self.qkv = torch.randn(len(contexts) * queries, 48 * 128, device=DEVICE, dtype=DTYPE)
+        self.x, self.y = torch.randn(2, len(self.qkv), 4096, device=DEVICE, dtype=DTYPE)
         self.q = self.qkv[:, :4096].contiguous().view(-1, 32, 128)
         self.positions = torch.cat([torch.arange(n - queries, n, device=DEVICE) for n in contexts])
         half = torch.rand(max(contexts), 64, device=DEVICE)
         self.tables = RotaryTables(half, half)
 
     def decode(self) -> dict[str, Any]:
-        """From q|k|v to rounded rows."""
+        """What attention adds to the launches around it."""
+        product = BaseProduct(DEVICE)
+        ahead = 0.01 * torch.randn(WEIGHTS, 6144, 4096, device=DEVICE, dtype=DTYPE)
+        behind = 0.01 * torch.randn(WEIGHTS, 4096, 4096, device=DEVICE, dtype=DTYPE)
 
-        def run(layer: int) -> object:
+        def run(layer: int, *, whole: bool) -> None:
             kv = self.backend.layers[layer]
+            product(self.qkv, self.x, ahead[layer % WEIGHTS])
             q = rope_and_cache(
                 self.qkv, self.positions, self.tables, kv.keys, kv.values, self.plan.where, None, kv.scales
             )
-            return quantize_rows(self.backend.attend(layer, q, self.plan))
+            found = self.backend.attend(layer, q, self.plan) if whole else q.flatten(1)
+            product(self.y, found, behind[layer % WEIGHTS])
 
-        return _times(run)
+        found, others = (_times(partial(run, whole=whole)) for whole in (True, False))
+        return {"us": found["us"] - others["us"], "whole": found, "without": others}
 
     def prefill(self) -> dict[str, Any]:
         """Attention alone."""
