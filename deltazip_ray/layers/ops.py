@@ -1,4 +1,4 @@
-"""The operations that differ between devices; here in plain torch, which runs everywhere."""
+"""The operations that differ between devices, here in plain torch, which runs everywhere."""
 
 from collections.abc import Sequence
 
@@ -15,20 +15,20 @@ from deltazip_ray.layers.stack import DeltaStack
 
 
 class LayerOps:
-    """Everything in float32 or in the type of the weights; waits for the device where it must look at segments."""
+    """Computes in float32 or in the dtype of the weights. May wait for the device to read segments."""
 
     def stack(self, shapes: Sequence[tuple[int, int]], slots: int) -> DeltaStack:
-        """Where the deltas of linears ``shapes`` that share one input are kept."""
+        """A container for the deltas of linears of ``shapes`` that share their input."""
         return DeltaStack(shapes, slots)
 
     def rows(self, runs: Sequence[tuple[int, int]], device: torch.device) -> Rows:
-        """Rows from ``(slot, rows)`` runs in batch order; runs of one slot must be neighbours."""
+        """Rows from ``(slot, rows)`` runs in batch order; runs of the same slot must be adjacent."""
         spans = join_runs(runs)
         versions = tuple(span for span in spans if span.slot >= 0)
         return Rows(send_index(spans, device), versions, send_segments(spans, device))
 
     def linear(self, weight: BaseWeight, x: Activations, stack: DeltaStack, rows: Rows) -> torch.Tensor:
-        """``x W^T`` of the base, and the rows' deltas on top; for a weight in fp8 the base sees ``x`` in fp8 too."""
+        """``x W^T`` of the base plus the deltas. If the weight is in fp8, ``x`` is rounded to fp8 for the base."""
         if isinstance(weight, Fp8Matrix):
             y = fp8_matmul_torch(round_to_fp8(x.values), weight, x.values.dtype)
         else:
@@ -46,7 +46,7 @@ class LayerOps:
         *,
         offset: bool = False,
     ) -> Activations:
-        """``x`` ``[rows, K]`` normed, times ``weights[rows.index]``; ``update`` is added to it in place before.
+        """RMS norm of ``x`` ``[rows, K]``, times ``weights[rows.index]``; ``update`` is added to ``x`` in place first.
 
         With ``offset`` the factor is one plus the weight, and the product is rounded once (Gemma).
         """
@@ -66,7 +66,7 @@ class LayerOps:
         eps: float,
         update: torch.Tensor | None = None,
     ) -> Activations:
-        """The layer norm likewise, plus ``biases[rows.index]``; rounded once."""
+        """Layer norm of ``x``, likewise, plus ``biases[rows.index]``; rounded once."""
         if update is not None:
             x += update
         normed = F.layer_norm(x.float(), (x.shape[-1],), None, None, eps)

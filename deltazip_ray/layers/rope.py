@@ -1,4 +1,4 @@
-"""Rotary position embedding, as the Llama family applies it (halves, not pairs)."""
+"""Rotary position embedding in the form of the Llama family (halves, not pairs)."""
 
 import torch
 
@@ -18,7 +18,7 @@ class Rotary:
         return RotaryTables(self.tables.cos[positions], self.tables.sin[positions])
 
     def __call__(self, x: torch.Tensor, rows: RotaryTables) -> torch.Tensor:
-        """Rotate ``x`` ``[rows, heads, head_dim]`` by :meth:`select`'s tables; columns behind the rotated ones stay."""
+        """Rotate ``x`` ``[rows, heads, head_dim]`` by :meth:`select`'s tables; columns after the rotated ones stay."""
         cos, sin = rows.cos[:, None], rows.sin[:, None]
         half = cos.shape[-1]
         left, right, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)

@@ -16,11 +16,11 @@ products, others 0.05."""
 
 
 def staged(values: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """``values`` as they are sent to ``device`` best; they may change as soon as a copy from there is ordered."""
+    """``values`` in the best form for sending to ``device``; the original may be changed once the copy is enqueued."""
     host = torch.from_numpy(values)
     return host.pin_memory() if device.type == "cuda" and values.nbytes > _SMALL else host
 
 
 def to_device(values: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """``values`` on ``device``, behind the work that is queued there; the array may change at once."""
+    """Enqueue the copy of ``values`` to ``device``; the array may be changed at once."""
     return staged(values, device).to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Small writes to device memory, gathered: one copy from the host and a few launches for hundreds of them."""
+"""Batches small writes to device memory: one copy from the host and a few launches for hundreds of writes."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ Values = torch.Tensor | Sequence[int]
 
 
 class Writes:
-    """What a load changes besides its large copies. Nothing happens before :meth:`send`."""
+    """The writes of a load besides its large copies. Nothing is written before :meth:`send`."""
 
     def __init__(self) -> None:
         self._wanted: dict[int, tuple[torch.Tensor, Values]] = {}
@@ -21,7 +21,7 @@ class Writes:
         self._wanted[target.data_ptr()] = target, values
 
     def send(self) -> None:
-        """Write, behind what the current stream has to do yet."""
+        """Enqueue all writes on the current stream."""
         by_dtype: dict[torch.dtype, list[tuple[torch.Tensor, Values]]] = {}
         for target, values in self._wanted.values():
             by_dtype.setdefault(target.dtype, []).append((target, values))
@@ -35,13 +35,13 @@ class Writes:
 
 
 def _sent(writes: Sequence[tuple[torch.Tensor, Values]]) -> Sequence[torch.Tensor]:
-    """The values, tensors first, on the device of their targets, which have one type, in one copy."""
+    """The values, tensors first, on the device of their targets, which have one dtype, by one copy."""
     if not writes:
         return []
     first = writes[0][0]
     tensors = [v.view(-1).to(first.dtype) for _, v in writes if isinstance(v, torch.Tensor)]
     numbers = [number for _, v in writes if not isinstance(v, torch.Tensor) for number in v]
-    # Not page-locked: it may wait for this load's stream, never for a copy engine behind other loads (staging.py).
+    # Not page-locked, so that it never waits for a copy engine that is busy with other loads (see staging.py).
     sent = torch.cat([*tensors, torch.tensor(numbers, dtype=first.dtype)]).to(first.device, non_blocking=True)
     pieces: Sequence[torch.Tensor] = sent.split([target.numel() for target, _ in writes])
     return pieces

@@ -1,4 +1,4 @@
-"""What the decoder needs from an attention implementation."""
+"""The decoder's interface to attention implementations."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ class SequenceRows(NamedTuple):
 
 
 class AttentionPlan(Protocol):
-    """What a backend has prepared for a step."""
+    """A backend's preparations for a step."""
 
     @property
     def where(self) -> torch.Tensor:
-        """``[rows]`` int64: the positions of the cache where each row's key and value go."""
+        """``[rows]`` int64: the cache positions for each row's key and value."""
 
 
 PlanT = TypeVar("PlanT", bound=AttentionPlan)
@@ -52,23 +52,23 @@ class AttentionBackend(ABC, Generic[PlanT]):
 
     @property
     def block_bytes(self) -> int:
-        """Memory of one block in all layers."""
+        """Bytes of one block in all layers."""
         return block_bytes(self.shape, self.kv_dtype)
 
     def allocate(self, blocks: int, others: int = 0) -> None:
-        """A cache of ``blocks`` blocks of zeros; behind them ``others`` that may be lent to it, and ``padding``."""
+        """Allocate ``blocks`` blocks of zeros, then ``others`` that may be lent to the cache, and ``padding``."""
         self.blocks = blocks
         self.memory = self.memory.new_zeros((blocks + others + 1, self.block_bytes))
         self.layers = make_layers(self.shape, self.kv_dtype, self.memory)
 
     @property
     def padding(self) -> int:
-        """The block to which rows write that pad a batch; no sequence has it."""
+        """The block for rows that pad a batch; it belongs to no sequence."""
         return len(self.memory) - 1
 
     @abstractmethod
     def plan(self, sequences: Sequence[SequenceRows]) -> PlanT:
-        """Prepare a step whose rows are those of ``sequences``, one after the other."""
+        """Prepare a step whose rows are those of ``sequences``, in order."""
 
     @abstractmethod
     def attend(self, layer: int, q: torch.Tensor, plan: PlanT) -> torch.Tensor:

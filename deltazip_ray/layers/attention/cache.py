@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 ALIGNMENT = 256
-"""Bytes; what a block starts at a multiple of."""
+"""Alignment of blocks, in bytes."""
 FP8 = torch.float8_e4m3fn
 _FP8_TOP = 448.0
 """The largest number of e4m3."""
@@ -17,7 +17,7 @@ _FP8_TOP = 448.0
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a block holds, and how it is attended to."""
+    """The shape of a block, and the parameters of attention."""
 
     layers: int
     block_size: int
@@ -25,19 +25,19 @@ class CacheShape:
     kv_heads: int
     head_dim: int
     scale: float | None = None
-    """Factor on the scores; None: the root of ``1 / head_dim``."""
+    """Factor on the scores; None: the square root of ``1 / head_dim``."""
     softcap: float | None = None
     """Scores ``s`` become ``cap * tanh(s / cap)``."""
     windows: tuple[int | None, ...] = ()
-    """By layer, the tokens that a query sees, its own included; None: all before it. Empty: None for every layer."""
+    """For each layer, the number of tokens that a query attends to, including its own; None, or empty: no limit."""
 
     def window(self, layer: int) -> int | None:
-        """That of ``layer``."""
+        """The window of ``layer``."""
         return self.windows[layer] if self.windows else None
 
     @property
     def factor(self) -> float:
-        """On the scores."""
+        """The factor on the scores."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
 
@@ -51,12 +51,12 @@ class KVLayer:
     keys: torch.Tensor
     """``[blocks, block_size, kv_heads, head_dim]``."""
     values: torch.Tensor
-    """Likewise."""
+    """Same shape as the keys."""
     scales: torch.Tensor | None
-    """``[blocks, 2, kv_heads, block_size]`` float32, of keys and values in fp8: one a token and head."""
+    """``[blocks, 2, kv_heads, block_size]`` float32: scales of fp8 keys and values, one per token and head."""
 
     def write(self, where: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store ``k`` and ``v`` ``[tokens, kv_heads, head_dim]`` at positions ``where`` ``[tokens]`` int64."""
+        """Write ``k`` and ``v`` ``[tokens, kv_heads, head_dim]`` to positions ``where`` ``[tokens]`` int64."""
         block, token = self._locate(where)
         for i, (cache, x) in enumerate(((self.keys, k), (self.values, v))):
             if self.scales is None:
@@ -97,12 +97,12 @@ def make_layers(shape: CacheShape, dtype: torch.dtype, memory: torch.Tensor) -> 
 
 
 def block_bytes(shape: CacheShape, dtype: torch.dtype) -> int:
-    """Memory of one block in all layers, a multiple of ALIGNMENT."""
+    """Bytes of one block in all layers, a multiple of ALIGNMENT."""
     heads = 2 * shape.layers * shape.block_size * shape.kv_heads
     size = heads * shape.head_dim * dtype.itemsize + (_scale_bytes(shape) if dtype == FP8 else 0)
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _scale_bytes(shape: CacheShape) -> int:
-    """Of one block."""
+    """Bytes of the scales of one block."""
     return 2 * shape.layers * shape.block_size * shape.kv_heads * torch.float32.itemsize

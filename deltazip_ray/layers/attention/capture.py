@@ -1,4 +1,4 @@
-"""Attention whose decodes can be captured in CUDA graphs."""
+"""Attention that can be captured in CUDA graphs, for decodes."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from deltazip_ray.layers.attention.backend import AttentionBackend, PlanT
 
 
 class CapturableBackend(AttentionBackend[PlanT]):
-    """Decodes whose tables lie at fixed places of the device; before each replay: ``fill``, and send."""
+    """Decodes with tables at fixed device addresses. Before each replay, call ``fill`` and send the tables."""
 
     @abstractmethod
     def graph_inputs(self, rows: int, pages: int) -> dict[str, int]:
@@ -22,7 +22,7 @@ class CapturableBackend(AttentionBackend[PlanT]):
 
     @abstractmethod
     def captured_plan(self, where: torch.Tensor, tables: Mapping[str, torch.Tensor]) -> PlanT:
-        """A plan of ``len(where)`` decodes over the tables on the device, to be captured."""
+        """A plan of ``len(where)`` decodes with the tables on the device, to be captured."""
 
     @abstractmethod
     def fill(self, positions: np.ndarray, blocks: Sequence[BlockTable], tables: Mapping[str, np.ndarray]) -> int:

@@ -1,4 +1,4 @@
-"""Which attention an engine runs."""
+"""Chooses the attention implementation of an engine."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ _FLASHINFER_DTYPES = (torch.bfloat16, torch.float16)
 def make_attention(
     config: EngineConfig, shape: CacheShape, dtype: torch.dtype, device: torch.device
 ) -> AttentionBackend[Any]:
-    """The backend that the settings and the model's heads allow, without a cache yet. Raises ConfigError."""
+    """The backend for these settings and the model's heads, without a cache yet. Raises ConfigError."""
     kv_dtype = FP8 if config.kv_dtype == "fp8" else dtype
     if config.attention == "sdpa" or (config.attention == "auto" and device.type != "cuda"):
         return SdpaBackend(shape, dtype, device, kv_dtype)

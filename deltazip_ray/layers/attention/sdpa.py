@@ -1,4 +1,4 @@
-"""Paged attention on torch's scaled_dot_product_attention: for the CPU, and a reference for other backends."""
+"""Paged attention with torch's scaled_dot_product_attention: for CPUs, and the reference for other backends."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,27 +12,27 @@ from deltazip_ray.layers.attention.backend import AttentionBackend, SequenceRows
 
 @dataclass(frozen=True)
 class _Group:
-    """Sequences with equally many rows, computed as one padded batch."""
+    """Sequences with the same number of rows, computed as one padded batch."""
 
     rows: torch.Tensor
-    """``[sequences, queries]``, rows of the step."""
+    """``[sequences, queries]``: rows of the step."""
     positions: torch.Tensor
-    """``[sequences, keys]``, where their tokens lie in the cache."""
+    """``[sequences, keys]``: cache positions of their tokens."""
     masks: Mapping[int | None, torch.Tensor]
-    """By window ``[sequences, 1, queries, keys]``, True where a query may look."""
+    """By window: ``[sequences, 1, queries, keys]``, True where a query may attend."""
 
 
 @dataclass(frozen=True)
 class SdpaPlan:
-    """One step."""
+    """The plan of one step."""
 
     where: torch.Tensor
-    """``[rows]`` int64, where each row's key and value go in the cache."""
+    """``[rows]`` int64: cache positions for each row's key and value."""
     groups: tuple[_Group, ...]
 
 
 class SdpaBackend(AttentionBackend[SdpaPlan]):
-    """Gathers contexts each step."""
+    """Gathers the contexts in every step."""
 
     def plan(self, sequences: Sequence[SequenceRows]) -> SdpaPlan:
         """Group sequences by their number of rows: all decodes together, prefill chunks mostly alone."""
@@ -67,7 +67,7 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         windows = set(self.shape.windows) or {None}
         masks = {w: (behind >= 0) if w is None else (behind >= 0) & (behind < w) for w in windows}
         written = np.take_along_axis(positions, last, axis=1)
-        # Masked keys still multiply by zero, and stale memory may hold NaN: look at the first token instead.
+        # Masked keys are multiplied by zero, and stale memory may contain NaN: read the first token instead.
         return np.where(keys < contexts, positions, positions[:, :1]), masks, written
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
@@ -90,7 +90,7 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
         if shape.softcap is not None:
             return self._attend_capped(query, key, value, mask, shape.softcap)
         if query.shape[1] == 1:
-            # The heads that share keys become queries of one head, so that a decode does not repeat its context.
+            # Heads that share keys become queries of one head, so that a decode does not repeat its context.
             shared = query.view(len(query), shape.kv_heads, -1, shape.head_dim)
             out = F.scaled_dot_product_attention(shared, key, value, attn_mask=mask, scale=shape.scale)
             return out.reshape(query.shape)
@@ -103,7 +103,7 @@ class SdpaBackend(AttentionBackend[SdpaPlan]):
     def _attend_capped(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, cap: float
     ) -> torch.Tensor:
-        """Scores written out, since torch's attention knows no soft caps."""
+        """Attention with explicit scores, as torch's has no soft caps."""
         shape = self.shape
         shared = query.transpose(1, 2).unflatten(1, (shape.kv_heads, -1))
         scale = shape.head_dim**-0.5 if shape.scale is None else shape.scale

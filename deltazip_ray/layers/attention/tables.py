@@ -1,4 +1,4 @@
-"""Block tables as the arrays that paged attention kernels take."""
+"""Block tables as the arrays that paged attention kernels need."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from deltazip_ray.layers.attention.backend import SequenceRows
 
 @dataclass(frozen=True)
 class PagedTables:
-    """The pages of sequences, one after the other; all int32."""
+    """The pages of all sequences, concatenated; all int32."""
 
     starts: np.ndarray
     """``[sequences + 1]``: where the pages of each begin in ``pages``."""
@@ -21,21 +21,21 @@ class PagedTables:
 
 
 def page_tables(sequences: Sequence[SequenceRows], block_size: int) -> PagedTables:
-    """Tables of ``sequences`` as they are once the step has written its keys."""
+    """Tables of ``sequences`` after the step has written its keys."""
     starts, pages = joined([sequence.blocks[: -(-sequence.context // block_size)] for sequence in sequences])
     last = [(sequence.context - 1) % block_size + 1 for sequence in sequences]
     return PagedTables(starts, pages, np.array(last, dtype=np.int32))
 
 
 def joined(tables: Sequence[BlockTable]) -> tuple[np.ndarray, np.ndarray]:
-    """Where each table begins, ``[tables + 1]``, and the pages of all, one after the other; int32."""
+    """The start of each table, ``[tables + 1]``, and the pages of all tables, concatenated; int32."""
     starts = np.zeros(len(tables) + 1, dtype=np.int32)
     np.cumsum([len(table) for table in tables], out=starts[1:])
     return starts, np.frombuffer(bytearray().join(tables), dtype=np.int32)
 
 
 def cache_rows(sequences: Sequence[SequenceRows], block_size: int) -> np.ndarray:
-    """``[rows]`` int64: where in the cache the new tokens of ``sequences`` go."""
+    """``[rows]`` int64: cache positions of the new tokens of ``sequences``."""
     tables = page_tables(sequences, block_size)
     queries = np.array([sequence.queries for sequence in sequences])
     contexts = np.array([sequence.context for sequence in sequences])
