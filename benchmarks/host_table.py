@@ -33,6 +33,35 @@ def start(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def host_by_thread(report: dict[str, Any]) -> str:
+    """CPU time of a decode step by thread, in milliseconds, by versions and requests."""
+    found = {}
+    for key, value in report.items():
+        versions, _, what = key.partition(".")
+        if what.startswith("decodes_"):
+            found[value["requests"], int(versions)] = value
+    threads = list(next(iter(found.values()))["host_ms"])
+    heads = ["requests", "versions", "step", *threads, "all CPU"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "--:|" * len(heads)]
+    for (requests, count), value in sorted(found.items()):
+        spent = value["host_ms"]
+        cells = [f"{ms:.2f}" for ms in (*spent.values(), sum(spent.values()))]
+        lines.append(f"| {requests} | {count} | {value['ms']:.1f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def split(report: dict[str, Any]) -> str:
+    """What lending slots brings, and what a version waits for its own meanwhile."""
+    lines = ["| split | blocks of the cache | tokens/s | first tokens of 8 versions | preempted for these |"]
+    lines.append("|---|--:|--:|--:|--:|")
+    for name in ("fixed", "moving"):
+        found = report[name]
+        first, *_, last = found["first_token_s"]
+        cells = [f"{found['kv_blocks']:,}", f"{found['tokens_per_s']:,.0f}", f"{first:.2f} to {last:.2f} s"]
+        lines.append(f"| {name} | " + " | ".join([*cells, str(found["preempted"])]) + " |")
+    return "\n".join(lines)
+
+
 def sampling(report: dict[str, Any]) -> str:
     """Device time of drawing, in milliseconds."""
     kinds = [name for name in report["ms"][0] if name != "rows" and not name.startswith(("cut", "sort"))]

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks import compress_table, plots, scheduling, serving_table
 from benchmarks.engine_table import breakdown, figures, fp8_quality, gemm, growth, own_figures, prompts, steps_in_fp8
-from benchmarks.host_table import host, sampling, start
+from benchmarks.host_table import host, sampling, split, start
 from benchmarks.kernels_table import attention, long_tables
 from benchmarks.kernels_table import tables as kernel_tables
 from benchmarks.kv_table import fp8_cache
@@ -78,6 +78,7 @@ def pages() -> dict[str, dict[str, str]]:
             "fp8-quality": _dated(fp8_quality, _read("engine-fp8-quality")),
             "engine-fp8": _dated(own_figures, _read("engine-h200-fp8")),
             "gemm": _dated(gemm, _read("base-gemm-h200")),
+            "split": _dated(split, _read("engine-split-h200")),
             "sampling": _dated(sampling, _read("sampling-h200")),
             "fp8-cache": _dated(fp8_cache, _read("kv-fp8")),
         },
