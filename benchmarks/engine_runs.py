@@ -51,12 +51,14 @@ async def batch(engine: AsyncEngine, requests: int, prompt: int, output: int, ve
 async def step(engine: AsyncEngine, requests: int, versions: int, runs: int) -> dict[str, Any]:
     """Milliseconds of a decode step, by the difference of long and short runs."""
     samples = []
+    found: dict[str, Any] = {}
     await batch(engine, requests, 512, SHORT, versions, 0)
-    for seed in range(1, runs + 1):
-        long = await batch(engine, requests, 512, LONG, versions, 2 * seed)
-        short = await batch(engine, requests, 512, SHORT, versions, 2 * seed + 1)
-        samples.append(1e3 * (long - short) / (LONG - SHORT))
-    return {"requests": requests, "ms": statistics.median(samples), "samples": samples}
+    with clocks(found):
+        for seed in range(1, runs + 1):
+            long = await batch(engine, requests, 512, LONG, versions, 2 * seed)
+            short = await batch(engine, requests, 512, SHORT, versions, 2 * seed + 1)
+            samples.append(1e3 * (long - short) / (LONG - SHORT))
+    return found | {"requests": requests, "ms": statistics.median(samples), "samples": samples}
 
 
 async def decodes(

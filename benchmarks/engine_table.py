@@ -99,6 +99,18 @@ def growth(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def clocks(report: dict[str, Any]) -> str:
+    """Medians of the GPU's clock and power beside each run, and how often power held the clock back."""
+    lines = ["| versions | run | MHz | W | held back |", "| --:|---|--:|--:|--:|"]
+    for key, value in report.items():
+        found = value.get("clocks", {}) if isinstance(value, dict) else {}
+        if found.get("samples"):
+            versions, _, run = key.partition(".")
+            cells = [versions, run.replace("_", " of "), *(f"{found[what]:,.0f}" for what in ("mhz", "watts"))]
+            lines.append("| " + " | ".join([*cells, f"{found['capped']:.0%}"]) + " |")
+    return "\n".join(lines)
+
+
 def breakdown(report: dict[str, Any]) -> str:
     """Where the device's time of decode steps goes, in milliseconds; in brackets what reading takes at copy speed."""
     heads = ["versions", "requests", *_KINDS]

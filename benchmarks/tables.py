@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import compress_table, plots, scheduling, serving_table
-from benchmarks.engine_table import breakdown, figures, fp8_quality, gemm, growth, own_figures, prompts, steps_in_fp8
+from benchmarks.engine_table import (
+    breakdown,
+    clocks,
+    figures,
+    fp8_quality,
+    gemm,
+    growth,
+    own_figures,
+    prompts,
+    steps_in_fp8,
+)
 from benchmarks.host_table import host, sampling, split, start
 from benchmarks.kernels_table import attention, long_tables
 from benchmarks.kernels_table import tables as kernel_tables
@@ -71,6 +81,7 @@ def pages() -> dict[str, dict[str, str]]:
             "engine": figures(engine),
             "start": _dated(start, engine),
             "growth": _dated(growth, engine),
+            "engine-clocks": _dated(clocks, engine),
             "engine-int4": _dated(own_figures, _read("engine-h200-int4")),
             "engine-64": _dated(growth, _read("engine-h200-64")),
             "breakdown": _dated(breakdown, _read("engine-h200-breakdown")),

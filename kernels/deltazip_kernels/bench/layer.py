@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deltazip_kernels.bench.data import DEVICE, SHAPES, make_tables, segments_of
 from deltazip_kernels.bench.result import Result
-from deltazip_kernels.bench.timing import graph_times
+from deltazip_kernels.bench.timing import times_in_turns
 from deltazip_kernels.plan import MORE, SOME, Work, plan
 from deltazip_kernels.quantize import QuantizedRows, quantize_rows, rms_norm_quantize, silu_mul_quantize
 from deltazip_kernels.rope import RotaryTables, rope_and_cache
@@ -19,6 +19,8 @@ from deltazip_kernels.triton_backend import grouped_matmul
 _HIDDEN, _GROUPS, _HEAD = 4096, 8, 128
 _FIRST_ROWS = 32
 _LAYERS = 2  # in turn, so that no weight is in the L2
+_BUSY = 1.2
+"""Seconds for which a layer is repeated: by then a GPU whose power is limited has lowered its clock, as in a step."""
 
 
 class Layer:
@@ -74,11 +76,15 @@ def layers(codec: str, batches: Sequence[tuple[int, int]]) -> Iterator[Result]:
         work = plan(segments_of([each] * count), rows, longest)  # for any mixture like it, as a captured step has it
         stack = [Layer(rows, count, codec, work) for _ in range(_LAYERS)]
         state = _random(rows, _HIDDEN), _random(rows, _HIDDEN)
-        times = graph_times([partial(layer.step, *state) for layer in stack] * 3)
+        times = _times(stack, state)
         for layer in stack:
             layer.work = None
-        alone = median(graph_times([partial(layer.step, *state) for layer in stack] * 3))
+        alone = median(_times(stack, state))
         yield Result("layer", codec, "all", f"{count}x{each}", rows, stack[0].bytes, times, alone)
+
+
+def _times(stack: Sequence[Layer], state: tuple[Tensor, Tensor]) -> list[float]:
+    return times_in_turns({"layer": [partial(layer.step, *state) for layer in stack] * 3}, _BUSY)["layer"]
 
 
 def _random(rows: int, columns: int) -> Tensor:
