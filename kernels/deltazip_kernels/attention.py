@@ -19,8 +19,6 @@ from deltazip_kernels.launch import ceil_div, overlap, power_of_2
 _LOG2E = 1.4426950408889634
 _MOST_PROGRAMS = 4
 """Of decodes, for which a processor has registers."""
-_SHARED_BYTES = 227 << 10
-"""Of one processor."""
 _WARPS = 2
 """Of such a program."""
 _OWN_KEYS = 16
@@ -72,7 +70,8 @@ class Parts:
 
 def wanted_items(device: torch.device, kv_heads: int, itemsize: int) -> int:
     """Items of a launch of decodes that keep a device busy, over a cache of numbers of ``itemsize`` bytes."""
-    return max(1, _programs(itemsize) * _processors(device) // kv_heads)
+    count, _ = _processors(device)
+    return max(1, _programs(itemsize) * count // kv_heads)
 
 
 def decode_attention(
@@ -110,11 +109,12 @@ def _decode_stages(programs: int, keys: Tensor) -> int:
 
     Behind a GEMM that is about to end, the first processors that are free would take as many as they have room for.
     """
-    share = max(ceil_div(programs, _processors(keys.device)), _programs(keys.dtype.itemsize))
+    count, shared_bytes = _processors(keys.device)
+    share = max(ceil_div(programs, count), _programs(keys.dtype.itemsize))
     if share >= _MOST_PROGRAMS:
         return 7
     tile = _WARPS * _OWN_KEYS * 2 * keys.shape[3] * keys.dtype.itemsize
-    return 2 * min(_SHARED_BYTES // ((share + 1) * tile) + 1, 5) + 1
+    return 2 * min(shared_bytes // ((share + 1) * tile) + 1, 5) + 1
 
 
 def prefill_attention(q: Tensor, cache: PagedCache, work: AttentionWork, scoring: Scoring, out: Tensor) -> None:
@@ -143,8 +143,12 @@ def _prefill_rows(dtype: torch.dtype, dim: int) -> int:
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def _processors(device: torch.device) -> tuple[int, int]:
+    """How many, and the bytes of shared memory of each."""
+    if device.type != "cuda":
+        return 1, 0
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.shared_memory_per_multiprocessor
 
 
 def _arguments(
