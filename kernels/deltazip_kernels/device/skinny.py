@@ -84,13 +84,13 @@ def skinny(
         return
     at = tl.arange(0, BN)[:, None] * BM + m[None, :]
     tiles = partials + block * (SPLIT * BN * BM) + at
-    tl.store(tiles + part * (BN * BM), acc, mask=live[None, :])
+    tl.store(tiles + part * (BN * BM), acc)  # rows of none too: a mask would break up stores of 16 bytes
     if ADD:
         wait(OVERLAP)
     tl.debug_barrier()  # all threads have stored before one of them says so
     if tl.atomic_add(arrived + block, 1, sem="acq_rel") == SPLIT - 1:
         total = tl.zeros((BN, BM), dtype=tl.float32)
         for i in tl.static_range(0, SPLIT):
-            total += tl.load(tiles + i * (BN * BM), mask=live[None, :], other=0.0, cache_modifier=".cg")
+            total += tl.load(tiles + i * (BN * BM), cache_modifier=".cg")
         tl.store(arrived + block, 0)
         _store(y, y_stride, deltas, x_scales, w_scales, n, m, live, total, SCALED, ADD)
