@@ -40,9 +40,11 @@ def publish(
 
     manifest, source = open_artifact(StoreConfig.at(artifact, endpoint_url, path_style))
     check_quality(manifest.quality, require)
-    catalog = Catalog(open_store(StoreConfig.at(store, endpoint_url, path_style)), manifest.base.digest)
+    target = StoreConfig.at(store, endpoint_url, path_style)
+    catalog = Catalog(open_store(target), manifest.base.digest)
     aliases = alias or [LATEST]
     with byte_progress(f"Publishing {name}", manifest.bytes_stored) as advance:
         catalog.publish(source, manifest, name, aliases, progress=advance, repair=repair)
     named = ", ".join(f"{name}@{each}" for each in aliases)
     out.print(f"Published {named}: version {manifest.version()[:12]}, {size(manifest.bytes_stored)} stored.")
+    out.print(f"Servers find it with store.url: {target.url}", soft_wrap=True)
