@@ -9,8 +9,6 @@ VLLM = {0: (5.2, 5.94, 10_950), 8: (9.3, 10.0, 7_900), 32: (None, 19.2, 5_680)}
 GOALS = {0: (4.7, 5.2, 11_500), 8: (8.8, 9.2, 9_000), 32: (None, 19.0, 6_500)}
 STEP_TOKENS, DECODE_TOKENS = 512 + 136 / 2, 256 + 80 / 2
 """Tokens of a request's context, in the middle of what ``step`` and ``decodes`` measure."""
-PROFILE_TOKENS = {32: 512 + 90, 256: 256 + 90}
-"""The same of ``profile``, by requests, where a report does not say: about."""
 _KINDS = ("base GEMM", "delta", "attention", "norms and activation", "rest", "gaps", "whole step")
 
 
@@ -118,7 +116,7 @@ def breakdown(report: dict[str, Any]) -> str:
     keys = (key.split(".profile_") for key in report if ".profile_" in key)
     for versions, requests in sorted((int(versions), int(requests)) for versions, requests in keys):
         found, limits = report[f"{versions}.profile_{requests}"], report["limits_ms"]
-        tokens = requests * found.get("context", PROFILE_TOKENS[requests])
+        tokens = requests * found["context"]
         least = {
             "base GEMM": limits["weights"],
             "delta": versions * limits["delta"],

@@ -41,7 +41,7 @@ def host_by_thread(report: dict[str, Any]) -> str:
         if what.startswith("decodes_"):
             found[value["requests"], int(versions)] = value
     threads = list(next(iter(found.values()))["host_ms"])
-    heads = ["requests", "versions", "step", *threads, "all CPU"]
+    heads = ["requests", "versions", "time of a step", *threads, "all CPU time"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "--:|" * len(heads)]
     for (requests, count), value in sorted(found.items()):
         spent = value["host_ms"]

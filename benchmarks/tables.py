@@ -23,7 +23,7 @@ from benchmarks.engine_table import (
     prompts,
     steps_in_fp8,
 )
-from benchmarks.host_table import host, sampling, split, start
+from benchmarks.host_table import host, host_by_thread, sampling, split, start
 from benchmarks.kernels_table import attention, long_tables
 from benchmarks.kernels_table import tables as kernel_tables
 from benchmarks.kv_table import fp8_cache
@@ -89,6 +89,7 @@ def pages() -> dict[str, dict[str, str]]:
             "fp8-quality": _dated(fp8_quality, _read("engine-fp8-quality")),
             "engine-fp8": _dated(own_figures, _read("engine-h200-fp8")),
             "gemm": _dated(gemm, _read("base-gemm-h200")),
+            "host threads": _dated(host_by_thread, engine),
             "split": _dated(split, _read("engine-split-h200")),
             "sampling": _dated(sampling, _read("sampling-h200")),
             "fp8-cache": _dated(fp8_cache, _read("kv-fp8")),
