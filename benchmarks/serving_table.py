@@ -66,11 +66,22 @@ def steps(counted: dict[str, float]) -> str:
 
 def streams(runs: list[dict[str, Any]]) -> str:
     """Many clients that stream at once."""
-    lines = ["| streams | step | tok/s | a client hears every, p50 | p99 | CPU a token: replica | router | proxy |"]
-    lines.append("|--:" * 8 + "|")
+    heads = [
+        "streams",
+        "step",
+        "tok/s",
+        "first token p50",
+        "last",
+        "all silent, at most",
+        "a client hears every, p50",
+        "p99",
+    ]
+    heads += ["CPU a token: replica", "router", "proxy"]
+    lines = ["| " + " | ".join(heads) + " |", "|--:" * len(heads) + "|"]
     for run in runs:
-        gap, cpu = run["gap_ms"], run["cpu_us_per_token"]
+        first, gap, cpu = run["first_ms"], run["gap_ms"], run["cpu_us_per_token"]
         cells = [str(run["streams"]), f"{run['step_ms']:.1f} ms", f"{run['tokens_per_s']:,.0f}"]
+        cells += [f"{first['p50']:.0f} ms", f"{first['max']:.0f} ms", f"{run['silent_ms']:.0f} ms"]
         cells += [f"{gap['p50']:.1f} ms", f"{gap['p99']:.1f} ms"]
         cells += [f"{cpu[name]:.0f} µs" for name in ("replica", "router", "proxy")]
         lines.append("| " + " | ".join(cells) + " |")
@@ -100,14 +111,16 @@ def caption(report: dict[str, Any]) -> str:
 
 def path(*reports: dict[str, Any]) -> str:
     """The way of tokens without a device, behind each front."""
-    heads = ["streams", "step", "groups/s", "a client hears every, p50", "p99"]
+    heads = ["streams", "step", "groups/s", "first token p50", "last", "a client hears every, p50", "p99"]
     heads += ["CPU a token: replica", "router", "proxy"]
     lines = ["| at | " + " | ".join(heads) + " |", "|---" + "|--:" * len(heads) + "|"]
     for report in reports:
         for run in report["runs"]:
             gap, cpu = run["gap_ms"], run["cpu_us_per_token"]
             cells = [f"`{report['commit'][:7]}`, {report['front']}", str(run["streams"]), f"{run['step_ms']:.2f} ms"]
-            cells += [f"{run['groups_per_s']:,.0f}", f"{gap['p50']:.1f} ms", f"{gap['p99']:.1f} ms"]
+            first = run["first_ms"]
+            cells += [f"{run['groups_per_s']:,.0f}", f"{first['p50']:,.0f} ms", f"{first['max']:,.0f} ms"]
+            cells += [f"{gap['p50']:.1f} ms", f"{gap['p99']:.1f} ms"]
             cells += [f"{cpu[name]:.0f} µs" for name in ("replica", "router", "proxy")]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

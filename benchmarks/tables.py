@@ -120,10 +120,7 @@ def pages() -> dict[str, dict[str, str]]:
         },
         "docs/serving.md": {
             "path": serving_table.path(*_read("serving-path")[-2:]),
-            **{
-                name: serving_table.page(_read(name))
-                for name in ("serving-cpu", "serving-h200", "serving-h200-streams")
-            },
+            **{name: serving_table.page(_read(name)) for name in ("serving-cpu", "serving-h200")},
         },
     }
 
