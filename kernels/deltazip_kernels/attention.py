@@ -99,15 +99,15 @@ def decode_attention(
 
 
 def _programs(itemsize: int) -> int:
-    """For each processor: the fewest that keep its share of memory busy, with keys of a byte a number only all."""
+    """For each processor: the fewest that keep its share of memory busy. Over fp8, of half the bytes, all."""
     return _MOST_PROGRAMS if itemsize == 1 else 2
 
 
 def _decode_stages(programs: int, keys: Tensor) -> int:
-    """Two for each tile of keys on its way, and one: so many tiles that a processor has room for its share of the
-    programs, but no more.
+    """Stages of the loop, two for each tile of keys on its way and one: so many tiles that a processor has room for its
+    share of the programs and no more.
 
-    Behind a GEMM that is about to end, the first processors that are free would take as many as they have room for.
+    Else, behind a GEMM that still runs, the first processors that are free would take the share of others.
     """
     count, shared_bytes = _processors(keys.device)
     share = max(ceil_div(programs, count), _programs(keys.dtype.itemsize))
