@@ -6,12 +6,21 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     # Read when a kernel is defined, triton's own among them: so before anybody imports triton.
     os.environ["TRITON_INTERPRET"] = "1"
+
+    from triton.runtime import interpreter
+
+    def _all_ones(_: Any, dtype: Any) -> Any:
+        """As in Triton 3.9: the interpreter of 3.7, which torch 2.13 asks for, inverts no uint8 with NumPy 2."""
+        return interpreter.TensorHandle(np.full(1, -1).astype(interpreter._get_np_dtype(dtype)), dtype.scalar)
+
+    interpreter.InterpreterBuilder.get_all_ones_value = _all_ones
 
 # A shell has its background jobs ignore Ctrl-C, and so would the commands that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
