@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,24 +14,20 @@ from prometheus_client import CollectorRegistry
 
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.active_requests import ActiveRequests
-from deltazip_ray.engine.admission import check_sampling, check_tokens
 from deltazip_ray.engine.core import EngineCore, build_core
+from deltazip_ray.engine.entrance import Entrance, MakeMatcher
 from deltazip_ray.engine.split import Split
 from deltazip_ray.engine.step_loop import StepLoop
 from deltazip_ray.engine.versions import Versions
-from deltazip_ray.errors import DeltaZipError, EngineError, EngineStopped, InvalidRequest, Overloaded
+from deltazip_ray.errors import DeltaZipError, EngineError, EngineStopped
 from deltazip_ray.observability.engine_metrics import EngineMetrics, EngineStats
-from deltazip_ray.residency.slot_table import Pin
 from deltazip_ray.residency.tiers import DeltaSource, HostMemory, PrefetchTier
 from deltazip_ray.scheduler.outbox import News
-from deltazip_ray.scheduler.request import GenerateRequest, Matcher, Structure, TokenChunk
+from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk
 
 __all__ = ["AsyncEngine", "EngineStats"]
 
 logger = logging.getLogger(__name__)
-
-MakeMatcher = Callable[[str | None, Structure], Awaitable[Matcher]]
-"""Makes the matcher for a structure and a version's vocabulary. Raises DeltaZipError."""
 
 _STOPPED = "the engine has stopped: send the request to another replica"
 
@@ -42,6 +38,7 @@ class _Running:
 
     core: EngineCore
     versions: Versions
+    entrance: Entrance
     requests: ActiveRequests
     steps: StepLoop
 
@@ -73,7 +70,6 @@ class AsyncEngine:
         self._stopped = False
         self._stopping: asyncio.Task[None] | None = None
         self._splitting: asyncio.Task[None] | None = None
-        self._pinning = 0
         self._verdicts: set[asyncio.Future[DeltaZipError | None]] = set()
 
     async def start(self) -> None:
@@ -101,7 +97,9 @@ class AsyncEngine:
         )
         slots, half_life = self._config.slots, self._config.eviction_half_life
         versions = Versions(self._source, core.slots, slots, self._metrics, half_life, self._begin_to_stop)
-        self._parts = _Running(core, versions, ActiveRequests(versions.table.unpin), steps)
+        requests = ActiveRequests(versions.table.unpin)
+        entrance = Entrance(self._config, core, versions, requests, self._make_matcher)
+        self._parts = _Running(core, versions, entrance, requests, steps)
         steps.start()
         if self._config.slots_min is not None:
             split = Split(versions, core.scheduler, steps, core.slot_blocks, self._config.slots_min)
@@ -157,7 +155,7 @@ class AsyncEngine:
             resident=table.resident,
             loading=table.loading,
             running=scheduler.num_running,
-            waiting=scheduler.num_waiting + self._pinning,
+            waiting=scheduler.num_waiting + self._parts.entrance.inside,
             kv_blocks=scheduler.blocks.num_blocks,
             kv_blocks_free=scheduler.blocks.free_blocks,
             slots=table.slots,
@@ -197,7 +195,7 @@ class AsyncEngine:
         outcome = "aborted"
         try:
             parts = self._open()
-            self._check_request(request, parts)
+            parts.entrance.check(request)
             async with contextlib.aclosing(self._run(request, parts, arrived)) as chunks:
                 async for chunk in chunks:
                     outcome = chunk.finish_reason or outcome
@@ -209,8 +207,12 @@ class AsyncEngine:
             self._metrics.requests.labels(outcome).inc()
 
     async def _run(self, request: GenerateRequest, parts: _Running, arrived: float) -> AsyncGenerator[TokenChunk, None]:
-        matcher = await self._matcher(request)
-        pin = await self._pin(request, parts)
+        matcher, pin = await parts.entrance.enter(request)
+        try:
+            self._open()  # it may have stopped meanwhile
+        except EngineStopped:
+            parts.entrance.leave(pin)
+            raise
         key, stream = parts.requests.add(request.request_id, pin)
         parts.steps.add(dataclasses.replace(request, request_id=key, matcher=matcher), -1 if pin is None else pin.slot)
         self._metrics.prompt_tokens.inc(len(request.prompt))
@@ -229,46 +231,6 @@ class AsyncEngine:
         finally:
             if key in parts.requests:
                 parts.steps.abort(key)
-
-    async def _matcher(self, request: GenerateRequest) -> Matcher | None:
-        """The matcher of a structured output. Made before the slot is pinned, as it may take a while."""
-        structure = request.sampling.structure
-        if structure is None:
-            return None
-        if self._make_matcher is None:
-            raise InvalidRequest("this engine has no vocabularies, so that it offers no structured output")
-        return await self._make_matcher(request.version, structure)
-
-    async def _pin(self, request: GenerateRequest, parts: _Running) -> Pin | None:
-        """Pin the request's version and check its tokens; None for the base. Raises EngineStopped."""
-        if request.version is None:
-            self._open()  # the engine may have ended while a structure was compiled
-            return None
-        self._pinning += 1
-        try:
-            pin = await parts.versions.pin(request.version, self._config.load_timeout_s)
-        finally:
-            self._pinning -= 1
-        try:
-            check_tokens(request, parts.versions.vocab_size(pin))
-            self._open()
-        except DeltaZipError:
-            parts.versions.table.unpin(pin)
-            raise
-        return pin
-
-    def _check_request(self, request: GenerateRequest, parts: _Running) -> None:
-        """Make all checks that do not need the delta."""
-        core = parts.core
-        check_sampling(request.sampling)
-        core.scheduler.limits.check(request)
-        if request.version is None:
-            check_tokens(request, core.base.vocab_size)
-        else:
-            check_tokens(request, core.base.vocab_size + self._config.max_added_tokens, at_most=True)
-        inside = len(parts.requests) + self._pinning
-        if inside >= self._config.max_running + self._config.max_waiting:
-            raise Overloaded(f"{inside} requests are in the engine already: try again later")
 
     def _deliver(self, news: News) -> None:
         """Deliver the results of a step, on the event loop."""

@@ -268,7 +268,7 @@ async def test_stopping_answers_everybody(zoo: Zoo) -> None:
         assert len(await other.generate(PROMPT)) == GREEDY.max_tokens
 
 
-async def test_a_base_request_whose_structure_outlives_the_engine_is_answered(zoo: Zoo) -> None:
+async def test_a_request_whose_structure_is_compiled_is_inside_and_answered_when_the_engine_stops(zoo: Zoo) -> None:
     compiled = asyncio.Event()
 
     async def make_matcher(version: str | None, structure: Structure) -> Matcher:
@@ -276,11 +276,14 @@ async def test_a_base_request_whose_structure_outlives_the_engine_is_answered(zo
         return AnyToken()
 
     registry = CollectorRegistry()
-    engine = AsyncEngine(EngineConfig(**SETTINGS), zoo.base, MemorySource(), registry, make_matcher=make_matcher)
+    config = EngineConfig(**SETTINGS | {"max_running": 1, "max_waiting": 0})
+    engine = AsyncEngine(config, zoo.base, MemorySource(), registry, make_matcher=make_matcher)
     await engine.start()
-    sampling = replace(GREEDY, structure=Structure("json"))
-    task = asyncio.create_task(RunningEngine(engine, registry).generate(PROMPT, None, sampling))
+    run, sampling = RunningEngine(engine, registry), replace(GREEDY, structure=Structure("json"))
+    task = asyncio.create_task(run.generate(PROMPT, None, sampling))
     await asyncio.sleep(0)
+    with pytest.raises(Overloaded, match="1 requests are in the engine"):
+        await run.generate(PROMPT)
     await engine.stop()
     compiled.set()
     with pytest.raises(EngineStopped):
