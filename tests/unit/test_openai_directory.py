@@ -48,6 +48,11 @@ async def nobody(version: str) -> None:
     """Nothing to bring."""
 
 
+async def test_the_base_has_no_versions() -> None:
+    with pytest.raises(UnknownVariant, match="the base 'base' has neither"):
+        await directory(Store("one"), Clock()).resolve(parse_ref("base@latest"))
+
+
 async def test_known_names_cost_nothing() -> None:
     store, clock = Store("one"), Clock()
     names = directory(store, clock)

@@ -116,6 +116,19 @@ def test_bad_values_name_their_field(fields: dict[str, Any], param: str) -> None
         assert refused.value.param == param
 
 
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+    ],
+)
+def test_a_place_is_told_as_the_client_wrote_it(fields: dict[str, Any], where: str) -> None:
+    with pytest.raises(InvalidField, match=f"^{where}: "):
+        chat(**fields)
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000, b'"text"'])
 def test_bodies_that_are_no_json_object_are_refused(body: bytes) -> None:
     with pytest.raises(InvalidRequest, match="JSON"):

@@ -1,6 +1,7 @@
 """Structures that cannot be enforced, or would be slow to follow, are refused with a reason."""
 
 import json
+import time
 from typing import Any
 
 import jsonschema
@@ -12,7 +13,7 @@ from deltazip_ray.engine.admission import MOST_STRUCTURE_CHARS
 from deltazip_ray.engine.structure import Structures
 from deltazip_ray.engine.structure.grammars import GrammarMatcher, Vocabulary, compile_structure
 from deltazip_ray.engine.structure.json_schemas import check_schema
-from deltazip_ray.engine.structure.regexes import check_regex
+from deltazip_ray.engine.structure.regexes import check_regexes
 from deltazip_ray.errors import InvalidRequest, RequestTimeout
 from deltazip_ray.scheduler.request import Structure
 
@@ -43,7 +44,9 @@ def matches(structure: Structure, text: str) -> bool:
         ({"$ref": "#/$defs/b", "$defs": {"a": {}}}, "leads nowhere"),
         ({"type": "object", "required": ["b"]}, "'b'"),
         ({"type": "string", "pattern": "a*", "minLength": 2}, "pattern"),
-        ({"type": "string", "pattern": "((.?){0,1000}){0,1000}"}, "1000000"),
+        ({"type": "string", "pattern": "((.?){0,1000}){0,1000}"}, "make more than 10000"),
+        ({"patternProperties": {"((.?){0,1000}){0,1000}": {}}}, "make more than 10000"),
+        ({"anyOf": [{"type": "string", "pattern": "a{90}"} for _ in range(200)]}, "make more than 10000"),
         ({"$ref": "#/$defs/s", "$defs": {"s": SELF}}, "refers to itself"),
         ({"$ref": "#"}, "refers to itself"),
         (DEEP, "32 deep"),
@@ -110,7 +113,7 @@ def test_every_kind_of_structure(structure: Structure, good: str, bad: str) -> N
     [
         (Structure("regex", "(a"), "compiled: .*parenthesis"),
         (Structure("regex", "(?=x)"), "Lookahead"),
-        (Structure("regex", "((a{0,100}b){0,100}){0,100}"), "1000000"),
+        (Structure("regex", "((a{0,100}b){0,100}){0,100}"), "make more than 10000"),
         (Structure("grammar", "root ::= "), "EBNF"),
         (Structure("grammar", "root ::= root"), "no text"),
         (Structure("json_schema", "false"), "any value"),
@@ -123,9 +126,25 @@ def test_structures_that_cannot_be_compiled_say_why(structure: Structure, messag
 
 
 def test_counts_that_are_not_nested_do_not_multiply() -> None:
-    check_regex(r"a{1,9000}(b{1,90}c){1,90}[{9999}{9999}]\{9999}(d*){5000}")
-    with pytest.raises(InvalidRequest, match="12000"):
-        check_regex("x(a(b|c{120})|d){5,100}")
+    check_regexes(r"a{1,9000}(b{1,90}c){1,90}[{9999}{9999}]\{9999}(d*){5000}")
+    with pytest.raises(InvalidRequest, match="make more than 10000"):
+        check_regexes("x(a(b|c{120})|d){5,100}")
+
+
+@pytest.mark.parametrize("regex", ["[" * MOST_STRUCTURE_CHARS, "a{" + "1" * (MOST_STRUCTURE_CHARS - 2)])
+def test_checking_an_expression_takes_no_longer_than_reading_it(regex: str) -> None:
+    """Nothing else can run in the replica meanwhile. With backtracking half of either took seconds."""
+    began = time.perf_counter()
+    check_regexes(regex)
+    assert time.perf_counter() - began < 1
+
+
+@pytest.mark.parametrize(
+    "regex", ["[^]((a{99}){99}){99}]", "a{" + "1" * 5000 + "}", "a{00000000000011000}", "a{9}" + "{9}" * 5000]
+)
+def test_counts_are_read_as_the_compiler_reads_them(regex: str) -> None:
+    with pytest.raises(InvalidRequest, match="lower the counts"):
+        check_regexes(regex)
 
 
 def test_no_surrogates_and_no_control_characters() -> None:

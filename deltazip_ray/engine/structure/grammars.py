@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from deltazip_ray.engine.admission import MOST_STRUCTURE_CHARS
 from deltazip_ray.engine.structure.json_schemas import check_schema
-from deltazip_ray.engine.structure.regexes import check_regex
+from deltazip_ray.engine.structure.regexes import check_regexes
 from deltazip_ray.errors import InvalidRequest
 from deltazip_ray.scheduler.request import Structure
 
@@ -117,7 +117,7 @@ def _parse(structure: Structure) -> xgrammar.Grammar:
             check_schema(structure.text)
             return xgrammar.Grammar.from_json_schema(structure.text, max_whitespace_cnt=_MOST_SPACE)
         case "regex":
-            check_regex(structure.text)
+            check_regexes(structure.text)
             return xgrammar.Grammar.from_regex(structure.text)
         case "grammar":
             return xgrammar.Grammar.from_ebnf(structure.text)

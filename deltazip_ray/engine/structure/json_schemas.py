@@ -6,7 +6,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 from urllib.parse import unquote
 
-from deltazip_ray.engine.structure.regexes import check_regex
+from deltazip_ray.engine.structure.regexes import check_regexes
 from deltazip_ray.errors import InvalidRequest
 
 _MOST_NESTED = 32
@@ -56,12 +56,15 @@ def check_schema(text: str) -> None:
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"the schema is not JSON: {error}") from error
     direct: dict[int, list[int]] = {}
+    patterns: list[str] = []
     for where, schema in _schemas(root, "schema", 0):
-        for complaint in (*_unenforced(schema), *_dangling(schema, root), *_of_strings(schema)):
+        for complaint in (*_unenforced(schema), *_dangling(schema, root)):
             raise InvalidRequest(f"{where}: {complaint}")
+        patterns += _patterns(schema)
         direct[id(schema)] = [id(other) for other in _stand_for(schema, root)]
         if len(direct) > _MOST_SCHEMAS:
             raise InvalidRequest(f"the schema has more than {_MOST_SCHEMAS} schemas in it: ask for less")
+    check_regexes(*patterns)
     try:
         TopologicalSorter(direct).prepare()
     except CycleError as error:
@@ -94,17 +97,18 @@ def _unenforced(schema: Mapping[str, Any]) -> Iterator[str]:
             yield f"{min(others)!r} is not enforced beside {key!r}: move it into what {key!r} names"
     if len(_of_type(schema, "allOf", list)) > 1:
         yield "'allOf' of several schemas is not enforced: merge them into one"
+    if isinstance(schema.get("pattern"), str) and schema.keys() & {"minLength", "maxLength"}:
+        yield "'minLength' and 'maxLength' are not enforced beside 'pattern': say it in the pattern"
     for name in _of_type(schema, "required", list):
         if name not in _of_type(schema, "properties", dict):
             yield f"'required' names {str(name)[:80]!r}, which is not among 'properties': add it"
 
 
-def _of_strings(schema: Mapping[str, Any]) -> Iterator[str]:
-    """Problems of patterns."""
-    if isinstance(schema.get("pattern"), str):
-        check_regex(schema["pattern"])
-        if schema.keys() & {"minLength", "maxLength"}:
-            yield "'minLength' and 'maxLength' are not enforced beside 'pattern': say it in the pattern"
+def _patterns(schema: Mapping[str, Any]) -> Iterator[str]:
+    """Its regular expressions."""
+    if isinstance(pattern := schema.get("pattern"), str):
+        yield pattern
+    yield from _of_type(schema, "patternProperties", dict)
 
 
 def _dangling(schema: Mapping[str, Any], root: Any) -> Iterator[str]:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -136,7 +137,9 @@ def _first_problem(error: ValidationError) -> InvalidField:
     # If a field is a union, report the problem with the alternative that the value comes closest to.
     field = [one for one in problems if one["loc"][:1] == problems[0]["loc"][:1]]
     problem = max(field, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
-    location = [str(part) for part in problem["loc"] if not str(part).startswith("list[")]
+    # Parts of the location that name the member of a union are nothing that the client wrote.
+    parts = [str(part) for part in problem["loc"] if part != "str" and not str(part).startswith("list[")]
+    location = [part for part, _ in groupby(parts)]
     message = problem["msg"].removeprefix("Value error, ")
     if not location:
         return InvalidField(message, _named_first(message))

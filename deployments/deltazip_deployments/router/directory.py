@@ -108,6 +108,8 @@ class Directory:
     def _find(self, ref: VariantRef) -> str:
         known = self._known()
         variant = known.get(ref.name)
+        if variant is None and ref.name == self._base_name:
+            raise UnknownVariant(f"the base {ref.name!r} has neither aliases nor versions: ask for it without '@'")
         if variant is None:
             names = listed(sorted([self._base_name, *known]))
             raise UnknownVariant(f"there is no model {ref.name!r}; there are: {names}")
