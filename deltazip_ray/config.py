@@ -191,8 +191,8 @@ class RouterConfig(Settings):
     max_ongoing_requests: int = Field(
         2048,
         ge=1,
-        description="requests that the router handles at once; one variant gets at most twice as many as are left "
-        "free, beyond that a 429. Eight times as many may queue",
+        description="requests that the router handles at once, where n outputs count as n; one variant gets at most "
+        "twice as many as are left free, beyond that a 429. Eight times as many may queue",
     )
     request_timeout_s: float = Field(300.0, gt=0, description="time for a whole answer; after it the client gets a 504")
     resume_attempts: int = Field(2, ge=0, description="how often a request is resumed after its replica died")

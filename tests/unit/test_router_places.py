@@ -15,11 +15,24 @@ def test_floods_get_equal_shares_and_leave_room(floods: int) -> None:
         for _ in range(300):
             for variant in taken:
                 with suppress(Overloaded):
-                    held.enter_context(places.one(variant))
+                    held.enter_context(places.taken(variant, 1))
                     taken[variant] += 1
         assert set(taken.values()) <= {420 // (1 + 2 * floods), 420 // (1 + 2 * floods) + 1}
-        with places.one("another"):
+        with places.taken("another", 1):
             pass
     with ExitStack() as held:
         for _ in range(140):
-            held.enter_context(places.one("0"))
+            held.enter_context(places.taken("0", 1))
+
+
+def test_a_request_for_many_outputs_takes_many_places() -> None:
+    places = Places(90)
+    with ExitStack() as held:
+        for _ in range(2):
+            held.enter_context(places.taken("flood", 32))
+        with pytest.raises(Overloaded, match="64 outputs"), places.taken("flood", 1):
+            pass
+        with places.taken("another", 26):
+            pass
+    with places.taken("flood", 32), places.taken("flood", 32):
+        pass

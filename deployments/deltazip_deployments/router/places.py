@@ -1,8 +1,8 @@
-"""Limits the requests of each variant in a router, so that a flood of one does not keep the others out.
+"""Limits the outputs of each variant in a router, so that a flood of one does not keep the others out.
 
 Fair sharing happens in the engines, which do not see requests that a full router rejects. So the router never fills up:
-a variant may have twice as many places as are free. One alone gets two thirds of all, two get two fifths each, and so
-on (dynamic thresholds: Choudhury and Hahne, 1998).
+a variant may have twice as many places as are free, one for each output. One alone gets two thirds of all, two get two
+fifths each, and so on (dynamic thresholds: Choudhury and Hahne, 1998).
 """
 
 from collections import Counter
@@ -22,17 +22,17 @@ class Places:
         self._taken: Counter[str] = Counter()
 
     @contextmanager
-    def one(self, variant: str) -> Iterator[None]:
-        """Take a place for a request of ``variant`` during the block. Raises Overloaded if the variant has too many."""
+    def taken(self, variant: str, count: int) -> Iterator[None]:
+        """Take ``count`` places for ``variant`` during the block. Raises Overloaded if the variant has too many."""
         mine = self._taken[variant]
         if mine >= _SHARE * self._free:
-            raise Overloaded(f"{mine} requests for {variant[:80]!r} are in progress already: try again later")
-        self._free -= 1
-        self._taken[variant] += 1
+            raise Overloaded(f"{mine} outputs of {variant[:80]!r} are in progress already: try again later")
+        self._free -= count
+        self._taken[variant] += count
         try:
             yield
         finally:
-            self._free += 1
-            self._taken[variant] -= 1
+            self._free += count
+            self._taken[variant] -= count
             if not self._taken[variant]:
                 del self._taken[variant]

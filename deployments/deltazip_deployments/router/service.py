@@ -103,7 +103,7 @@ class RouterService:
         self._check_offered(request)
         variant = request.model.partition("@")[0]
         with ExitStack() as held:
-            held.enter_context(self._places.one(variant))
+            held.enter_context(self._places.taken(variant, request.candidates))
             asked, outputs = await self._prepare(request, self.config.router.weights.get(variant, 1.0))
             choices = Choices(asked, outputs, held.pop_all())
         try:
