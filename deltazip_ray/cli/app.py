@@ -1,5 +1,8 @@
 """The core's part of the ``deltazip`` command."""
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from deltazip_ray.cli.compress import compress
@@ -20,6 +23,22 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"deltazip {version('deltazip-ray')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
 app.command()(compress)
 app.command("eval")(evaluate)
 app.command()(inspect)

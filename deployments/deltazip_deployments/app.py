@@ -6,6 +6,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
+from deltazip_deployments.logs import log_with_serve
 from deltazip_deployments.node_store.discovery import node_store_client
 from deltazip_deployments.replica import EngineFactory, HostSource, Replica, make_engine
 from deltazip_deployments.request_router import DeltaAwareRouter
@@ -40,6 +41,8 @@ def application(config: AppConfig, engine_factory: EngineFactory = make_engine) 
 
 
 def _source(config: AppConfig, base_digest: Any) -> HostSource:
+    """Called in a replica's process, before its engine is made."""
+    log_with_serve()
     context = serve.get_replica_context()
     return node_store_client(context.app_name, context.replica_tag, config, base_digest)
 
@@ -75,6 +78,10 @@ def _router_options(config: AppConfig) -> dict[str, Any]:
         # It mostly waits for replicas, so it does not reserve a core.
         "ray_actor_options": {"num_cpus": 0, "runtime_env": _OUR_ENVIRONMENT},
         "max_ongoing_requests": config.router.max_ongoing_requests,
+        # Requests of a replica that ends move on, those of a router do not. So an update starts the new router first,
+        # and lets the old one finish its answers.
+        "max_surge_percent": 100,
+        "graceful_shutdown_timeout_s": config.router.request_timeout_s,
         "max_queued_requests": config.router.max_ongoing_requests * _QUEUED_PER_ONGOING,
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
     }

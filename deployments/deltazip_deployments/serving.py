@@ -61,7 +61,10 @@ def stop(*, owns_ray: bool) -> None:
     """End the application, its node stores and, if ``owns_ray``, Serve and Ray. Can be called again."""
     try:
         if ray.is_initialized() and (not owns_ray or "RAY_ADDRESS" in os.environ):
-            serve.delete(APP_NAME)
+            try:
+                serve.delete(APP_NAME)
+            except TimeoutError:
+                logger.warning("requests are still being answered: Serve ends the application after the last one")
             kill_stores(APP_NAME)
     finally:
         if owns_ray:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +11,18 @@ import httpx
 import openai
 import pytest
 import ray
+from ray import serve
 
+from deltazip_deployments.app import application
 from deltazip_deployments.node_store.discovery import NAMESPACE, find_or_start, list_stores
+from deltazip_deployments.serving import APP_NAME
 from deltazip_ray.config import AppConfig, EngineConfig, NodeStoreConfig, RouterConfig, StoreConfig
 from tests.support.catalogs import BASE_DIGEST, publish, save_base_files
 from tests.support.fake_engine import FATAL_SEED, Script, scripted_tokens
 from tests.support.serve_app import ServeApp, private_ray, scratch, serve_app, wait_until
 from tests.support.tiny import make_tokenizer
 
+SCRIPT = Script(step_s=0.02)
 VARIANTS = tuple(f"v{i}" for i in range(8))
 TOKENIZER = make_tokenizer().backend_tokenizer
 
@@ -28,11 +33,11 @@ def versions() -> dict[str | None, str]:
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory, versions: dict[str | None, str]) -> Iterator[ServeApp]:
+def config(tmp_path_factory: pytest.TempPathFactory, versions: dict[str | None, str]) -> AppConfig:
     folder = tmp_path_factory.mktemp("serve")
     store = StoreConfig(url=scratch(folder, "store").as_uri())
     versions |= {name: publish(store, folder, name, seed=i, size=5000) for i, name in enumerate(VARIANTS)}
-    config = AppConfig(
+    return AppConfig(
         base=str(save_base_files(folder / "base")),
         base_name="tiny",
         store=store,
@@ -42,7 +47,11 @@ def app(tmp_path_factory: pytest.TempPathFactory, versions: dict[str | None, str
         node_store=NodeStoreConfig(arena_bytes=4 << 20, lease_timeout_s=2),
         router=RouterConfig(catalog_refresh_s=1),
     )
-    with private_ray(), serve_app(config, Script(step_s=0.02)) as running:
+
+
+@pytest.fixture(scope="module")
+def app(config: AppConfig) -> Iterator[ServeApp]:
+    with private_ray(), serve_app(config, SCRIPT) as running:
         # Of an application that has no replicas: it must be gone by itself at the end.
         find_or_start("nobody", config, BASE_DIGEST)
         yield running
@@ -50,6 +59,12 @@ def app(tmp_path_factory: pytest.TempPathFactory, versions: dict[str | None, str
 
 def text_of(version: str | None, prompt: str, count: int) -> str:
     return TOKENIZER.decode(scripted_tokens(version, tuple(TOKENIZER.encode(prompt).ids), count))
+
+
+def log_lines(files: str) -> list[str]:
+    """The lines of all of Ray's logs of such names."""
+    paths = Path(os.environ["RAY_TMPDIR"]).glob(f"ray/session_latest/logs/{files}")
+    return [line for path in paths for line in path.read_text().splitlines()]
 
 
 async def test_the_openai_client_streaming_and_not(app: ServeApp, versions: dict[str | None, str]) -> None:
@@ -183,7 +198,7 @@ async def test_a_stream_survives_its_replica(app: ServeApp, versions: dict[str |
     text, events = "", 0
     async with (
         httpx.AsyncClient(base_url=app.url, timeout=60) as client,
-        client.stream("POST", "/v1/completions", json=asked) as response,
+        client.stream("POST", "/v1/completions", json=asked, headers={"x-request-id": "moves-on"}) as response,
     ):
         async for line in response.aiter_lines():
             if not line or line == "data: [DONE]":
@@ -197,6 +212,7 @@ async def test_a_stream_survives_its_replica(app: ServeApp, versions: dict[str |
                 await asyncio.to_thread(app.kill_replica, busy)
     assert text == text_of(versions["v2"], "abc", 200)
     assert response.status_code == 200
+    assert any("moves-on" in line and "lost its replica" in line for line in log_lines("serve/replica_*_router_*.log"))
 
 
 def _busy_replica(app: ServeApp) -> str:
@@ -230,6 +246,23 @@ async def test_nothing_is_sent_to_a_replica_whose_engine_has_ended(app: ServeApp
 def test_a_node_store_that_nobody_needs_ends_by_itself(app: ServeApp) -> None:
     wait_until(lambda: list_stores("nobody") == [])
     assert len(list_stores("deltazip")) == 1
+    assert any("INFO" in line and "no replica needs this" in line for line in log_lines("worker-*.err"))
+
+
+async def test_an_update_lets_answers_finish(app: ServeApp, config: AppConfig, versions: dict[str | None, str]) -> None:
+    """The old router finishes its answer, over new replicas, while a new router answers others."""
+    asked = {"model": "v2", "prompt": "abc", "max_tokens": 480}
+    updated = config.model_copy(update={"router": RouterConfig(catalog_refresh_s=2)})
+    async with httpx.AsyncClient(base_url=app.url, timeout=60) as client:
+        under_way = asyncio.create_task(client.post("/v1/completions", json=asked))
+        await asyncio.to_thread(_busy_replica, app)
+        update = asyncio.create_task(
+            asyncio.to_thread(serve.run, application(updated, SCRIPT), name=APP_NAME, route_prefix="/")
+        )
+        while not update.done():
+            (await client.post("/v1/completions", json=asked | {"max_tokens": 2})).raise_for_status()
+        await update
+        assert (await under_way).json()["choices"][0]["text"] == text_of(versions["v2"], "abc", 480)
 
 
 def test_no_file_is_left_in_shared_memory() -> None:

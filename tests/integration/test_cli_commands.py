@@ -122,3 +122,7 @@ def test_cli_errors_are_one_line_that_helps(folder: Path, args: tuple[str, ...],
     assert hint in failed.stderr
     assert "Traceback" not in failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_cli_tells_its_version() -> None:
+    assert deltazip("--version").stdout.startswith("deltazip 0.")

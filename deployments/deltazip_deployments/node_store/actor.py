@@ -13,6 +13,7 @@ import ray
 from prometheus_client import CollectorRegistry, generate_latest
 
 from deltazip_deployments.background import in_background
+from deltazip_deployments.logs import log_to_stderr
 from deltazip_deployments.node_store.arena import Arena, ArenaRef
 from deltazip_deployments.node_store.leases import Leases
 from deltazip_deployments.node_store.protocol import NodeReport, StoredDelta
@@ -142,6 +143,7 @@ class NodeStoreProcess(NodeStore):
 
     def __init__(self, node: str, store: StoreConfig, settings: NodeStoreConfig, base_digest: str) -> None:
         """Raises ConfigError when the arena does not fit."""
+        log_to_stderr()
         arena = Arena(settings.shm_dir, settings.arena_bytes)
         registry = CollectorRegistry()
         catalog = Catalog(open_store(store), base_digest)

@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from deltazip_deployments.logs import log_with_serve
 from deltazip_deployments.node_store.discovery import reports
 from deltazip_deployments.router.api import build_api
 from deltazip_deployments.router.backend import HandleBackend
@@ -40,6 +41,7 @@ class Router:
         gc.collect()
         gc.freeze()
         sys.setswitchinterval(_SWITCH_S)
+        log_with_serve()
         context = serve.get_replica_context()
         self._app, self._deployment, self._name = context.app_name, context.deployment, context.replica_tag
         self._metrics = RouterMetrics()
