@@ -50,6 +50,18 @@ def _against_goals(report: dict[str, Any], versions: int) -> Iterator[list[str]]
         ]
 
 
+def headline(report: dict[str, Any]) -> str:
+    """The two figures at the top of README.md; 64 slots were measured once (docs/engine.md)."""
+    delta_gb = report["limits_ms"]["delta"] * report["limits_ms"]["bandwidth"] / 1e12
+    base, eight = (report[f"{versions}.saturated"]["tokens_per_s"] for versions in (0, 8))
+    return (
+        f"- **64 full fine-tunes of an 8B model on one H200**, {delta_gb:.2f} GB each "
+        "beside the base; as a checkpoint each takes 16 GB ([measured](docs/engine.md#more-versions-more-requests)).\n"
+        f"- **Eight of them in every batch: {eight / base:.0%} of the throughput of the base alone** "
+        f"({eight:,.0f} of {base:,.0f} tokens a second)."
+    )
+
+
 def steps_in_fp8(report: dict[str, Any]) -> str:
     """A sentence for README.md."""
     few, many = (report[f"8.step_{requests}"]["ms"] for requests in (8, 32))

@@ -19,6 +19,7 @@ from benchmarks.engine_table import (
     fp8_quality,
     gemm,
     growth,
+    headline,
     own_figures,
     prompts,
     steps_in_fp8,
@@ -74,6 +75,7 @@ def pages() -> dict[str, dict[str, str]]:
     return {
         "README.md": {
             "demo": demo_table(_read("demo")),
+            "headline": headline(engine),
             "engine": figures(engine),
             "fp8": steps_in_fp8(_read("engine-h200-fp8")),
         },

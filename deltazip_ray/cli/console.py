@@ -24,7 +24,7 @@ from deltazip_ray.errors import DeltaZipError
 out = Console()
 err = Console(stderr=True)
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 EndpointUrl = Annotated[
     str | None, typer.Option("--endpoint-url", help="S3 endpoint, where it is not AWS.", envvar="AWS_ENDPOINT_URL_S3")
 ]

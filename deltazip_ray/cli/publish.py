@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from deltazip_ray.artifact.names import LATEST
-from deltazip_ray.cli.console import EndpointUrl, PathStyle, byte_progress, out, size
+from deltazip_ray.cli.console import EndpointUrl, Json, PathStyle, byte_progress, out, print_json, size
 from deltazip_ray.config import StoreConfig
 
 
@@ -23,6 +23,7 @@ def publish(
     repair: Annotated[
         bool, typer.Option("--repair", help="Copy blobs that the store has already, too: it may hold damaged ones.")
     ] = False,
+    as_json: Json = False,
     endpoint_url: EndpointUrl = None,
     path_style: PathStyle = False,
 ) -> None:
@@ -45,6 +46,9 @@ def publish(
     aliases = alias or [LATEST]
     with byte_progress(f"Publishing {name}", manifest.bytes_stored) as advance:
         catalog.publish(source, manifest, name, aliases, progress=advance, repair=repair)
+    if as_json:
+        print_json({"name": name, "aliases": aliases, "version": manifest.version(), "store": target.url})
+        return
     named = ", ".join(f"{name}@{each}" for each in aliases)
     out.print(f"Published {named}: version {manifest.version()[:12]}, {size(manifest.bytes_stored)} stored.")
     out.print(f"Servers find it with store.url: {target.url}", soft_wrap=True)

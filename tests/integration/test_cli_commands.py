@@ -91,7 +91,10 @@ def test_cli_merge_does_not_overwrite(folder: Path) -> None:
 def test_cli_publish_alias_and_remove(folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     assert f"store.url: {store.as_uri()}\n" in deltazip("publish", folder / "delta", store, "--name", "sorter").stdout
-    deltazip("publish", folder / "delta", store, "--name", "other", "--alias", "canary", "--alias", "prod")
+    other = deltazip(
+        "publish", folder / "delta", store, "--name", "other", "--alias", "canary", "--alias", "prod", "--json"
+    )
+    assert json.loads(other.stdout)["aliases"] == ["canary", "prod"]
     listed = json.loads(deltazip("variants", "ls", store, "--json").stdout)
     by_name = {variant["name"]: variant for variant in listed["variants"]}
     assert set(by_name["sorter"]["aliases"]) == {"latest"}
