@@ -33,6 +33,7 @@ from deltazip_ray.artifact.object_store import (
     check_prefix,
     is_key,
 )
+from deltazip_ray.artifact.s3_deadline import bound_headers
 from deltazip_ray.artifact.s3_errors import PROVIDER_FAULTS, provider_fault, translated
 from deltazip_ray.config import MIB, StoreConfig, refuse_credentials
 from deltazip_ray.errors import BlobCorrupt, ConfigError, ObjectNotFound, StoreError, StoreUnavailable
@@ -237,5 +238,6 @@ def _make_client(config: StoreConfig) -> "S3Client":
         raise ConfigError(provider_fault(config.url, type(error).__name__)) from None
     except (BotoCoreError, ValueError) as error:
         raise ConfigError(f"cannot connect to {config.url}: {error}") from error
+    bound_headers(client)
     refuse_credentials("the endpoint that AWS's configuration names", client.meta.endpoint_url)
     return client

@@ -13,7 +13,18 @@ from deltazip_ray.artifact.s3_store import PARALLEL
 from deltazip_ray.artifact.store import ObjectStore, open_store
 from deltazip_ray.config import StoreConfig
 from deltazip_ray.errors import DeltaZipError, StoreFull, StoreUnavailable
-from tests.support.fault_proxy import Fault, FaultProxy, flipped, refused, reset, slow, stalled, trickling, truncated
+from tests.support.fault_proxy import (
+    Fault,
+    FaultProxy,
+    flipped,
+    refused,
+    reset,
+    slow,
+    stalled,
+    trickling,
+    trickling_headers,
+    truncated,
+)
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server
 from tests.support.serve_app import wait_until
 
@@ -172,10 +183,23 @@ def test_an_object_that_trickles_takes_nobody_elses_connections(
     assert buffer == sound
 
 
+def test_headers_that_trickle_come_to_an_end(proxy: FaultProxy, bucket: str) -> None:
+    store = store_at(proxy, bucket, timeout_s=0.2)
+    store.put("sick", DATA[:1000])
+    proxy.inject(trickling_headers(0.03), "sick")
+    began = time.monotonic()
+    with pytest.raises(StoreUnavailable, match="ReadTimeout"):
+        store.get("sick")
+    assert proxy.count("sick") >= 2, "it is tried again"
+    assert time.monotonic() - began < 10
+    proxy.heal()
+    assert store.get("sick") == DATA[:1000]
+
+
 @pytest.mark.parametrize("size", [1000, PART + 5], ids=["small", "in parts"])
 def test_a_body_that_trickles_comes_to_an_end(proxy: FaultProxy, bucket: str, size: int) -> None:
     store = store_at(proxy, bucket, timeout_s=0.1)
-    store.put("sick", DATA[:size])
+    store_at(proxy, bucket, timeout_s=10).put("sick", DATA[:size])
     proxy.inject(trickling(0.03), "sick")
     began = time.monotonic()
     with pytest.raises(StoreUnavailable):

@@ -223,6 +223,19 @@ def trickling(pause_s: float) -> Fault:
     return fault
 
 
+def trickling_headers(pause_s: float) -> Fault:
+    """Headers come line by line and do not end."""
+
+    def fault(exchange: Exchange) -> None:
+        exchange._handler.send_response_only(200)
+        while not exchange.proxy.released.wait(pause_s):
+            exchange._handler.send_header("X-Wait", "yes")
+            exchange._handler.flush_headers()
+        exchange.reset()
+
+    return fault
+
+
 def flipped(share: float = 0.5) -> Fault:
     """One bit of the body is wrong."""
 
