@@ -88,7 +88,7 @@ def test_the_rayservice_is_what_the_crd_wants(validator: OAS30Validator, service
 
 def test_the_core_kinds_are_what_kubernetes_wants(documents: list[Document], service: Document) -> None:
     core = [one for one in documents if one["kind"] != "RayService"]
-    assert {one["kind"] for one in core} == {"ServiceAccount", "PersistentVolumeClaim"}
+    assert {one["kind"] for one in core} == {"ServiceAccount", "PersistentVolumeClaim", "PodDisruptionBudget"}
     core += [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": pod} for pod in pods(service)]
     for one in core:
         kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
@@ -161,6 +161,22 @@ def test_memory_adds_up(service: Document) -> None:
     assert settings.replicas <= group["maxReplicas"]
 
 
+def test_a_drained_node_leaves_a_replica(service: Document, documents: list[Document]) -> None:
+    (budget,) = [one["spec"] for one in documents if one["kind"] == "PodDisruptionBudget"]
+    (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    labels = group["template"]["metadata"]["labels"]
+    assert budget["selector"]["matchLabels"].items() <= labels.items()
+    assert 0 < budget["minAvailable"] < group["minReplicas"]
+    (spread,) = group["template"]["spec"]["topologySpreadConstraints"]
+    assert spread["labelSelector"]["matchLabels"].items() <= labels.items()
+
+
+def test_answers_end_before_their_cluster(service: Document) -> None:
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    settings = AppConfig.model_validate(config["applications"][0]["args"])
+    assert service["spec"]["rayClusterDeletionDelaySeconds"] > settings.router.request_timeout_s
+
+
 def test_every_pod_sees_the_base_and_may_read_the_store(service: Document, documents: list[Document]) -> None:
     names = {one["kind"]: one["metadata"]["name"] for one in documents}
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
@@ -193,7 +209,13 @@ def test_fields_that_the_page_names_exist() -> None:
 
 
 def test_what_the_page_adds_to_the_serve_config_is_taken(service: Document) -> None:
-    (added,) = re.findall(r"```yaml\n(.+?)```", PAGE, re.DOTALL)
+    _, added = re.findall(r"```yaml\n(.+?)```", PAGE, re.DOTALL)
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     config["applications"][0] |= yaml.safe_load(added)
     ServeDeploySchema.model_validate(config)
+
+
+def test_what_the_page_adds_to_the_cluster_is_taken(validator: OAS30Validator, service: Document) -> None:
+    added, _ = re.findall(r"```yaml\n(.+?)```", PAGE, re.DOTALL)
+    service["spec"]["rayClusterConfig"] |= yaml.safe_load(added)
+    assert problems(validator, service) == []
