@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from deltazip_kernels.merged import MERGE_ROWS
 from deltazip_ray.config import CPU_KV_BLOCKS, GIB, EngineConfig
 from deltazip_ray.engine.device_slots import DeviceSlots
 from deltazip_ray.errors import ConfigError
@@ -51,13 +52,15 @@ class MemoryPlan:
 
 
 def workspace_bytes(config: EngineConfig, shape: DecoderConfig, itemsize: int) -> int:
-    """Upper bound of a step's memory besides weights and cache: activations, one merged weight, logits."""
+    """Upper bound of a step's memory besides weights and cache: activations, one merged weight, logits, graphs."""
     attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     widest = max(3 * shape.intermediate_size, attention + shape.heads * shape.head_dim)
     rows = config.max_batch_tokens * (4 * shape.hidden_size + widest) * (itemsize + (2 if config.base_dtype else 1))
-    merged = 2 * shape.intermediate_size * shape.hidden_size * itemsize
-    logits = config.max_running * (shape.vocab_size + config.max_added_tokens) * (2 * itemsize + 3 * 4)
-    return rows + merged + logits + _GRAPHS
+    # The head is merged where that many requests of one version sample in a step.
+    merged = max(2 * shape.intermediate_size, shape.vocab_size if config.max_running >= MERGE_ROWS else 0)
+    logits = (shape.vocab_size + config.max_added_tokens) * (2 * itemsize + 3 * 4)
+    added = config.max_added_tokens * shape.hidden_size * itemsize  # a copy of its version's rows for each row
+    return rows + merged * shape.hidden_size * itemsize + config.max_running * (logits + added) + _GRAPHS
 
 
 def measure(device: torch.device) -> DeviceMemory:

@@ -1,5 +1,6 @@
 """Long segments: the sum of base and delta in a scratch weight, and one product with it."""
 
+import torch
 import triton
 from torch import Tensor
 
@@ -28,7 +29,7 @@ def merge_weight(base: Tensor | Fp8Matrix, delta: PackedDelta, out: Tensor) -> N
     if delta.codec in (RAW, LOW_RANK):
         dense = base.dequantize(out.dtype) if isinstance(base, Fp8Matrix) else base
         parts = delta.tensors
-        out.copy_(dense + (parts["values"] if delta.codec == RAW else parts["up"] @ parts["down"]))
+        torch.add(dense, parts["values"] if delta.codec == RAW else parts["up"] @ parts["down"], out=out)
         return
     rows, columns = delta.shape
     extra = delta.tensors.get("index", delta.tensors.get("low", delta.tensors["codes"]))

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.engine_model import decoder_shape
+from deltazip_kernels.merged import MERGE_ROWS
 from deltazip_ray.config import GIB, EngineConfig
-from deltazip_ray.engine.memory import DeviceMemory, MemoryPlan, plan_memory
+from deltazip_ray.engine.memory import DeviceMemory, MemoryPlan, plan_memory, workspace_bytes
 from deltazip_ray.errors import ConfigError
 
 LOADED = DeviceMemory(total=100 * GIB, free=84 * GIB, own=16 * GIB)
@@ -36,3 +38,13 @@ def test_what_others_have_taken_is_not_planned_with() -> None:
 def test_what_does_not_fit_is_refused_with_the_table(kv_blocks: int | None) -> None:
     with pytest.raises(ConfigError, match=r"free:\n  base +16\.00 GiB"):
         plan(LOADED, 0.3 if kv_blocks is None else 0.8, kv_blocks)
+
+
+def test_the_workspace_has_room_for_a_merged_head_once_so_many_requests_of_one_version_can_sample() -> None:
+    shape = decoder_shape("8b")
+    before, after = (
+        workspace_bytes(EngineConfig(max_running=count, max_added_tokens=0), shape, 2)
+        for count in (MERGE_ROWS - 1, MERGE_ROWS)
+    )
+    head, gate_up = (shape.hidden_size * rows * 2 for rows in (shape.vocab_size, 2 * shape.intermediate_size))
+    assert after - before >= head - gate_up
