@@ -2,26 +2,16 @@
 
 import math
 import threading
-from collections import Counter, defaultdict
 from collections.abc import Sequence, Set
 
-import numpy as np
 import torch
 
 from deltazip_kernels import CODECS, LOW_RANK, RAW, PackedDelta, Segments
 from deltazip_kernels.fp8 import Fp8Matrix
-from deltazip_kernels.fused import (
-    FUSED_ALONE_ROWS,
-    FUSED_CODECS,
-    FUSED_ROWS,
-    SCRATCH_ROWS,
-    FusedProduct,
-    RowTiles,
-    cut_rows,
-)
+from deltazip_kernels.fused import FusedProduct
 from deltazip_kernels.gather import gather_rows
-from deltazip_kernels.merged import MERGE_ROWS, merge_weight
-from deltazip_kernels.plan import Work, in_halves, plan
+from deltazip_kernels.merged import merge_weight
+from deltazip_kernels.plan import plan
 from deltazip_kernels.quantize import (
     gelu_mul_quantize,
     layer_norm_quantize,
@@ -35,11 +25,11 @@ from deltazip_kernels.table import CODEC_IDS, DeltaTable
 from deltazip_kernels.triton_backend import grouped_matmul, low_rank_matmul, raw_matmul
 from deltazip_ray.layers.activations import Activations, BaseWeight, dense, weight_rows
 from deltazip_ray.layers.attention.cache import KVLayer
+from deltazip_ray.layers.long_segments import LongSegments
 from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.layers.rope import Rotary
-from deltazip_ray.layers.rows import Rows, Span, join_runs, send_index, send_segments
+from deltazip_ray.layers.rows import Rows, Span
 from deltazip_ray.layers.stack import DeltaStack
-from deltazip_ray.layers.staging import to_device
 from deltazip_ray.layers.writes import Writes
 
 FIRST_ROWS = 32
@@ -70,7 +60,7 @@ class TritonStack(DeltaStack):
 
     def put(self, slot: int, part: int, delta: PackedDelta | None, writes: Writes) -> None:
         """As the base class says; seen by the steps that are launched afterwards."""
-        self.ops.count(slot, self.deltas[part][slot], delta)
+        self.ops.segments.replace(slot, self.deltas[part][slot], delta)
         super().put(slot, part, delta, writes)
         writes.put(self.table.rows[slot][part], self.table.hold(slot, part, delta))
         if delta is None:
@@ -148,8 +138,7 @@ class TritonOps(LayerOps):
         self.deltas = torch.empty(0, dtype=dtype, device=device)
         """Products with deltas on their way to the base's; zero between linears."""
         self.fused = FusedProduct(device)
-        self.held: defaultdict[int, Counter[str]] = defaultdict(Counter)
-        """For each slot, how many deltas of each codec."""
+        self.segments = LongSegments(fused=self.fused.available and dtype == torch.bfloat16 and not fp8)
 
     def scratch(self, like: BaseWeight) -> torch.Tensor:
         """Room for one weight of the shape of ``like``, the same memory for all."""
@@ -166,45 +155,8 @@ class TritonOps(LayerOps):
         return TritonStack(shapes, slots, self)
 
     def rows(self, runs: Sequence[tuple[int, int]], device: torch.device) -> Rows:
-        """See :meth:`LayerOps.rows`. Long segments are left to merged weights."""
-        spans = join_runs(runs)
-        index = send_index(spans, device)
-        versions = tuple(span for span in spans if span.slot >= 0)
-        alone = len(spans) == 1
-        merged = tuple(span for span in versions if span.rows >= self._long_rows(span.slot, alone=alone))
-        short = [span for span in versions if span not in merged]
-        work: Work | None = None
-        rounded = 0
-        if short:
-            rounded = short[-1].stop
-            first = [_without(span, merged) for span in spans if span.stop <= rounded]
-            lengths = [span.rows for span in short]
-            work = plan(send_segments(first, device), rounded, max(lengths), halves=in_halves(lengths))
-        # A slot with decodes and prompts has two spans, of which the product tells as of one.
-        scratch = {span.slot for span in merged if span.rows >= self._scratch_rows(span.slot)}
-        fused = [span for span in merged if span.slot not in scratch]
-        return Rows(index, versions, None, work, rounded, merged, _cut(fused, device) if fused else None)
-
-    def count(self, slot: int, before: PackedDelta | None, after: PackedDelta | None) -> None:
-        """Keep ``held`` right where a slot gets a delta in place of another."""
-        with self.growth:  # loads run beside each other
-            for delta, change in ((before, -1), (after, 1)):
-                if delta is not None:
-                    self.held[slot][delta.codec] += change
-
-    def _long_rows(self, slot: int, *, alone: bool) -> int:
-        """So many rows of a slot make a segment long."""
-        if self.fp8 or self.dtype != torch.bfloat16 or not self.fused.available or self._codecs(slot) - {*FUSED_CODECS}:
-            return MERGE_ROWS
-        return FUSED_ALONE_ROWS if alone else FUSED_ROWS
-
-    def _scratch_rows(self, slot: int) -> int:
-        """So many rows of a slot go over a scratch weight."""
-        return max((SCRATCH_ROWS.get(codec, 0) for codec in self._codecs(slot)), default=0)
-
-    def _codecs(self, slot: int) -> set[str]:
-        """Those of a slot's deltas."""
-        return {codec for codec, count in self.held[slot].items() if count}
+        """See :meth:`LayerOps.rows`."""
+        return self.segments.rows(runs, device)
 
     def graph_rows(self, index: torch.Tensor, segments: Segments, longest: int, *, halves: bool = False) -> Rows:
         """Rows of a step to be captured: any that ``index`` and ``segments`` hold at its replay."""
@@ -319,15 +271,3 @@ def _seen(x: Activations, weight: BaseWeight) -> torch.Tensor | Fp8Matrix:
     if x.rounded is None or x.rounded.fp8 is None:
         raise ValueError("a base in fp8 takes activations in fp8: make these operations with fp8=True")
     return x.rounded.fp8
-
-
-def _cut(spans: Sequence[Span], device: torch.device) -> RowTiles:
-    def send(rows: list[list[int]]) -> torch.Tensor:
-        return to_device(np.array(rows, dtype=np.int32), device)
-
-    return cut_rows([(span.slot, span.start, span.stop) for span in spans], send)
-
-
-def _without(span: Span, merged: Sequence[Span]) -> Span:
-    """A merged segment as the kernels see it: rows of the base, with nothing to add."""
-    return Span(-1, span.start, span.stop) if span in merged else span

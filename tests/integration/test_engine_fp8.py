@@ -10,7 +10,7 @@ from deltazip_kernels.fp8 import Fp8Matrix
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.core import EngineCore, build_core, check_fp8
 from deltazip_ray.errors import ConfigError
-from deltazip_ray.layers import triton_ops
+from deltazip_ray.layers import long_segments
 from deltazip_ray.layers.writes import Writes
 from tests.integration.test_engine_kernels import errors
 from tests.integration.test_engine_logits import last_logits, load
@@ -47,7 +47,7 @@ def test_kernels_mean_the_same(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> Non
     """The base's row by way of the GEMM, that of one version over merged weights, that of the other beside the GEMM."""
     if torch.cuda.is_available():
         pytest.skip("tests/integration/test_engine_cuda.py runs them on a GPU")
-    monkeypatch.setattr(triton_ops, "MERGE_ROWS", 4)
+    monkeypatch.setattr(long_segments, "MERGE_ROWS", 4)
     core, prompts, slots = (
         core_of(zoo, "triton"),
         [random_prompt(0, 3), random_prompt(2, 5), random_prompt(3, 2)],

@@ -5,7 +5,7 @@ import torch
 
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.core import EngineCore, build_core
-from deltazip_ray.layers import triton_ops
+from deltazip_ray.layers import long_segments
 from deltazip_ray.layers.targets import MatrixTarget
 from deltazip_ray.layers.triton_ops import TritonStack
 from tests.integration.test_engine_logits import last_logits, load
@@ -50,5 +50,5 @@ def test_codecs_may_have_launches_of_their_own(core: EngineCore, zoo: Zoo, monke
 
 
 def test_long_segments_run_over_merged_weights(core: EngineCore, zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_ops, "MERGE_ROWS", 1)
+    monkeypatch.setattr(long_segments, "MERGE_ROWS", 1)
     assert max(errors(core, zoo)) < 1e-4

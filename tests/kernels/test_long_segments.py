@@ -26,11 +26,11 @@ def test_how_long_is_long_depends_on_the_version_and_its_company(
     monkeypatch.setattr(FusedProduct, "available", True)
     ops = TritonOps(device, torch.bfloat16)
     lora, int2 = random_low_rank((64, 128), 8), random_coded("int2", (64, 128)).delta()
-    ops.count(0, None, int2)
+    ops.segments.replace(0, None, int2)
     assert (least(ops, alone=True), least(ops, alone=False)) == (FUSED_ALONE_ROWS, FUSED_ROWS)
-    ops.count(0, int2, lora)
+    ops.segments.replace(0, int2, lora)
     assert (least(ops, alone=True), least(ops, alone=False)) == (MERGE_ROWS, MERGE_ROWS)
-    ops.count(0, lora, None)
+    ops.segments.replace(0, lora, None)
     assert least(ops, alone=False) == FUSED_ROWS
     for other in (TritonOps(ops.device, torch.float16), TritonOps(ops.device, torch.bfloat16, fp8=True)):
         assert least(other, alone=True) == MERGE_ROWS
@@ -53,7 +53,7 @@ def test_very_long_segments_have_a_scratch_weight(
     monkeypatch.setattr(FusedProduct, "available", True)
     ops = TritonOps(device, torch.bfloat16)
     for codec in codecs:
-        ops.count(0, None, random_coded(codec, (64, 128)).delta())
+        ops.segments.replace(0, None, random_coded(codec, (64, 128)).delta())
     limit = max(SCRATCH_ROWS[codec] for codec in codecs)
     assert ops.rows([(0, limit - 1)], device).tiles is not None
     assert ops.rows([(0, limit)], device).tiles is None
@@ -65,7 +65,7 @@ def test_all_long_segments_of_a_version_go_one_way(device: torch.device, monkeyp
     monkeypatch.setattr(FusedProduct, "available", True)
     ops = TritonOps(device, torch.bfloat16)
     for slot in (0, 1):
-        ops.count(slot, None, random_coded("int4", (64, 128)).delta())
+        ops.segments.replace(slot, None, random_coded("int4", (64, 128)).delta())
     step = ops.rows([(0, FUSED_ROWS), (1, FUSED_ROWS), (0, SCRATCH_ROWS["int4"])], device)
     assert len(step.merged) == 3
     assert step.tiles is not None
