@@ -33,21 +33,21 @@ class Rows:
     index: torch.Tensor
     """``[rows]`` int32, slot + 1: picks from tables that keep the base in row 0."""
     spans: tuple[Span, ...] = ()
-    """Segments that have a delta, where the host knows them (a captured step serves any)."""
+    """Segments of versions, if the host knows them: a captured step serves any."""
     segments: Segments | None = None
-    """The same for the device, those of the base included; None where nobody asks."""
+    """All segments, the base's too, on the device; for the torch backend only."""
     work: Work | None = None
-    """What the grouped kernels do for the segments that are not ``merged``, if there are any ..."""
+    """The grouped kernels' work: all segments of versions that are not ``merged``. None if there are none."""
     rounded: int = 0
-    """... and how many rows, from the first on, have all of these: they are wanted in int8."""
+    """The grouped kernels read no row from this one on, so only those before it are rounded to int8."""
     merged: tuple[Span, ...] = ()
-    """Segments so long that they multiply with the sum of base and delta ..."""
+    """Long segments, which are multiplied with the sum of base and delta."""
     tiles: RowTiles | None = None
-    """... and these, cut for the product that makes the sum as it goes."""
+    """Those of ``merged`` that the fused kernel takes, cut into its tiles; the others need a scratch weight."""
 
 
 def join_runs(runs: Sequence[tuple[int, int]]) -> tuple[Span, ...]:
-    """Spans of all slots from ``(slot, rows)`` runs in batch order; runs of one slot are neighbours and are joined."""
+    """Spans of all slots, from ``(slot, rows)`` runs in batch order; adjacent runs of one slot are joined."""
     spans: list[Span] = []
     end = 0
     for slot, length in runs:

@@ -13,7 +13,7 @@ from deltazip_ray.layers.writes import Writes
 
 
 class DeltaStack:
-    """For each slot, one delta or None for each of ``shapes``: linears ``[N_i, K]`` whose outputs lie side by side."""
+    """A delta, or None, for each slot and each of ``shapes``: linears ``[N_i, K]`` whose outputs lie side by side."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]], slots: int) -> None:
         self.shapes = tuple(shapes)
@@ -25,16 +25,16 @@ class DeltaStack:
         self.deltas[part][slot] = delta
 
     def add_product(self, y: torch.Tensor, x: Activations, rows: Rows) -> None:
-        """``y`` ``[rows, sum N_i]`` gets each row's product with the deltas of its slot added, in place."""
+        """Add to each row of ``y`` ``[rows, sum N_i]`` the product of ``x`` with the deltas of the row's slot."""
         if rows.segments is None or not rows.spans:
             return
         for deltas, start, stop in zip(self.deltas, self.starts, self.starts[1:], strict=False):
             delta_matmul(y[:, start:stop], x.values, deltas, rows.segments)
 
     def add_weights(self, hidden: torch.Tensor, chosen: torch.Tensor, rows: Rows) -> None:
-        """``hidden[t]`` ``[K]`` gets row ``chosen[t]`` of the only part's delta for the slot of ``t`` added.
+        """Add to each ``hidden[t]`` ``[K]`` row ``chosen[t]`` of the delta of its slot: an embedding's deltas.
 
-        ``chosen`` ``[rows]`` int64; beyond the matrix nothing is added.
+        For stacks of one part. ``chosen`` ``[rows]`` int64; nothing is added for rows that the matrix does not have.
         """
         (deltas,) = self.deltas
         for span in rows.spans:

@@ -1,8 +1,8 @@
-"""Arrays from the host to the device, without waiting for what it has yet to do.
+"""Copies arrays from the host to the device without waiting for the device's earlier work.
 
-Small ones are not page-locked: the driver takes them along with its commands, at once, while a copy from page-locked
-memory waits for a copy engine, which on an H200 stays with the stream of a large delta for as long as that has work
-(docs/tiers.md). Large ones are: for them the driver would let the host wait until the device has come so far.
+Small arrays are not page-locked: the driver puts their bytes into its command stream at once. A copy from page-locked
+memory waits for a copy engine, and on an H200 that stays with a large delta's stream as long as there is work on it
+(docs/tiers.md). Large arrays are page-locked: otherwise the host would wait until the device reaches the copy.
 """
 
 from typing import Any
@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 _SMALL = 64 << 10
-"""Bytes that CUDA promises to take along. Page-locked ones of 40 or 60 KiB cost an H200's host 3 to 4 ms behind large
-products, others 0.05."""
+"""Bytes up to which CUDA does not wait for pageable memory. Behind large products, a page-locked copy of 40 or 60 KiB
+took the host of an H200 3 to 4 ms, a pageable one 0.05."""
 
 
 def staged(values: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """``values`` in the best form for sending to ``device``; the original may be changed once the copy is enqueued."""
+    """``values`` as a tensor to be copied to ``device``; the array may be changed once that copy is enqueued."""
     host = torch.from_numpy(values)
     return host.pin_memory() if device.type == "cuda" and values.nbytes > _SMALL else host
 

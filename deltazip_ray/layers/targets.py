@@ -1,7 +1,7 @@
 """Where versions put their weights: one target for each weight of the base, with a place for each slot.
 
-Installing and clearing a slot happen in a loader thread while a step runs; that is safe because no row of a
-running step uses a slot before it is published. What is small is only noted in ``writes``, which the loader sends.
+Loader threads install and clear slots while steps run. That is safe because no row of a running step uses a slot before
+it is published. Small values are only noted in ``writes``; the loader sends all of them together.
 """
 
 from abc import ABC, abstractmethod

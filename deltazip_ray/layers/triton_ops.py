@@ -1,4 +1,7 @@
-"""The same operations as fused kernels, for a GPU: a fixed number of launches, whatever versions share the batch."""
+"""The operations of ``ops.py`` as fused kernels for a GPU.
+
+The number of launches does not depend on how many versions share the batch, so a step can be captured in a graph.
+"""
 
 import math
 import threading
@@ -33,33 +36,34 @@ from deltazip_ray.layers.stack import DeltaStack
 from deltazip_ray.layers.writes import Writes
 
 FIRST_ROWS = 32
-"""Rows up to which deltas are multiplied before the base: beyond, steps of an engine were slower for it on an H200."""
+"""Up to this many rows the deltas' product runs before the base's (decision 026). With more, steps were slower on an
+H200."""
 
 
 def ordered(codecs: Set[str]) -> tuple[str, ...]:
-    """Codecs in the one order in which kernels are compiled for them."""
+    """``codecs`` in a fixed order: kernels are compiled for a sequence of codecs."""
     return tuple(name for name in CODEC_IDS if name in codecs)
 
 
 class TritonStack(DeltaStack):
-    """Deltas behind a table of pointers in device memory."""
+    """Deltas that kernels reach through a table of pointers in device memory."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]], slots: int, ops: "TritonOps") -> None:
         super().__init__(shapes, slots)
         self.ops = ops
         self.table = DeltaTable(shapes, slots, ops.device, ops.dtype)
         self.groups: tuple[tuple[str, ...], ...] = ()
-        """All codecs that any slot ever held, by the launches that serve them: one a group."""
+        """All codecs that any slot has held so far. There is one launch for each group."""
         self.rank = 0
-        """The largest of the low-rank deltas so far."""
+        """The largest rank of any low-rank delta so far."""
 
     @property
     def codecs(self) -> set[str]:
-        """Those of all groups."""
+        """The codecs of all groups."""
         return {name for group in self.groups for name in group}
 
     def put(self, slot: int, part: int, delta: PackedDelta | None, writes: Writes) -> None:
-        """As the base class says; seen by the steps that are launched afterwards."""
+        """See :meth:`DeltaStack.put`; steps launched after ``writes`` see the delta."""
         self.ops.segments.replace(slot, self.deltas[part][slot], delta)
         super().put(slot, part, delta, writes)
         writes.put(self.table.rows[slot][part], self.table.hold(slot, part, delta))
@@ -68,8 +72,11 @@ class TritonStack(DeltaStack):
         self.grow({delta.codec}, delta.tensors["down"].shape[0] if delta.codec == LOW_RANK else 0)
 
     def grow(self, codecs: Set[str], rank: int) -> None:
-        """Let steps that are launched afterwards serve deltas of ``codecs`` too, low-rank ones up to ``rank``."""
-        with self.ops.growth:  # loads run beside each other
+        """Make later steps serve ``codecs`` too, and low-rank deltas up to ``rank``.
+
+        New codecs get a launch of their own.
+        """
+        with self.ops.growth:
             new = codecs - self.codecs
             if new or rank > self.rank:
                 self.groups += (ordered(new),) if new else ()
@@ -77,16 +84,16 @@ class TritonStack(DeltaStack):
                 self.ops.generation += 1
 
     def join(self, codecs: Set[str]) -> None:
-        """Let steps that are launched afterwards serve ``codecs``, those of some groups, in one launch."""
+        """Make later steps serve ``codecs``, which several groups have now, in one launch."""
         with self.ops.growth:
             others = (group for group in self.groups if not {*group} <= codecs)
             self.groups = (ordered(codecs), *others)
             self.ops.generation += 1
 
     def add_product(self, y: torch.Tensor, x: Activations, rows: Rows, *, first: bool = False) -> None:
-        """As the base class says, for ``rows.work``; packed codecs see activations rounded to int8.
+        """See :meth:`DeltaStack.add_product`; only for ``rows.work``. Packed codecs see ``x`` rounded to int8.
 
-        ``first``: the launch ahead is what made ``x``, not a GEMM.
+        ``first``: this runs right after the launch that made ``x``, with no GEMM between.
         """
         if rows.work is None:
             return
@@ -103,12 +110,12 @@ class TritonStack(DeltaStack):
                 low_rank_matmul(y, x.values, self.table, rows.work, self.rank)
 
     def add_weights(self, hidden: torch.Tensor, chosen: torch.Tensor, rows: Rows) -> None:
-        """As the base class says."""
+        """See :meth:`DeltaStack.add_weights`."""
         for group in self.groups:
             gather_rows(hidden, chosen, rows.index, self.table, group)
 
     def merged(self, weight: BaseWeight, slot: int) -> BaseWeight:
-        """``weight`` plus the slot's deltas; valid until the next call for any stack."""
+        """``weight`` plus the slot's deltas, in scratch memory that the next call for any stack overwrites."""
         if all(deltas[slot] is None for deltas in self.deltas):
             return weight
         scratch = self.ops.scratch(weight)
@@ -122,26 +129,26 @@ class TritonStack(DeltaStack):
 
 
 class TritonOps(LayerOps):
-    """Fused kernels, int8 activations where deltas are packed, merged weights for long segments."""
+    """Rounds activations to int8 for packed deltas. One object belongs to one stream: launches share its buffers."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, *, fp8: bool = False) -> None:
-        """``fp8``: weights of the base are, and so activations are rounded to fp8 wherever they are to int8."""
+        """``fp8``: the base's weights are in fp8, so activations are rounded to fp8 as well as to int8."""
         self.device = device
         self.dtype = dtype
         self.fp8 = fp8
         self.generation = 0
-        """Grows when launches change: graphs that were captured before are of no use then."""
+        """Counts changes of the launches: graphs captured before a change are outdated."""
         self.growth = threading.Lock()
-        """Held while ``generation`` grows, and what it stands for."""
+        """Guards ``generation`` and the stacks' ``groups`` and ``rank`` against loads in several threads."""
         self._scratch = torch.empty(0, dtype=dtype, device=device)
         self.product = BaseProduct(device)
         self.deltas = torch.empty(0, dtype=dtype, device=device)
-        """Products with deltas on their way to the base's; zero between linears."""
+        """Passes products with deltas on to the base's product, which clears it: all zeros between two linears."""
         self.fused = FusedProduct(device)
         self.segments = LongSegments(fused=self.fused.available and dtype == torch.bfloat16 and not fp8)
 
     def scratch(self, like: BaseWeight) -> torch.Tensor:
-        """Room for one weight of the shape of ``like``, the same memory for all."""
+        """Uninitialized memory for one weight of the shape of ``like``; all calls return the same memory."""
         size = math.prod(like.shape)
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size, dtype=self.dtype, device=self.device)
@@ -159,7 +166,10 @@ class TritonOps(LayerOps):
         return self.segments.rows(runs, device)
 
     def graph_rows(self, index: torch.Tensor, segments: Segments, longest: int, *, halves: bool = False) -> Rows:
-        """Rows of a step to be captured: any that ``index`` and ``segments`` hold at its replay."""
+        """Rows of a captured step, whose ``index`` and ``segments`` may change between replays.
+
+        No segment may get more than ``longest`` rows. ``halves``: see :func:`~deltazip_kernels.plan.plan`.
+        """
         return Rows(index, work=plan(segments, len(index), longest, halves=halves), rounded=len(index))
 
     def linear(self, weight: BaseWeight, x: Activations, stack: DeltaStack, rows: Rows) -> torch.Tensor:
@@ -184,19 +194,19 @@ class TritonOps(LayerOps):
     def _multiply_deltas_first(
         self, y: torch.Tensor, x: Activations, rows: Rows, weight: BaseWeight, stack: TritonStack
     ) -> None:
-        """All of ``y`` ``[rows, N]``: both launches only read, and that of the base starts where the other is done."""
+        """Write ``y`` ``[rows, N]``: the deltas' product goes to a buffer that the base's product adds."""
         deltas = self.deltas[: y.numel()].view(y.shape)
         try:
             stack.add_product(deltas, x, rows, first=True)
             self._multiply(y, x, 0, weight, deltas)
         except BaseException:
-            deltas.zero_()  # a step may fail without the engine, and the next must not add what it left
+            deltas.zero_()  # the engine survives a failed step, and the next one must not add its leftovers
             raise
 
     def _multiply_long(
         self, y: torch.Tensor, x: Activations, rows: Rows, weight: BaseWeight, stack: TritonStack
     ) -> None:
-        """Long segments of ``y`` ``[rows, N]`` get their rows times the sum of ``weight`` and their slots' deltas."""
+        """Write the rows of long segments of ``y`` ``[rows, N]``."""
         done = self.fused(y, x.values, weight, stack.table, rows.tiles) if rows.tiles else set()
         for span in rows.merged:
             if span.slot not in done:
@@ -205,7 +215,7 @@ class TritonOps(LayerOps):
     def _multiply(
         self, y: torch.Tensor, x: Activations, start: int, weight: BaseWeight, deltas: torch.Tensor | None = None
     ) -> None:
-        """``y`` ``[rows, N]`` gets rows ``start`` and following of ``x`` times ``weight``, plus ``deltas``."""
+        """Write ``y`` ``[rows, N]``: the rows of ``x`` from ``start`` on times ``weight``, plus ``deltas``."""
         stop = start + y.shape[0]
         if start < stop:
             self.product(y, weight_rows(_seen(x, weight), start, stop), weight, deltas)
@@ -265,7 +275,7 @@ class TritonOps(LayerOps):
 
 
 def _seen(x: Activations, weight: BaseWeight) -> torch.Tensor | Fp8Matrix:
-    """What ``weight`` is multiplied with: ``x`` as it is, or in fp8."""
+    """``x`` in the type that ``weight`` is multiplied with."""
     if isinstance(weight, torch.Tensor):
         return x.values
     if x.rounded is None or x.rounded.fp8 is None:

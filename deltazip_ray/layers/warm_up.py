@@ -1,4 +1,7 @@
-"""Kernels of deltas, compiled before a step needs them."""
+"""Launches everything that steps may launch for a codec, so that its kernels can be compiled beforehand.
+
+``test_no_step_launches_what_was_not_compiled`` compares this with real steps.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -30,20 +33,22 @@ _BATCHES = (
     (1024, 64, SOME),
     (2048, 64, MORE),
 )
-"""Rows, segments and rows of the longest of steps that together need every launch there is: items of some rows, of more
-and of many, each by few programs that share K, by few, and by plenty; single rows of many versions."""
+"""Example steps as (rows, segments, rows of the longest segment). Together they need every kernel of a grouped launch:
+work items of ``SOME``, ``MORE`` and ``MANY`` rows, each for few programs, which share K, for some, and for many; and
+single rows of many versions."""
 _FIRST_BATCHES = ((SOME, 1, SOME), (8, 8, 1), (MORE, MORE, 1), (MORE, 4, SOME), (MORE, 1, MORE), (MORE, 4, MORE))
-"""The same of steps in which deltas are multiplied before the base."""
+"""Likewise, for steps that multiply deltas before the base."""
 _FEW_ROWS = (SOME, MORE, MOST_ROWS)
-"""Most rows for which a kernel of the base's product is compiled."""
+"""Numbers of rows that together need every kernel of the base's own small product."""
 _OUTPUTS = 128
+"""Outputs of the matrix that stands for a long segment's: kernels do not depend on them."""
 
 
 def launch_all(stack: TritonStack, codecs: tuple[str, ...], rank: int, base: BaseWeight, *, looked_up: bool) -> None:
-    """Launch what steps do for deltas of ``codecs``, low-rank ones up to ``rank``, in a stack like this one over a
-    ``base`` ``[out, in]`` like this; only inside :func:`deltazip_kernels.launch.compiling`.
+    """Launch what steps launch for deltas of ``codecs``, low-rank ones up to ``rank``, in a stack of the same shapes.
 
-    ``looked_up``: also what an embedding does.
+    Only inside :func:`deltazip_kernels.launch.compiling`, where nothing runs. ``base`` ``[out, in]`` is the stack's
+    weight, or a part of it. ``looked_up``: the matrix is also used as an embedding.
     """
     twin = TritonStack(stack.shapes, 1, stack.ops)
     twin.groups, twin.rank = (codecs,) if codecs else (), rank
@@ -69,9 +74,9 @@ def _rows(batches: Sequence[tuple[int, int, int]], device: torch.device) -> Iter
 
 
 def _multiply_few(ops: TritonOps, base: BaseWeight, outputs: int) -> bool:
-    """The base's product, alone and adding those with deltas, for a weight of ``outputs`` rows like those of ``base``.
+    """Launch the base's own small product for a weight like ``base`` with ``outputs`` rows, also adding deltas to it.
 
-    False where there is no kernel for it.
+    Returns False if no kernel of ours takes that weight.
     """
     weight = _repeated(base, outputs)
     inputs = [x for x in (_repeated(base, rows) for rows in _FEW_ROWS) if ops.product.cut(x, weight) is not None]
@@ -84,13 +89,14 @@ def _multiply_few(ops: TritonOps, base: BaseWeight, outputs: int) -> bool:
 
 
 def _repeated(matrix: BaseWeight, rows: int) -> BaseWeight:
-    """Its first row ``rows`` times, in the memory of one."""
+    """A view of ``rows`` rows, all of which are the first one of ``matrix``."""
     if isinstance(matrix, Fp8Matrix):
         return Fp8Matrix(matrix.values[:1].expand(rows, -1), matrix.scales[:1].expand(rows))
     return matrix[:1].expand(rows, -1)
 
 
 def _multiply_long(ops: TritonOps, weight: BaseWeight, codec: str) -> None:
+    """Launch what a long segment needs: merging a weight, and the fused product."""
     shape = (weight.shape[0], weight.shape[1])
     layout = packed_layout(codec, shape)
     parts = {name: torch.empty(size, dtype=kind, device=ops.device) for name, (size, kind) in layout.items()}

@@ -1,4 +1,4 @@
-"""Batches small writes to device memory: one copy from the host and a few launches for hundreds of writes."""
+"""Batches small writes to device memory: one copy from the host for hundreds of writes."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,15 @@ Values = torch.Tensor | Sequence[int]
 
 
 class Writes:
-    """The writes of a load besides its large copies. Nothing is written before :meth:`send`."""
+    """The small writes of one load. Nothing is written before :meth:`send`."""
 
     def __init__(self) -> None:
         self._wanted: dict[int, tuple[torch.Tensor, Values]] = {}
 
     def put(self, target: torch.Tensor, values: Values) -> None:
-        """Have a contiguous ``target`` become ``values``, as many numbers, from the host or from its own device.
+        """Write ``values``, on the host or on the device of ``target``, to a contiguous ``target`` of as many numbers.
 
-        They are read by :meth:`send`. The last one who writes to the start of a target is the one who does.
+        :meth:`send` reads them. Of several writes to targets with the same address, only the last is made.
         """
         self._wanted[target.data_ptr()] = target, values
 
@@ -35,13 +35,13 @@ class Writes:
 
 
 def _sent(writes: Sequence[tuple[torch.Tensor, Values]]) -> Sequence[torch.Tensor]:
-    """The values, tensors first, on the device of their targets, which have one dtype, by one copy."""
+    """The values on the device of their targets, by one copy. All targets have one dtype; tensors come before lists."""
     if not writes:
         return []
     first = writes[0][0]
     tensors = [v.view(-1).to(first.dtype) for _, v in writes if isinstance(v, torch.Tensor)]
     numbers = [number for _, v in writes if not isinstance(v, torch.Tensor) for number in v]
-    # Not page-locked, so that it never waits for a copy engine that is busy with other loads (see staging.py).
+    # Not page-locked, or it might wait for a copy engine that is busy with other loads (see staging.py).
     sent = torch.cat([*tensors, torch.tensor(numbers, dtype=first.dtype)]).to(first.device, non_blocking=True)
     pieces: Sequence[torch.Tensor] = sent.split([target.numel() for target, _ in writes])
     return pieces
