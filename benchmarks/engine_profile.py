@@ -59,7 +59,7 @@ def step_times(launches: Sequence[Any], having: str = "") -> dict[str, Any]:
 
     Where launches overlap, time counts for the one that ends first: others only wait for it.
     """
-    heads = [i for i, event in enumerate(launches) if "MaxOps" in event.name]
+    heads = [i for i, event in enumerate(launches) if "pick_tokens" in event.name]
     steps = [launches[head : end + 1] for head, end in pairwise(heads)]  # with the end of the step before
     steps = [step for step in steps if any(having in event.name for event in step)]
     if not steps:

@@ -38,10 +38,10 @@ def host(running: int, steps: int = 400) -> dict[str, Any]:
         sched.add(GenerateRequest(str(i), f"v{i % 16}", prompt, SamplingParams(max_tokens=2048)), i % 16)
     while sched.num_waiting:
         batch = sched.schedule()
-        sched.update(batch, [Drawn(7)] * len(batch.sampling_chunks))
+        sched.update(batch, Drawn([7] * len(batch.sampling_chunks)))
     before, samples = sched.schedule(), []
     for _ in range(steps):
-        drawn = [Drawn(7)] * len(before.sampling_chunks)
+        drawn = Drawn([7] * len(before.sampling_chunks))
         began = time.process_time_ns()
         batch = sched.schedule()
         sched.update(before, drawn)

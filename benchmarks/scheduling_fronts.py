@@ -91,7 +91,7 @@ class World:
         batch = self.sched.schedule()
         self.now += self.costs.of(batch)
         self.steps += 1
-        self.sched.update(batch, [Drawn(1)] * len(batch.sampling_chunks))
+        self.sched.update(batch, Drawn([1] * len(batch.sampling_chunks)))
         ended = []
         for name, news in self.sched.take_news():
             if isinstance(news, TokenChunk):

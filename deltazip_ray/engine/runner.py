@@ -42,11 +42,11 @@ class LaunchedStep:
     done: torch.cuda.Event | None
     """An event after the step, if it is on a GPU and ``sampled`` is None."""
 
-    def wait(self) -> list[Drawn | None]:
+    def wait(self) -> Drawn:
         """See :class:`~deltazip_ray.engine.step_loop.Launched`."""
         if self.done is not None:
             self.done.synchronize()
-        return [] if self.sampled is None else self.sampled.fetch()
+        return Drawn(()) if self.sampled is None else self.sampled.fetch()
 
     def scores(self) -> list[Scores]:
         """See :class:`~deltazip_ray.engine.step_loop.Launched`."""
@@ -151,5 +151,5 @@ class ModelRunner:
 
     def _sample(self, logits: torch.Tensor, batch: Batch) -> SampledTokens:
         sampled = sample(logits, self._draws.stage(batch))
-        self._drawn[: len(sampled.tokens)] = sampled.tokens
+        torch.clamp(sampled.tokens, min=0, out=self._drawn[: len(sampled.tokens)])
         return sampled

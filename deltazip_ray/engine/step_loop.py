@@ -34,8 +34,8 @@ MOST_FAILURES = 8
 class Launched(Protocol):
     """A launched step."""
 
-    def wait(self) -> Sequence[Drawn | None]:
-        """The tokens sampled for ``batch.sampling_chunks``; None if the logits are not finite.
+    def wait(self) -> Drawn:
+        """The tokens sampled for ``batch.sampling_chunks``.
 
         Waits for this step, but for nothing that was launched after it.
         """

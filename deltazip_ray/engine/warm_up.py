@@ -14,19 +14,22 @@ from deltazip_ray.scheduler.batch import Batch, Chunk
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 from deltazip_ray.scheduler.sequence import SequenceState
 
-_PROMPTS = (128, 101)
-"""Rows of the prompts: kernels are compiled separately for multiples of 16 and for other numbers."""
 _GREEDY = SamplingParams(temperature=0.0)
-_CUT = SamplingParams(top_k=20, top_p=0.9, min_p=0.01, logprobs=1)
+_PROMPTS = (
+    (128, SamplingParams(top_k=20, top_p=0.9, min_p=0.01, logprobs=1)),
+    (101, SamplingParams(logit_bias=((0, 0.0),))),
+)
+"""Rows of the prompts, as kernels are compiled separately for multiples of 16 and for other numbers, and how they draw:
+edited logits are float32."""
 
 
 def run_steps(runner: ModelRunner, config: EngineConfig) -> None:
     """Run a prefill, and a prefill together with a decode, of the base."""
     most = min(config.max_batch_tokens, config.max_model_len - 1)
-    for rows in (min(rows, most) for rows in _PROMPTS):
+    for rows, sampling in ((min(rows, most), sampling) for rows, sampling in _PROMPTS):
         _run(runner, [_chunk(runner, rows, _GREEDY)])
         if 1 < rows < config.max_batch_tokens and config.max_running > 1:
-            _run(runner, [_chunk(runner, 1, _GREEDY), _chunk(runner, rows, _CUT)])
+            _run(runner, [_chunk(runner, 1, _GREEDY), _chunk(runner, rows, sampling)])
 
 
 def record_graphs(runner: ModelRunner, slots: int) -> None:

@@ -1,8 +1,8 @@
 """The work of one step."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -23,11 +23,18 @@ _DRAWN: tuple[int, ...] = (DRAWN,)
 _NOTHING = range(0)
 
 
-class Drawn(NamedTuple):
-    """A sampled token, with its log-probabilities if the request asks for them."""
+NOT_FINITE = -1
+"""In ``Drawn.tokens``: the logits were not finite."""
 
-    token: int
-    logprobs: TokenLogprobs | None = None
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a step sampled."""
+
+    tokens: Sequence[int]
+    """One for each of the batch's ``sampling_chunks``, or ``NOT_FINITE``."""
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
+    """Of those whose requests ask for them, by their place in ``tokens``."""
 
 
 Scores = Sequence[TokenLogprobs] | None
@@ -156,18 +163,20 @@ class Batch:
         return starts, slots
 
 
-def next_chunk(sequence: SequenceState, count: int, pending: int) -> Chunk:
-    """The next ``count`` of the ``pending`` tokens of a running request, which count as scheduled from now on."""
-    start = sequence.scheduled
+def next_chunk(sequence: SequenceState, most: int | None = None) -> Chunk:
+    """The next tokens of a running request, ``most`` or all that are pending; they count as scheduled from now on."""
+    start, stop = sequence.scheduled, sequence.length
+    if most is not None:
+        stop = min(stop, start + most)
     if sequence.drawing:
         tokens, row = _DRAWN, sequence.row
     else:
-        tokens, row = tuple(sequence.tokens[start : start + count]), -1
-    samples = count == pending
-    scored = sequence.score(start, count) if sequence.scored < sequence.score_end else _NOTHING
+        tokens, row = tuple(sequence.tokens[start:stop]), -1
+    samples = stop == sequence.length
+    scored = sequence.score(start, stop) if sequence.scored < sequence.score_end else _NOTHING
     # As Chunk(...), which takes twice as long; there is one for each running request in every step.
     chunk = tuple.__new__(Chunk, (sequence, tokens, start, sequence.table, samples, row, scored))
-    sequence.scheduled += count
+    sequence.scheduled = stop
     sequence.in_flight += 1
     sequence.drawing += samples
     sequence.length += samples

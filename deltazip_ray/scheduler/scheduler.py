@@ -23,6 +23,7 @@ There is no torch here and no lock: everything except ``limits`` belongs to the 
 waiting requests is limited where they arrive, as those that wait for their delta are not here yet.
 """
 
+import sys
 from array import array
 from collections import deque
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from deltazip_ray.config import CPU_KV_BLOCKS, EngineConfig
 from deltazip_ray.errors import DeltaZipError, EngineError, InvalidRequest
 from deltazip_ray.kvcache.block_manager import BlockManager
 from deltazip_ray.scheduler.admission import Admission
-from deltazip_ray.scheduler.batch import Batch, Drawn, Scores, next_chunk
+from deltazip_ray.scheduler.batch import NOT_FINITE, Batch, Drawn, Scores, next_chunk
 from deltazip_ray.scheduler.fair_queue import FairQueue
 from deltazip_ray.scheduler.limits import Limits
 from deltazip_ray.scheduler.outbox import End, News, Outbox
@@ -109,11 +110,7 @@ class Scheduler:
             raise EngineError(f"{_AHEAD} batches are in flight: call update first")
         self._grow_tables()
         cut, prefill = self.admission.share_out(), self.admission.prefill
-        chunks = []
-        for sequence in self._running:
-            if sequence.may_run:
-                pending = sequence.pending
-                chunks.append(next_chunk(sequence, cut if sequence is prefill else pending, pending))
+        chunks = [next_chunk(s, cut if s is prefill else None) for s in self._running if s.may_run]
         batch = Batch.of(chunks)
         for row, chunk in enumerate(batch.sampling_chunks):
             chunk.sequence.row = row
@@ -132,37 +129,45 @@ class Scheduler:
             self._preempt(sequence)
         self.blocks.take_back(blocks)
 
-    def update(self, batch: Batch, drawn: Sequence[Drawn | None], scores: Sequence[Scores] = ()) -> None:
-        """Record that ``batch`` ran, with the tokens sampled for its ``sampling_chunks``, in order.
+    def update(self, batch: Batch, drawn: Drawn, scores: Sequence[Scores] = ()) -> None:
+        """Record that ``batch`` ran, with what was sampled for its ``sampling_chunks``.
 
-        ``scores``: of its ``scoring_chunks``. None stands for logits that are not finite: that request fails. Raises
-        EngineError when it is not the turn of this batch, or the number of tokens is wrong.
+        ``scores``: of its ``scoring_chunks``. Requests whose logits are not finite fail. Raises EngineError when it is
+        not the turn of this batch, or the number of tokens is wrong.
         """
-        if len(drawn) != len(batch.sampling_chunks):
-            raise EngineError(f"{len(drawn)} tokens for {len(batch.sampling_chunks)} sampling chunks")
-        self._arrived(batch)
+        if len(drawn.tokens) != len(batch.sampling_chunks):
+            raise EngineError(f"{len(drawn.tokens)} tokens for {len(batch.sampling_chunks)} sampling chunks")
+        self._land(batch)
         if scores:
             self._take_scores(batch, scores)
-        results, size = iter(drawn), self._block_size
+        for row, logprobs in drawn.logprobs.items():
+            batch.sampling_chunks[row].sequence.logprobs.append(logprobs)
+        sampled, size = iter(drawn.tokens), self._block_size if self._share_prefixes else sys.maxsize
         for sequence, tokens, start, table, samples, _, _ in batch.chunks:
-            one = next(results) if samples else None
+            token = next(sampled) if samples else None
+            sequence.in_flight -= 1
             if sequence.over:
+                self._forget_unless_in_flight(sequence)
                 continue
-            if samples and one is None:
+            if token == NOT_FINITE:
                 self._end(sequence, _undrawable(sequence))
                 continue
             full = (start + len(tokens)) // size
             if full > sequence.named and table is sequence.table:
                 self._name_blocks(sequence, full)
-            if one is not None:
-                self._record(sequence, one)
+            if token is not None:
+                self._record(sequence, token)
 
     def fail(self, batch: Batch, error: DeltaZipError) -> None:
         """Record that ``batch`` did not run: all of its requests end with ``error``. Raises as ``update`` does."""
-        self._arrived(batch)
+        self._land(batch)
         for chunk in batch.chunks:
-            if not chunk.sequence.over:
-                self._end(chunk.sequence, error)
+            sequence = chunk.sequence
+            sequence.in_flight -= 1
+            if sequence.over:
+                self._forget_unless_in_flight(sequence)
+            else:
+                self._end(sequence, error)
 
     def take_news(self, turns: int | None = None) -> News:
         """New tokens and ends since the last call, in order. After its end a request is forgotten.
@@ -200,24 +205,18 @@ class Scheduler:
             self._queue.charge(sequence, tokens - sequence.paid)
             sequence.paid = tokens
 
-    def _arrived(self, batch: Batch) -> None:
-        """Remove ``batch`` from those in flight, and report the ends that waited for it."""
+    def _land(self, batch: Batch) -> None:
+        """Remove ``batch`` from those in flight."""
         if not self._on_the_way or batch is not self._on_the_way[0]:
             raise EngineError("batches are updated in the order in which they were scheduled")
         self._on_the_way.popleft()
-        for chunk in batch.chunks:
-            sequence = chunk.sequence
-            sequence.in_flight -= 1
-            if sequence.over and not sequence.in_flight:
-                self._forget(sequence)
 
     def _name_blocks(self, sequence: SequenceState, full: int) -> None:
         """Let others share the first ``full`` blocks of a running request."""
-        if self._share_prefixes:
-            names = sequence.names.first(full)
-            for i in range(sequence.named, full):
-                self.blocks.name(sequence.table[i], names[i])
-            sequence.named = full
+        names = sequence.names.first(full)
+        for i in range(sequence.named, full):
+            self.blocks.name(sequence.table[i], names[i])
+        sequence.named = full
 
     def _take_scores(self, batch: Batch, scores: Sequence[Scores]) -> None:
         """Keep log-probabilities of prompts until the first token of their request."""
@@ -230,16 +229,14 @@ class Scheduler:
             else:
                 sequence.scores.extend(found)
 
-    def _record(self, sequence: SequenceState, drawn: Drawn) -> None:
+    def _record(self, sequence: SequenceState, token: int) -> None:
         """Append a sampled token to its request; the last one ends it."""
-        reason = sequence.append(drawn.token)
-        if drawn.logprobs is not None:
-            sequence.logprobs.append(drawn.logprobs)
-        if reason is not None:
-            told = drawn.token if reason == "stop" and drawn.logprobs is not None else None
-            self._end(sequence, sequence.tell(reason, told))
-        else:
+        reason = sequence.append(token)
+        if reason is None:
             self._outbox.put(sequence)
+        else:
+            told = token if reason == "stop" and sequence.logprobs else None
+            self._end(sequence, sequence.tell(reason, told))
 
     def _end(self, sequence: SequenceState, end: End) -> None:
         """Free a request's blocks, and report its end as soon as no batch in flight needs its slot."""
@@ -251,8 +248,7 @@ class Scheduler:
             if isinstance(end, DeltaZipError):
                 self.blocks.forget(sequence.table)
             self._release(sequence)
-        if not sequence.in_flight:
-            self._forget(sequence)
+        self._forget_unless_in_flight(sequence)
 
     def _release(self, sequence: SequenceState) -> None:
         """Take the blocks of a running request; batches in flight keep the old table."""
@@ -260,10 +256,11 @@ class Scheduler:
         self.blocks.free(sequence.table)
         sequence.table = array("i")
 
-    def _forget(self, sequence: SequenceState) -> None:
-        """Report the end of a request that is in no batch in flight."""
-        del self._sequences[sequence.request.request_id]
-        self._outbox.tell_end(sequence)
+    def _forget_unless_in_flight(self, sequence: SequenceState) -> None:
+        """Report the end of a request, unless a batch in flight contains it."""
+        if not sequence.in_flight:
+            del self._sequences[sequence.request.request_id]
+            self._outbox.tell_end(sequence)
 
 
 def _undrawable(sequence: SequenceState) -> DeltaZipError:

@@ -115,9 +115,9 @@ class SequenceState:
         """
         return not self.drawing or (not self.sequential and self.length < self._complete)
 
-    def score(self, start: int, count: int) -> range:
-        """The positions in ``[start, start + count)`` whose logits are needed; marks them as scored."""
-        positions = range(max(start, self.scored), min(start + count, self.score_end))
+    def score(self, start: int, stop: int) -> range:
+        """The positions in ``[start, stop)`` whose logits are needed; marks them as scored."""
+        positions = range(max(start, self.scored), min(stop, self.score_end))
         self.scored = max(self.scored, positions.stop)
         return positions
 

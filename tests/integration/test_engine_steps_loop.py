@@ -53,13 +53,13 @@ class Step:
     number: int
     draws: int
 
-    def wait(self) -> Sequence[Drawn | None]:
+    def wait(self) -> Drawn:
         self.device.diary.append(f"wait {self.number}")
         self.device.waits += 1
         lost = self.device.lost_from
         if self.number in self.device.bad_waits or (lost is not None and self.number >= lost):
             raise RuntimeError(f"step {self.number} is bad")
-        return [Drawn(TOKEN)] * self.draws
+        return Drawn([TOKEN] * self.draws)
 
     def scores(self) -> Sequence[Scores]:
         return []

@@ -9,7 +9,7 @@ import torch
 from deltazip_ray.engine.sampling import Draw, SamplingBatch, StepDraws
 from deltazip_ray.engine.sampling import sample as sample_batch
 from deltazip_ray.engine.sampling.random_rows import uniform
-from deltazip_ray.scheduler.batch import Batch, Chunk
+from deltazip_ray.scheduler.batch import NOT_FINITE, Batch, Chunk
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 from deltazip_ray.scheduler.sequence import SequenceState
 
@@ -19,7 +19,7 @@ DRAWS = 20_000
 def sample(logits: torch.Tensor, draws: list[Draw]) -> list[int | None]:
     """The tokens of one batch."""
     drawn = sample_batch(logits.clone(), SamplingBatch.of(draws, logits.device)).fetch()
-    return [None if one is None else one.token for one in drawn]
+    return [None if token == NOT_FINITE else token for token in drawn.tokens]
 
 
 def frequencies(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:

@@ -21,7 +21,6 @@ from transformers.generation import (
 from deltazip_ray.engine.sampling import Draw, SamplingBatch, sample
 from deltazip_ray.engine.sampling.draw import DrawState
 from deltazip_ray.engine.sampling.edits import edits
-from deltazip_ray.scheduler.batch import Drawn
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, Structure
 
 VOCAB = 96
@@ -166,13 +165,13 @@ def test_logprobs_are_the_models_own_whatever_is_done_to_the_logits() -> None:
         SamplingParams(temperature=0.0, logprobs=5, logit_bias=((11, 100.0),)),
     ]
     draws = [draw(params) for params in kinds]
-    drawn = [one for one in sample(logits.clone(), SamplingBatch.of(draws, logits.device)).fetch() if one]
-    assert drawn[1] == Drawn(int(oracle[1].argmax()))
-    assert drawn[3].token == 11
+    drawn = sample(logits.clone(), SamplingBatch.of(draws, logits.device)).fetch()
+    assert drawn.tokens[1] == oracle[1].argmax()
+    assert drawn.tokens[3] == 11
+    assert set(drawn.logprobs) == {0, 2, 3}
     for row, count in ((0, 3), (2, 0), (3, 5)):
-        told = drawn[row].logprobs
-        assert told is not None
-        assert told.chosen == pytest.approx(float(oracle[row, drawn[row].token]), abs=1e-5)
+        told = drawn.logprobs[row]
+        assert told.chosen == pytest.approx(float(oracle[row, drawn.tokens[row]]), abs=1e-5)
         best = oracle[row].topk(count)
         assert [token for token, _ in told.best] == best.indices.tolist()
         assert [value for _, value in told.best] == pytest.approx(best.values.tolist(), abs=1e-5)
@@ -182,8 +181,6 @@ def test_the_least_logprob_can_be_written_as_json() -> None:
     logits = torch.full((1, 8), -torch.inf)
     logits[0, 3] = 1.0
     draws = [Draw.at(SamplingParams(temperature=0.0, logprobs=20), 0)]
-    (one,) = sample(logits, SamplingBatch.of(draws, logits.device)).fetch()
-    assert one is not None
-    assert one.logprobs is not None
-    assert one.logprobs.best[0] == (3, 0.0)
-    assert {value for _, value in one.logprobs.best[1:]} == {-9999.0}
+    told = sample(logits, SamplingBatch.of(draws, logits.device)).fetch().logprobs[0]
+    assert told.best[0] == (3, 0.0)
+    assert {value for _, value in told.best[1:]} == {-9999.0}

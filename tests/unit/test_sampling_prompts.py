@@ -25,7 +25,7 @@ def chunk(slot: int, prompt: tuple[int, ...], start: int, count: int, wanted: in
         start,
         sequence.table,
         samples=False,
-        scored=sequence.score(start, count),
+        scored=sequence.score(start, start + count),
     )
 
 

@@ -10,7 +10,7 @@ from deltazip_kernels.plan import MORE
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.errors import EngineError, InvalidRequest, PromptTooLong
 from deltazip_ray.scheduler.admission import ROWS_AT_ONCE
-from deltazip_ray.scheduler.batch import DRAWN, TILE_ROWS, Batch, Drawn
+from deltazip_ray.scheduler.batch import DRAWN, NOT_FINITE, TILE_ROWS, Batch, Drawn
 from deltazip_ray.scheduler.outbox import End
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, TokenChunk
 from deltazip_ray.scheduler.scheduler import Scheduler
@@ -31,7 +31,7 @@ def news(sched: Scheduler) -> dict[str, End]:
 
 def step(sched: Scheduler, token: int = 7) -> tuple[Batch, dict[str, End]]:
     batch = sched.schedule()
-    sched.update(batch, [Drawn(token)] * len(batch.sampling_chunks))
+    sched.update(batch, Drawn([token] * len(batch.sampling_chunks)))
     sched.check()
     return batch, news(sched)
 
@@ -82,7 +82,7 @@ def test_prompts_come_last_by_their_versions_rows_and_decodes_find_their_tokens_
         ("d", 4),
         ("f", 0),
     ]
-    sched.update(batch, [Drawn(token) for token in range(6)])
+    sched.update(batch, Drawn(range(6)))
     assert news(sched) == {name: TokenChunk((token,)) for token, name in enumerate("febcda")}
 
 
@@ -219,10 +219,10 @@ def test_update_wants_the_batches_in_order_and_one_token_for_each_sampling_chunk
     with pytest.raises(EngineError, match="update first"):
         sched.schedule()
     with pytest.raises(EngineError, match="0 tokens for 1"):
-        sched.update(first, [])
+        sched.update(first, Drawn([]))
     with pytest.raises(EngineError, match="order"):
-        sched.update(second, [Drawn(1)])
-    sched.update(first, [Drawn(1)])
+        sched.update(second, Drawn([1]))
+    sched.update(first, Drawn([1]))
     with pytest.raises(EngineError, match="order"):
         sched.fail(first, EngineError("again"))
     assert news(sched) == {"a": TokenChunk((1,))}
@@ -241,7 +241,7 @@ def test_abort_in_every_state_gives_everything_back() -> None:
     assert news(sched) == {}, "a batch on its way has it"
     with pytest.raises(InvalidRequest, match="already"):
         sched.add(request("a", 3), 1)
-    sched.update(batch, [Drawn(1)])
+    sched.update(batch, Drawn([1]))
     assert news(sched) == {"a": None}, "its token is dropped"
     sched.abort("b")
     assert news(sched) == {"b": None}, "it was in the middle of its prompt"
@@ -261,8 +261,8 @@ def test_preemption_takes_the_youngest_and_keeps_its_output() -> None:
         batch = sched.schedule()
         for chunk in batch.chunks:
             recomputed += chunk.request_id == "young" and chunk.start == 0 and len(chunk.tokens) > 3
-        drawn = [Drawn(token + i) for i in range(len(batch.sampling_chunks))]
-        token += len(drawn)
+        drawn = Drawn([token + i for i in range(len(batch.sampling_chunks))])
+        token += len(drawn.tokens)
         sched.update(batch, drawn)
         for name, chunk_out in sched.take_news():
             assert isinstance(chunk_out, TokenChunk)
@@ -303,11 +303,11 @@ def test_one_step_ahead_a_decode_carries_the_token_that_is_being_drawn() -> None
         ("a", (DRAWN,), 2, 1, 0),
         ("b", (DRAWN,), 5, 1, 1),
     ]
-    sched.update(first, [Drawn(7), Drawn(8)])
+    sched.update(first, Drawn([7, 8]))
     third = sched.schedule()
-    sched.update(second, [Drawn(9), Drawn(10)])
+    sched.update(second, Drawn([9, 10]))
     assert not sched.schedule(), "the last tokens of both are being drawn"
-    sched.update(third, [Drawn(11), Drawn(12)])
+    sched.update(third, Drawn([11, 12]))
     assert news(sched) == {"a": TokenChunk((9, 11), "length"), "b": TokenChunk((10, 12), "length")}
     assert not sched.has_work
 
@@ -316,10 +316,10 @@ def test_a_stop_token_is_found_one_step_late_and_the_end_is_told_when_no_step_ha
     sched = scheduler()
     sched.add(request("a", 4, stop_token_ids=frozenset({9})), 0)
     first, second = sched.schedule(), sched.schedule()
-    sched.update(first, [Drawn(9)])
+    sched.update(first, Drawn([9]))
     assert (news(sched), sched.num_running, sched.blocks.free_blocks) == ({}, 0, 64)
     assert not sched.schedule()
-    sched.update(second, [Drawn(5)])
+    sched.update(second, Drawn([5]))
     assert (news(sched), sched.has_work) == ({"a": TokenChunk((), "stop")}, False)
 
 
@@ -330,7 +330,7 @@ def test_a_sequential_request_waits_for_its_token_and_keeps_its_share_of_the_ste
     sched.add(request("b", 2), 0)
     second = sched.schedule()
     assert shape(second) == [("b", 0, 1, False)], "one of the two tokens is kept for the one that waits"
-    sched.update(first, [Drawn(7)])
+    sched.update(first, Drawn([7]))
     assert sorted((c.request_id, c.tokens) for c in sched.schedule().chunks) == [("a", (7,)), ("b", (101,))]
 
 
@@ -339,7 +339,7 @@ def test_logits_that_are_not_finite_fail_their_request_alone() -> None:
     sched.add(request("a", 2), 0)
     sched.add(request("b", 2), 1)
     batch = sched.schedule()
-    sched.update(batch, [None, Drawn(5)])
+    sched.update(batch, Drawn([NOT_FINITE, 5]))
     told = news(sched)
     assert isinstance(told.pop("a"), EngineError)
     assert told == {"b": TokenChunk((5,))}
@@ -354,7 +354,7 @@ def test_a_failed_step_fails_its_requests_also_in_the_step_launched_behind_it() 
     second = sched.schedule()
     sched.fail(first, EngineError("broken"))
     assert news(sched) == {}
-    sched.update(second, [Drawn(1), Drawn(2)])
+    sched.update(second, Drawn([1, 2]))
     told = news(sched)
     assert isinstance(told.pop("a"), EngineError)
     assert told == {"b": TokenChunk((2,))}
@@ -376,7 +376,7 @@ def test_versions_that_wait_get_as_many_rows_as_kernels_serve_at_once(*, ahead: 
             uneven += {stop - start for start, stop in pairwise(starts)} != {ROWS_AT_ONCE}
         if len(waiting) > ahead:
             batch = waiting.pop(0)
-            sched.update(batch, [Drawn(7)] * len(batch.sampling_chunks))
+            sched.update(batch, Drawn([7] * len(batch.sampling_chunks)))
     assert uneven == 0
     assert ROWS_AT_ONCE == MORE
     assert TALL.value == TILE_ROWS
@@ -389,7 +389,7 @@ def test_first_tokens_and_ends_are_told_at_once_and_the_others_in_turn() -> None
     told = []
     for _ in range(5):
         batch = sched.schedule()
-        sched.update(batch, [Drawn(7)] * 4)
+        sched.update(batch, Drawn([7] * 4))
         told.append([(name, len(item.tokens)) for name, item in sched.take_news(1) if isinstance(item, TokenChunk)])
     everybody = [(name, 1) for name in "abcd"]
     assert told == [everybody, [("a", 1)], [("b", 2)], [("c", 3)], [("a", 3), ("b", 2), ("c", 1), ("d", 4)]]
@@ -401,7 +401,7 @@ def test_tokens_that_wait_to_be_told_come_before_an_error_and_not_after_an_abort
     sched.add(request("a", 2), -1)
     for _ in range(2):
         batch = sched.schedule()
-        sched.update(batch, [Drawn(7)])
+        sched.update(batch, Drawn([7]))
         sched.take_news(0)
     batch = sched.schedule()
     if aborted:
@@ -416,7 +416,7 @@ def test_nothing_is_shared_of_a_request_that_failed() -> None:
     sched.add(request("a", 13), slot=0)
     step(sched)
     batch = sched.schedule()
-    sched.update(batch, [None] * len(batch.sampling_chunks))
+    sched.update(batch, Drawn([NOT_FINITE] * len(batch.sampling_chunks)))
     assert isinstance(news(sched)["a"], EngineError)
     sched.add(request("b", 13), slot=0)
     step(sched)

@@ -178,7 +178,7 @@ class Driver:
             self.failed |= {chunk.request_id for chunk in batch.chunks}
             self.sched.fail(batch, EngineError("a step failed"))
         else:
-            self.sched.update(batch, [Drawn(token) for token in ran[0]], ran[1])
+            self.sched.update(batch, Drawn(ran[0]), ran[1])
         self.hear_all()
 
     def hear_all(self) -> None:

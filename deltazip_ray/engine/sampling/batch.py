@@ -1,16 +1,16 @@
 """Samples the tokens of one step from its logits."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from deltazip_kernels.pick import pick, pick_reference
 from deltazip_ray.engine.sampling.draw import Draw
 from deltazip_ray.engine.sampling.edits import Edit, edits
 from deltazip_ray.engine.sampling.logprobs import LogprobRows
-from deltazip_ray.engine.sampling.random_rows import RandomRows, random_rows
+from deltazip_ray.engine.sampling.random_rows import RandomRows
 from deltazip_ray.engine.staging import Fetched
 from deltazip_ray.scheduler.batch import Batch, Drawn
 from deltazip_ray.scheduler.request import TokenLogprobs
@@ -21,13 +21,13 @@ class SamplingBatch:
     """Everything that :func:`sample` needs besides logits, on the device. Empty for a greedy batch."""
 
     edits: tuple[Edit, ...] = ()
-    random: tuple[RandomRows, ...] = ()
+    random: RandomRows | None = None
     logprobs: LogprobRows | None = None
 
     @classmethod
     def of(cls, draws: Sequence[Draw], device: torch.device) -> "SamplingBatch":
         """Stage draws, in the order of the logits' rows, without waiting for the device."""
-        return cls(edits(draws, device), random_rows(draws, device), LogprobRows.of(draws, device))
+        return cls(edits(draws, device), RandomRows.of(draws, device), LogprobRows.of(draws, device))
 
 
 class StepDraws:
@@ -36,7 +36,7 @@ class StepDraws:
     def __init__(self, device: torch.device) -> None:
         """``device`` of the logits."""
         self._device = device
-        self._random: tuple[RandomRows, ...] = ()
+        self._random: RandomRows | None = None
         self._drawing: Sequence[object] | None = None
         """The sequences of ``_random``, if they need neither edits nor logprobs."""
 
@@ -44,9 +44,9 @@ class StepDraws:
         """Stage the draws of a batch, without waiting for the device."""
         chunks = batch.sampling_chunks
         drawing = [chunk.sequence for chunk in chunks]
-        if drawing == self._drawing:
+        if self._random is not None and drawing == self._drawing:
             positions = np.array([chunk.output_index for chunk in chunks])
-            return SamplingBatch(random=tuple(rows.at(positions) for rows in self._random))
+            return SamplingBatch(random=self._random.at(positions))
         if all(sequence.plain for sequence in drawing):
             return SamplingBatch()
         staged = SamplingBatch.of([Draw.of(chunk) for chunk in chunks], self._device)
@@ -60,21 +60,19 @@ class SampledTokens:
     """Sampled tokens, on the device and being copied to the host."""
 
     tokens: torch.Tensor
-    """``[rows]`` int64; undefined for rows whose logits are not finite."""
+    """``[rows]`` int64; -1 for rows whose logits are not finite."""
     fetched: Fetched
-    """The tokens, the highest logit of each row, and log-probabilities of the rows in ``wanted``."""
+    """The tokens, and log-probabilities of the rows in ``wanted``."""
     wanted: tuple[tuple[int, int], ...] = ()
 
-    def fetch(self) -> list[Drawn | None]:
-        """One per row, None if its logits are not finite. Waits for the samples, but for nothing after them."""
-        tokens, top, *logprobs = self.fetched.wait()
-        drawn: list[Drawn | None] = list(map(Drawn, tokens))
-        for (row, count), chosen, best, ids in zip(self.wanted, *logprobs, strict=True):
-            likeliest = tuple(zip(ids[:count], best[:count], strict=True))
-            drawn[row] = Drawn(tokens[row], TokenLogprobs(chosen[0], likeliest))
-        if all(map(math.isfinite, top)):
-            return drawn
-        return [one if math.isfinite(best) else None for one, best in zip(drawn, top, strict=True)]
+    def fetch(self) -> Drawn:
+        """Waits for the samples, but for nothing after them."""
+        tokens, *logprobs = self.fetched.wait()
+        told = {
+            row: TokenLogprobs(chosen[0], tuple(zip(ids[:count], best[:count], strict=True)))
+            for (row, count), chosen, best, ids in zip(self.wanted, *logprobs, strict=True)
+        }
+        return Drawn(tokens, told)
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> SampledTokens:
@@ -82,15 +80,14 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> SampledTokens:
 
     May overwrite ``logits``. Does not wait for the device.
     """
-    if batch.edits or batch.random or batch.logprobs:
-        logits = logits.float()
-    asked = batch.logprobs
+    asked, random = batch.logprobs, batch.random
     logprobs = None if asked is None else asked.of_all(logits)
+    if batch.edits:
+        logits = logits.float()
     for edit in batch.edits:
         edit.apply(logits)
-    top, tokens = logits.max(dim=-1)
-    for rows in batch.random:
-        tokens.index_copy_(0, rows.rows, rows.draw(logits, top))
+    draw = pick if logits.is_cuda else pick_reference
+    tokens = draw(logits) if random is None else draw(logits, random.numbers, random.points)
     if asked is None or logprobs is None:
-        return SampledTokens(tokens, Fetched(tokens, top))
-    return SampledTokens(tokens, Fetched(tokens, top, *asked.select(logprobs, tokens)), asked.wanted)
+        return SampledTokens(tokens, Fetched(tokens))
+    return SampledTokens(tokens, Fetched(tokens, *asked.select(logprobs, tokens.clamp(min=0))), asked.wanted)

@@ -47,19 +47,17 @@ class DrawState:
 class Traits(NamedTuple):
     """What all draws of a request have in common, computed once."""
 
-    random: tuple[bool, bool] | None
-    """None if greedy; otherwise whether top-k or top-p is on, and whether min-p is."""
     edits: bool
     seed: int
     numbers: tuple[float, float, float, float]
-    """Temperature, top-k (infinite for all), top-p, min-p."""
+    """Temperature (0 if greedy), top-k (infinite for all), top-p, min-p."""
 
     @classmethod
     def of(cls, params: SamplingParams) -> "Traits":
         """The traits of requests with these parameters."""
-        random = None if params.greedy else (params.top_k > 0 or params.top_p < 1, params.min_p > 0)
-        numbers = (max(params.temperature, _COLDEST), params.top_k or math.inf, params.top_p, params.min_p)
-        return cls(random, params.edits, params.seed, numbers)
+        temperature = 0.0 if params.greedy else max(params.temperature, _COLDEST)
+        numbers = (temperature, params.top_k or math.inf, params.top_p, params.min_p)
+        return cls(params.edits, params.seed, numbers)
 
 
 class Draw(NamedTuple):

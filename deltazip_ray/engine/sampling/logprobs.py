@@ -30,7 +30,7 @@ class LogprobRows:
 
     def of_all(self, logits: torch.Tensor) -> torch.Tensor:
         """Log-probabilities ``[rows, vocab]`` of these rows of ``logits`` ``[batch, vocab]``."""
-        return logprobs_of(logits.index_select(0, self.rows))
+        return logprobs_of(logits.index_select(0, self.rows).float())
 
     def select(self, logprobs: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The log-probabilities ``[rows, 1]`` of the sampled ``tokens`` ``[batch]``, and the best with their tokens."""
