@@ -64,10 +64,7 @@ def split(report: dict[str, Any]) -> str:
 
 def sampling(report: dict[str, Any]) -> str:
     """Device time of drawing, in milliseconds."""
-    kinds = [name for name in report["ms"][0] if name != "rows" and not name.startswith(("cut", "sort"))]
-    cuts = [name for name in report["ms"][0] if name.startswith(("cut", "sort"))]
-    names = [*kinds, *(name.replace("cut ", "the cut of ").replace("sort ", "by sorting, ") for name in cuts)]
-    lines = ["| rows | " + " | ".join(names) + " |", "|--:|" + "--:|" * len(names)]
-    rows = [[f"{row[name]:.2f}" for name in (*kinds, *cuts)] for row in report["ms"]]
-    lines += [f"| {row['rows']} | " + " | ".join(cells) + " |" for row, cells in zip(report["ms"], rows, strict=True)]
+    kinds = [name for name in report["ms"][0] if name != "rows"]
+    lines = ["| rows | " + " | ".join(kinds) + " |", "|--:|" + "--:|" * len(kinds)]
+    lines += [f"| {row['rows']} | " + " | ".join(f"{row[name]:.2f}" for name in kinds) + " |" for row in report["ms"]]
     return "\n".join(lines)
