@@ -1,7 +1,8 @@
-"""Attention over a paged cache: any mixture of lengths in one launch, whose size does not depend on them.
+"""Attention over a paged cache: one launch for any mixture of lengths.
 
-Work is cut into items on the host (``attention_items``); their list lies in device memory, so a launch
-can be captured in a graph. The context of a decode may be cut into parts, which the last of its programs merges.
+The host cuts the work into items of about equal size (``attention_items``). Their list lies in device memory and its
+size does not depend on the lengths, so a launch can be captured in a graph. A decode's context may be cut into several
+items; the last of their programs to finish merges the parts (split-KV, as in Flash-Decoding).
 """
 
 from dataclasses import dataclass
@@ -18,19 +19,18 @@ from deltazip_kernels.launch import ceil_div, overlap, power_of_2
 
 _LOG2E = 1.4426950408889634
 _MOST_PROGRAMS = 4
-"""Of decodes, for which a processor has registers."""
+"""Decode programs that fit into the registers of a multiprocessor."""
 _WARPS = 2
-"""Of such a program."""
+"""Warps of a decode program."""
 _OWN_KEYS = 16
-"""Of each warp of a decode, at a time: the fewest that tensor cores take."""
+"""Keys that one warp of a decode multiplies at a time: the fewest that tensor cores take."""
 
 
 @dataclass(frozen=True)
 class PagedCache:
-    """Keys and values of one layer, [pages, page, G, D]; all but the first dimension contiguous.
+    """Keys and values of one layer, [pages, page, G, D]: each page is contiguous, pages may lie apart.
 
-    Those in float8_e4m3fn come with ``scales`` [pages, 2, G, page] float32, of keys and of values, by which they are to
-    be multiplied; strided likewise.
+    If they are in float8_e4m3fn, ``scales`` [pages, 2, G, page] float32 has a factor for each key (0) and value (1).
     """
 
     keys: Tensor
@@ -40,7 +40,7 @@ class PagedCache:
 
 @dataclass(frozen=True)
 class Scoring:
-    """From ``q k`` to weights: times ``scale``, then ``cap * tanh(s / cap)``; a query sees its last ``window`` keys."""
+    """Scores are ``s = scale * q k``, with a cap ``cap * tanh(s / cap)``. A query sees its last ``window`` keys."""
 
     scale: float
     cap: float | None = None
@@ -49,27 +49,27 @@ class Scoring:
 
 @dataclass(frozen=True)
 class AttentionWork:
-    """A launch on the device: the parts of what ``attention_items.pack`` made."""
+    """The work of one launch, on the device: slices of what ``attention_items.pack`` made."""
 
     items: Tensor
-    """[items * FIELDS] int32; as many as there may be."""
+    """[items * FIELDS] int32, padded with empty items."""
     pages: Tensor
-    """int32; where items find the pages of their sequences."""
+    """int32: page numbers; each item says where those of its sequence begin."""
 
 
 class Parts:
-    """Memory that launches on one stream share: what decodes leave to be merged."""
+    """Partial results of decodes whose context was cut. Launches that share this must run on one stream."""
 
     def __init__(self, items: int, heads: int, dim: int, device: torch.device) -> None:
         """For launches of up to ``items`` items."""
         self.values = torch.empty((items, heads, dim), dtype=torch.float32, device=device)
         self.weights = torch.empty((items, heads, 2), dtype=torch.float32, device=device)
         self.arrived = torch.zeros(items * heads, dtype=torch.int32, device=device)
-        """Parts of a sequence that are there; zero between launches."""
+        """Counts a sequence's finished parts; zero between launches."""
 
 
 def wanted_items(device: torch.device, kv_heads: int, itemsize: int) -> int:
-    """Items of a launch of decodes that keep a device busy, over a cache of numbers of ``itemsize`` bytes."""
+    """How many items of decodes keep the device busy, for a cache with numbers of ``itemsize`` bytes."""
     count, _ = _processors(device)
     return max(1, _programs(itemsize) * count // kv_heads)
 
@@ -77,9 +77,9 @@ def wanted_items(device: torch.device, kv_heads: int, itemsize: int) -> int:
 def decode_attention(
     q: Tensor, cache: PagedCache, work: AttentionWork, scoring: Scoring, parts: Parts, out: Tensor
 ) -> None:
-    """Attention of the rows of ``q`` [T, H, D] in ``work``, each the last token of a sequence, to those of ``out``.
+    """Write the rows of ``out`` [T, H, D] that ``work`` names. Each row of ``q`` is the last token of its sequence.
 
-    ``q`` and ``out`` are contiguous.
+    ``q`` and ``out`` are contiguous. Raises ValueError for a cache with other strides.
     """
     page, kv_heads = cache.keys.shape[1:3]
     programs = len(work.items) // FIELDS * kv_heads
@@ -99,15 +99,15 @@ def decode_attention(
 
 
 def _programs(itemsize: int) -> int:
-    """For each processor: the fewest that keep its share of memory busy. Over fp8, of half the bytes, all."""
+    """Programs for each multiprocessor: the fewest that read at full speed. Over fp8, half the bytes, that is all."""
     return _MOST_PROGRAMS if itemsize == 1 else 2
 
 
 def _decode_stages(programs: int, keys: Tensor) -> int:
-    """Stages of the loop, two for each tile of keys on its way and one: so many tiles that a processor has room for its
-    share of the programs and no more.
+    """Stages of the loop over keys: two for each tile in flight, and one more.
 
-    Else, behind a GEMM that still runs, the first processors that are free would take the share of others.
+    So many tiles are in flight that a multiprocessor has shared memory for its share of the programs and no more:
+    otherwise, while the GEMM ahead ends, the first free multiprocessors would take the programs of the others.
     """
     count, shared_bytes = _processors(keys.device)
     share = max(ceil_div(programs, count), _programs(keys.dtype.itemsize))
@@ -118,7 +118,7 @@ def _decode_stages(programs: int, keys: Tensor) -> int:
 
 
 def prefill_attention(q: Tensor, cache: PagedCache, work: AttentionWork, scoring: Scoring, out: Tensor) -> None:
-    """The same for rows that are the last tokens of sequences, in items of :func:`prefill_queries` each."""
+    """Likewise for several last tokens of each sequence, in items of up to :func:`prefill_queries` rows."""
     heads, dim = q.shape[1:]
     kv_heads = cache.keys.shape[2]
     small = q.dtype.itemsize * dim <= 256
@@ -134,7 +134,7 @@ def prefill_attention(q: Tensor, cache: PagedCache, work: AttentionWork, scoring
 
 
 def prefill_queries(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> int:
-    """Queries that an item of a prefill has at most."""
+    """Maximum rows of a prefill's item."""
     return max(1, _prefill_rows(dtype, dim) // (heads // kv_heads))
 
 
@@ -144,7 +144,7 @@ def _prefill_rows(dtype: torch.dtype, dim: int) -> int:
 
 @cache
 def _processors(device: torch.device) -> tuple[int, int]:
-    """How many, and the bytes of shared memory of each."""
+    """The number of multiprocessors, and the bytes of shared memory of each."""
     if device.type != "cuda":
         return 1, 0
     found = torch.cuda.get_device_properties(device)
@@ -154,7 +154,7 @@ def _processors(device: torch.device) -> tuple[int, int]:
 def _arguments(
     q: Tensor, cache: PagedCache, work: AttentionWork, scoring: Scoring, out: Tensor
 ) -> tuple[Tensor | int | float, ...]:
-    """What both kernels begin with."""
+    """The first arguments of both kernels."""
     kv_heads, dim = cache.keys.shape[2:]
     if cache.keys.stride() != cache.values.stride() or cache.keys.stride()[1:] != (kv_heads * dim, dim, 1):
         raise ValueError(f"keys and values of strides {cache.keys.stride()} and {cache.values.stride()}")
@@ -175,7 +175,7 @@ def _arguments(
 
 
 def _shape(q: Tensor, cache: PagedCache, scoring: Scoring) -> dict[str, Any]:
-    """The constants that both have."""
+    """The compile-time constants of both kernels."""
     page, kv_heads, dim = cache.keys.shape[1:]
     return {
         "CAP": scoring.cap or 0.0,

@@ -1,7 +1,7 @@
-"""Attention's work as items of like size: numpy alone, on the host, once a step.
+"""Cuts the attention of a step into items of about equal size, on the host, with numpy.
 
-An item is what one program does for one KV head: rows of one sequence, and a range of its keys. See the kernel
-(``device/attention.py``) for its numbers.
+An item is the work of one program for one KV head: rows of one sequence, and a range of its keys. Its FIELDS are
+described in ``device/attention.py``.
 """
 
 from collections.abc import Sequence
@@ -11,28 +11,29 @@ import numpy as np
 
 FIELDS = 8
 SHORTEST = 192
-"""Keys below which the item of a decode is not cut again: each has a fixed cost."""
+"""Contexts of decodes are not cut into items of fewer keys, as each item has a fixed cost."""
 _TILE = 64
 
 
 @dataclass(frozen=True)
 class Contexts:
-    """Sequences of a step, each ``[n]``."""
+    """The sequences of a step; all arrays ``[n]``."""
 
     rows: np.ndarray
-    """Where in the step their rows begin."""
+    """The first row of each."""
     queries: np.ndarray
-    """Rows that they have: their last tokens."""
+    """Its number of rows, which are its last tokens."""
     lengths: np.ndarray
-    """Tokens in the cache, these included."""
+    """Its tokens in the cache, including these."""
     tables: np.ndarray
-    """Where their pages begin in the list of pages."""
+    """Where its pages begin in the list of pages."""
 
 
 def decode_items(contexts: Contexts, wanted: int, window: int | None = None) -> np.ndarray:
-    """Items [n, FIELDS] int32 of sequences of one row, in about equal parts; those of a sequence are neighbours.
+    """Items [n, FIELDS] int32 of sequences with one row each; the items of a sequence are neighbours.
 
-    At most ``wanted``, or one for each sequence; of many sequences those that take longest begin first.
+    Long contexts are cut, so that there are up to ``wanted`` items of about equal size, or one for each sequence if
+    those are more. With many sequences the longest ones come first.
     """
     if len(contexts.lengths) > 2 * wanted:
         order = np.argsort(-contexts.lengths, kind="stable")
@@ -44,7 +45,7 @@ def decode_items(contexts: Contexts, wanted: int, window: int | None = None) -> 
     most = max(SHORTEST, -(-int(lengths.sum()) // room))
     while (counts := np.maximum((lengths + most // 2) // most, 1)).sum() > room:
         most += most // 8
-    # In whole tiles; the last part of a sequence has what is left.
+    # Parts are whole tiles, but for the last one of a sequence.
     sizes = (lengths + counts * _TILE - 1) // (counts * _TILE) * _TILE
     counts = -(-lengths // sizes)
     firsts = np.cumsum(counts) - counts
@@ -63,7 +64,7 @@ def decode_items(contexts: Contexts, wanted: int, window: int | None = None) -> 
 
 
 def prefill_items(contexts: Contexts, queries: int, window: int | None = None) -> np.ndarray:
-    """Items of up to ``queries`` rows each, over all that the rows see; those that take longest begin first."""
+    """Items of up to ``queries`` rows each, over all keys that these see; the longest come first."""
     counts = -(-contexts.queries // queries)
     of = np.repeat(np.arange(len(counts)), counts)
     done = (np.arange(len(of)) - (np.cumsum(counts) - counts)[of]) * queries
@@ -79,10 +80,10 @@ def prefill_items(contexts: Contexts, queries: int, window: int | None = None) -
 
 
 def pack(launches: Sequence[np.ndarray], pages: np.ndarray, most: int) -> np.ndarray:
-    """What launches over the same sequences read, as one int32 array.
+    """The items of several launches over the same sequences, and their pages, as one int32 array to be sent at once.
 
-    The items of each launch, filled up to ``most`` with items that have no rows; then the pages that items point to, by
-    their place in the array.
+    Each launch's items are padded to ``most`` with items without rows. ``pages`` come last; field 4 of all items, given
+    relative to ``pages``, becomes relative to the array.
     """
     width = most * FIELDS
     before = width * len(launches)

@@ -1,4 +1,4 @@
-"""What a grouped delta product works on: packed matrices and the table of segments."""
+"""The operands of a grouped delta product: packed matrices and the table of segments."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ MAX_RANK = 128
 
 @dataclass(frozen=True)
 class PackedDelta:
-    """One weight matrix of one version's delta, ``shape`` ``[N, K]``; ValueError if the tensors are not laid out so."""
+    """The delta of one weight matrix ``[N, K]`` of one version. Raises ValueError unless ``tensors`` fit the codec."""
 
     codec: str
     shape: tuple[int, int]
@@ -39,10 +39,10 @@ class PackedDelta:
 
 @dataclass(frozen=True)
 class Segments:
-    """Which rows of a batch belong to which slot; rows that no segment covers belong to the base.
+    """Assigns the rows of a batch to slots: ``starts[i]:starts[i + 1]`` belong to ``slots[i]``.
 
-    ``starts`` ``[S + 1]`` int32, ascending: rows ``starts[i]:starts[i + 1]`` belong to ``slots[i]`` (``[S]`` int32).
-    Slot -1 means the base. Segments may be empty.
+    ``starts`` ``[S + 1]`` int32 ascends, ``slots`` is ``[S]`` int32. Slot -1 is the base, to which rows outside of all
+    segments belong too. Segments may be empty.
     """
 
     starts: Tensor

@@ -1,4 +1,4 @@
-"""Rows of deltas by their number: an embedding's delta, of which a step needs one row for each token."""
+"""An embedding's deltas: a step needs one row of them for each token."""
 
 from collections.abc import Sequence
 
@@ -14,10 +14,10 @@ _PAIRS = 4
 
 
 def gather_rows(out: Tensor, chosen: Tensor, which: Tensor, table: DeltaTable, codecs: Sequence[str]) -> None:
-    """``out[t]`` [K] gets row ``chosen[t]`` of the delta in slot ``which[t] - 1`` of a table of one part added.
+    """Add row ``chosen[t]`` of the delta in slot ``which[t] - 1`` to ``out[t]`` [K]; ``table`` has one part.
 
-    ``chosen`` [T] int64: nothing is added beyond the matrix. ``which`` [T] int32: nor for 0, the base, and for slots
-    that are empty or hold another codec than ``codecs``.
+    ``chosen`` is [T] int64, ``which`` [T] int32. Nothing is added for rows that the matrix does not have, for
+    ``which`` 0 (the base), and for slots that are empty or hold none of ``codecs``.
     """
     ((rows, columns),) = table.shapes
     if not len(out):

@@ -1,4 +1,4 @@
-"""Long segments: the sum of base and delta in a scratch weight, and one product with it."""
+"""Adds a delta to the base's weight in scratch memory, so that a long segment needs only one product."""
 
 import torch
 import triton
@@ -12,15 +12,14 @@ from deltazip_kernels.layout import GROUP, ROWS
 from deltazip_kernels.table import CODEC_IDS
 
 MERGE_ROWS = 384
-"""From so many rows on a segment is cheaper over a merged weight than with a product beside the base's: measured on an
-H200, where every linear of an 8B model breaks even between 256 and 384 rows (``docs/kernels.md``)."""
+"""A segment of at least this many rows is cheaper over a merged weight than with two products. On an H200 every linear
+of an 8B model breaks even between 256 and 384 rows (``docs/kernels.md``)."""
 
 
 def merge_weight(base: Tensor | Fp8Matrix, delta: PackedDelta, out: Tensor) -> None:
-    """``out`` [N, K] = ``base`` + delta, rounded once to the type of ``out``; both contiguous, of the delta's shape.
+    """Write ``base`` + delta to ``out`` [N, K], rounded once to its type. Both are contiguous, of the delta's shape.
 
-    Costs a read of base and codes and a write of ``out``: for a segment of many rows less than a second product. The
-    sum with a base in fp8 stays in the type of ``out``: rounded to fp8 it would lose much of the delta.
+    The sum with a base in fp8 is not rounded to fp8, which would lose much of the delta.
     Raises ValueError for tensors of another shape.
     """
     values = base.values if isinstance(base, Fp8Matrix) else base

@@ -1,6 +1,6 @@
-"""Activations to int8, once per input, in the order in which packed tiles store their columns.
+"""Rounds activations to int8, once per input, with columns in the order of packed tiles.
 
-Alone, or in the pass that makes the input: the activation before a ``down`` projection, the norm before the others.
+Either as a pass of its own, or fused into the one that makes the input: a norm, or the gated activation.
 """
 
 from dataclasses import dataclass
@@ -23,22 +23,21 @@ MAX_COLUMNS = 256 * GROUP
 class QuantizedRows:
     """``values`` [T, padded K] int8 in position order, ``scales`` [T] float32: ``x = values * scale``.
 
-    Both have only the first of the rows, where the launch was told how many are wanted in int8.
-
-    The rounding moves a value by at most 1/254 of the largest magnitude of its row.
+    If the launch was told to round only some first rows to int8, both have only these. Rounding moves a value by at
+    most 1/254 of the largest magnitude of its row.
     """
 
     values: Tensor
     scales: Tensor
     columns: int
     fp8: Fp8Matrix | None = None
-    """The same rows in fp8, where the launch that made these was asked for them."""
+    """All rows in e4m3 as well, if the launch was asked for them."""
 
 
 def quantize_rows(x: Tensor, *, fp8: bool = False, int8: int | None = None) -> QuantizedRows:
-    """Quantize ``x`` [T, K] to int8, one scale a row (symmetric, round half up). ValueError beyond MAX_COLUMNS.
+    """Round ``x`` [T, K] to int8, with one scale a row (symmetric, half up). Raises ValueError beyond MAX_COLUMNS.
 
-    With ``fp8``, here and below, to e4m3 too; with ``int8`` only so many first rows to int8.
+    Here and below, ``fp8`` asks for all rows in e4m3 too, and ``int8`` limits how many first rows become int8.
     """
     rows, arguments, options = _empty(x, x.shape[1], fp8=fp8, int8=int8)
     count = x.shape[0] if fp8 or int8 is None else int8
@@ -48,7 +47,7 @@ def quantize_rows(x: Tensor, *, fp8: bool = False, int8: int | None = None) -> Q
 
 
 def silu_mul_quantize(gate_up: Tensor, *, fp8: bool = False, int8: int | None = None) -> tuple[Tensor, QuantizedRows]:
-    """``silu(gate) * up`` of ``gate_up`` [T, 2 K], in its type [T, K] and quantized."""
+    """``silu(gate) * up`` [T, K] of ``gate_up`` [T, 2 K], in its type and rounded."""
     return _gated(gate_up, gelu=False, fp8=fp8, int8=int8)
 
 
@@ -68,10 +67,10 @@ def rms_norm_quantize(
     fp8: bool = False,
     int8: int | None = None,
 ) -> tuple[Tensor, QuantizedRows]:
-    """Llama's RMS norm of ``x`` [T, K] with row ``t`` scaled by ``weights[which[t]]``, in its type and quantized.
+    """Llama's RMS norm of ``x`` [T, K], in its type and rounded; row ``t`` is scaled by ``weights[which[t]]``.
 
-    ``weights`` is [versions, K], ``which`` [T] int32: every row has the norm of its version. With ``residual`` [T, K],
-    ``x`` is first added to it in place and the sum is normed. With ``offset`` it is Gemma's: scaled by ``1 + weights``.
+    ``weights`` is [versions, K], ``which`` [T] int32. With ``residual`` [T, K], ``x`` is first added to it in place,
+    and the sum is normed. With ``offset`` the factor is ``1 + weights`` (Gemma).
     """
     return _norm(x, weights, None, which, epsilon, residual, offset=offset, fp8=fp8, int8=int8)
 
@@ -87,7 +86,7 @@ def layer_norm_quantize(
     fp8: bool = False,
     int8: int | None = None,
 ) -> tuple[Tensor, QuantizedRows]:
-    """The layer norm likewise, with ``biases`` [versions, K] (GPT-NeoX)."""
+    """Layer norm, likewise, with ``biases`` [versions, K] (GPT-NeoX)."""
     return _norm(x, weights, biases, which, epsilon, residual, offset=False, fp8=fp8, int8=int8)
 
 
@@ -142,7 +141,8 @@ def _norm(
 def _empty(
     x: Tensor, columns: int, *, fp8: bool, int8: int | None
 ) -> tuple[QuantizedRows, tuple[Tensor | int, ...], dict[str, Any]]:
-    """Room for the rows of ``x``, as arguments of a kernel too, and how to launch one program a row."""
+    """Memory for the rounded rows of ``x``, the same as kernel arguments, and the options of a launch of a program a
+    row."""
     options = _options(columns, fp8, x.device)
     values, scales = _nothing(columns, x.device)
     if int8 is None:
@@ -174,4 +174,4 @@ def _options(columns: int, fp8: bool, device: torch.device) -> dict[str, Any]:
 
 
 _CUT = {"STEP": 16, "num_warps": 8}
-"""Of rows that need no scale: 2,048 columns a program."""
+"""Options for rows that need no scale, and so no program that sees all of them: 2,048 columns a program."""

@@ -1,4 +1,4 @@
-"""Between the q|k|v projection and attention, in one launch: head norms, rotation, and the write to a paged cache."""
+"""Everything between the q|k|v projection and attention in one launch: head norms, rotation, the write to the cache."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from torch import Tensor
 from deltazip_kernels.device.rope import rope
 from deltazip_kernels.launch import ceil_div, overlap, power_of_2
 
-_ELEMENTS = 512  # of each half of a head that one program holds
+_ELEMENTS = 512  # a program holds so many elements of the left halves of its heads, and of the right ones
 
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """RMS norms over each head (Qwen 3): weights [versions, D]; row ``t`` has those of version ``which[t]`` (int32)."""
+    """RMS norms of heads (Qwen 3). Weights are [versions, D]; row ``t`` uses those of version ``which[t]`` (int32)."""
 
     q: Tensor
     k: Tensor
@@ -22,7 +22,7 @@ class HeadNorm:
 
 @dataclass(frozen=True)
 class RotaryTables:
-    """``cos`` and ``sin`` [positions, rotated columns / 2] float32; column ``i`` turns with ``i + rotated / 2``."""
+    """``cos`` and ``sin`` [positions, rotated columns / 2] float32; column ``i`` is paired with ``i + rotated / 2``."""
 
     cos: Tensor
     sin: Tensor
@@ -38,13 +38,13 @@ def rope_and_cache(
     norm: HeadNorm | None = None,
     scales: Tensor | None = None,
 ) -> Tensor:
-    """q [T, H, D], normed and rotated; k, likewise, and v go to positions ``where`` of ``k_cache`` and ``v_cache``.
+    """Return q [T, H, D], normed and rotated; write k, likewise, and v to positions ``where`` of the caches.
 
-    ``qkv`` is [T, (H + 2 G) D], its rows contiguous; ``positions`` and ``where`` are [T] int64; the caches are
-    [blocks, page, G, D], each block contiguous, and position ``p`` is token ``p % page`` of block ``p // page``. Where
-    ``where`` is -1 nothing is cached; no other value may occur twice. Rotation is in float32 and leaves the columns
-    behind the rotated ones alone (GPT-NeoX). With ``scales`` [blocks, 2, G, page] float32, each block contiguous, of k
-    and v, the caches are in float8_e4m3fn. Raises ValueError for shapes that do not fit.
+    ``qkv`` is [T, (H + 2 G) D] with contiguous rows; ``positions`` and ``where`` are [T] int64. The caches are
+    [blocks, page, G, D], each block contiguous; position ``p`` is token ``p % page`` of block ``p // page``. Nothing is
+    cached where ``where`` is -1; if another value occurs twice, what is cached there is undefined. Rotation is in
+    float32; columns behind the rotated ones stay (GPT-NeoX). With ``scales`` [blocks, 2, G, page] float32, each block
+    contiguous, the caches are in float8_e4m3fn. Raises ValueError for shapes that do not fit.
     """
     rows, width = qkv.shape
     page, groups, dim = k_cache.shape[1:]

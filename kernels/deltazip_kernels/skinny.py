@@ -1,4 +1,4 @@
-"""The base's products: for few rows a GEMM of our own where it is faster than the library's, in bf16 and in fp8."""
+"""The base's products, in bf16 and fp8: for few rows a GEMM of our own where it is faster than cuBLAS, else cuBLAS."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -12,23 +12,23 @@ from deltazip_kernels.fp8 import Fp8Matrix, fp8_matmul_torch
 from deltazip_kernels.launch import launch, overlap
 
 MOST_ROWS = 64
-"""Rows up to which reading the weight takes longer than multiplying it."""
+"""Up to this many rows, reading the weight takes longer than multiplying it."""
 FASTER = {(6144, 4096): 32, (4096, 4096): 32, (28672, 4096): 64, (4096, 14336): 64, (128256, 4096): 64}
-"""Shapes ``[N, K]`` of 16-bit weights for which cuBLAS is slower, up to so many rows: the linears of an 8B model on an
-H200 (``docs/engine.md``). In fp8 the library is slower for all."""
+"""Shapes ``[N, K]`` of 16-bit weights, and the rows up to which our GEMM beats cuBLAS there: the linears of an 8B model
+on an H200 (``docs/engine.md``). In fp8 it is faster for all shapes."""
 _PART_COUNTS = (1, 2, 4, 8)
 _TILE_ROWS = 64
 _MAX_TILES = 4096
 _PARTIALS = 1 << 20
-"""Floats that programs which share K leave: fewer than 256 of them, each for up to 64 rows of 64 outputs."""
+"""Floats of partial sums. Fewer than 256 programs share K, and each has up to 64 rows of 64 outputs."""
 _SMS = 132
 _SHARED_BYTES = 216 << 10
-"""Of one multiprocessor."""
+"""Shared memory of a multiprocessor that steps may fill."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a launch is cut: parts of K, columns of one step along it, and steps that are under way at once."""
+    """How a launch is cut: programs that share K, columns of one step along K, and steps in flight."""
 
     parts: int
     columns: int
@@ -37,9 +37,9 @@ class Cut:
 
 @cache
 def cut(rows: int, shape: tuple[int, int], itemsize: int) -> Cut | None:
-    """The cut for ``rows`` activations and a weight ``shape`` ``[N, K]``; None where the kernel does not take them.
+    """The cut for ``rows`` activations and a weight ``shape`` ``[N, K]``; None if the kernel does not support them.
 
-    Enough programs for all multiprocessors, and no more parts than that takes; their steps fill the shared memory.
+    K is split into as few parts as give every multiprocessor a program; steps in flight fill its shared memory.
     """
     outputs, columns = shape
     tiles = outputs // _TILE_ROWS
@@ -57,22 +57,22 @@ def cut(rows: int, shape: tuple[int, int], itemsize: int) -> Cut | None:
 
 
 def padded(rows: int) -> int:
-    """Rows that a program computes: what the tensor cores take."""
+    """``rows`` padded to what the tensor cores take."""
     return max(16, 1 << (rows - 1).bit_length())
 
 
 class BaseProduct:
-    """``x W^T`` for the weights of one base. Launches of one object must not overlap: one stream at a time."""
+    """``x W^T`` for the weights of one base. Launches share buffers, so one object belongs to one stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._arrived = torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
-        """Programs of a tile that have arrived; zero between launches."""
-        # Not of torch's pool: that may give memory which the product with deltas ahead still reads.
+        """Counts the programs of a tile that are done; zero between launches."""
+        # Not from torch's pool, which may hand out memory that the deltas' product, still running, reads.
         self._partials = torch.empty(_PARTIALS, dtype=torch.float32, device=device)
         self._hopper = triton.knobs.runtime.interpret or torch.cuda.get_device_capability(device)[0] == 9
 
     def cut(self, x: Tensor | Fp8Matrix, weight: Tensor | Fp8Matrix) -> Cut | None:
-        """How the kernel takes ``x`` ``[T, K]`` times ``weight`` ``[N, K]``; None: that is left to the library."""
+        """The cut for ``x`` ``[T, K]`` times ``weight`` ``[N, K]``; None if cuBLAS does it."""
         shape = (weight.shape[0], weight.shape[1])
         if not self._hopper:
             return None
@@ -84,11 +84,10 @@ class BaseProduct:
     def __call__(
         self, y: Tensor, x: Tensor | Fp8Matrix, weight: Tensor | Fp8Matrix, deltas: Tensor | None = None
     ) -> None:
-        """Write ``y`` ``[T, N]`` for ``x`` ``[T, K]`` and ``weight`` ``[N, K]``, all of one type or both in fp8.
+        """Write ``y`` ``[T, N]`` for ``x`` ``[T, K]`` and ``weight`` ``[N, K]``, all of one type, or both in fp8.
 
-        Products in fp8 are added up in float32; on a GPU ``y`` must be bfloat16 then. Where :meth:`cut` is not None,
-        ``deltas`` ``[T, N]`` of the type of ``y`` may be what the launches just ahead have added to zeros: it is added
-        before ``y`` is rounded, and is zero again.
+        Products in fp8 are summed in float32, and ``y`` must then be bfloat16 on a GPU. ``deltas`` ``[T, N]``, of the
+        type of ``y``, is added before ``y`` is rounded, and is set to zero; only if :meth:`cut` is not None.
         """
         chosen = self.cut(x, weight)
         if chosen is not None:
@@ -134,7 +133,7 @@ class BaseProduct:
 
 
 def _parts(matrix: Tensor | Fp8Matrix) -> tuple[Tensor, Tensor]:
-    """Values, and their scales where they have any."""
+    """Values and scales; for a matrix without scales itself twice, as kernels take no None."""
     return (matrix.values, matrix.scales) if isinstance(matrix, Fp8Matrix) else (matrix, matrix)
 
 
@@ -142,6 +141,6 @@ def _multiply_fp8(y: Tensor, x: Fp8Matrix, weight: Fp8Matrix) -> None:
     if y.device.type != "cuda":
         y.copy_(fp8_matmul_torch(x, weight, y.dtype))
         return
-    # cuBLAS wants scales that start at a multiple of 16 bytes, which those of some rows of a batch do not.
+    # cuBLAS wants scales that start at a multiple of 16 bytes; a slice of a batch's scales may not.
     scales = x.scales if x.scales.data_ptr() % 16 == 0 else x.scales.clone()
     torch._scaled_mm(x.values, weight.values.T, scales[:, None], weight.scales[None], out_dtype=y.dtype, out=y)

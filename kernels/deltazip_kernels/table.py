@@ -1,4 +1,4 @@
-"""The table of pointers through which kernels reach the deltas of one linear, or of several that share their input."""
+"""The table of pointers through which kernels find the deltas of one linear, or of several that share their input."""
 
 from collections.abc import Sequence
 
@@ -9,34 +9,34 @@ from deltazip_kernels.layout import CODECS
 
 FIELDS = 4
 CODEC_IDS = {name: 1 + i for i, name in enumerate((*CODECS, RAW, LOW_RANK))}
-"""How kernels name codecs; 0 is an empty slot."""
+"""Kernels identify codecs by these numbers; 0 is an empty slot."""
 
 
 class DeltaTable:
-    """For each slot and each of ``shapes``: the codec and where its tensors are.
+    """The codec and the addresses of the tensors of each slot and part; a part is one of the linears of ``shapes``.
 
-    ``entries`` [slots, parts, FIELDS] int64 lies on the device: codec, then the addresses of codes, scales and index or
-    low bits; of values; or of down and up, and the rank. Setting a slot writes there in stream order, so a captured
-    graph sees the change at its next replay. The table keeps the tensors it points to alive.
+    ``entries`` [slots, parts, FIELDS] int64 is on the device. An entry is the id of the codec, followed by the
+    addresses of codes, scales, and index or low bits; for a raw delta, of its values; for a low-rank one, of down and
+    up, and the rank. A slot is set in stream order, so a captured graph sees the change at its next replay. The table
+    keeps the tensors it points to alive.
     """
 
     def __init__(
         self, shapes: Sequence[tuple[int, int]], slots: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
     ) -> None:
-        """``shapes`` are ``[N_i, K]`` of linears with one K whose outputs lie side by side; raw and low-rank deltas
-        have ``dtype``."""
+        """``shapes`` ``[N_i, K]`` of linears whose outputs lie side by side. Raw and low-rank deltas have ``dtype``."""
         if not shapes or len({columns for _, columns in shapes}) != 1:
             raise ValueError("the linears of one table share their input: give shapes of one K")
         self.shapes = tuple(shapes)
         self.dtype = dtype
         self.entries = torch.zeros((max(slots, 1), len(shapes), FIELDS), dtype=torch.int64, device=device)
         self.rows = [slot.unbind() for slot in self.entries.unbind()]
-        """``rows[slot][part]`` is ``entries[slot, part]``, without a call for each."""
+        """``rows[slot][part]`` is ``entries[slot, part]``: views made once, as making one takes a while."""
         self._held: list[list[PackedDelta | None]] = [[None] * len(shapes) for _ in range(slots)]
 
     @property
     def codecs(self) -> tuple[str, ...]:
-        """The codecs that are present now, in the order of CODEC_IDS."""
+        """The codecs in the table now, in the order of CODEC_IDS."""
         present = {delta.codec for slot in self._held for delta in slot if delta is not None}
         return tuple(name for name in CODEC_IDS if name in present)
 
@@ -45,7 +45,7 @@ class DeltaTable:
         return {None if delta is None else delta.codec for delta in self._held[slot]}
 
     def set(self, slot: int, deltas: Sequence[PackedDelta | None]) -> None:
-        """Put one delta (or None) for each shape into ``slot``; ValueError when a kernel could not read it."""
+        """Put a delta, or None, for each part into ``slot``. Raises ValueError if a kernel could not read it."""
         if len(deltas) != len(self.shapes):
             raise ValueError(f"a slot of this table has {len(self.shapes)} parts, not {len(deltas)}")
         rows = [self._entry(delta, shape) for delta, shape in zip(deltas, self.shapes, strict=True)]
@@ -53,9 +53,9 @@ class DeltaTable:
         self._held[slot] = list(deltas)
 
     def hold(self, slot: int, part: int, delta: PackedDelta | None) -> list[int]:
-        """What ``rows[slot][part]`` has to become for ``delta``, which the table keeps alive from now on.
+        """Keep ``delta`` alive, and return what the caller must write to ``rows[slot][part]``.
 
-        For those who write many entries at once; ValueError as :meth:`set`.
+        For callers that write many entries at once. Raises as :meth:`set` does.
         """
         entry = self._entry(delta, self.shapes[part])
         self._held[slot][part] = delta
@@ -90,7 +90,7 @@ class DeltaTable:
 def table_of(
     deltas: Sequence[PackedDelta | None], shape: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> DeltaTable:
-    """A table of one part over ``deltas``, one a slot."""
+    """A table of one part with a delta for each slot."""
     table = DeltaTable([shape], len(deltas), device, dtype)
     for slot, delta in enumerate(deltas):
         table.set(slot, [delta])
