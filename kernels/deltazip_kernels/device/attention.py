@@ -1,8 +1,8 @@
 """The kernels behind ``deltazip_kernels.attention``.
 
-A program has one item of work for one KV head: rows of one sequence, and a range of its keys. An item is FIELDS
-numbers: first row, rows, first key, end key, where the sequence's pages begin in ``pages``, position of the first row,
-parts of its sequence, and the item that is the first of these.
+A program does one item of work for one KV head: rows of one sequence, and a range of its keys. An item is FIELDS
+numbers: first row, number of rows, first key, end of the keys, where the sequence's pages begin in ``pages``, position
+of the first row, number of items of the sequence, and the first of these items.
 """
 
 import triton
@@ -12,14 +12,15 @@ from deltazip_kernels.device.locate import let_next_start, wait
 
 FIELDS = tl.constexpr(8)
 NEVER = tl.constexpr(-1e30)
-"""The score of a key that is not seen. Finite: a tile with no other leaves rubbish, which the next one weighs by 0."""
+"""The score of a key that is not seen. It is finite, so a tile with no other score makes no NaN; its result is rubbish,
+but the next tile multiplies that by 0."""
 TOGETHER = tl.constexpr(4)
 """Parts that are loaded at once when they are merged."""
 
 
 @triton.jit
 def _scaled(s, factor, CAP: tl.constexpr):
-    """Products of queries and keys as scores in units of log2, capped."""
+    """Scores in units of log2, from products of queries and keys."""
     s *= factor
     if CAP != 0.0:
         s = CAP * 1.4426950408889634 * (1.0 - 2.0 / (tl.exp(tl.minimum(s * (2.0 / CAP), 80.0)) + 1.0))
@@ -32,7 +33,7 @@ def _place(rows, row, head, column, HEADS: tl.constexpr, D: tl.constexpr):
     return rows + ((row * HEADS + head).to(tl.int64) * D)[:, None] + column[None, :]
 
 
-# Lists begin anywhere: one kernel for all of them.
+# The lists may begin anywhere, and that shall not take several kernels.
 @triton.jit(do_not_specialize_on_alignment=["pages", "items"])
 def attention_prefill(
     q, keys, values, scales, pages, page_stride, row_stride, scale_stride, items, out, factor,
@@ -40,7 +41,7 @@ def attention_prefill(
     PAGE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Causal attention of ``items`` to their rows of ``out``; rows of a tile are the heads of one or more queries."""
+    """Write causal attention of ``items`` to their rows of ``out``. A tile's rows are heads of one or more queries."""
     let_next_start(OVERLAP)
     head = tl.program_id(0) % HEADS
     item = items + tl.program_id(0) // HEADS * FIELDS
@@ -57,7 +58,7 @@ def attention_prefill(
     real = (r < rows * G)[:, None] & exists[None, :]
     tile = tl.load(_place(q, row + r // G, head * G + r % G, column, HEADS * G, D), mask=real, other=0.0)
     if SCALED and tile.dtype == tl.bfloat16:
-        tile = tile.to(tl.float16)  # as which the numbers of e4m3 are exact, and converted in one instruction
+        tile = tile.to(tl.float16)  # one instruction converts e4m3 to it, exactly
     query = position + r // G
     top = tl.full((M,), NEVER, tl.float32)
     weight = tl.zeros((M,), tl.float32)
@@ -83,7 +84,7 @@ def attention_prefill(
         weight = weight * shrink + tl.sum(p, axis=1)
         v = tl.load(values + at[:, None] + column[None, :], mask=inside[:, None] & exists[None, :], other=0.0)
         if SCALED:
-            # The scales' largest goes to the sum: with it, small ones might not be numbers of q's type.
+            # The largest scale goes to the sum: weights times small scales might underflow in q's type.
             v_scale = tl.load(scale + HEADS * PAGE, mask=inside, other=0.0)
             largest = tl.maximum(tl.max(v_scale, axis=0), 1e-30)
             p *= (v_scale / largest)[None, :]
@@ -98,7 +99,7 @@ def attention_prefill(
 
 @triton.jit
 def _runs(base, step, W: tl.constexpr, N: tl.constexpr, RUN: tl.constexpr):
-    """[W, N]: RUN numbers from each of ``base`` [W * N / RUN] on, ``step`` apart."""
+    """[W, N]: from each of ``base`` [W * N / RUN], RUN numbers that are ``step`` apart."""
     return tl.reshape(base[:, None] + (tl.arange(0, RUN) * step)[None, :], (W, N))
 
 
@@ -107,9 +108,9 @@ def _merge(
     parts, weights, first, count, out, head,
     HEADS: tl.constexpr, G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Attention from ``count`` parts, the first of which is ``first``, in their order, to the row at ``out``.
+    """Merge ``count`` parts, from ``first`` on, in their order, and write the row at ``out``.
 
-    Numbers of all heads lie in one dimension, where each has its thread: in two, those would exchange weights.
+    All heads lie in one dimension, so that a thread has its own number's weights; in two, threads would exchange them.
     """
     i = tl.arange(0, M * WIDTH)
     row = head * G + i // WIDTH
@@ -139,15 +140,15 @@ def attention_decode(
     PAGE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr,
     M: tl.constexpr, W: tl.constexpr, N: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Attention of ``items`` of one row, which sees all their keys, to ``out``; items without rows are none.
+    """Write attention of ``items`` to ``out``. Each has one row, which sees all of its keys, or none.
 
-    Each of W warps has keys of its own, N at a time: they meet when all are done. An item that is one of several parts
-    leaves its sums in its row of ``parts`` [items, HEADS * G, D], and their highest score and weight in ``weights``
-    [items, HEADS * G, 2], float32; the last to come, counted in ``arrived`` [items * HEADS], merges them.
+    Each of W warps has keys of its own, N at a time; their results are joined at the end. If a sequence has several
+    items, each stores its sums in ``parts`` [items, HEADS * G, D], and their highest score and weight in ``weights``
+    [items, HEADS * G, 2], all float32. The last one to finish, by ``arrived`` [items * HEADS], merges all of them.
     """
     work = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
-    # The list of items is older than the launch ahead of this one: it may be read before that has ended.
+    # The launch ahead does not write the list of items, so it may be read before that launch has ended.
     item = items + work * FIELDS
     row = tl.load(item)
     rows = tl.load(item + 1)
@@ -165,13 +166,13 @@ def attention_decode(
     real = (r < G)[:, None] & exists[None, :]
     tile = tl.load(_place(q, row, head * G + r, column, HEADS * G, D), mask=real, other=0.0)
     if SCALED and tile.dtype == tl.bfloat16:
-        tile = tile.to(tl.float16)  # as which the numbers of e4m3 are exact, and converted in one instruction
+        tile = tile.to(tl.float16)  # one instruction converts e4m3 to it, exactly
     tile = tl.broadcast_to(tl.trans(tile)[None, :, :], (W, WIDTH, M))
     top = tl.full((W, M), NEVER, tl.float32)
     weight = tl.zeros((W, M), tl.float32)
     sums = tl.zeros((W, WIDTH, M), tl.float32)
     for first in tl.range(start // RUN * RUN, stop, W * N, num_stages=STAGES):
-        # RUN keys lie behind each other in a page: a pointer for each run, not for each key.
+        # RUN keys are adjacent in a page: one lookup for each run, not for each key.
         run = (first + tl.arange(0, W * N // RUN) * RUN).to(tl.uint32)
         page = tl.load(pages + run // PAGE, mask=run < stop, other=0).to(tl.int64)
         token = (run % PAGE).to(tl.int64)
@@ -193,7 +194,7 @@ def attention_decode(
         mask = seen[:, None, :] & exists[None, :, None]
         v = tl.load(values + at[:, None, :] + column[None, :, None], mask=mask, other=0.0)
         if SCALED:
-            # The scales' largest goes to the sum: with it, small ones might not be numbers of q's type.
+            # The largest scale goes to the sum: weights times small scales might underflow in q's type.
             v_scale = tl.load(scale + HEADS * PAGE, mask=seen, other=0.0)
             largest = tl.maximum(tl.max(v_scale, axis=1), 1e-30)
             p *= (v_scale / largest[:, None])[:, :, None]
@@ -202,7 +203,7 @@ def attention_decode(
         else:
             sums = tl.dot(v, p.to(tile.dtype), sums, input_precision="ieee")
         top = highest
-    # Not before: what a GEMM that starts early fetches would take its share of memory from the keys.
+    # Not earlier: a GEMM that starts early would fetch weights while this needs the bandwidth for keys.
     let_next_start(OVERLAP)
     highest = tl.max(top, axis=0)
     share = tl.exp2(top - highest[None, :])
@@ -216,7 +217,7 @@ def attention_decode(
     left = weights + ((work * HEADS + head) * G + r) * 2
     tl.store(left, highest, mask=r < G)
     tl.store(left + 1, weight, mask=r < G)
-    tl.debug_barrier()  # all threads have stored before one of them says so
+    tl.debug_barrier()  # all threads must have stored before one of them counts the item
     counter = arrived + begin * HEADS + head
     if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
         tl.store(counter, 0)

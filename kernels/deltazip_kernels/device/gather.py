@@ -1,4 +1,4 @@
-"""Rows of deltas added to rows of an embedding: the kernel behind ``deltazip_kernels.gather``."""
+"""The kernel behind ``deltazip_kernels.gather``: rows of deltas are added to rows of an embedding."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 from deltazip_kernels.device.dense import LOW_RANK, RAW
 from deltazip_kernels.device.grouped import INT1, INT4, SPARSE2, unit
 from deltazip_kernels.device.locate import load_entry, pointer
-from deltazip_kernels.device.merge import columns
+from deltazip_kernels.device.merge import columns, scale_place
 
 
 @triton.jit
@@ -14,7 +14,7 @@ def _packed(
     out, codes, scales, extra, row, group, CODEC: tl.constexpr, ODD: tl.constexpr, GROUPS: tl.constexpr,
     K: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """Adds groups ``group`` [n] of one row; ODD says which of a pair they all are."""
+    """Add groups ``group`` [n] of row ``row``. ODD: they are the odd ones of their pairs."""
     LANES: tl.constexpr = 64 if CODEC == INT4 else 32
     SHARED: tl.constexpr = CODEC == INT1 or CODEC == SPARSE2
     PAIRS: tl.constexpr = (GROUPS + 1) // 2
@@ -25,8 +25,7 @@ def _packed(
     shared = ((tile * PAIRS + (known >> 1)) * 64 + r)[:, None] * 32 + tl.arange(0, 32)[None, :]
     own = ((tile * GROUPS + known) * 64 + r)[:, None] * LANES + tl.arange(0, 32)[None, :]
     levels = columns(codes + (shared if SHARED else own), extra + shared, CODEC, ODD, PLAIN).to(tl.float32)
-    place = (r >> 4) * 16 + (r & 7) * 2 + ((r >> 3) & 1)
-    scale = tl.load(scales + (tile * GROUPS + known) * 64 + place).to(tl.float32) * (1.0 / unit(CODEC))
+    scale = tl.load(scales + (tile * GROUPS + known) * 64 + scale_place(r)).to(tl.float32) * (1.0 / unit(CODEC))
     k = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     _add(out, k, levels * scale[:, None], inside[:, None] & (k < K))
 
@@ -51,7 +50,7 @@ def gather(
     PAIRS: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """Row ``t`` of ``out`` gets row ``chosen[t]`` of the delta of slot ``which[t] - 1`` added."""
+    """Add row ``chosen[t]`` of the delta in slot ``which[t] - 1`` to row ``t`` of ``out``."""
     GROUPS: tl.constexpr = (K + 127) // 128
     t = tl.program_id(0).to(tl.int64)
     row = tl.load(chosen + t)

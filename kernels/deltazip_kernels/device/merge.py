@@ -1,9 +1,9 @@
-"""Base and delta added up, for segments so long that one product with the sum is cheaper than two."""
+"""The kernel behind ``deltazip_kernels.merged``: the sum of a base weight and a packed delta."""
 
 import triton
 import triton.language as tl
 
-from deltazip_kernels.device.grouped import INT1, INT2, INT3, INT4, SPARSE2, SPARSE4
+from deltazip_kernels.device.grouped import INT1, INT2, INT3, INT4, SPARSE2, SPARSE4, unit
 from deltazip_kernels.device.unpack import (
     unpack_int1,
     unpack_int2,
@@ -16,7 +16,8 @@ from deltazip_kernels.device.unpack import (
 
 @triton.jit
 def columns(c, e, CODEC: tl.constexpr, ODD: tl.constexpr, PLAIN: tl.constexpr):
-    """One group's levels int8 [n, 128] in the order of columns, from lanes at ``c`` and ``e`` [n, 32]."""
+    """One group's levels int8 [n, 128] in column order. ``c`` and ``e`` [n, 32] point to lanes of codes, and
+    of the index or of low bits."""
     if CODEC == INT4:
         p0, p2 = unpack_int4(tl.load(c), PLAIN)
         p1, p3 = unpack_int4(tl.load(c + 32), PLAIN)
@@ -34,6 +35,12 @@ def columns(c, e, CODEC: tl.constexpr, ODD: tl.constexpr, PLAIN: tl.constexpr):
 
 
 @triton.jit
+def scale_place(r):
+    """Where the scale of row ``r`` of a tile lies: those of rows ``r`` and ``r + 8`` are neighbours."""
+    return (r >> 4) * 16 + (r & 7) * 2 + ((r >> 3) & 1)
+
+
+@triton.jit
 def merge(
     out,
     base,
@@ -47,17 +54,15 @@ def merge(
     SCALED: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """``out`` [N, K] = ``base`` + delta, one tile of 64 rows and two groups a program.
+    """``out`` [N, K] = ``base`` + delta. A program has 64 rows and two groups of columns.
 
-    With SCALED row ``n`` of the base is times ``base_scales[n]``.
+    With SCALED row ``n`` of the base is multiplied by ``base_scales[n]``.
     """
     GROUPS: tl.constexpr = (K + 127) // 128
     PAIRS: tl.constexpr = (GROUPS + 1) // 2
     LANES: tl.constexpr = 64 if CODEC == INT4 else 32
     SHARED: tl.constexpr = CODEC == INT1 or CODEC == SPARSE2
-    UNIT: tl.constexpr = (
-        128 if CODEC == INT1 else 32 if CODEC == INT3 else 64 if CODEC == INT2 or CODEC == SPARSE2 else 16
-    )
+    UNIT: tl.constexpr = unit(CODEC)
     pair = tl.program_id(0)
     tile = tl.program_id(1).to(tl.int64)
     r = tl.arange(0, 64)
@@ -71,8 +76,7 @@ def merge(
         if group < GROUPS:
             c = codes + (shared if SHARED else (tile * GROUPS + group) * (64 * LANES) + lane)
             levels = columns(c, extra + shared, CODEC, odd == 1, PLAIN).to(tl.float32)
-            place = (r >> 4) * 16 + (r & 7) * 2 + ((r >> 3) & 1)  # scales lie in pairs of rows r, r + 8
-            scale = tl.load(scales + (tile * GROUPS + group) * 64 + place).to(tl.float32) * (1.0 / UNIT)
+            scale = tl.load(scales + (tile * GROUPS + group) * 64 + scale_place(r)).to(tl.float32) * (1.0 / UNIT)
             k = group * 128 + tl.arange(0, 128)
             at = n[:, None] * K + k[None, :]
             inside = (n < N)[:, None] & (k < K)[None, :]

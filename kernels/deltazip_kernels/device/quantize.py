@@ -1,8 +1,8 @@
 """The kernels behind ``deltazip_kernels.quantize``.
 
 A program holds one row in registers: GROUPS groups of 128 columns, padded to STEP, a power of two. It writes the row in
-int8 if it is one of the ``int8`` first, for deltas, and with FP8 in e4m3, for a base in fp8. All let the next launch
-start with them. They read norm weights and ``which`` before they wait: these must be older than the launch ahead.
+int8, for deltas, if it is one of the first ``int8``, and with FP8 also in e4m3, for a base in fp8. All let the next
+launch start at once. They read norm weights and ``which`` before they wait, so the launch ahead must not write these.
 """
 
 import triton
@@ -11,13 +11,13 @@ import triton.language as tl
 from deltazip_kernels.device.locate import let_next_start, wait
 
 SMALLEST = tl.constexpr(1e-30)
-"""A row whose largest magnitude is below this counts as zero: its inverse scale would overflow."""
+"""A row whose largest magnitude is below this becomes zero, as its inverse scale would overflow."""
 FP8_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
 def _columns(STEP: tl.constexpr):
-    """Columns [STEP groups, 128] of a row: a shape in which neighbouring threads read neighbouring columns."""
+    """Columns [STEP, 128] of a row, in a shape in which neighbouring threads read neighbouring columns."""
     return tl.arange(0, STEP)[:, None] * 128 + tl.arange(0, 128)[None, :]
 
 
@@ -25,7 +25,7 @@ def _columns(STEP: tl.constexpr):
 def _store_rounded(
     int8, values, scales, fp8, fp8_scales, v, K, GROUPS: tl.constexpr, STEP: tl.constexpr, FP8: tl.constexpr
 ):  # fmt: skip
-    """Row ``v`` [STEP, 128], zero beyond its columns, to int8 in position order, and to e4m3 as it is; with scales."""
+    """Store row ``v`` [STEP, 128], zero beyond K, and its scales: int8 in position order, e4m3 in column order."""
     row = tl.program_id(0).to(tl.int64)
     position = _columns(STEP)
     top = tl.max(tl.reshape(tl.abs(v), (STEP * 128,)), axis=0)
@@ -57,7 +57,7 @@ def quantize(
     FP8: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """``x`` as it is."""
+    """Round the rows of ``x``."""
     let_next_start(OVERLAP)
     wait(OVERLAP)
     column = _columns(STEP)
@@ -82,10 +82,10 @@ def gated(
     FP8: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """``out = act(x[:, :K]) * x[:, K:]``, each factor rounded to the type of ``x``, and ``out`` quantized.
+    """``out = act(x[:, :K]) * x[:, K:]``, each factor rounded to the type of ``x``; rows of ``out`` are rounded too.
 
-    Rows that are not to be quantized may be cut: a program then has STEP of their GROUPS.
-    ``act`` is silu, or with GELU the tanh approximation of gelu: both are ``x * sigmoid(...)``.
+    Where none is rounded, several programs may share a row: each then has STEP of its GROUPS.
+    ``act`` is silu, or with GELU the tanh approximation of gelu. Both are ``x * sigmoid(...)``.
     """
     let_next_start(OVERLAP)
     wait(OVERLAP)
@@ -96,9 +96,8 @@ def gated(
     up = tl.load(x + row * x_stride + K + column, mask=inside, other=0.0).to(tl.float32)
     slope = gate
     if GELU:
-        slope = 1.5957691216057308 * (
-            gate + 0.044715 * gate * gate * gate
-        )  # 2 sqrt(2 / pi): tanh(z) = 2 sigmoid(2 z) - 1
+        # 2 sqrt(2 / pi), as tanh(z) = 2 sigmoid(2 z) - 1
+        slope = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
     gate = (gate / (1.0 + tl.exp(tl.minimum(-slope, 80.0)))).to(x.dtype.element_ty).to(tl.float32)
     product = (gate * up).to(x.dtype.element_ty)
     tl.store(out + row * K + column, product, mask=inside)
@@ -136,10 +135,10 @@ def norm(
     FP8: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """``out`` is the norm of each row, quantized too; with RESIDUAL of ``residual += x`` instead of ``x``.
+    """``out`` is the norm of each row of ``x``, or with RESIDUAL of ``residual += x``; rows of ``out`` are rounded too.
 
-    The RMS norm times ``weights[which[row]]``, or with OFFSET times one more; with CENTER the layer norm, which has
-    biases. Llama's RMS norm alone rounds before it multiplies.
+    The RMS norm is multiplied by ``weights[which[row]]``, or with OFFSET by 1 + that. CENTER makes it the layer norm,
+    with biases. Only Llama's RMS norm is rounded before it is multiplied, as in transformers.
     """
     let_next_start(OVERLAP)
     row = tl.program_id(0).to(tl.int64)

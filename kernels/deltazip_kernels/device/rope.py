@@ -1,8 +1,8 @@
 """The kernel behind ``deltazip_kernels.rope``.
 
-A program has BLOCK heads of one row of q|k|v. A head is three pieces: the two halves that rotate into each other, WIDTH
-columns of which HALF exist, and the columns behind them, which stay (REST of them, padded to TAIL). ``positions``, the
-tables and ``where`` are read before it waits: these must be older than the launch ahead.
+A program has BLOCK heads of one row of q|k|v. A head has three pieces: two halves of HALF columns, padded to WIDTH,
+which rotate into each other, and REST columns behind them, padded to TAIL, which stay. ``positions``, the tables and
+``where`` are read before the program waits, so the launch ahead must not write these.
 """
 
 import triton
@@ -15,7 +15,7 @@ from deltazip_kernels.device.locate import let_next_start, wait
 def _normed(
     v, root, q_weights, k_weights, row, column, h, inside, H: tl.constexpr, G: tl.constexpr, KIND: tl.constexpr
 ):  # fmt: skip
-    """Heads of q and k times ``root`` times their weights, rounded to KIND after each step as transformers does."""
+    """Heads of q and k times ``root`` times their weights, rounded to KIND after each factor as in transformers."""
     q = tl.load(q_weights + row + column, mask=inside, other=0.0).to(tl.float32)
     k = tl.load(k_weights + row + column, mask=inside, other=0.0).to(tl.float32)
     weights = tl.where((h < H)[:, None], q[None, :], k[None, :])
@@ -27,7 +27,7 @@ def _normed(
 def _store_heads(
     q, k, v, column, h, inside, values, inverse, to, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
-    """Heads to the rows at ``q``, ``k`` and ``v``, the last two unless ``to`` is -1, and times ``inverse`` [heads]."""
+    """Store heads of q to ``q``; those of k and v times ``inverse`` [heads] to ``k`` and ``v``, unless ``to`` is -1."""
     at = h[:, None] * D + column[None, :]
     tl.store(q + at, values.to(q.dtype.element_ty), mask=inside & (h < H)[:, None])
     values *= inverse[:, None]
@@ -39,7 +39,7 @@ def _store_heads(
 @triton.jit
 def _store_scales(scales, scale_stride, h, top, to, H: tl.constexpr, G: tl.constexpr,
                   PAGE: tl.constexpr):  # fmt: skip
-    """Scales of heads of k and v, of largest magnitudes ``top``, to where position ``to`` has them. Their inverses."""
+    """Store scales of heads of k and v for position ``to``, from largest magnitudes ``top``; returns their inverses."""
     top = tl.maximum(top, 1e-30)
     block = scales + to // PAGE * scale_stride + to % PAGE
     h = tl.where(to >= 0, h, 0)
@@ -55,9 +55,9 @@ def rope(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Norms and rotates the H + G first heads of a row, writes q to ``q``, k and v to position ``where`` of the caches.
+    """Norm and rotate the first H + G heads of a row; write q to ``q``, k and v to position ``where`` of the caches.
 
-    If SCALED, k and v are scaled to the range of e4m3, and ``scales`` are written.
+    With SCALED, k and v are scaled to the range of e4m3, and ``scales`` are written.
     """
     let_next_start(OVERLAP)
     REST: tl.constexpr = D - 2 * HALF

@@ -1,10 +1,10 @@
-"""The kernel behind ``deltazip_kernels.skinny``: a GEMM with so few rows that reading the weight is all its time.
+"""The kernel behind ``deltazip_kernels.skinny``: a GEMM for so few rows that it only has to read the weight fast.
 
-A program multiplies BN rows of the weight, a part of their columns, with all rows of the activations: the weight is the
-left operand of the tensor cores' instruction, which wants 64 rows.
+A program multiplies BN rows of the weight, or a part of their columns, with all rows of the activations. The weight is
+the left operand of the tensor cores, which want 64 rows there.
 
-With ADD the launch ahead is a product with deltas, which lets this one start when it has waited itself: the activations
-are there, and only what that product leaves in ``deltas`` has to be waited for.
+With ADD, the launch ahead is a product with deltas. That lets this one start only after it has waited itself, so the
+activations are complete, and only its result, in ``deltas``, has to be waited for.
 """
 
 import triton
@@ -22,7 +22,7 @@ def _store(
     if ADD:
         there = deltas + m[None, :] * (tl.num_programs(0) * n.shape[0]) + n[:, None]
         acc += tl.load(there, mask=live[None, :], other=0.0)
-        tl.debug_barrier()  # other threads may clear than have read
+        tl.debug_barrier()  # a thread may clear what another one reads
         tl.store(there, tl.zeros(acc.shape, deltas.dtype.element_ty), mask=live[None, :])
     tl.store(y + m.to(tl.int64)[None, :] * y_stride + n[:, None], acc.to(y.dtype.element_ty), mask=live[None, :])
 
@@ -53,9 +53,9 @@ def skinny(
 ):
     """``y`` [M, N] = ``x`` [M, K] ``w`` [N, K] transposed, with SCALED times ``x_scales`` [M] and ``w_scales`` [N].
 
-    With ADD plus ``deltas`` [M, N], which is zero afterwards.
-    K is cut into SPLIT parts of STEPS times BK columns. The program that is the last of a tile to arrive adds the parts
-    up in order, so that the sum does not depend on who that is, and sets ``arrived`` back to zero.
+    ADD adds ``deltas`` [M, N] and sets it to zero.
+    K is split into SPLIT parts of STEPS * BK columns. The last program of a tile to arrive adds up the parts in a fixed
+    order, so that the sum does not depend on which one that is, and sets the tile's ``arrived`` back to zero.
     """
     block = tl.program_id(0)
     part = tl.program_id(1)
@@ -84,10 +84,10 @@ def skinny(
         return
     at = tl.arange(0, BN)[:, None] * BM + m[None, :]
     tiles = partials + block * (SPLIT * BN * BM) + at
-    tl.store(tiles + part * (BN * BM), acc)  # rows of none too: a mask would break up stores of 16 bytes
+    tl.store(tiles + part * (BN * BM), acc)  # padding rows too: a mask would break up stores of 16 bytes
     if ADD:
         wait(OVERLAP)
-    tl.debug_barrier()  # all threads have stored before one of them says so
+    tl.debug_barrier()  # all threads must have stored before one of them counts the program
     if tl.atomic_add(arrived + block, 1, sem="acq_rel") == SPLIT - 1:
         total = tl.zeros((BN, BM), dtype=tl.float32)
         for i in tl.static_range(0, SPLIT):
