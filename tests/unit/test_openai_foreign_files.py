@@ -126,6 +126,16 @@ def test_a_text_that_cannot_fit_is_not_encoded(good: dict[str, bytes]) -> None:
             encode()
 
 
+async def test_others_go_on_while_a_long_text_is_encoded(good: dict[str, bytes]) -> None:
+    text, words = load(good), "some words " * 20_000
+    encoding = asyncio.create_task(text.thread.run(lambda: text.encode(words, room=len(words))))
+    turns = 0
+    while not encoding.done():
+        await asyncio.sleep(0.001)
+        turns += 1
+    assert turns > 10, "the tokenizer kept the interpreter"
+
+
 async def test_work_that_hangs_is_given_up_and_refused_at_once_until_it_ends() -> None:
     thread, go_on = OwnThread(timeout_s=0.2), threading.Event()
     with pytest.raises(RequestTimeout):

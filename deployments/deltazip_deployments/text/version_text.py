@@ -64,7 +64,9 @@ class VersionText:
     def _encode(self, text: str, room: int, *, special: bool) -> list[int]:
         self._check_length(len(text), room)
         with blamed_on_files(ManifestInvalid, "the version's tokenizer fails at this text"):
-            return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+            # Unlike `encode`, it lets other threads have the interpreter meanwhile.
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
+            return list(encoding.ids)
 
     def _check_length(self, characters: int, room: int) -> None:
         """Reject prompts that cannot fit before encoding them, which takes seconds and gigabytes for the longest."""
