@@ -15,9 +15,9 @@ class CapturableBackend(AttentionBackend[PlanT]):
 
     @abstractmethod
     def graph_inputs(self, rows: int, pages: int) -> dict[str, int]:
-        """Names and lengths of int32 tables for up to ``rows`` sequences of ``pages`` pages in all.
+        """Names and lengths of the int32 tables for up to ``rows`` sequences with ``pages`` pages in total.
 
-        Of the last only what is used has to be sent.
+        Only the used part of the last table has to be sent.
         """
 
     @abstractmethod
@@ -26,7 +26,7 @@ class CapturableBackend(AttentionBackend[PlanT]):
 
     @abstractmethod
     def fill(self, positions: np.ndarray, blocks: Sequence[BlockTable], tables: Mapping[str, np.ndarray]) -> int:
-        """Write the tables of a step of decodes, and ``where`` its keys and values go; how long the last one is.
+        """Write the tables of a step of decodes, and its ``where``; returns the used length of the last table.
 
-        Each decode is the token at one of ``positions`` ``[n]`` of a sequence that has ``blocks``.
+        Decode ``i`` is the token at ``positions[i]`` of a sequence with ``blocks[i]``.
         """

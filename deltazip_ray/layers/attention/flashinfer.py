@@ -20,28 +20,28 @@ _INTEGERS = 8 << 20
 
 @dataclass(frozen=True)
 class Prefills:
-    """Those of a step."""
+    """The prefills of a step."""
 
     rows: slice
-    """From the first of theirs to the last one."""
+    """Their rows, from the first to the last one."""
     wrappers: Mapping[int | None, Any]
-    """By window of a layer; FlashInfer's own plans are inside."""
+    """FlashInfer's wrapper for layers of each window, with its plan inside."""
 
 
 class _Window:
-    """Prefills of layers of one window."""
+    """FlashInfer's wrapper for layers of one window, and its staging memory."""
 
     def __init__(self, window: int | None, workspace: torch.Tensor) -> None:
         device = workspace.device
         self.left = -1 if window is None else window - 1
         self.wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=_hopper(device))
         self._integers = torch.empty(_INTEGERS, dtype=torch.uint8, device=device)
-        # A plan is copied from page-locked memory when the device comes to it. At most one step is launched ahead, so
-        # with two of them in turn none is overwritten before it was read.
+        # The device copies a plan from page-locked memory when it reaches the step. At most one step is launched ahead,
+        # so with two buffers in turn none is overwritten before it is read.
         self._staged = [torch.empty(_INTEGERS, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
 
     def prepare(self) -> Any:
-        """Its wrapper, about to plan."""
+        """The wrapper, ready to plan the next step."""
         self._staged.reverse()
         self.wrapper._int_workspace_buffer = self._integers
         self.wrapper._pin_memory_int_workspace_buffer = self._staged[0]
@@ -49,10 +49,10 @@ class _Window:
 
 
 class FlashInferBackend(PagedDecodes[Prefills]):
-    """Hopper has prefill kernels of its own in FlashInfer, twice as fast as ours."""
+    """Prefills by FlashInfer, which on Hopper is twice as fast as our kernels."""
 
     def __init__(self, shape: CacheShape, dtype: torch.dtype, device: torch.device, *, decodes: int) -> None:
-        """Takes memory for workspaces. FlashInfer compiles its kernels at the first use of a head size and type."""
+        """Allocates workspaces. FlashInfer compiles its kernels at the first use of a head size and type."""
         super().__init__(shape, dtype, device, decodes=decodes)
         workspace = torch.zeros(_WORKSPACE, dtype=torch.uint8, device=device)
         self._wrappers = {window: _Window(window, workspace) for window in self.windows}
@@ -84,9 +84,9 @@ class FlashInferBackend(PagedDecodes[Prefills]):
         return Prefills(slice(first, first + int(starts[-1])), wrappers)
 
     def _without_gaps(self, sequences: Sequence[SequenceRows], rows: np.ndarray) -> Sequence[SequenceRows]:
-        """FlashInfer wants rows that lie together: decodes between prefills become sequences of the padding block.
+        """``sequences`` with the rows between them filled in, as FlashInfer wants adjacent rows.
 
-        What comes out for these is overwritten by their own kernels, later.
+        Decodes there are given to the padding block; their own launch overwrites the result.
         """
         filled: list[SequenceRows] = []
         end = int(rows[0])
@@ -105,5 +105,5 @@ class FlashInferBackend(PagedDecodes[Prefills]):
 
 
 def _hopper(device: torch.device) -> str:
-    """Which of its kernels: Hopper has some with its asynchronous copies and tensor cores."""
+    """The name of FlashInfer's kernels for this GPU."""
     return "fa3" if torch.cuda.get_device_capability(device)[0] == 9 else "fa2"

@@ -1,4 +1,8 @@
-"""Paged attention by our own kernels: any mixture of lengths in one launch, decodes alone or in CUDA graphs."""
+"""Paged attention by our own kernels (decision 018).
+
+Decodes and prefills of a mixed step run in separate launches. :class:`PagedDecodes` runs decodes, also in CUDA graphs,
+and leaves prefills to its subclasses: our kernels here, FlashInfer in ``flashinfer.py``.
+"""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -27,25 +31,24 @@ from deltazip_ray.layers.attention.tables import cache_rows, joined, page_tables
 from deltazip_ray.layers.staging import to_device
 
 Windows = Mapping[int | None, AttentionWork]
-"""Work by the window of a layer."""
-
+"""The work of a launch for layers of each window; None is no window."""
 
 PrefillsT = TypeVar("PrefillsT")
-"""What is prepared for prefills."""
+"""A subclass's preparations for prefills."""
 
 
 @dataclass(frozen=True)
 class PagedPlan(Generic[PrefillsT]):
-    """One step; decodes and prefills have rows of their own."""
+    """One step."""
 
     where: torch.Tensor
-    """``[rows]`` int64."""
+    """See :class:`~deltazip_ray.layers.attention.backend.AttentionPlan`."""
     decodes: Windows | None = None
     prefills: PrefillsT | None = None
 
 
 class PagedDecodes(CapturableBackend[PagedPlan[PrefillsT]]):
-    """Decodes and prefills of a mixed step run apart, each in kernels that suit them; prefills are left open."""
+    """Decodes by our own kernels. A subclass adds prefills, which are sequences with more than one row."""
 
     def __init__(
         self,
@@ -56,7 +59,7 @@ class PagedDecodes(CapturableBackend[PagedPlan[PrefillsT]]):
         *,
         decodes: int,
     ) -> None:
-        """For steps with up to ``decodes`` decodes."""
+        """``decodes``: the maximum of a step."""
         super().__init__(shape, dtype, device, kv_dtype)
         self.windows = tuple(dict.fromkeys(shape.window(layer) for layer in range(shape.layers)))
         self._wanted = wanted_items(device, shape.kv_heads, self.kv_dtype.itemsize)
@@ -64,13 +67,13 @@ class PagedDecodes(CapturableBackend[PagedPlan[PrefillsT]]):
 
     @abstractmethod
     def plan_prefills(self, sequences: Sequence[SequenceRows], rows: np.ndarray) -> PrefillsT:
-        """Prepare sequences of several rows, which begin at ``rows`` ``[n]`` of the step."""
+        """Prepare ``sequences``, whose first rows in the step are ``rows`` ``[n]``."""
 
     @abstractmethod
     def attend_prefills(self, layer: int, q: torch.Tensor, plan: PrefillsT, out: torch.Tensor) -> None:
-        """Attention of their rows of ``q`` ``[rows, heads, head_dim]``, to the same rows of ``out``.
+        """Write their rows of ``out``, from the same rows of ``q``; both are ``[rows, heads, head_dim]``.
 
-        What is in the rows of decodes afterwards does not matter: theirs comes later.
+        May write anything to the rows of decodes, whose launch comes later.
         """
 
     def plan(self, sequences: Sequence[SequenceRows]) -> PagedPlan[PrefillsT]:
@@ -108,20 +111,21 @@ class PagedDecodes(CapturableBackend[PagedPlan[PrefillsT]]):
         return PagedPlan(where, self.by_window(tables["work"], self._items(len(where))))
 
     def _items(self, rows: int) -> int:
-        """The most that ``rows`` decodes are cut into."""
+        """The maximum number of items of ``rows`` decodes."""
         return max(rows, self._wanted)
 
     def _pack_decodes(self, rows: np.ndarray, lengths: np.ndarray, starts: np.ndarray, pages: np.ndarray) -> np.ndarray:
-        """The work of decodes in ``rows`` ``[n]`` of a step: see ``attention_items.pack``; a launch for each window.
+        """The work of decodes in ``rows`` ``[n]`` of a step, a launch for each window: see ``attention_items.pack``.
 
-        Each sees ``lengths`` ``[n]`` tokens; see :func:`~deltazip_ray.layers.attention.tables.joined` for the others.
+        They see ``lengths`` ``[n]`` tokens. ``starts`` and ``pages``: see
+        :func:`~deltazip_ray.layers.attention.tables.joined`.
         """
         contexts = Contexts(rows, np.ones_like(rows), lengths, starts[:-1])
         launches = [decode_items(contexts, self._wanted, window) for window in self.windows]
         return pack(launches, pages, self._items(len(rows)))
 
     def by_window(self, packed: torch.Tensor, most: int) -> Windows:
-        """The parts of ``packed``, with ``most`` items a window."""
+        """The parts of ``packed``, which has ``most`` items for each window."""
         items = packed[: len(self.windows) * most * FIELDS].chunk(len(self.windows))
         return {window: AttentionWork(items[i], packed) for i, window in enumerate(self.windows)}
 
@@ -136,12 +140,12 @@ class PagedDecodes(CapturableBackend[PagedPlan[PrefillsT]]):
         return out.flatten(1)
 
     def cache(self, layer: int) -> PagedCache:
-        """As the kernels see it."""
+        """The cache of a layer, as kernels take it."""
         kv = self.layers[layer]
         return PagedCache(kv.keys, kv.values, kv.scales)
 
     def scoring(self, layer: int) -> Scoring:
-        """Of a layer."""
+        """The scoring of a layer, as kernels take it."""
         return Scoring(self.shape.factor, self.shape.softcap, self.shape.window(layer))
 
 
