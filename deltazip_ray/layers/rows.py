@@ -45,6 +45,12 @@ class Rows:
     tiles: RowTiles | None = None
     """Those of ``merged`` that the fused kernel takes, cut into its tiles; the others need a scratch weight."""
 
+    def short_runs(self) -> list[tuple[int, int]]:
+        """Start and end of the rows before, between and after long segments; some may be empty."""
+        starts = (0, *(span.stop for span in self.merged))
+        stops = (*(span.start for span in self.merged), len(self.index))
+        return list(zip(starts, stops, strict=True))
+
 
 def join_runs(runs: Sequence[tuple[int, int]]) -> tuple[Span, ...]:
     """Spans of all slots, from ``(slot, rows)`` runs in batch order; adjacent runs of one slot are joined."""

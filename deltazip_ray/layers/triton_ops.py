@@ -31,7 +31,7 @@ from deltazip_ray.layers.attention.cache import KVLayer
 from deltazip_ray.layers.long_segments import LongSegments
 from deltazip_ray.layers.ops import LayerOps
 from deltazip_ray.layers.rope import Rotary
-from deltazip_ray.layers.rows import Rows, Span
+from deltazip_ray.layers.rows import Rows
 from deltazip_ray.layers.stack import DeltaStack
 from deltazip_ray.layers.writes import Writes
 
@@ -183,10 +183,8 @@ class TritonOps(LayerOps):
         if few and stack.groups and self.product.cut(_seen(x, weight), weight):
             self._multiply_deltas_first(y, x, rows, weight, stack)
             return y
-        start = 0
-        for span in (*rows.merged, Span(-1, y.shape[0], y.shape[0])):
-            self._multiply(y[start : span.start], x, start, weight)
-            start = span.stop
+        for start, stop in rows.short_runs():
+            self._multiply(y[start:stop], x, start, weight)
         self._multiply_long(y, x, rows, weight, stack)
         stack.add_product(y, x, rows)
         return y

@@ -1,4 +1,4 @@
-"""How kernels are launched, or only compiled, and the options that launches share."""
+"""Launches Triton kernels, or only compiles them; and the options that launches share."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ import triton
 from triton.compiler import CompiledKernel
 
 _compiled: ContextVar[list[Any] | None] = ContextVar("compiled", default=None)
-"""What was compiled so far, in a block of :func:`compiling`."""
+"""The kernels compiled so far; None outside of a block of :func:`compiling`."""
 _loading = threading.Lock()
 
 
@@ -27,11 +27,10 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) ->
 
 @contextmanager
 def compiling(pool: Executor) -> Iterator[None]:
-    """Compile what this thread launches in the block, each kernel once, by the threads of ``pool``; at its end all are
-    on the device.
+    """In this block, :func:`launch` only has kernels compiled, each once, by the threads of ``pool``.
 
-    Nothing runs: results are undefined. Triton traces a kernel in the interpreter, a fourth or so of the time; the rest
-    is done without it.
+    Nothing runs, so outputs are undefined. At the end of the block all kernels are on the device. Tracing a kernel,
+    about a fourth of the work, holds the GIL; the rest does not.
     """
     compiled: list[Any] = []
     with triton.AsyncCompileMode(pool):
@@ -45,7 +44,7 @@ def compiling(pool: Executor) -> Iterator[None]:
 
 
 def _load(kernel: Any) -> None:
-    """Have a kernel on the device, and what launches it, which for some versions of Triton takes a C compiler."""
+    """Put a kernel on the device, and build its launcher, for which some versions of Triton run a C compiler."""
     made = kernel.result() if hasattr(kernel, "result") else kernel
     made._init_handles()
 
@@ -54,10 +53,10 @@ _init_handles = CompiledKernel._init_handles
 
 
 def _init_alone(kernel: Any) -> None:
-    """``CompiledKernel._init_handles``, which puts a kernel on the device, as threads need it: one at a time.
+    """``CompiledKernel._init_handles``, which puts a kernel on the device, for one thread at a time.
 
-    Up to 3.6 Triton imports what launches a kernel as a module of one name for all kernels and reads it afterwards, so
-    that threads beside each other may get another kernel's.
+    Up to 3.6 Triton imports every kernel's launcher as a module of the same name and looks it up afterwards, so that
+    concurrent threads may get each other's.
     """
     if kernel.function is None:
         with _loading:
@@ -68,21 +67,21 @@ CompiledKernel._init_handles = _init_alone
 
 
 def ceil_div(value: int, step: int) -> int:
-    """How many steps cover ``value``; Triton's own takes the host as long as a launch."""
+    """``value / step``, rounded up. ``triton.cdiv`` takes the host as long as a launch."""
     return -(-value // step)
 
 
 def power_of_2(value: int) -> int:
-    """The least power of two that is not below ``value``."""
+    """``value``, rounded up to a power of two."""
     return 1 << (value - 1).bit_length()
 
 
 @cache
 def overlap(device: torch.device, *, starts_early: bool = True) -> dict[str, bool]:
-    """Programmatic dependent launch, where the GPU has it: a kernel is set up while the one ahead of it ends.
+    """Options for programmatic dependent launch, where the GPU has it: a kernel starts while the one ahead ends.
 
-    The kernel itself says where it needs what others wrote (``device.locate.wait``). Large launches behind a GEMM
-    should not start early: that was slower on an H200 (``docs/kernels.md``).
+    The kernel itself waits before it reads what others wrote (``device.locate.wait``). Large launches behind a GEMM
+    should not start early, which was slower on an H200 (``docs/kernels-tried.md``).
     """
     if triton.knobs.runtime.interpret or torch.cuda.get_device_capability(device) < (9, 0):
         return {"OVERLAP": False}

@@ -17,6 +17,8 @@ from deltazip_kernels.layout import GROUP
 
 MAX_COLUMNS = 256 * GROUP
 """The longest row that fits the registers of one program."""
+_SHARED_ROWS = {"STEP": 16, "num_warps": 8}
+"""Options of programs that share rows: 2,048 columns each."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +93,20 @@ def layer_norm_quantize(
 
 
 def _gated(gate_up: Tensor, *, gelu: bool, fp8: bool, int8: int | None) -> tuple[Tensor, QuantizedRows]:
+    """If only some rows become int8, as beside long prompts, these are rounded by a launch of their own.
+
+    Then no program of the first one needs a whole row, and more of them can share it.
+    """
     columns = gate_up.shape[1] // 2
     out = gate_up.new_empty((gate_up.shape[0], columns))
-    few = not fp8 and int8 is not None and int8 < len(out)
-    rows, arguments, options = _empty(gate_up, columns, fp8=fp8, int8=0 if few else int8)
+    apart = not fp8 and int8 is not None and int8 < len(out)
+    rows, arguments, options = _empty(gate_up, columns, fp8=fp8, int8=0 if apart else int8)
+    if apart:
+        options = options | _SHARED_ROWS
     if out.shape[0]:
-        if few:
-            options = options | _CUT
         grid = (out.shape[0], ceil_div(options["GROUPS"], options["STEP"]))
         gated[grid](gate_up, gate_up.stride(0), out, *arguments, GELU=gelu, **options)
-    return out, quantize_rows(out, int8=int8) if few else rows
+    return out, quantize_rows(out, int8=int8) if apart else rows
 
 
 def _norm(
@@ -171,7 +177,3 @@ def _options(columns: int, fp8: bool, device: torch.device) -> dict[str, Any]:
     step = power_of_2(groups)
     warps = next(warps for warps, most in ((4, 8), (8, 32), (16, 128), (32, 256)) if step <= most)
     return {"GROUPS": groups, "STEP": step, "FP8": fp8, "num_warps": warps} | overlap(device)
-
-
-_CUT = {"STEP": 16, "num_warps": 8}
-"""Options for rows that need no scale, and so no program that sees all of them: 2,048 columns a program."""
