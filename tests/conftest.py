@@ -1,6 +1,10 @@
 """Fixtures for all tests."""
 
 import os
+
+# Before torch is imported: pytest runs in a process a core, and torch's further threads would spin for theirs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import secrets
 import signal
 from collections.abc import Iterator

@@ -75,7 +75,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterat
     folder = tmp_path_factory.mktemp("equivalence")
     base = make_base(folder / "base")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**s3_server.environment, "OMP_NUM_THREADS": "1"}.items():
+        for name, value in s3_server.environment.items():
             patch.setenv(name, value)
         store = StoreConfig(url=f"s3://{s3_server.new_bucket()}/deltas", path_style=True)
         folders = {"base": base}

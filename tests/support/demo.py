@@ -12,5 +12,6 @@ QUICK = {
     "questions": 16,
     "requests": 60,
     "rate": 20.0,
+    "replicas": 1,
 }
 """Fields of DemoConfig: models that learn next to nothing, but answer something."""

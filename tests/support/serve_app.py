@@ -53,7 +53,6 @@ def private_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", folder)
         patch.setenv("RAY_TMPDIR", folder)
-        patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("RAY_ADDRESS", raising=False)
         try:
             yield
