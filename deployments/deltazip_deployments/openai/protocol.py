@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from deltazip_deployments.openai.strict import Strict
 from deltazip_deployments.openai.structure import ResponseFormat, StructuredOutputs
 from deltazip_ray.engine.admission import MOST_BIASES, MOST_LOGPROBS, MOST_STRUCTURE_CHARS, MOST_TOP_K
 from deltazip_ray.scheduler.request import SamplingParams, Structure
@@ -17,13 +18,12 @@ MAX_MESSAGES = 8192
 MAX_PARTS = 1024
 
 _TokenId = Annotated[int, Field(ge=0)]
+# Lists fail fast: a body has room for a million mistakes, and telling all of them takes seconds.
+_Tokens = Annotated[list[_TokenId], Field(fail_fast=True)]
+_Parts = Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream contains besides the text."""
 
     include_usage: bool = False
@@ -36,7 +36,7 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS)] | None = None
+    content: str | _Parts | None = None
     name: str | None = None
 
     @model_validator(mode="after")
@@ -59,7 +59,7 @@ class Message(BaseModel):
         return turn if self.name is None else turn | {"name": self.name}
 
 
-class _Sampled(_Strict):
+class _Sampled(Strict):
     model: str
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -68,14 +68,14 @@ class _Sampled(_Strict):
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    stop: str | list[str] | None = None
-    stop_token_ids: list[_TokenId] | None = Field(None, max_length=1024)
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: _Tokens | None = Field(None, max_length=1024)
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
@@ -85,11 +85,17 @@ class _Sampled(_Strict):
 
     @field_validator("stop")
     @classmethod
-    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        stops = [stop] if isinstance(stop, str) else stop or []
-        if len(stops) > MAX_STOPS or not all(stops):
-            raise ValueError(f"takes up to {MAX_STOPS} strings, none of them empty")
+    def _no_empty_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if stop == "" or (isinstance(stop, list) and not all(stop)):
+            raise ValueError("takes no empty string")
         return stop
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few_biases(cls, bias: Any) -> Any:
+        if isinstance(bias, dict) and len(bias) > MOST_BIASES:
+            raise ValueError(f"takes up to {MOST_BIASES} tokens")
+        return bias
 
     @field_validator("logit_bias")
     @classmethod
@@ -198,7 +204,7 @@ class _Sampled(_Strict):
 class CompletionRequest(_Sampled):
     """``POST /v1/completions`` with one prompt."""
 
-    prompt: str | list[_TokenId]
+    prompt: str | _Tokens
     max_tokens: int | None = Field(16, ge=0)
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
@@ -254,7 +260,7 @@ class CompletionRequest(_Sampled):
 class ChatRequest(_Sampled):
     """``POST /v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)

@@ -3,8 +3,9 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from deltazip_deployments.openai.strict import Strict
 from deltazip_ray.scheduler.request import Structure
 
 MAX_CHOICES = 1024
@@ -12,32 +13,28 @@ MAX_CHOICES = 1024
 _Schema = dict[str, Any] | bool
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=False)
-
-
-class _TextFormat(_Part):
+class _TextFormat(Strict):
     type: Literal["text"]
 
     def structure(self) -> Structure | None:
         return None
 
 
-class _ObjectFormat(_Part):
+class _ObjectFormat(Strict):
     type: Literal["json_object"]
 
     def structure(self) -> Structure | None:
         return Structure("json")
 
 
-class _NamedSchema(_Part):
+class _NamedSchema(Strict):
     name: str
     description: str | None = None
     strict: bool | None = None
     json_schema: _Schema = Field(alias="schema")
 
 
-class _SchemaFormat(_Part):
+class _SchemaFormat(Strict):
     type: Literal["json_schema"]
     json_schema: _NamedSchema
 
@@ -48,7 +45,7 @@ class _SchemaFormat(_Part):
 ResponseFormat = Annotated[_TextFormat | _ObjectFormat | _SchemaFormat, Field(discriminator="type")]
 
 
-class StructuredOutputs(_Part):
+class StructuredOutputs(Strict):
     """Exactly one of the fields must be set."""
 
     json_schema: _Schema | str | None = Field(None, alias="json")
