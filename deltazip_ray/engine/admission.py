@@ -28,7 +28,7 @@ def check_sampling(params: SamplingParams) -> None:
         "stop_token_ids must be numbers from 0 that fit into 31 bits": all(
             token in _TOKENS for token in params.stop_token_ids
         ),
-        "repetition_penalty must be a number above 0 and at most 10": 0 < params.repetition_penalty <= 10,
+        "repetition_penalty must be a number from 0.01 to 10": 0.01 <= params.repetition_penalty <= 10,
         "frequency_penalty must be a number from -2 to 2": -2 <= params.frequency_penalty <= 2,
         "presence_penalty must be a number from -2 to 2": -2 <= params.presence_penalty <= 2,
         f"logprobs must be 0 to {MOST_LOGPROBS}": params.logprobs is None or 0 <= params.logprobs <= MOST_LOGPROBS,

@@ -88,7 +88,7 @@ def test_fields_that_ask_for_nothing_are_accepted(field: str, value: Any) -> Non
         ({"n": 33}, "n"),
         ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"frequency_penalty": -3}, "frequency_penalty"),
-        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-9}, "repetition_penalty"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"five": 1}}, "logit_bias"),
         ({"logit_bias": {"-5": 1}}, "logit_bias"),
@@ -212,8 +212,9 @@ def test_one_prompt_in_any_form() -> None:
 
 
 def test_a_token_that_cannot_be_one_is_named() -> None:
-    with pytest.raises(InvalidField, match=r"^prompt\.1: .*greater than or equal to 0"):
-        parse_request(CompletionRequest, b'{"model": "m", "prompt": [5, -1]}')
+    for token, message in ((-1, "greater than or equal to 0"), (1 << 31, "less than 2147483648")):
+        with pytest.raises(InvalidField, match=rf"^prompt\.1: .*{message}"):
+            completion(prompt=[5, token])
 
 
 @pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], [-1], [1.5], {"a": 1}, [1, "a"]])

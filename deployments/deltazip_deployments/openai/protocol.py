@@ -17,7 +17,7 @@ MAX_CHOICES = 32
 MAX_MESSAGES = 8192
 MAX_PARTS = 1024
 
-_TokenId = Annotated[int, Field(ge=0)]
+_TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 # Lists fail fast: a body has room for a million mistakes, and telling all of them takes seconds.
 _Tokens = Annotated[list[_TokenId], Field(fail_fast=True)]
 _Parts = Annotated[list[dict[str, Any]], Field(max_length=MAX_PARTS, fail_fast=True)]
@@ -74,7 +74,7 @@ class _Sampled(Strict):
     ignore_eos: bool | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

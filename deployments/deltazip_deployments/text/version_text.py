@@ -19,7 +19,7 @@ _DEFAULTS: Mapping[str, Callable[[float], bool]] = {
     "top_p": lambda value: 0 < value <= 1,
     "top_k": lambda value: 0 <= value < 1 << 31,
     "min_p": lambda value: 0 <= value <= 1,
-    "repetition_penalty": lambda value: 0 < value <= 10,
+    "repetition_penalty": lambda value: 0.01 <= value <= 10,
 }
 _LONG_TOKEN = 32  # characters; more than a token of ordinary text ever has
 
