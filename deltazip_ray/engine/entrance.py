@@ -4,8 +4,8 @@ from collections.abc import Awaitable, Callable
 
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.active_requests import ActiveRequests
-from deltazip_ray.engine.admission import check_sampling, check_tokens
 from deltazip_ray.engine.core import EngineCore
+from deltazip_ray.engine.request_checks import check_sampling, check_tokens
 from deltazip_ray.engine.versions import Versions
 from deltazip_ray.errors import DeltaZipError, InvalidRequest, Overloaded
 from deltazip_ray.residency.slot_table import Pin

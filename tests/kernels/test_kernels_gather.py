@@ -3,14 +3,10 @@
 import pytest
 import torch
 
-from deltazip_kernels import CODECS, LOW_RANK, RAW, PackedDelta
+from deltazip_kernels import CODECS, LOW_RANK, RAW
 from deltazip_kernels.gather import gather_rows
 from deltazip_kernels.table import DeltaTable
-from tests.support.deltas import random_coded, random_low_rank, random_raw
-
-
-def to_device(delta: PackedDelta, device: torch.device) -> PackedDelta:
-    return PackedDelta(delta.codec, delta.shape, {k: v.to(device) for k, v in delta.tensors.items()})
+from tests.support.deltas import on_device, random_coded, random_low_rank, random_raw
 
 
 @pytest.mark.parametrize("shape", [(150, 300), (64, 128), (70, 1200)])
@@ -23,7 +19,7 @@ def test_rows_of_every_codec(shape: tuple[int, int], device: torch.device) -> No
     dense.append(torch.zeros(shape, dtype=torch.float64))
     table = DeltaTable([shape], len(deltas), device)
     for slot, delta in enumerate(deltas):
-        table.set(slot, [None if delta is None else to_device(delta, device)])
+        table.set(slot, [None if delta is None else on_device(delta, device)])
     generator = torch.Generator().manual_seed(3)
     which = torch.arange(-1, len(deltas)).repeat(3) + 1
     chosen = torch.randint(0, shape[0] + 20, which.shape, generator=generator)
@@ -39,7 +35,7 @@ def test_rows_of_every_codec(shape: tuple[int, int], device: torch.device) -> No
 
 def test_codecs_that_are_not_named_are_left_out(device: torch.device) -> None:
     table = DeltaTable([(64, 128)], 1, device)
-    table.set(0, [to_device(random_coded("int4", (64, 128)).delta(), device)])
+    table.set(0, [on_device(random_coded("int4", (64, 128)).delta(), device)])
     out = torch.zeros(1, 128, device=device)
     gather_rows(
         out,

@@ -14,7 +14,7 @@ from deltazip_kernels.plan import MANY, MORE, SOME, Work, in_halves, plan
 from deltazip_kernels.quantize import quantize_rows
 from deltazip_kernels.table import CODEC_IDS, DeltaTable
 from deltazip_kernels.triton_backend import Tile, grouped_matmul, low_rank_matmul, raw_matmul
-from tests.support.deltas import random_coded, random_low_rank, random_raw
+from tests.support.deltas import on_device, random_coded, random_low_rank, random_raw
 
 NAMES = [None, *CODECS, RAW, LOW_RANK]
 PACKED = {name: i for i, name in enumerate(NAMES) if name in CODECS}
@@ -29,10 +29,6 @@ MIXTURES = {
 }
 
 
-def to_device(delta: PackedDelta, device: torch.device) -> PackedDelta:
-    return PackedDelta(delta.codec, delta.shape, {k: v.to(device) for k, v in delta.tensors.items()})
-
-
 def make_deltas(
     shape: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> tuple[list[PackedDelta | None], list[Tensor]]:
@@ -45,11 +41,11 @@ def make_deltas(
             dense.append(torch.zeros(shape, dtype=torch.float64))
         elif name in CODECS:
             coded = random_coded(name, shape, seed)
-            deltas.append(to_device(coded.delta(), device))
+            deltas.append(on_device(coded.delta(), device))
             dense.append(coded.dense())
         else:
             delta = random_raw(shape, seed, dtype) if name == RAW else random_low_rank(shape, 12, seed, dtype)
-            deltas.append(to_device(delta, device))
+            deltas.append(on_device(delta, device))
             parts = {key: value.double() for key, value in delta.tensors.items()}
             dense.append(parts["values"] if name == RAW else parts["up"] @ parts["down"])
     return deltas, [d.to(device) for d in dense]
@@ -129,8 +125,8 @@ def test_stacked_linears_and_odd_groups(codec: str, device: torch.device) -> Non
     shapes = [(130, 388), (64, 388), (70, 388)]
     coded = [[random_coded(codec, shape, seed=10 * slot + i) for i, shape in enumerate(shapes)] for slot in range(2)]
     deltas = DeltaTable(shapes, 3, device)
-    deltas.set(1, [to_device(c.delta(), device) for c in coded[0]])
-    first, _, third = (to_device(c.delta(), device) for c in coded[1])
+    deltas.set(1, [on_device(c.delta(), device) for c in coded[0]])
+    first, _, third = (on_device(c.delta(), device) for c in coded[1])
     deltas.set(2, [first, None, third])
     segments = table([2, 5, 20], [0, 1, 2], device)
     x = torch.randn(27, 388, generator=torch.Generator().manual_seed(5)).to(device)
@@ -149,9 +145,9 @@ def test_stacked_linears_and_odd_groups(codec: str, device: torch.device) -> Non
 def test_stacked_raw_and_low_rank(dtype: torch.dtype, ranks: tuple[int, int], device: torch.device) -> None:
     shapes = [(100, 1300), (40, 1300)]
     deltas = DeltaTable(shapes, 2, device, dtype)
-    raws = [to_device(random_raw(shape, i, dtype), device) for i, shape in enumerate(shapes)]
+    raws = [on_device(random_raw(shape, i, dtype), device) for i, shape in enumerate(shapes)]
     pairs = [
-        to_device(random_low_rank(shape, rank, 7, dtype), device) for shape, rank in zip(shapes, ranks, strict=True)
+        on_device(random_low_rank(shape, rank, 7, dtype), device) for shape, rank in zip(shapes, ranks, strict=True)
     ]
     deltas.set(0, [raws[0], pairs[1]])
     deltas.set(1, [pairs[0], raws[1]])
@@ -177,7 +173,7 @@ def test_stacked_raw_and_low_rank(dtype: torch.dtype, ranks: tuple[int, int], de
 
 def test_low_rank_segments_of_more_rows_than_most(device: torch.device) -> None:
     """Twelve rows where programs take eight at once, which single rows pay least for."""
-    pair = to_device(random_low_rank((70, 300), 16, 7, torch.float32), device)
+    pair = on_device(random_low_rank((70, 300), 16, 7, torch.float32), device)
     deltas = DeltaTable([(70, 300)], 1, device, torch.float32)
     deltas.set(0, [pair])
     x = torch.randn(18, 300, generator=torch.Generator().manual_seed(5)).to(device)
@@ -196,7 +192,7 @@ def test_programs_share_a_tile_along_k(codec: str, splits: int, columns: int, de
     """Odd numbers of groups, shares without any, wide items ahead of narrow ones; the counters are left as found."""
     coded = random_coded(codec, (100, columns), seed=3)
     deltas = DeltaTable([(100, columns)], 1, device)
-    deltas.set(0, [to_device(coded.delta(), device)])
+    deltas.set(0, [on_device(coded.delta(), device)])
     x = torch.randn(48, columns, generator=torch.Generator().manual_seed(5)).to(device)
     y, again = torch.zeros(2, 48, 100, device=device)
     rows_of_x = quantize_rows(x)
@@ -236,8 +232,8 @@ def test_kernels_and_table_name_codecs_alike() -> None:
 
 def test_a_codec_that_is_not_named_is_left_out(device: torch.device) -> None:
     deltas = DeltaTable([(64, 128)], 2, device)
-    deltas.set(0, [to_device(random_coded("int2", (64, 128)).delta(), device)])
-    deltas.set(1, [to_device(random_raw((64, 128)), device)])
+    deltas.set(0, [on_device(random_coded("int2", (64, 128)).delta(), device)])
+    deltas.set(1, [on_device(random_raw((64, 128)), device)])
     y = torch.full((5, 64), -0.0, device=device)
     work = planned(table([2, 3], [0, 1], device), 5, 8)
     grouped_matmul(y, quantize_rows(torch.randn(5, 128, device=device)), deltas, work, ["int4"])
@@ -245,7 +241,7 @@ def test_a_codec_that_is_not_named_is_left_out(device: torch.device) -> None:
 
 
 def test_outputs_must_have_adjacent_columns(device: torch.device) -> None:
-    delta = to_device(random_coded("int4", (64, 128)).delta(), device)
+    delta = on_device(random_coded("int4", (64, 128)).delta(), device)
     x, y = torch.zeros(3, 128, device=device), torch.zeros(64, 3, device=device).T
     with pytest.raises(ValueError, match="adjacent columns"):
         delta_matmul(y, x, [delta], table([3], [0], device), backend="triton")
@@ -307,15 +303,15 @@ def test_plan_of_nothing_is_empty(device: torch.device) -> None:
 
 def test_table_refuses_what_a_kernel_cannot_read(device: torch.device) -> None:
     deltas = DeltaTable([(64, 256)], 1, device)
-    good = to_device(random_coded("int4", (64, 256)).delta(), device)
+    good = on_device(random_coded("int4", (64, 256)).delta(), device)
     codes = torch.empty(good.tensors["codes"].numel() + 1, dtype=torch.uint8, device=device)[1:]
     shifted = dict(good.tensors, codes=codes.view(good.tensors["codes"].shape))
     with pytest.raises(ValueError, match=r"codes must be contiguous.*multiple of 16 bytes"):
         deltas.set(0, [PackedDelta("int4", (64, 256), shifted)])
     with pytest.raises(ValueError, match=r"values must be torch\.bfloat16"):
-        deltas.set(0, [to_device(random_raw((64, 256), dtype=torch.float16), device)])
+        deltas.set(0, [on_device(random_raw((64, 256), dtype=torch.float16), device)])
     with pytest.raises(ValueError, match="does not fit a part"):
-        deltas.set(0, [to_device(random_coded("int4", (64, 128)).delta(), device)])
+        deltas.set(0, [on_device(random_coded("int4", (64, 128)).delta(), device)])
     with pytest.raises(ValueError, match="has 1 parts"):
         deltas.set(0, [good, None])
     with pytest.raises(ValueError, match="of one K"):
@@ -333,7 +329,7 @@ def test_a_captured_graph_serves_other_mixtures_and_slots(device: torch.device) 
     shape, rows = (256, 512), 90
     coded = [random_coded(codec, shape, seed) for seed, codec in enumerate(["int2", "int4", "int2"])]
     deltas = DeltaTable([shape], 2, device)
-    deltas.set(0, [to_device(coded[0].delta(), device)])
+    deltas.set(0, [on_device(coded[0].delta(), device)])
     x = torch.randn(rows, shape[1], device=device)
     y = torch.zeros(rows, shape[0], device=device)
     segments = table([90, 0, 0], [0, 0, 0], device)
@@ -349,7 +345,7 @@ def test_a_captured_graph_serves_other_mixtures_and_slots(device: torch.device) 
         step()
     for lengths, slots, held in (([20, 70, 0], [0, 1, -1], (0, 1)), ([1, 3, 80], [1, -1, 0], (2, 1))):
         for slot, index in enumerate(held):
-            deltas.set(slot, [to_device(coded[index].delta(), device)])
+            deltas.set(slot, [on_device(coded[index].delta(), device)])
         new = table(lengths, slots, device)
         segments.starts.copy_(new.starts)
         segments.slots.copy_(new.slots)
@@ -371,8 +367,8 @@ def test_overlapping_launches_change_no_bit(device: torch.device, monkeypatch: p
     tile = Tile(64, 4, 3, 2)  # programs share K
     names = ["int2", LOW_RANK]
     deltas = DeltaTable([shape], 2, device)
-    deltas.set(0, [to_device(random_coded("int2", shape).delta(), device)])
-    deltas.set(1, [to_device(random_low_rank(shape, 16), device)])
+    deltas.set(0, [on_device(random_coded("int2", shape).delta(), device)])
+    deltas.set(1, [on_device(random_low_rank(shape, 16), device)])
     segments = table([1, 100, 2], [0, 0, 1], device)
     weight = torch.randn(shape, device=device, dtype=torch.bfloat16) / 32
     ones = torch.ones(1, shape[1], device=device, dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import xgrammar
 
-from deltazip_ray.engine.admission import MOST_STRUCTURE_CHARS
+from deltazip_ray.engine.request_checks import MOST_STRUCTURE_CHARS
 from deltazip_ray.engine.structure import Structures
 from deltazip_ray.engine.structure.grammars import GrammarMatcher, Vocabulary, compile_structure
 from deltazip_ray.engine.structure.json_schemas import check_schema

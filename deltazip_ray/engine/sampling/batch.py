@@ -7,11 +7,11 @@ import numpy as np
 import torch
 
 from deltazip_kernels.pick import pick, pick_reference
+from deltazip_ray.engine.fetched import Fetched
 from deltazip_ray.engine.sampling.draw import Draw
 from deltazip_ray.engine.sampling.edits import Edit, edits
 from deltazip_ray.engine.sampling.logprobs import LogprobRows
 from deltazip_ray.engine.sampling.random_rows import RandomRows
-from deltazip_ray.engine.staging import Fetched
 from deltazip_ray.scheduler.batch import Batch, Drawn
 from deltazip_ray.scheduler.request import TokenLogprobs
 

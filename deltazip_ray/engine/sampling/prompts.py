@@ -9,8 +9,8 @@ from operator import itemgetter
 import numpy as np
 import torch
 
+from deltazip_ray.engine.fetched import Fetched
 from deltazip_ray.engine.sampling.logprobs import logprobs_of, select
-from deltazip_ray.engine.staging import Fetched
 from deltazip_ray.layers.staging import to_device
 from deltazip_ray.scheduler.batch import Batch, Scores
 from deltazip_ray.scheduler.request import TokenLogprobs

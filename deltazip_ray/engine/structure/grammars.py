@@ -11,7 +11,7 @@ import numpy as np
 import xgrammar
 from numpy.typing import NDArray
 
-from deltazip_ray.engine.admission import MOST_STRUCTURE_CHARS
+from deltazip_ray.engine.request_checks import MOST_STRUCTURE_CHARS
 from deltazip_ray.engine.structure.json_schemas import check_schema
 from deltazip_ray.engine.structure.regexes import check_regexes
 from deltazip_ray.errors import InvalidRequest

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from deltazip_deployments.openai.strict import Strict
 from deltazip_deployments.openai.structure import ResponseFormat, StructuredOutputs
-from deltazip_ray.engine.admission import MOST_BIASES, MOST_LOGPROBS, MOST_STRUCTURE_CHARS, MOST_TOP_K
+from deltazip_ray.engine.request_checks import MOST_BIASES, MOST_LOGPROBS, MOST_STRUCTURE_CHARS, MOST_TOP_K
 from deltazip_ray.scheduler.request import SamplingParams, Structure
 
 MAX_STOPS = 16
