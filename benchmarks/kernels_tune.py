@@ -1,4 +1,4 @@
-"""Which tile is fastest for each size of work item: ``python benchmarks/kernels_tune.py OUT.json`` on a GPU.
+"""Which tile is fastest for each size of work item: ``python -m benchmarks.kernels_tune OUT.json`` on a GPU.
 
 The winners stand in ``deltazip_kernels.triton_backend``.
 """

@@ -2,8 +2,9 @@
 
 import os
 
-# Before torch is imported: pytest runs in a process a core, and torch's further threads would spin for theirs.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported. There is a process a core: torch's further threads would only spin, waiting for theirs.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import secrets
 import signal
