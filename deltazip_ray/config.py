@@ -83,7 +83,9 @@ class EngineConfig(Settings):
     base_dtype: Literal["fp8"] | None = Field(
         None, description="fp8: keep the base's linears in e4m3, in half the bytes; default: dtype"
     )
-    max_model_len: int = Field(2048, ge=1, description="maximum prompt plus output tokens of one request")
+    max_model_len: int = Field(
+        2048, ge=1, description="maximum prompt plus output tokens of one request, if the KV cache holds as many"
+    )
     max_batch_tokens: int = Field(
         512, ge=1, description="token budget of one step, for prefill chunks and decodes together"
     )

@@ -1,5 +1,6 @@
 """Assembles the parts of an engine around a base checkpoint."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from deltazip_ray.models.decoder_config import DecoderConfig, read_decoder_confi
 from deltazip_ray.models.weights import Placement, WeightReader, WeightSource
 from deltazip_ray.scheduler.scheduler import Scheduler
 
+logger = logging.getLogger(__name__)
+
 _FP8_CAPABILITY = (8, 9)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,7 +42,7 @@ class EngineCore:
 
     base: BaseIdentity
     max_model_len: int
-    """Maximum tokens of a sequence: the lower of the setting's and the model's limits."""
+    """Maximum tokens of a sequence: the lowest of the setting's, the model's and the KV cache's limits."""
     slots: DeviceSlots
     slot_blocks: Sequence[range]
     """The KV blocks that each slot's memory becomes when it is lent."""
@@ -96,7 +99,10 @@ def assemble(
     scheduler = Scheduler(settled)
     slots.idle = lambda: not scheduler.has_work
     slots.overlap = device.type == "cuda" if config.overlap_loads is None else config.overlap_loads
-    return EngineCore(identity, max_model_len, slots, slot_blocks, runner, scheduler, start)
+    longest = min(max_model_len, attention.blocks * config.block_size)
+    if longest < max_model_len:
+        logger.warning("the KV cache holds %d tokens, so that requests end there, not at %d", longest, max_model_len)
+    return EngineCore(identity, longest, slots, slot_blocks, runner, scheduler, start)
 
 
 def _ops(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> LayerOps:

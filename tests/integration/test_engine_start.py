@@ -49,6 +49,13 @@ async def test_any_limits_can_be_warmed_up(zoo: Zoo, settings: dict[str, Any]) -
         assert run.metric("start_seconds", stage="warm-up") > 0
 
 
+def test_no_sequence_may_be_longer_than_the_kv_cache(zoo: Zoo) -> None:
+    """Routers give a chat without a limit all of the context: such chats were refused."""
+    for blocks, longest in ((3, 3 * 4), (1000, 64)):
+        config = EngineConfig(**SETTINGS | {"kv_blocks": blocks, "block_size": 4, "max_model_len": 64})
+        assert build_core(config, zoo.base).max_model_len == longest
+
+
 @pytest.fixture
 def core(zoo: Zoo) -> EngineCore:
     return build_core(EngineConfig(**SETTINGS, device="cpu", kernels="triton"), zoo.base)
