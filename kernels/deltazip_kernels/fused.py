@@ -1,4 +1,4 @@
-"""Long segments in one launch: a product with the sum of base and delta, which is made in registers tile by tile."""
+"""Long segments in one launch: a GEMM whose weight, the sum of base and delta, is made in registers (decision 023)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,34 +21,33 @@ from deltazip_kernels.table import CODEC_IDS, DeltaTable
 
 FUSED_CODECS = ("int4", "int2")
 FUSED_ROWS, FUSED_ALONE_ROWS = 128, 64
-"""From so many rows on a segment is cheaper by itself than within the base's product, with a delta's beside that: among
-other rows, which keep the base's product, and without. Measured on an H200 (``docs/kernels.md``)."""
+"""A segment of at least this many rows is cheaper here than with two products: in a step with other rows, and alone.
+Measured on an H200 (``docs/kernels.md``)."""
 SCRATCH_ROWS = {"int2": 4096, "int4": 2560}
-"""From so many on a segment whose deltas are in this codec is cheaper over a scratch weight, which is made in the same
-time for any number of rows."""
+"""By codec: a segment of at least this many rows is cheaper over a scratch weight, which costs the same for any."""
 _MOST_PARTS = 3
 _NO_TILE = 1 << 30
 _OCCUPIED = 0.9
 _PLACES = 8
 _SHARERS = 4
 _STAGES = 4
-"""Steps under way at once: what fits into the shared memory."""
+"""Steps in flight: as many as fit into the shared memory."""
 
 
 @dataclass(frozen=True)
 class RowTiles:
-    """How a step's long segments are cut: ``table`` [tall + low, 4] int32 on the device has the slot, first row, end of
-    the segment (and nothing) of ``tall`` tiles of 256 rows, then of ``low`` ones of 128."""
+    """The long segments of a step, cut into ``tall`` tiles of 256 rows and ``low`` tiles of 128."""
 
     table: Tensor
+    """``[tall + low, 4]`` int32 on the device: slot, first row, end of the segment, unused; tall tiles come first."""
     tall: int
     low: int
     slots: frozenset[int]
-    """Those of the segments."""
+    """The slots of all segments."""
 
 
 def cut_rows(segments: Sequence[tuple[int, int, int]], send: Callable[[list[list[int]]], Tensor]) -> RowTiles:
-    """Row tiles of segments of a slot, first row and end; ``send`` makes an int32 tensor on the device."""
+    """Cut segments, given as slot, first row and end; ``send`` makes an int32 tensor on the device."""
     tall: list[list[int]] = []
     low: list[list[int]] = []
     for slot, start, end in segments:
@@ -58,27 +57,28 @@ def cut_rows(segments: Sequence[tuple[int, int, int]], send: Callable[[list[list
 
 
 class FusedProduct:
-    """``x (W + delta)^T`` for weights of one base. Launches of one object must not overlap: one stream at a time."""
+    """``x (W + delta)^T`` for weights of one base. Launches share buffers, so one object belongs to one stream."""
 
     def __init__(self, device: torch.device) -> None:
         cuda = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
         self._programs = torch.cuda.get_device_properties(device).multi_processor_count if cuda else 0
         self._partials = torch.empty(self._programs * BN.value * (TALL.value + LOW.value), device=device)
         self._arrived = torch.zeros(2 * self._programs, dtype=torch.int32, device=device)
-        """Programs that have left a part of a tile; zero between launches."""
+        """Flags of programs that have stored a part of a tile; zero between launches."""
 
     @property
     def available(self) -> bool:
-        """Whether there is a GPU that the kernel is made for."""
+        """Whether the GPU is a Hopper, for which the kernel is made."""
         return self._programs > 0
 
     def __call__(
         self, y: Tensor, x: Tensor, weight: Tensor | Fp8Matrix, table: DeltaTable, tiles: RowTiles
     ) -> set[int]:
-        """Write the rows of ``tiles`` of ``y`` ``[T, N]`` for ``x`` ``[T, K]``, ``weight`` ``[N, K]``, all contiguous.
+        """Write the rows of ``tiles`` to ``y`` ``[T, N]`` for ``x`` ``[T, K]`` and ``weight`` ``[N, K]``.
 
-        Returns the slots for which it has: those whose deltas for all the stacked linears are of FUSED_CODECS, if the
-        base is in bfloat16, the linears are whole tiles, and the GPU is a Hopper one. Others' rows are undefined.
+        All are contiguous. Returns the slots whose rows are written; those of the others are undefined. A slot's rows
+        are written if its deltas for all of the stacked linears are in FUSED_CODECS, the base is in bfloat16, the
+        linears are whole tiles, and the kernel is available.
         """
         if not self.available or not isinstance(weight, Tensor) or not _fit(weight, table.shapes):
             return set()
@@ -89,7 +89,7 @@ class FusedProduct:
         return taken
 
     def _launch(self, y: Tensor, x: Tensor, weight: Tensor, table: DeltaTable, tiles: RowTiles, codec: str) -> None:
-        """Of the tiles those whose delta is in ``codec``."""
+        """Launch the kernel for the tiles whose delta is in ``codec``."""
         ends = [blocks // BN.value for blocks in accumulate(rows for rows, _ in table.shapes[:-1])]
         width, groups = weight.shape[0] // BN.value, x.shape[1] // GROUP
         launch(
@@ -124,13 +124,12 @@ def _fit(weight: Tensor, shapes: Sequence[tuple[int, int]]) -> bool:
 
 @lru_cache
 def deal(tall: int, low: int, groups: int, multiprocessors: int) -> tuple[int, int, int]:
-    """How many programs take part in these tiles of so many ``groups`` of columns, and how many tall and low ones they
-    share.
+    """The number of programs for ``tall`` and ``low`` tiles of ``groups`` of columns, and how many of each they share.
 
-    Tiles of one kind are whole where that occupies nearly all multiprocessors; else programs share what is left of the
-    last turn, at few different places along K: those at the same one read what others have just read. In many turns of
-    both kinds that counts for less than programs that idle. Where so little is left that many would share a tile, one
-    of them adding up what the others leave, they share a turn more.
+    Tiles are whole if they are of one kind and occupy nearly all multiprocessors in every turn. Otherwise programs
+    share the tiles of the last turn, split along K at few different places: programs at the same place read what others
+    have just read. With both kinds and more than one turn and a half, idle programs would cost more than that gains, so
+    all take part. If so few tiles are left that many programs would share each, they share one more turn.
     """
     tiles = tall + low
     most = min(multiprocessors, max(tiles * groups, 1))
@@ -144,24 +143,24 @@ def deal(tall: int, low: int, groups: int, multiprocessors: int) -> tuple[int, i
     shared_tall, shared_low = tall % programs, low % programs
     if tall > programs and shared_tall and _SHARERS * _line(shared_tall, shared_low) < TALL_COST.value * programs:
         shared_tall += programs
-    # Who collects from the sharers of a tile waits for all of them: each has to have a group at least.
+    # The first sharer of a tile waits for all others, so each of them must have at least one group.
     enough = (shared_tall + shared_low) * groups * LOW_COST.value >= programs * TALL_COST.value
     return programs, *((shared_tall, shared_low) if enough else (0, 0))
 
 
 def _line(tall: int, low: int) -> int:
-    """What all columns of so many tiles take."""
+    """The cost of all columns of these tiles."""
     return int(TALL_COST.value * tall + LOW_COST.value * low)
 
 
 def _places(tall: int, low: int, programs: int) -> int:
-    """At how many places along K those of ``programs`` begin that share these tiles evenly."""
+    """The number of different places along K at which ``programs`` begin that share these tiles evenly."""
     costs = [cost.value * programs for cost, tiles in ((TALL_COST, tall), (LOW_COST, low)) if tiles]
     return max((cost // gcd(_line(tall, low), cost) for cost in costs), default=1)
 
 
 def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """How the copy engine sees ``tensor``, in blocks of ``rows`` by ``columns``."""
+    """A descriptor with which the copy engine reads or writes blocks of ``rows`` by ``columns``."""
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns], _layout(rows, columns))
 
 

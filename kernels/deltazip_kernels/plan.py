@@ -1,4 +1,4 @@
-"""The work list of a step: which rows of which slot each program of a fixed grid takes, made on the device."""
+"""The work list of a step, made on the device: the rows and the slot of every program of a fixed grid."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from deltazip_kernels.device.plan import write_items
 from deltazip_kernels.launch import launch, power_of_2
 
 SOME, MORE, MANY = 16, 32, 64
-"""Rows that the items of a list may have, by the longest segment; longer ones are cut. Where most segments are much
-shorter they are SOME, where no more than half are longer than MORE they may be MORE."""
+"""The possible maximum rows of an item: the least that holds the longest segment, or MANY; longer segments are cut.
+It is SOME if most segments are much shorter, and may be MORE if at most half are longer than that."""
 _SEGMENTS = 64
-"""Plans of up to so many segments share one compiled kernel."""
+"""Plans of up to this many segments share one compiled kernel."""
 COUNTERS, PARTIALS = 256, 1 << 21
-"""Tiles that programs can share, and floats in which these leave their sums."""
+"""The maximum number of tiles that several programs share, and of floats for their partial sums."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Items of up to ``batch`` rows: ``items`` [limit, 4] int32 are slot (-1: idle), first row, end row, unused.
+    """Items of up to ``batch`` rows: ``items`` [limit, 4] int32 has slot (-1: idle), first row, end row, unused.
 
-    ``sparse`` says that segments have few rows on average. Programs that share a tile along K count themselves in
-    ``arrived`` [COUNTERS] int32, zero between launches, and leave their sums in ``partials`` [PARTIALS] float32.
+    ``sparse``: segments have few rows on average. Programs that share a tile along K are counted in ``arrived``
+    [COUNTERS] int32, which is zero between launches, and store their sums in ``partials`` [PARTIALS] float32.
     """
 
     items: Tensor
@@ -35,16 +35,17 @@ class Work:
 
 
 def in_halves(lengths: Sequence[int]) -> bool:
-    """Whether segments of these rows make items of ``MORE``: longer ones, half of them at most, are cut in two."""
+    """Whether to cut segments of these rows into items of ``MORE`` rows: half at most are longer, none over twice."""
     long = [length for length in lengths if length > MORE]
     return 0 < 2 * len(long) <= len(lengths) and max(long) <= 2 * MORE
 
 
 def plan(segments: Segments, rows: int, longest: int | None = None, *, halves: bool = False) -> Work | None:
-    """The work of a batch of ``rows`` rows, None where there is none.
+    """The work of a batch of ``rows`` rows; None if there is none.
 
-    ``longest`` bounds the rows of a segment that has a slot, where the caller knows; ``halves`` is :func:`in_halves`.
-    The list's size depends on these, ``rows`` and the number of segments: a captured graph serves any mixture.
+    ``longest``: no segment that has a slot is longer, if the caller knows that. ``halves``: :func:`in_halves` holds for
+    these segments. The size of the list depends on the arguments, but not on what ``segments`` contains, so a captured
+    graph serves any mixture.
     """
     count = segments.slots.numel()
     longest = rows if longest is None else min(rows, longest)

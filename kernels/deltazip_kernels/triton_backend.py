@@ -25,8 +25,8 @@ _INNER_CHUNK = 512
 
 @dataclass(frozen=True)
 class Tile:
-    """How a launch is cut: ``rows`` of the weight for each program, its warps, the depth of its pipeline along K, and
-    how many programs share K."""
+    """How a launch is cut: rows of the weight for each program, warps, stages of the pipeline along K, and the number
+    of programs that share K."""
 
     rows: int
     warps: int
@@ -35,20 +35,20 @@ class Tile:
 
 
 SPARSE, DENSE, LONG = Tile(64, 2, 4), Tile(128, 4, 4), Tile(64, 4, 3)
-"""The best or nearly the best tiles on an H200 for every codec and linear of an 8B model: for items of few rows, of
-up to ``MORE`` and of up to ``MANY``."""
+"""For items of few rows, of up to ``MORE``, and of up to ``MANY``. On an H200 these are the best tiles, or nearly so,
+for every codec and every linear of an 8B model."""
 _THIN = Tile(64, 1, 3)
 _THIN_CODECS = frozenset({"int1", "sparse24_int2"})
 _PLENTY = 2048  # programs
 _FEW = Tile(64, 4, 4)
-"""Where wider tiles would leave multiprocessors without work."""
+"""For launches in which wider tiles would leave multiprocessors idle."""
 _BATCHES = {SOME: (8, 16), MORE: (8, 32), MANY: (8, 32, 64)}
-"""By rows that an item may have: the widths of tiles that a launch has code for."""
+"""By the maximum rows of an item: the numbers of rows that a kernel has code for."""
 _CROWD, _ENOUGH = 512, 128
-"""Programs up to which more warps or sharing K pay: with items of up to ``SOME`` rows or long walks, and else, as sums
-cost more."""
+"""Up to ``_CROWD`` programs, more warps pay, and so does sharing K if items have up to ``SOME`` rows or walks along K
+are long. Otherwise sums cost more, and sharing pays up to ``_ENOUGH`` programs."""
 _LONG_WALK, _LEAST_WALK = 28, 4
-"""Steps of two groups that a program walks."""
+"""Steps of two groups that a program takes along K: what is long, and the least that is worth a program."""
 
 
 def grouped_matmul(
@@ -61,10 +61,11 @@ def grouped_matmul(
     *,
     starts_early: bool = False,
 ) -> None:
-    """One launch: ``y`` [T, sum of the table's N] gets the products of ``work``'s rows with packed deltas added.
+    """Add the products of ``work``'s rows with packed deltas to ``y`` [T, sum of the table's N], in one launch.
 
-    ``codecs`` are those that may occur; slots of others are left out. ``starts_early``: it is set up while the launch
-    ahead ends, which pays behind a small one, not behind a GEMM; ``work`` must be older than that.
+    Slots whose codec is not in ``codecs`` are skipped. ``starts_early``: start while the launch ahead ends, which pays
+    behind a small one, but not behind a GEMM. That launch must not be the one that writes ``work``.
+    Raises ValueError for a ``y`` of another shape, and for a ``tile`` that shares more than ``work`` has room for.
     """
     _check(y, table)
     tile = tile or _tile(table, work, codecs)
@@ -99,7 +100,7 @@ def grouped_matmul(
 
 
 def raw_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work) -> None:
-    """One launch: the same for raw deltas and activations ``x`` [T, K] as they are."""
+    """Likewise for raw deltas, in one launch; ``x`` [T, K] is not rounded."""
     _check(y, table)
     rows, tiles = _cut(table.shapes, 64)
     launch(
@@ -125,7 +126,7 @@ def raw_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work) -> None:
 
 
 def low_rank_matmul(y: Tensor, x: Tensor, table: DeltaTable, work: Work, rank: int) -> None:
-    """Two launches: the same for low-rank deltas of rank ``rank`` at most."""
+    """Likewise for low-rank deltas of up to ``rank``, in two launches."""
     _check(y, table)
     width = max(16, power_of_2(rank))
     batch, numbers = (8, 16384) if work.sparse else (work.batch, 8192)
@@ -205,7 +206,7 @@ def _tile(table: DeltaTable, work: Work, codecs: Sequence[str]) -> Tile:
 
 @cache
 def _tile_of(shapes: tuple[tuple[int, int], ...], items: int, batch: int, sparse: bool, thin: bool) -> Tile:
-    """One warp a program costs the fewest instructions, which bound the thinnest codecs once programs fill the GPU."""
+    """The tile of a launch. ``thin``: all codecs are so thin that instructions bind them; one warp needs the fewest."""
     programs = sum(_cut(shapes, SPARSE.rows)[1]) * items
     if batch == MANY:
         tile = LONG
@@ -219,7 +220,7 @@ def _tile_of(shapes: tuple[tuple[int, int], ...], items: int, batch: int, sparse
 
 
 def _splits(programs: int, columns: int, batch: int) -> int:
-    """Programs that share a tile along K: where there are few, each would walk for long beside idle multiprocessors."""
+    """How many programs share a tile along K: with few, each would walk far while other multiprocessors are idle."""
     steps, splits = columns // (2 * GROUP), 1
     while splits < MOST_SPLITS.value and steps // (2 * splits) >= _LEAST_WALK:
         most = _CROWD if batch == SOME or steps // splits >= _LONG_WALK else _ENOUGH
@@ -237,12 +238,12 @@ def _check(y: Tensor, table: DeltaTable) -> None:
 
 @cache
 def _cut(shapes: tuple[tuple[int, int], ...], rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Output columns of each part, and how many blocks of ``rows`` cover them."""
+    """The outputs of each part, and the number of blocks of ``rows`` that cover them."""
     widths = tuple(width for width, _ in shapes)
     return widths, tuple(ceil_div(width, rows) for width in widths)
 
 
 @cache
 def _padded(parts: tuple[int, ...]) -> tuple[int, ...]:
-    """So that stacks of one, two and three linears share their compiled kernels."""
+    """``parts`` padded with zeros to three, so that stacks of one, two and three linears share compiled kernels."""
     return (*parts, 0, 0)[: max(3, len(parts))]
