@@ -246,8 +246,8 @@ class AsyncEngine:
     async def _stop(self) -> None:
         if self._parts is not None:
             await self._parts.versions.close()
-            self._parts.core.slots.warm_up.close()
-            await asyncio.to_thread(self._parts.steps.stop)
+            closing = asyncio.to_thread(self._parts.core.slots.warm_up.close)
+            await asyncio.gather(asyncio.to_thread(self._parts.steps.stop), closing)
             self._end()
 
     def _end(self) -> None:

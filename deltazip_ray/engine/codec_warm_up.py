@@ -104,8 +104,12 @@ class CodecWarmUp:
             self._joins.submit(self._join).add_done_callback(self._tell)
 
     def close(self) -> None:
-        """Drop background compilations; no more versions will be loaded."""
+        """Drop background compilations, and wait for the one that runs; no more versions will be loaded.
+
+        The process's next engine would find those that are left in Triton's cache, and fail with them.
+        """
         self._later.closed = True
+        self._joins.shutdown()
 
     def _join(self) -> None:
         """Replace several launches of a stack by one."""

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import triton
 from triton.compiler import CompiledKernel
+from triton.runtime import _async_compile
 
-_compiled: ContextVar[list[Any] | None] = ContextVar("compiled", default=None)
-"""The kernels compiled so far; None outside of a block of :func:`compiling`."""
+_compiled: ContextVar[list[tuple[Any, Any]] | None] = ContextVar("compiled", default=None)
+"""Each function and the kernel compiled from it so far; None outside of a block of :func:`compiling`."""
 _loading = threading.Lock()
 
 
@@ -22,7 +23,7 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) ->
     compiled = _compiled.get()
     made = kernel.run(*arguments, grid=grid, warmup=compiled is not None, **options)
     if compiled is not None:
-        compiled.append(made)
+        compiled.append((kernel, made))
 
 
 @contextmanager
@@ -30,17 +31,32 @@ def compiling(pool: Executor) -> Iterator[None]:
     """In this block, :func:`launch` only has kernels compiled, each once, by the threads of ``pool``.
 
     Nothing runs, so outputs are undefined. At the end of the block all kernels are on the device. Tracing a kernel,
-    about a fourth of the work, holds the GIL; the rest does not.
+    about a fourth of the work, holds the GIL; the rest does not. Raises what made a compilation fail; a later block
+    tries again.
     """
-    compiled: list[Any] = []
-    with triton.AsyncCompileMode(pool):
-        before = _compiled.set(compiled)
-        try:
-            yield
-        finally:
-            _compiled.reset(before)
-    if not triton.knobs.runtime.interpret:
-        list(pool.map(_load, set(compiled)))
+    compiled: list[tuple[Any, Any]] = []
+    try:
+        with triton.AsyncCompileMode(pool):
+            before = _compiled.set(compiled)
+            try:
+                yield
+            finally:
+                _compiled.reset(before)
+        if not triton.knobs.runtime.interpret:
+            list(pool.map(_load, {made for _, made in compiled}))
+    except BaseException:
+        _async_compile.active_mode.set(None)
+        for function, made in compiled:
+            _forget_failed(function, made)
+        raise
+
+
+def _forget_failed(function: Any, made: Any) -> None:
+    """Drop ``made`` from Triton's cache if it was not compiled: up to 3.7 every later launch would raise the error."""
+    if hasattr(made, "result") and made.kernel is None:
+        for kernels, *_ in function.device_caches.values():
+            for key in [key for key, kernel in list(kernels.items()) if kernel is made]:
+                del kernels[key]
 
 
 def _load(kernel: Any) -> None:

@@ -1,5 +1,6 @@
-"""Kernels are put on the device one at a time, whoever launches them first."""
+"""Kernels are compiled again after a failure, and put on the device one at a time, whoever launches them first."""
 
+import inspect
 import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.compiler import CompiledKernel
+from triton.runtime import _async_compile
 
 from deltazip_kernels import launch
 
@@ -51,6 +53,44 @@ def test_threads_get_whole_kernels_and_load_one_at_a_time(first: Any, monkeypatc
         found = list(pool.map(as_triton_launches, kernels * 4))
         list(loads)
     assert set(found) == {("launcher", "function")}
+
+
+class Function:
+    """A Triton function with its cache; the first compilation fails."""
+
+    def __init__(self) -> None:
+        self.device_caches: dict[int, tuple[dict[str, Any]]] = {0: ({},)}
+        self.tries = 0
+
+    def run(self, *, grid: object, warmup: bool) -> Any:
+        (kernels,) = self.device_caches[0]
+        if "key" not in kernels:
+            callbacks = [lambda kernel: kernels.update(key=kernel), lambda _: kernels.clear()]
+            mode = _async_compile.active_mode.get()
+            count = len(inspect.signature(mode.submit).parameters) - 2
+            kernels["key"] = mode.submit("key", self.compile, *callbacks[:count])
+        return kernels["key"]
+
+    def compile(self) -> Kernel:
+        self.tries += 1
+        if self.tries == 1:
+            raise OSError("no space left in the cache")
+        return Kernel()
+
+
+def test_what_was_not_compiled_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 3.7 Triton keeps the failed future in its cache, and its mode in the thread."""
+    monkeypatch.setattr(launch, "_init_handles", load)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    function = Function()
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(OSError, match="no space"), launch.compiling(pool):
+            launch.launch(function, (1,))
+        for _ in range(2):
+            with launch.compiling(pool):
+                launch.launch(function, (1,))
+    assert function.device_caches[0][0]["key"].function == "function"
+    assert function.tries == 2
 
 
 @triton.jit
