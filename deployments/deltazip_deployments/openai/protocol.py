@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from deltazip_deployments.openai.strict import Strict
 from deltazip_deployments.openai.structure import ResponseFormat, StructuredOutputs
@@ -30,10 +30,10 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False
 
 
-class Message(BaseModel):
+class Message(Strict):
     """One turn of a chat. Fields that clients copy from earlier answers are accepted if they are empty."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | _Parts | None = None
