@@ -141,7 +141,8 @@ class Scheduler:
         if scores:
             self._take_scores(batch, scores)
         for row, logprobs in drawn.logprobs.items():
-            batch.sampling_chunks[row].sequence.logprobs.append(logprobs)
+            if drawn.tokens[row] != NOT_FINITE:
+                batch.sampling_chunks[row].sequence.logprobs.append(logprobs)
         sampled, size = iter(drawn.tokens), self._block_size if self._share_prefixes else sys.maxsize
         for sequence, tokens, start, table, samples, _, _ in batch.chunks:
             token = next(sampled) if samples else None

@@ -12,7 +12,7 @@ from deltazip_ray.errors import EngineError, InvalidRequest, PromptTooLong
 from deltazip_ray.scheduler.admission import ROWS_AT_ONCE
 from deltazip_ray.scheduler.batch import DRAWN, NOT_FINITE, TILE_ROWS, Batch, Drawn
 from deltazip_ray.scheduler.outbox import End
-from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, TokenChunk
+from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams, TokenChunk, TokenLogprobs
 from deltazip_ray.scheduler.scheduler import Scheduler
 
 
@@ -344,6 +344,19 @@ def test_logits_that_are_not_finite_fail_their_request_alone() -> None:
     assert isinstance(told.pop("a"), EngineError)
     assert told == {"b": TokenChunk((5,))}
     sched.check()
+
+
+def test_tokens_before_logits_that_are_not_finite_come_with_as_many_logprobs() -> None:
+    sched = scheduler()
+    sched.add(request("a", 2, logprobs=0), 0)
+    told = []
+    for token, logprob in ((5, -0.5), (6, -0.6), (NOT_FINITE, math.nan)):
+        sched.update(sched.schedule(), Drawn([token], {0: TokenLogprobs(logprob)}))
+        told += sched.take_news(0)
+    first, second, (_, error) = told
+    assert first == ("a", TokenChunk((5,), logprobs=(TokenLogprobs(-0.5),)))
+    assert second == ("a", TokenChunk((6,), logprobs=(TokenLogprobs(-0.6),)))
+    assert isinstance(error, EngineError)
 
 
 def test_a_failed_step_fails_its_requests_also_in_the_step_launched_behind_it() -> None:
