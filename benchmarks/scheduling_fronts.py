@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from deltazip_ray.config import EngineConfig
-from deltazip_ray.residency.slot_table import AskSlot, Pin, SlotTable
+from deltazip_ray.residency.slot_entries import AskSlot, Pin
+from deltazip_ray.residency.slot_table import SlotTable
 from deltazip_ray.residency.tiers import Tier
 from deltazip_ray.scheduler.batch import Batch, Drawn
 from deltazip_ray.scheduler.request import GenerateRequest, TokenChunk

@@ -24,7 +24,8 @@ from deltazip_ray.residency.blob_table import BlobTable
 from deltazip_ray.residency.fetch_pool import FetchPool
 from deltazip_ray.residency.popularity import HALF_LIFE, Popularity
 from deltazip_ray.residency.quarantine import BlobKey, Quarantine
-from deltazip_ray.residency.slot_table import AskSlot, SlotTable
+from deltazip_ray.residency.slot_entries import AskSlot
+from deltazip_ray.residency.slot_table import SlotTable
 from deltazip_ray.residency.tiers import Tier
 
 VERSIONS, SLOTS, HOST, REQUESTS = 200, 32, 64, 20_000

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from deltazip_ray.engine.token_stream import TokenStream
 from deltazip_ray.errors import DeltaZipError
-from deltazip_ray.residency.slot_table import Pin
+from deltazip_ray.residency.slot_entries import Pin
 from deltazip_ray.scheduler.outbox import News
 from deltazip_ray.scheduler.request import TokenChunk
 

@@ -8,7 +8,7 @@ from deltazip_ray.engine.core import EngineCore
 from deltazip_ray.engine.request_checks import check_sampling, check_tokens
 from deltazip_ray.engine.versions import Versions
 from deltazip_ray.errors import DeltaZipError, InvalidRequest, Overloaded
-from deltazip_ray.residency.slot_table import Pin
+from deltazip_ray.residency.slot_entries import Pin
 from deltazip_ray.scheduler.request import GenerateRequest, Matcher, Structure
 
 MakeMatcher = Callable[[str | None, Structure], Awaitable[Matcher]]

@@ -12,7 +12,8 @@ from deltazip_ray.engine.device_slots import DeviceSlots
 from deltazip_ray.errors import DeltaZipError, EngineError
 from deltazip_ray.observability.engine_metrics import EngineMetrics
 from deltazip_ray.residency.popularity import HALF_LIFE
-from deltazip_ray.residency.slot_table import AskSlot, Pin, SlotTable
+from deltazip_ray.residency.slot_entries import AskSlot, Pin
+from deltazip_ray.residency.slot_table import SlotTable
 from deltazip_ray.residency.tiers import DeltaSource, HostDelta, PrefetchTier, Tier
 
 logger = logging.getLogger(__name__)

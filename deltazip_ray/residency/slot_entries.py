@@ -40,7 +40,7 @@ class Coming:
     place: asyncio.Future[int] | None = None
     """Will give the load its slot, once it has asked for one."""
     due: int = 0
-    """While queued: it is overdue when the table's count of overtakes reaches this."""
+    """While queued: it is overdue when the queue's count of overtakes reaches this."""
     occupant: "Occupant | None" = None
     """Its entry once it has a slot."""
 

@@ -5,27 +5,24 @@
 * **Single flight.** All requests for a version wait for one load. A waiter that leaves, cancelled or timed out, does
   not affect the others. When the last one leaves a load that has a slot, the load continues and the version stays:
   half of the bytes are there, and the client may return. It is cancelled only when another version finds no slot.
-* **First come, first served.** Loads that find no slot queue up.
-* **Bounded overtaking.** Requests for resident versions pass waiting ones, which keeps the device busy. But when
-  ``max_overtakes`` have passed a waiting version, the resident version with the fewest pins is closed: new requests for
-  it have to queue, so that it drains and its slot becomes free. Each overdue version closes one slot, but half of the
-  slots stay open, so that popular versions continue while many rare ones take turns (docs/scheduling.md).
+* **Bounded overtaking.** Loads that find no slot queue up; requests for resident versions pass them, which keeps the
+  device busy. But when ``max_overtakes`` have passed a load, the resident version with the fewest pins is closed: new
+  requests for it have to queue, so that it drains and its slot becomes free. Each overdue load closes one slot; half
+  of the slots stay open, so that popular versions continue while many rare ones take turns (docs/scheduling.md).
 * **A failed load** frees its slot and fails its own waiters, nobody else.
 """
 
 import asyncio
 import functools
-import itertools
 import logging
 from collections.abc import Callable
 
 from deltazip_ray.errors import ConfigError, EngineError, EngineStopped, LoadTimeout
 from deltazip_ray.residency.popularity import HALF_LIFE
-from deltazip_ray.residency.slot_entries import AskSlot, Coming, Load, Occupant, Pin, cancel, fail
+from deltazip_ray.residency.slot_entries import Coming, Load, Occupant, Pin, cancel, fail
+from deltazip_ray.residency.slot_queue import SlotQueue
 from deltazip_ray.residency.slots import Slots
 from deltazip_ray.residency.tiers import Tier
-
-__all__ = ["AskSlot", "Load", "Pin", "SlotTable"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +42,9 @@ class SlotTable:
         if slots < 1 or max_overtakes < 0:
             raise ConfigError(f"{slots} slots and {max_overtakes} overtakes: at least 1 and at least 0 are needed")
         self._slots = Slots(slots, cost, half_life)
-        self._max_overtakes = max_overtakes
-        self._overtakes = 0
         self._coming: dict[str, Coming] = {}
         self._dropped: set[Coming] = set()  # loads that were cancelled before they had a slot
-        self._queue: dict[str, Coming] = {}  # loads that have asked for a slot, in order
+        self._queue = SlotQueue(max_overtakes)
         self._stopped = False
 
     @property
@@ -71,7 +66,7 @@ class SlotTable:
     def loading(self) -> frozenset[str]:
         """Versions being loaded, without those that wait for a slot."""
         copied = {one.version for one in self._slots.occupants.values() if one.load is not None}
-        return frozenset(copied | (self._coming.keys() - self._queue.keys()))
+        return frozenset(copied | {version for version in self._coming if version not in self._queue})
 
     @property
     def has_room(self) -> bool:
@@ -81,7 +76,7 @@ class SlotTable:
     @property
     def waiting(self) -> tuple[str, ...]:
         """Versions that wait for a slot, in order."""
-        return tuple(self._queue)
+        return self._queue.versions
 
     async def pin(self, version: str, load: Load, timeout_s: float | None = None) -> Pin:
         """Load ``version`` if it is not resident, and keep it on the device until :meth:`unpin`.
@@ -118,20 +113,11 @@ class SlotTable:
 
     def discard(self, version: str) -> None:
         """Free the slot of a resident version as soon as nobody uses it. Versions being loaded are left alone."""
-        occupant = self._slots.occupants.get(version)
-        if occupant is None or occupant.load is not None:
-            return
-        if occupant.pins:
-            occupant.leaving = True
-        else:
-            self._slots.vacate(occupant)
+        if self._slots.discard(version):
             self._dispatch()
 
     def lend(self, least: int) -> int | None:
-        """Take a slot out of service that nobody uses or waits for, if ``least`` remain; None when there is none.
-
-        If no slot is free, the least valuable version is evicted.
-        """
+        """Take a slot that nobody needs out of service, evicting if need be; None unless ``least`` remain."""
         if self._queue or self.slots <= least:
             return None
         return self._slots.lend()
@@ -160,14 +146,14 @@ class SlotTable:
 
     def check(self) -> None:
         """Raise EngineError unless slots, pins and the queue agree with the rules above. Linear in the slots."""
-        residents, closed = self._slots.residents, self._closed()
-        first = next(iter(self._queue), None)
+        residents, closed = self._slots.residents, self._slots.closed
+        first = next(iter(self._queue.versions), None)
         rules = {
             "a version waits though there is room": not (self._queue and self._slots.has_room),
             "a version waits for itself": first is None or all(o.version != first for o in residents),
             "a resident version has waiters": not any(o.waiters for o in residents),
             "nobody waits for a version on its way": all(c.waiters for c in self._coming.values()),
-            "the queue has what is not on its way": self._queue.items() <= self._coming.items(),
+            "the queue has what is not on its way": all(self._coming.get(c.version) is c for c in self._queue),
             "an open version is loaded again": all(o.closed for o in residents if o.version in self._coming),
             "too many or too few slots are closed": len(closed) == min(self._overdue(), len(residents)),
         }
@@ -210,15 +196,14 @@ class SlotTable:
         if coming in self._dropped:
             coming.place.cancel()
         else:
-            coming.due = self._overtakes + self._max_overtakes
-            self._queue[coming.version] = coming
+            self._queue.add(coming)
             self._dispatch()
         return coming.place
 
     def _drop(self, coming: Coming) -> None:
         """Stop a load that has no slot."""
         del self._coming[coming.version]
-        self._queue.pop(coming.version, None)
+        self._queue.remove(coming.version)
         self._dropped.add(coming)
         cancel(coming.load)
 
@@ -229,14 +214,14 @@ class SlotTable:
 
     def _count_overtake(self) -> None:
         if self._queue:
-            self._overtakes += 1
+            self._queue.overtaken()
             self._dispatch()
 
     def _dispatch(self) -> None:
         """Give free slots to the queue, then make sure that slots become free for the rest."""
         while self._queue:
-            version, coming = next(iter(self._queue.items()))
-            occupant = self._slots.occupants.get(version)
+            coming = next(iter(self._queue))
+            occupant = self._slots.occupants.get(coming.version)
             if occupant is not None:  # It was closed in favour of others, which are gone.
                 self._reopen(occupant)
                 continue
@@ -249,7 +234,7 @@ class SlotTable:
 
     def _start(self, coming: Coming, slot: int) -> None:
         """Give a load its slot."""
-        del self._queue[coming.version]
+        self._queue.remove(coming.version)
         del self._coming[coming.version]
         coming.occupant = Occupant(coming.version, slot, coming.waiters, coming.load)
         self._slots.occupants[coming.version] = coming.occupant
@@ -259,14 +244,13 @@ class SlotTable:
     def _loaded(self, coming: Coming, load: asyncio.Future[Tier]) -> None:
         """A load has ended, successfully or not, with or without a slot."""
         error = EngineStopped("the load was cancelled") if load.cancelled() else load.exception()
-        occupant = coming.occupant
-        if occupant is not None:
-            self._filled(occupant, load, error)
+        if coming.occupant is not None:
+            self._filled(coming.occupant, load, error)
         elif coming in self._dropped:
             self._dropped.remove(coming)
         else:
             del self._coming[coming.version]
-            self._queue.pop(coming.version, None)
+            self._queue.remove(coming.version)
             fail(coming.waiters, error or EngineError("a load ended without a slot; report this"))
         self._dispatch()
 
@@ -293,20 +277,15 @@ class SlotTable:
 
     def _balance_closed(self) -> None:
         """Keep as many resident versions closed as there are overdue ones (see :meth:`_overdue`)."""
-        for occupant in sorted(self._closed(), key=lambda o: o.pins)[self._overdue() :]:
+        for occupant in sorted(self._slots.closed, key=lambda o: o.pins)[self._overdue() :]:
             self._reopen(occupant)
-        residents = self._slots.residents
-        missing = self._overdue() - sum(o.closed for o in residents)
-        for occupant in sorted((o for o in residents if not o.closed), key=lambda o: o.pins)[: max(0, missing)]:
+        missing = max(0, self._overdue() - len(self._slots.closed))
+        for occupant in sorted((o for o in self._slots.residents if not o.closed), key=lambda o: o.pins)[:missing]:
             occupant.closed = True
 
-    def _closed(self) -> list[Occupant]:
-        return [o for o in self._slots.residents if o.closed]
-
     def _overdue(self) -> int:
-        """Number of overdue versions, which are at the front of the queue; at most half of the slots."""
-        overdue = itertools.takewhile(lambda c: c.due <= self._overtakes, self._queue.values())
-        return min(sum(1 for _ in overdue), max(1, self.slots // 2))
+        """Number of overdue versions; at most half of the slots."""
+        return min(self._queue.overdue(), max(1, self.slots // 2))
 
     def _reopen(self, occupant: Occupant) -> None:
         """Accept pins again, and pin for the waiters that came meanwhile."""
@@ -317,4 +296,4 @@ class SlotTable:
                 waiter.set_result(self._slots.pin(occupant, "device"))
             coming.waiters.clear()
             self._drop(coming)
-            self._overtakes += 1
+            self._queue.overtaken()

@@ -42,6 +42,11 @@ class Slots:
         return [one for one in self.occupants.values() if one.load is None]
 
     @property
+    def closed(self) -> list[Occupant]:
+        """Residents that accept no new pins."""
+        return [one for one in self.residents if one.closed]
+
+    @property
     def has_room(self) -> bool:
         """Whether :meth:`take` would find a slot."""
         return bool(self._free) or any(self._unpinned())
@@ -98,6 +103,17 @@ class Slots:
         """Remove a version and free its slot."""
         del self.occupants[occupant.version]
         self._free.append(occupant.slot)
+
+    def discard(self, version: str) -> bool:
+        """Remove a resident version once it has no pins; whether it is gone now."""
+        occupant = self.occupants.get(version)
+        if occupant is None or occupant.load is not None:
+            return False
+        if occupant.pins:
+            occupant.leaving = True
+            return False
+        self.vacate(occupant)
+        return True
 
     def cancel(self, occupant: Occupant) -> None:
         """Cancel a load; it keeps its slot until it has ended."""

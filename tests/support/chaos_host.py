@@ -23,7 +23,7 @@ from deltazip_ray.errors import DeltaZipError
 from deltazip_ray.observability.engine_metrics import EngineMetrics, EngineStats
 from deltazip_ray.residency.arena import ALIGNMENT
 from deltazip_ray.residency.host_cache import HostCache
-from deltazip_ray.residency.slot_table import Pin
+from deltazip_ray.residency.slot_entries import Pin
 from deltazip_ray.residency.tiers import HostDelta
 from tests.support.faulty_store import FaultyStore
 from tests.support.plain_versions import BASE, make_manifest, put_version

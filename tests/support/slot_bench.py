@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import Callable, Coroutine
 
-from deltazip_ray.residency.slot_table import AskSlot, Pin, SlotTable
+from deltazip_ray.residency.slot_entries import AskSlot, Pin
+from deltazip_ray.residency.slot_table import SlotTable
 from deltazip_ray.residency.tiers import Tier
 
 

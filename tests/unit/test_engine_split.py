@@ -9,7 +9,8 @@ import pytest
 
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.split import CALM_S, SHORT_S, Split
-from deltazip_ray.residency.slot_table import AskSlot, SlotTable
+from deltazip_ray.residency.slot_entries import AskSlot
+from deltazip_ray.residency.slot_table import SlotTable
 from deltazip_ray.residency.tiers import Tier
 from deltazip_ray.scheduler.scheduler import Scheduler
 

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 from deltazip_ray.errors import BlobCorrupt, LoadTimeout
-from deltazip_ray.residency.slot_table import AskSlot, Pin, SlotTable
+from deltazip_ray.residency.slot_entries import AskSlot, Pin
+from deltazip_ray.residency.slot_table import SlotTable
 from deltazip_ray.residency.tiers import Tier
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from deltazip_deployments.node_store.succession import Succession
 from deltazip_ray.artifact.variants import Variant
-from deltazip_ray.residency.slot_table import AskSlot, Pin, SlotTable
+from deltazip_ray.residency.slot_entries import AskSlot, Pin
+from deltazip_ray.residency.slot_table import SlotTable
 from deltazip_ray.residency.tiers import Tier
 
 

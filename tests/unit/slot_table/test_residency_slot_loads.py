@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from deltazip_ray.errors import BlobCorrupt, EngineError
-from deltazip_ray.residency.slot_table import AskSlot
+from deltazip_ray.residency.slot_entries import AskSlot
 from deltazip_ray.residency.tiers import Tier
 from tests.support.slot_bench import Bench, settle
 
