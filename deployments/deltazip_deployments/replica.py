@@ -78,7 +78,7 @@ SourceFactory = Callable[[AppConfig, Callable[[], str]], HostSource]
 def make_engine(config: AppConfig, source: DeltaSource, registry: CollectorRegistry) -> Engine:
     """The real engine."""
     vocabularies = Vocabularies(config, lambda: engine.base_digest)
-    make_matcher = Structures(vocabularies.load).matcher
+    make_matcher = Structures(vocabularies.get).matcher
     engine = AsyncEngine(config.engine, Path(config.base), source, registry, make_matcher=make_matcher)
     return engine
 

@@ -10,8 +10,8 @@ import pytest
 import xgrammar
 
 from deltazip_ray.engine.request_checks import MOST_STRUCTURE_CHARS
-from deltazip_ray.engine.structure import Structures
-from deltazip_ray.engine.structure.grammars import GrammarMatcher, Vocabulary, compile_structure
+from deltazip_ray.engine.structure import Structures, structures
+from deltazip_ray.engine.structure.grammars import Compiled, GrammarMatcher, Vocabulary, compile_structure
 from deltazip_ray.engine.structure.json_schemas import check_schema
 from deltazip_ray.engine.structure.regexes import check_regexes
 from deltazip_ray.errors import InvalidRequest, RequestTimeout
@@ -174,27 +174,31 @@ def test_nothing_comes_behind_the_end() -> None:
     assert not matcher.allowed().any()
 
 
-async def test_a_vocabulary_is_loaded_and_a_structure_compiled_once() -> None:
-    loads: list[str | None] = []
+async def test_a_structure_is_compiled_once_for_all_versions_of_a_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Structure] = []
 
-    def load(version: str | None) -> xgrammar.TokenizerInfo:
-        loads.append(version)
+    def counted(structure: Structure, vocabulary: Vocabulary) -> Compiled:
+        compiled.append(structure)
+        return compile_structure(structure, vocabulary)
+
+    async def vocabulary(version: str | None) -> Vocabulary:
         if version == "broken":
             raise InvalidRequest("no end token")
-        return INFO
+        return BYTES
 
-    structures = Structures(load)
-    first, second = [await structures.matcher("v", Structure("regex", "a+b")) for _ in range(2)]
+    monkeypatch.setattr(structures, "compile_structure", counted)
+    made = Structures(vocabulary)
+    first, second = [await made.matcher(version, Structure("regex", "a+b")) for version in ("v", "w")]
     first.accept(ord("a"))
     assert first.allowed().tolist() != second.allowed().tolist()
-    assert loads == ["v"]
-    for _ in range(2):
-        with pytest.raises(InvalidRequest, match="end token"):
-            await structures.matcher("broken", Structure("json"))
-    assert loads == ["v", "broken", "broken"]
+    assert len(compiled) == 1
+    with pytest.raises(InvalidRequest, match="end token"):
+        await made.matcher("broken", Structure("json"))
 
 
 async def test_a_slow_compilation_fails_its_request() -> None:
-    structures = Structures(lambda _: INFO, timeout_s=0.0)
+    async def vocabulary(_: str | None) -> Vocabulary:
+        return BYTES
+
     with pytest.raises(RequestTimeout, match="simpler"):
-        await structures.matcher(None, Structure("json"))
+        await Structures(vocabulary, timeout_s=0.0).matcher(None, Structure("json"))

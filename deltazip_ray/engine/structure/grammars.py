@@ -25,7 +25,7 @@ _SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")
 _CONTROL = re.compile(rb"[\x00-\x09\x0b-\x1f]")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Vocabulary:
     """The tokens of a version, and masks of those that xgrammar allows although they are not valid text.
 

@@ -21,6 +21,7 @@ from deltazip_deployments.text.choices import Asked, Choices, nth
 from deltazip_deployments.text.generation import Generation
 from deltazip_deployments.text.output import OutputText
 from deltazip_deployments.text.texts import Texts
+from deltazip_deployments.text.version_files import VersionFiles
 from deltazip_deployments.text.version_text import VersionText
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.names import parse_ref
@@ -178,7 +179,7 @@ class RouterService:
         directory = Directory(
             catalog, self.config.base_name, router.catalog_refresh_s, self._backend.bring, router.heir_wait_s
         )
-        self._known = _Known(replicas, directory, Texts(catalog, self._base_files))
+        self._known = _Known(replicas, directory, Texts(VersionFiles(catalog, self._base_files)))
         await directory.keep_fresh()
 
     async def _describe(self) -> ReplicaDescription:

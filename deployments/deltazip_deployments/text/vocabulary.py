@@ -1,41 +1,55 @@
 """Vocabularies for structured output."""
 
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import xgrammar
 from transformers import PreTrainedTokenizerFast
 
 from deltazip_deployments.text.foreign import blamed_on_files
-from deltazip_deployments.text.version_files import base_files, version_files
+from deltazip_deployments.text.version_files import Files, VersionFiles, base_files
 from deltazip_deployments.text.version_text import load_version_text
 from deltazip_ray.artifact.catalog import Catalog
 from deltazip_ray.artifact.store import open_store
 from deltazip_ray.config import AppConfig
+from deltazip_ray.engine.structure import Vocabulary
 from deltazip_ray.errors import InvalidRequest, ManifestInvalid
+from deltazip_ray.once import Once
+
+_VOCABULARIES = 16  # about 10 MB each for 128,000 tokens
 
 
 class Vocabularies:
-    """Loads vocabularies: the versions' from the store, the base's from its folder."""
+    """A cache of vocabularies, which take seconds to make: versions with equal files share one.
+
+    Belongs to one event loop; reads and loads run in threads.
+    """
 
     def __init__(self, config: AppConfig, base_digest: Callable[[], str]) -> None:
         self._config = config
         self._base_digest = base_digest
+        self._files = Once[None, VersionFiles](1)
+        self._made = Once[Files, Vocabulary](_VOCABULARIES)
 
-    @cached_property
-    def _catalog(self) -> Catalog:
-        """Created once: making a boto3 client holds the GIL for about 50 ms, which delays steps."""
-        return Catalog(open_store(self._config.store), self._base_digest())
+    async def get(self, version: str | None) -> Vocabulary:
+        """The vocabulary of ``version``; None: the base.
 
-    def load(self, version: str | None) -> xgrammar.TokenizerInfo:
-        """Blocking. Raises InvalidRequest if there is no end token, ManifestInvalid, StoreError, ConfigError."""
-        files = base_files(Path(self._config.base))
-        if version is not None:
-            files = version_files(self._catalog, version, files)
-        text = load_version_text(files)
-        with blamed_on_files(ManifestInvalid, "structured output cannot use the version's tokenizer"):
-            return make_vocabulary(text.tokenizer, text.end_token_ids)
+        Raises InvalidRequest if there is no end token, ManifestInvalid, StoreError, ConfigError.
+        """
+        # Once: making a boto3 client holds the GIL for about 50 ms, which delays steps.
+        source = await self._files.get(None, self._open)
+        files = await source.of(version)
+        return await self._made.get(files, lambda: _make(source.read(files)))
+
+    def _open(self) -> VersionFiles:
+        catalog = Catalog(open_store(self._config.store), self._base_digest())
+        return VersionFiles(catalog, base_files(Path(self._config.base)))
+
+
+def _make(files: Mapping[str, bytes]) -> Vocabulary:
+    text = load_version_text(files)
+    with blamed_on_files(ManifestInvalid, "structured output cannot use the version's tokenizer"):
+        return Vocabulary.of(make_vocabulary(text.tokenizer, text.end_token_ids))
 
 
 def make_vocabulary(tokenizer: PreTrainedTokenizerFast, end_token_ids: frozenset[int]) -> xgrammar.TokenizerInfo:
