@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from deltazip_kernels import Segments
+from deltazip_kernels.pick import pick
 from deltazip_ray.engine.arrivals import Arrival, wait_for_layer
 from deltazip_ray.engine.step_inputs import RecordedInputs
 from deltazip_ray.engine.step_shapes import StepShape, step_sizes
@@ -50,7 +51,8 @@ class DecodeGraphs:
         slots: int,
         pages: int,
     ) -> None:
-        """``drawn`` ``[max rows]`` int64 has the tokens of the previous step; ``pages``: the maximum of a batch."""
+        """``drawn`` ``[max rows]`` int64 has the tokens of the previous step, and gets the best ones of each row of
+        this one. ``pages``: the maximum of a batch."""
         self._decoder = decoder
         self._attention = attention
         self._ops = ops
@@ -77,8 +79,8 @@ class DecodeGraphs:
             return False
         return all(chunk.start < _PROMPT_CONTEXT for chunk in batch.chunks if len(chunk.tokens) > 1)
 
-    def run(self, batch: Batch, arrivals: Sequence[Arrival]) -> torch.Tensor:
-        """Launch a batch that fits; returns its logits ``[chunks, vocab + added]``.
+    def run(self, batch: Batch, arrivals: Sequence[Arrival]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Launch a batch that fits; returns its logits ``[chunks, vocab + added]`` and the best tokens ``[chunks]``.
 
         ``arrivals``: versions in it that are still being copied; each layer waits for its own weights.
         """
@@ -94,10 +96,11 @@ class DecodeGraphs:
             wait_for_layer(arrivals, layer)
             graph.replay()
         logits = self._logits[: batch.num_tokens, : self._vocab]
+        best = self._drawn[: batch.num_tokens]
         if batch.num_tokens == len(batch.chunks):
-            return logits
-        ends = np.cumsum([len(chunk.tokens) for chunk in batch.chunks])
-        return logits[to_device(ends - 1, logits.device)]
+            return logits, best
+        ends = to_device(np.cumsum([len(chunk.tokens) for chunk in batch.chunks]) - 1, logits.device)
+        return logits[ends], best[ends]
 
     @property
     def _vocab(self) -> int:
@@ -152,6 +155,7 @@ class DecodeGraphs:
             segments = Segments(starts, self._inputs.tensors["slots"][: shape.versions])
             rows = self._ops.graph_rows(inputs["index"], segments, shape.longest, halves=shape.halves)
         source = inputs["drawn_rows"]
-        tokens = torch.where(source >= 0, self._drawn[source.clamp(min=0)], inputs["tokens"])
+        tokens = torch.where(source >= 0, self._drawn[source.clamp(min=0)], inputs["tokens"]).clamp(min=0)
         logits = self._decoder(StepInputs(tokens, inputs["positions"], rows, plan, None, rows, before_layer))
         self._logits[: shape.rows, : self._vocab].copy_(logits)
+        self._drawn[: shape.rows] = pick(logits)

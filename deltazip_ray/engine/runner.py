@@ -27,8 +27,9 @@ class StepGraphs(Protocol):
     def fits(self, batch: Batch) -> bool:
         """Whether ``batch`` can run as a recorded step."""
 
-    def run(self, batch: Batch, arrivals: Sequence[Arrival]) -> torch.Tensor:
-        """Launch ``batch``, which waits for ``arrivals``; returns logits ``[sampled, vocab + added]``."""
+    def run(self, batch: Batch, arrivals: Sequence[Arrival]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Launch ``batch``, which waits for ``arrivals``; returns logits ``[sampled, vocab + added]`` and the best
+        tokens ``[sampled]``, as :func:`deltazip_kernels.pick.pick` does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ class ModelRunner:
                 last.append(len(tokens) - 1)
         on_device = self._send(tokens)
         if drawn:
-            on_device[self._send(list(drawn))] = self._drawn[self._send(list(drawn.values()))]
+            on_device[self._send(list(drawn))] = self._drawn[self._send(list(drawn.values()))].clamp(min=0)
         sequences = [SequenceRows(len(c.tokens), c.start + len(c.tokens), c.block_table) for c in batch.chunks]
         return StepInputs(
             tokens=on_device,
@@ -131,14 +132,14 @@ class ModelRunner:
 
     def _run(self, batch: Batch, arrivals: Sequence[Arrival]) -> tuple[SampledTokens | None, PromptScores | None]:
         if self._graphs is not None and self._graphs.fits(batch):
-            return self._sample(self._graphs.run(batch, arrivals), batch), None
+            return self._sample(batch, *self._graphs.run(batch, arrivals)), None
         inputs = replace(self.prepare(batch), before_layer=functools.partial(wait_for_layer, arrivals))
         states = self.decoder.states(inputs)
         prompts = None
         if batch.scoring_chunks:
             prompts = PromptScores.of(batch, functools.partial(self._logits, states), len(self._drawn))
         logits = self.decoder.logits(states, inputs.last, inputs.last_rows)
-        return self._sample(logits, batch) if batch.sampling_chunks else None, prompts
+        return self._sample(batch, logits) if batch.sampling_chunks else None, prompts
 
     def _logits(
         self, states: tuple[torch.Tensor, torch.Tensor], rows: Sequence[int], runs: Sequence[tuple[int, int]]
@@ -149,7 +150,8 @@ class ModelRunner:
     def _send(self, values: Sequence[int]) -> torch.Tensor:
         return to_device(np.array(values, dtype=np.int64), self.device)
 
-    def _sample(self, logits: torch.Tensor, batch: Batch) -> SampledTokens:
-        sampled = sample(logits, self._draws.stage(batch))
-        torch.clamp(sampled.tokens, min=0, out=self._drawn[: len(sampled.tokens)])
+    def _sample(self, batch: Batch, logits: torch.Tensor, best: torch.Tensor | None = None) -> SampledTokens:
+        sampled = sample(logits, self._draws.stage(batch), best)
+        if sampled.tokens is not best or len(batch.chunks) != batch.num_tokens:
+            self._drawn[: len(sampled.tokens)] = sampled.tokens
         return sampled

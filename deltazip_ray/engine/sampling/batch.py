@@ -75,10 +75,11 @@ class SampledTokens:
         return Drawn(tokens, told)
 
 
-def sample(logits: torch.Tensor, batch: SamplingBatch) -> SampledTokens:
+def sample(logits: torch.Tensor, batch: SamplingBatch, best: torch.Tensor | None = None) -> SampledTokens:
     """One token for each row of ``logits`` ``[rows, vocab]``, which are -inf for impossible tokens.
 
-    May overwrite ``logits``. Does not wait for the device.
+    ``best``: what ``pick`` finds for ``logits`` alone, if that is known. May overwrite ``logits``. Does not wait for
+    the device.
     """
     asked, random = batch.logprobs, batch.random
     logprobs = None if asked is None else asked.of_all(logits)
@@ -87,7 +88,10 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> SampledTokens:
     for edit in batch.edits:
         edit.apply(logits)
     draw = pick if logits.is_cuda else pick_reference
-    tokens = draw(logits) if random is None else draw(logits, random.numbers, random.points)
+    if random is not None:
+        tokens = draw(logits, random.numbers, random.points)
+    else:
+        tokens = draw(logits) if best is None else best
     if asked is None or logprobs is None:
         return SampledTokens(tokens, Fetched(tokens))
     return SampledTokens(tokens, Fetched(tokens, *asked.select(logprobs, tokens.clamp(min=0))), asked.wanted)
