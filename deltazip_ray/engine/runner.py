@@ -91,7 +91,7 @@ class ModelRunner:
         """See :class:`~deltazip_ray.engine.step_loop.StepRunner`. ``arrivals`` replaces what ``arriving`` finds."""
         with torch.inference_mode():
             if arrivals is None:
-                arrivals = self._arriving({chunk.slot for chunk in batch.chunks})
+                arrivals = self._arriving(set(batch.segments()[1]))
             sampled, prompts = self._run(batch, arrivals)
         if sampled is not None or self.device.type != "cuda":
             return LaunchedStep(sampled, prompts, None)
