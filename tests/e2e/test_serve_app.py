@@ -249,6 +249,10 @@ def test_a_node_store_that_nobody_needs_ends_by_itself(app: ServeApp) -> None:
     assert any("INFO" in line and "no replica needs this" in line for line in log_lines("worker-*.err"))
 
 
+def routers(app: ServeApp) -> set[str]:
+    return {dict(labels)["router"] for labels in app.samples("deltazip_router_open_requests")}
+
+
 async def test_an_update_lets_answers_finish(app: ServeApp, config: AppConfig, versions: dict[str | None, str]) -> None:
     """The old router finishes its answer, over new replicas, while a new router answers others."""
     asked = {"model": "v2", "prompt": "abc", "max_tokens": 480}
@@ -256,13 +260,13 @@ async def test_an_update_lets_answers_finish(app: ServeApp, config: AppConfig, v
     async with httpx.AsyncClient(base_url=app.url, timeout=60) as client:
         under_way = asyncio.create_task(client.post("/v1/completions", json=asked))
         await asyncio.to_thread(_busy_replica, app)
-        update = asyncio.create_task(
-            asyncio.to_thread(serve.run, application(updated, SCRIPT), name=APP_NAME, route_prefix="/")
-        )
-        while not update.done():
+        before = routers(app)
+        target = serve.RunTarget(application(updated, SCRIPT), name=APP_NAME)
+        await asyncio.to_thread(serve.run_many, [target], wait_for_applications_running=False)
+        while not under_way.done():
             (await client.post("/v1/completions", json=asked | {"max_tokens": 2})).raise_for_status()
-        await update
-        assert (await under_way).json()["choices"][0]["text"] == text_of(versions["v2"], "abc", 480)
+        assert under_way.result().json()["choices"][0]["text"] == text_of(versions["v2"], "abc", 480)
+    wait_until(lambda: not routers(app) & before)
 
 
 def test_no_file_is_left_in_shared_memory() -> None:
