@@ -267,5 +267,7 @@ class Scheduler:
 def _undrawable(sequence: SequenceState) -> DeltaZipError:
     """Why no token could be sampled."""
     if sequence.request.matcher is not None:
-        return InvalidRequest("no token of this model continues the structure: ask for one that it can write")
+        return InvalidRequest(
+            "no token of this model continues the structure, or it is too slow to follow: ask for a simpler one"
+        )
     return EngineError(_NOT_FINITE)

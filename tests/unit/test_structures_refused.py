@@ -1,5 +1,6 @@
 """Structures that cannot be enforced, or would be slow to follow, are refused with a reason."""
 
+import itertools
 import json
 import time
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import xgrammar
 
 from deltazip_ray.engine.request_checks import MOST_STRUCTURE_CHARS
-from deltazip_ray.engine.structure import Structures, structures
+from deltazip_ray.engine.structure import Structures, grammars, structures
 from deltazip_ray.engine.structure.grammars import Compiled, GrammarMatcher, Vocabulary, compile_structure
 from deltazip_ray.engine.structure.json_schemas import check_schema
 from deltazip_ray.engine.structure.regexes import check_regexes
@@ -172,6 +173,16 @@ def test_nothing_comes_behind_the_end() -> None:
     assert matcher.allowed().any()
     matcher.accept(256)
     assert not matcher.allowed().any()
+
+
+def test_a_structure_that_becomes_slow_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    matcher, used_s = GrammarMatcher(compile_structure(Structure("regex", "a*"), BYTES)), itertools.count(step=0.1)
+    monkeypatch.setattr(grammars.time, "thread_time", lambda: next(used_s))
+    tokens = 0
+    while matcher.allowed().any():
+        matcher.accept(ord("a"))
+        tokens += 1
+    assert tokens == 6, "each takes 0.2 s; 1 s is there at first, and 5 ms come with each"
 
 
 async def test_a_structure_is_compiled_once_for_all_versions_of_a_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ _COMPILER_THREADS = 4
 _MOST_SPACE = 32  # consecutive white space: otherwise a model may go on with it forever
 _TRIAL_TOKENS = 32
 _TRIAL_S = 1.0
+_TOKEN_S = 0.005  # what following a structure may take for each token, of a processor's time; usually 0.1 to 1 ms
 _SURROGATE = re.compile(rb"\xed[\xa0-\xbf]")
 _CONTROL = re.compile(rb"[\x00-\x09\x0b-\x1f]")
 
@@ -67,7 +68,10 @@ class Compiled:
 
 
 class GrammarMatcher:
-    """A Matcher. Created in any thread, then used by the step thread only."""
+    """A Matcher. Created in any thread, then used by the step thread only.
+
+    All requests wait for it meanwhile, so it allows no more tokens when it has taken far too long.
+    """
 
     def __init__(self, compiled: Compiled) -> None:
         self._compiled = compiled
@@ -75,18 +79,24 @@ class GrammarMatcher:
         self._mask = xgrammar.allocate_token_bitmask(1, compiled.vocabulary.info.vocab_size)
         self._words: NDArray[np.int32] = self._mask[0].numpy()
         self._last = -1
+        self._left_s = _TRIAL_S
 
     def accept(self, token: int) -> None:
         """See Matcher."""
+        began = time.thread_time()
         self._matcher.accept_token(token)
+        self._left_s += _TOKEN_S - (time.thread_time() - began)
         self._last = token
 
     def allowed(self) -> NDArray[np.int32]:
         """See Matcher."""
-        if self._matcher.is_terminated():  # after an end token that did not end the output
+        # After an end token that did not end the output, or too slow.
+        if self._matcher.is_terminated() or self._left_s < 0:
             self._words[:] = 0
             return self._words
+        began = time.thread_time()
         self._matcher.fill_next_token_bitmask(self._mask)
+        self._left_s -= time.thread_time() - began
         self._words &= self._compiled.tokens
         if self._last in self._compiled.vocabulary.begins_one:
             self._words &= self._compiled.vocabulary.no_surrogate
