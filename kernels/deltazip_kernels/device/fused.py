@@ -31,6 +31,7 @@ LOW = gl.constexpr(128)
 FLAT = gl.constexpr(gl.BlockedLayout([4], [32], [8], [0]))
 BY_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0]))
 PREFETCH = gl.constexpr("prefetch.global.L2 [$1];\nmov.b32 $0, 0;")
+PREFETCH_NEAR = gl.constexpr("prefetch.global.L1 [$1];\nmov.b32 $0, 0;")
 # As in ``locate.py``, whose functions Gluon does not take.
 LET_NEXT_START = gl.constexpr("griddepcontrol.launch_dependents;\nmov.b32 $0, 0;")
 WAIT = gl.constexpr("griddepcontrol.wait;\nmov.b32 $0, 0;")
@@ -101,6 +102,17 @@ def copy_tiles(x, base, linear, rings, kind, K, step, CODEC: gl.constexpr, BM: g
                     step += 1
                 prefetch(codes, scales, block, group, K, LANES)
     return step
+
+
+@gluon.jit
+def prefetch_near(codes, block, group, K, LANES: gl.constexpr):
+    """Bring a group's codes from the L2 to the L1: the loads of either half take half of each 32 bytes."""
+    r = gl.arange(0, BN, gl.BlockedLayout([1], [32], [8], [0]))
+    first = (block * 2 + (r >> 6)).to(gl.int64) * (K // 2) + group * 64
+    at = codes + (first + (r & 63)) * (LANES // 4)
+    gl.inline_asm_elementwise(PREFETCH_NEAR, "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
+    if LANES == 64:
+        gl.inline_asm_elementwise(PREFETCH_NEAR, "=r,l", [at + 8], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -191,20 +203,22 @@ def multiply_tiles(y, linear, rings, sums, kind, K, step, CODEC: gl.constexpr, B
             scale = gl.load(scale_at)
             for group in range(first, stop):
                 pair = pair_of_scales(scale, CODEC)
+                after = gl.minimum(group + 1, stop - 1)  # the last group once more: a branch would be slower
+                prefetch_near(codes, block, after, K, LANES)
                 for half in gl.static_range(2):
-                    now_left, now_right = left, right
-                    if half == 0:
-                        left, right = load_words(words + 4, CODEC)
-                    elif group + 1 < stop:
-                        words += 64 * LANES // 4
-                        scale_at += 64
-                        left, right = load_words(words, CODEC)
-                        scale = gl.load(scale_at)
                     slot = step % STAGES
                     mbarrier.wait(full.index(slot), step // STAGES % 2)
-                    operand = merge(base_tiles.index(slot), now_left, now_right, pair, OPERAND_LAYOUT, CODEC)
+                    operand = merge(base_tiles.index(slot), left, right, pair, OPERAND_LAYOUT, CODEC)
                     x = x_tiles.index(slot).slice(0, BM, dim=0).permute((1, 0))
                     acc = warpgroup_mma(operand, x, acc, is_async=True)
+                    # Not before the codes ahead are used: whoever needs one load waits for all that are under way.
+                    if half == 0:
+                        left, right = load_words(words + 4, CODEC)
+                    else:
+                        words += (after - group) * (64 * LANES // 4)
+                        scale_at += (after - group) * 64
+                        left, right = load_words(words, CODEC)
+                        scale = gl.load(scale_at)
                     acc = warpgroup_mma_wait(1, deps=[acc])  # the step before this one is done with its tiles
                     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=step > 0)
                     step += 1

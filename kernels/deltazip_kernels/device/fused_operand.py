@@ -51,14 +51,16 @@ def _add_int2() -> str:
 
 
 def _add_int4() -> str:
-    """Likewise; columns c in words of $8 and $10, c + 1 in $16 and $18, scales in $24 and $26, $32 shifts to bit 0."""
-    text = "{\n.reg .b32 a, b, p, bias;\nmov.b32 bias, 0xC308C308;\n"  # -136 twice
+    """Likewise; columns c in words of $8 and $10, c + 1 in $16 and $18, scales in $24 and $26. $40 selects the bytes of
+    both that hold the codes, which $32 shifts to bit 0.
+    """
+    text = "{\n.reg .b32 v, p, bias;\nmov.b32 bias, 0xC308C308;\n"  # -136 twice
     for row in range(2):
-        text += f"shr.b32 a, ${8 + 2 * row}, $32;\nshr.b32 b, ${16 + 2 * row}, $32;\n"
+        text += f"prmt.b32 v, ${8 + 2 * row}, ${16 + 2 * row}, $40;\nshr.b32 v, v, $32;\n"
+        text += "lop3.b32 v, v, 0x0F0F0F0F, 0x08080808, 0x6A;\n"  # (v & mask) ^ bits
         for half in range(2):
             pair = row + 2 * half
-            text += f"prmt.b32 p, a, b, {'0x7632' if half else '0x5410'};\n"
-            text += "lop3.b32 p, p, 0x000F000F, 0x43084308, 0x6A;\n"
+            text += f"prmt.b32 p, v, 0x43434343, {'0x4342' if half else '0x4140'};\n"
             text += "add.rn.bf16x2 p, p, bias;\n"
             text += f"fma.rn.bf16x2 ${pair}, p, ${24 + 2 * row}, ${4 + pair};\n"
     return text + "}"
@@ -67,7 +69,7 @@ def _add_int4() -> str:
 ADD_INT2 = gl.constexpr(_add_int2())
 ADD_INT4 = gl.constexpr(_add_int4())
 INT2_OPERANDS = gl.constexpr(",".join(["=&r"] * 4 + ["r"] * 28))
-INT4_OPERANDS = gl.constexpr(",".join(["=&r"] * 4 + ["r"] * 36))
+INT4_OPERANDS = gl.constexpr(",".join(["=&r"] * 4 + ["r"] * 44))
 TWICE = gl.constexpr("prmt.b32 $0, $1, 0, 0x1010;")
 # Times a half and an eighth: what an int2 code's bits are worth in the left and the right of a pair.
 HALVED = gl.constexpr(
@@ -112,15 +114,12 @@ def merge(base, words, more, scale, LAYOUT: gl.constexpr, CODEC: gl.constexpr):
     words = gl.convert_layout(words, BY_WORD)[:, :, None]
     scale = gl.convert_layout(scale, gl.SliceLayout(1, BY_WORD))[:, None, None]
     column = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, OPERAND)))
-    shift = ((column // 2) % 4 * 4)[None, None, :]
+    pair = ((column // 2) % 4)[None, None, :]
     if CODEC == INT4:
         more = gl.convert_layout(more, BY_WORD)[:, :, None]
-        weight = gl.inline_asm_elementwise(
-            ADD_INT4, INT4_OPERANDS, [weight, words, more, scale, shift], dtype=gl.bfloat16, is_pure=True, pack=8
-        )
+        inputs = [weight, words, more, scale, pair % 2 * 4, pair // 2 * 0x1111 + 0x6240]
+        weight = gl.inline_asm_elementwise(ADD_INT4, INT4_OPERANDS, inputs, dtype=gl.bfloat16, is_pure=True, pack=8)
     else:
-        shift = (shift + 31) % 32
-        weight = gl.inline_asm_elementwise(
-            ADD_INT2, INT2_OPERANDS, [weight, words, scale, shift], dtype=gl.bfloat16, is_pure=True, pack=8
-        )
+        inputs = [weight, words, scale, (pair * 4 + 31) % 32]
+        weight = gl.inline_asm_elementwise(ADD_INT2, INT2_OPERANDS, inputs, dtype=gl.bfloat16, is_pure=True, pack=8)
     return gl.convert_layout(gl.reshape(weight, [BN, BK]), LAYOUT, assert_trivial=True)
