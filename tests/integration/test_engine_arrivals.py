@@ -13,6 +13,7 @@ from deltazip_ray.engine.device_slots import DeviceSlots
 from deltazip_ray.errors import EngineStopped, StoreUnavailable
 from deltazip_ray.residency.pace import Pace
 from tests.support.engines import GREEDY, SETTINGS, RunningEngine, random_prompt, running
+from tests.support.poison import poison
 from tests.support.versions import MemorySource
 from tests.support.waiting import until
 from tests.support.zoo import Zoo
@@ -47,15 +48,17 @@ def gate(run: RunningEngine, open_: int = 1) -> Gate:
     return made
 
 
-async def test_a_step_begins_while_later_layers_are_copied(zoo: Zoo) -> None:
+async def test_a_step_begins_while_later_layers_are_copied(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     version = zoo.versions[0].version
     source = MemorySource(*zoo.versions)
     async with running(zoo.base, source, overlap_loads=True) as run:
+        poison(run, monkeypatch)
         pace = gate(run)
         waiting = asyncio.create_task(run.generate(PROMPT, version))
         await until(lambda: pace.reached.is_set() and run.engine.stats().running == 1)
         assert version in run.engine.stats().resident
         assert source.held[version] == 1, "the copies read the host's bytes"
+        await asyncio.sleep(0.05)  # enough for a step that does not wait
         pace.go.set()
         assert await waiting == zoo.oracles[version].greedy(PROMPT, GREEDY.max_tokens)
         assert not source.held[version]

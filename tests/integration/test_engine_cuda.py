@@ -15,6 +15,7 @@ from deltazip_ray.errors import EngineError
 from deltazip_ray.scheduler.request import GenerateRequest, SamplingParams
 from tests.support.engines import RunningEngine, random_prompt, running
 from tests.support.oracle import Oracle
+from tests.support.poison import poison
 from tests.support.splits import make_restless
 from tests.support.tiny import make_base, make_finetune
 from tests.support.versions import MemorySource, build_version
@@ -165,8 +166,13 @@ async def test_after_a_recording_that_failed_steps_are_recorded(wide_zoo: Zoo, m
         assert await all_of(run, wide_zoo, 10, 4) < 0.3
 
 
-async def test_versions_come_and_go_under_graphs(wide_zoo: Zoo) -> None:
-    async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **SETTINGS | {"slots": 2}) as run:
+@pytest.mark.parametrize("attention", ["flashinfer", "triton"])
+async def test_versions_come_and_go_under_graphs(
+    wide_zoo: Zoo, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SETTINGS | {"slots": 2, "attention": attention}
+    async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **settings) as run:
+        poison(run, monkeypatch)
         assert await all_of(run, wide_zoo, 20, 8) < 0.3
         assert run.engine.stats().evictions > 0
 
@@ -207,15 +213,16 @@ def test_sampled_tokens_follow_their_seed(wide_zoo: Zoo, tmp_path: Path) -> None
     assert asyncio.run(outputs()) == asyncio.run(outputs())
 
 
-async def test_a_version_that_is_used_while_it_arrives_says_what_it_says_later(wide_zoo: Zoo) -> None:
-    """Each request finds an idle engine and another slot; what was in the slot before is wiped."""
+async def test_a_version_that_is_used_while_it_arrives_says_what_it_says_later(
+    wide_zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each request finds an idle engine and another slot."""
     sampling = SamplingParams(max_tokens=1, temperature=0.0, logprobs=0)
     found: dict[bool, list[str]] = {}
     for overlap in (True, False):
         settings = SETTINGS | {"overlap_loads": overlap, "warm_codecs": ("int4", "int2")}
         async with running(wide_zoo.base, MemorySource(*wide_zoo.versions), **settings) as run:
-            assert run.engine._parts is not None
-            run.engine._parts.core.slots.memory.zero_()
+            poison(run, monkeypatch)
             for version in wide_zoo.versions:
                 request = GenerateRequest("one", version.version, tuple(range(1, 40)), sampling)
                 chunks = [str((c.tokens, c.logprobs)) async for c in run.engine.generate(request)]
