@@ -1,6 +1,7 @@
 """The way of a request on a cluster: HAProxy, and no proxy of Serve's own, in front of two routers."""
 
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeApp]:
     assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
     environment["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(K8S / "haproxy")
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in the image: it looks for ray
+    environment["HAPROXY_HEADERS_TIMEOUT"] = "500ms"
     metrics, stats = free_ports(2)
     environment |= {"RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics), "RAY_SERVE_HAPROXY_STATS_PORT": str(stats)}
     with pytest.MonkeyPatch.context() as patch, private_ray():
@@ -62,6 +64,13 @@ def test_answers_streams_and_probes_come_through(app: ServeApp) -> None:
         groups = [group for group in stream.iter_raw() if group]
     assert len(groups) > 5, "text comes as it is made"
     assert b"".join(groups).endswith(b"data: [DONE]\n\n")
+
+
+def test_headers_that_do_not_come_are_not_waited_for(app: ServeApp) -> None:
+    where = httpx.URL(app.url)
+    with socket.create_connection((where.host, where.port or 80), timeout=10) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+        assert b" 408 " in client.recv(1000)
 
 
 def test_whichever_router_is_scraped_tells_of_both(app: ServeApp) -> None:
