@@ -270,6 +270,7 @@ async def test_unknown_paths_and_methods_have_openai_bodies(app: RouterApp) -> N
         ("GET", "/nope", 404),
         ("GET", "/v1/completions", 405),
         ("POST", "/v1/embeddings", 404),
+        ("POST", "/v1/completions/", 404),
     ]:
         response = await app.client.request(method, path)
         assert response.status_code == status

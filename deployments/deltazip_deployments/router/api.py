@@ -69,7 +69,8 @@ def build_api(service: RouterService, metrics: RouterMetrics, scrape: Scrape) ->
         yield
         await service.stop()
 
-    api = FastAPI(title="DeltaZip", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    # A redirect would lead to the host and scheme that a request names, which behind TLS are not the client's.
+    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan)
     api.add_exception_handler(DeltaZipError, _project_error)
     api.add_exception_handler(HTTPException, _framework_error)
     api.add_exception_handler(Exception, _bug)

@@ -34,10 +34,12 @@ class OwnThread:
         if self._late is not None and not self._late.done():
             raise self._timeout()
         future = self._pool.submit(self._work, work)
+        watched = asyncio.ensure_future(self._watched(future))
         try:
-            return await asyncio.shield(asyncio.ensure_future(self._watched(future)))
+            return await asyncio.shield(watched)
         except asyncio.CancelledError:
             future.cancel()
+            watched.add_done_callback(_ignore)
             raise
 
     async def _watched(self, future: Future[_T]) -> _T:
@@ -66,6 +68,12 @@ class OwnThread:
             f"this model's chat template or tokenizer took longer than {self._timeout_s:g} s: "
             "send a shorter prompt; if that does not help, the variant must be published again"
         )
+
+
+def _ignore(watched: asyncio.Future[Any]) -> None:
+    """Nobody waits for it any more; asyncio logs exceptions that nobody has looked at."""
+    if not watched.cancelled():
+        watched.exception()
 
 
 def _new_pool() -> ThreadPoolExecutor:
