@@ -93,6 +93,8 @@ class VariantDocuments:
         self._prefix = prefix
         self._read_before: dict[str, frozenset[_Event]] = {}
         """Contents by key of the documents that existed at the last listing."""
+        self._found: dict[str, tuple[Sequence[str], Variant]] = {}
+        """Variants of the last listing, by name, with the keys of their documents, which never change."""
 
     def all(self) -> list[Variant]:
         """All variants, sorted by name. One with a broken document is logged and left out."""
@@ -103,9 +105,13 @@ class VariantDocuments:
                 keys.setdefault(match.group(1), []).append(key)
         for gone in self._read_before.keys() - {key for each in keys.values() for key in each}:
             self._read_before.pop(gone, None)
+        found = {name: known for name, known in self._found.items() if keys.get(name) == known[0]}
+        new = [name for name in keys if name not in found]
         with ThreadPoolExecutor(_READERS) as pool:
-            found = list(pool.map(self._read_or_log, keys, keys.values()))
-        return sorted((variant for variant in found if variant), key=lambda variant: variant.name)
+            read = pool.map(self._read_or_log, new, [keys[name] for name in new])
+            found |= {name: (keys[name], variant) for name, variant in zip(new, read, strict=True) if variant}
+        self._found = found
+        return [found[name][1] for name in sorted(found)]
 
     def read(self, name: str) -> Variant | None:
         """The variant of that name, or None; raises InvalidName, ManifestInvalid when a document is broken."""
