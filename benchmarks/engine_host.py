@@ -28,8 +28,9 @@ from deltazip_kernels.bench.__main__ import commit
 from deltazip_ray.config import EngineConfig
 from deltazip_ray.engine.async_engine import AsyncEngine
 from deltazip_ray.engine.core import EngineCore
+from deltazip_ray.engine.fetched import Fetched
 from deltazip_ray.engine.runner import LaunchedStep
-from deltazip_ray.engine.sampling import StepDraws, sample
+from deltazip_ray.engine.sampling import SampledTokens, StepDraws
 from deltazip_ray.engine.step_inputs import RecordedInputs
 from deltazip_ray.layers.attention.paged import PagedBackend
 from deltazip_ray.scheduler.batch import Batch
@@ -76,7 +77,7 @@ class FreeRunner:
         inputs = RecordedInputs(attention, cpu, most, VERSIONS, most * 130)
         self.fill = clock.timed("inputs", inputs.fill)
         self.draws = StepDraws(cpu)
-        self.logits = torch.zeros(most, 8)
+        self.tokens = torch.zeros(most, dtype=torch.int64)
         self.steps = 0
         self.done_at = 0.0
 
@@ -85,9 +86,10 @@ class FreeRunner:
         self.steps += 1
         self.done_at = max(self.done_at, time.perf_counter()) + STEP_S
         if batch.num_tokens == len(batch.chunks):
-            self.fill(batch, len(self.logits))
-        sampled = sample(self.logits[: len(batch.sampling_chunks)], self.draws.stage(batch))
-        return FreeStep(LaunchedStep(sampled, None, None), self.done_at)
+            self.fill(batch, len(self.tokens))
+        self.draws.stage(batch)
+        tokens = self.tokens[: len(batch.sampling_chunks)]
+        return FreeStep(LaunchedStep(SampledTokens(tokens, Fetched(tokens)), None, None), self.done_at)
 
     def synchronize(self) -> None:
         """Nothing to wait for."""
