@@ -1,5 +1,7 @@
 """The engine with the Triton kernels, in their interpreter on a CPU, against transformers running merged weights."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -14,12 +16,13 @@ from tests.support.zoo import Zoo
 
 
 @pytest.fixture(scope="module")
-def core(zoo: Zoo) -> EngineCore:
+def core(zoo: Zoo) -> Iterator[EngineCore]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     core = build_core(EngineConfig(**SETTINGS, device=device, kernels="triton", attention="triton"), zoo.base)
     for slot, built in enumerate(zoo.versions):
         load(core, slot, built)
-    return core
+    yield core
+    core.slots.warm_up.close()  # on a GPU its threads would still compile when the process ends, and say so at length
 
 
 def errors(core: EngineCore, zoo: Zoo, prompts_each: int = 2) -> list[torch.Tensor]:
