@@ -128,7 +128,7 @@ def test_a_text_that_cannot_fit_is_not_encoded(good: dict[str, bytes]) -> None:
 
 async def test_others_go_on_while_a_long_text_is_encoded(good: dict[str, bytes]) -> None:
     text, words = load(good), "some words " * 20_000
-    encoding = asyncio.create_task(text.thread.run(lambda: text.encode(words, room=len(words))))
+    encoding = asyncio.create_task(OwnThread().run(lambda: text.encode(words, room=len(words))))
     turns = 0
     while not encoding.done():
         await asyncio.sleep(0.001)

@@ -1,5 +1,7 @@
 """Tokenizers of versions: loaded once for equal files, wherever these are."""
 
+import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,13 @@ async def test_versions_with_equal_files_share_a_tokenizer(tmp_path: Path, monke
     said = [{"role": "user", "content": "ab"}]
     assert other.encode_chat(said, 64) == other.tokenizer.backend_tokenizer.encode("ab!", add_special_tokens=False).ids
     assert base.encode_chat(said, 64) != other.encode_chat(said, 64)
+
+    long_one = threading.Event()
+    waiting = asyncio.create_task(texts.thread(plain[0]).run(long_one.wait))
+    assert await texts.thread(plain[1]).run(lambda: 2) == 2, "they share the tokenizer, and yet do not wait"
+    assert texts.thread(plain[0]) is texts.thread(plain[0])
+    long_one.set()
+    await waiting
 
 
 async def test_versions_with_equal_files_share_a_vocabulary(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from deltazip_deployments.router.resume import generate_resuming, without_output
 from deltazip_deployments.text.choices import Asked, Choices, nth
 from deltazip_deployments.text.generation import Generation
 from deltazip_deployments.text.output import OutputText
+from deltazip_deployments.text.own_thread import OwnThread
 from deltazip_deployments.text.texts import Texts
 from deltazip_deployments.text.version_files import VersionFiles
 from deltazip_deployments.text.version_text import VersionText
@@ -119,8 +120,9 @@ class RouterService:
     ) -> tuple[Asked, Sequence[Generation]]:
         """The parsed request and its outputs, which have not started."""
         version = await self.resolve(request.model)
-        text = await self._ready().texts.get(version)
-        prompt = await _prompt(request, text, self._ready().replicas.max_model_len)
+        texts, room = self._ready().texts, self._ready().replicas.max_model_len
+        text = await texts.get(version)
+        prompt = await _prompt(request, text, texts.thread(version), room)
         sampling = request.sampling(
             max_tokens=self._output_limit(len(prompt), request.output_limit),
             end_token_ids=text.end_token_ids,
@@ -191,12 +193,14 @@ class RouterService:
                 await asyncio.sleep(_RETRY_S)
 
 
-async def _prompt(request: CompletionRequest | ChatRequest, text: VersionText, room: int) -> list[int]:
+async def _prompt(
+    request: CompletionRequest | ChatRequest, text: VersionText, thread: OwnThread, room: int
+) -> list[int]:
     if isinstance(request, ChatRequest):
         turns = [message.plain() for message in request.messages]
-        prompt = await text.thread.run(lambda: text.encode_chat(turns, room))
+        prompt = await thread.run(lambda: text.encode_chat(turns, room))
     elif isinstance(given := request.prompt, str):
-        prompt = await text.thread.run(lambda: text.encode(given, room))
+        prompt = await thread.run(lambda: text.encode(given, room))
     else:
         prompt = given
     if not prompt:

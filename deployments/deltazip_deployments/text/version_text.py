@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 
 from deltazip_deployments.text.detokenizer import Detokenizer
 from deltazip_deployments.text.foreign import blamed_on_files
-from deltazip_deployments.text.own_thread import OwnThread
 from deltazip_ray.errors import InvalidRequest, ManifestInvalid, PromptTooLong
 
 _DEFAULTS: Mapping[str, Callable[[float], bool]] = {
@@ -40,8 +39,6 @@ class VersionText:
         self._longest = max((len(token) for token in self._tokenizer.get_vocab()), default=0)
         self.end_token_ids = _end_tokens(generation.get("eos_token_id"), tokenizer.eos_token_id)
         self.defaults = _defaults(generation)
-        self.thread = OwnThread()
-        """Where the methods that encode are to be called."""
 
     def encode(self, text: str, room: int) -> list[int]:
         """Token ids of a plain prompt, with what the tokenizer puts around one (as a rule: begin of sequence).
