@@ -1,4 +1,4 @@
-"""The grouped product over deltas that are stored as numbers: raw matrices and low-rank pairs."""
+"""The grouped product over deltas that are not packed: raw matrices, and low-rank pairs."""
 
 import triton
 import triton.language as tl
@@ -43,7 +43,10 @@ def _walk(
     BK: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """float32 [BN, BM]: rows ``w`` times rows ``m`` of x over columns ``begin:stop``; ``w_rows`` says which exist."""
+    """The product of rows ``w`` with rows ``m`` of x over columns ``begin:stop``, float32 [BN, BM].
+
+    ``w_rows`` and ``live`` say which of them exist.
+    """
     k = begin + tl.arange(0, BK)
     w += k[None, :]
     xp = x + m.to(tl.int64)[None, :] * x_stride + k[:, None]
@@ -75,7 +78,7 @@ def raw(
     BK: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """Adds the products with raw deltas [N, K] of ``DTYPE``."""
+    """Add the products with raw deltas [N, K] in DTYPE to ``y``."""
     slot, first, end = load_item(items)
     part, block, column, width = part_of(tl.program_id(0), ROWS, TILES)
     codec, values, _, _ = load_entry(table, slot, part, len(ROWS))
@@ -92,7 +95,7 @@ def raw(
 
 @triton.jit
 def _bring(rows, K, begin, CHUNK: tl.constexpr):
-    """Ask for columns ``begin:begin + CHUNK`` of ``rows`` (pointers to their starts) to be brought to the L2."""
+    """Prefetch columns ``begin:begin + CHUNK`` of ``rows``, which are pointers to their starts, to the L2."""
     LINE: tl.constexpr = 128 // (rows.dtype.element_ty.primitive_bitwidth // 8)
     k = tl.minimum(begin + tl.arange(0, CHUNK // LINE) * LINE, K - 1)
     lines = (rows[:, None] + k[None, :]).to(tl.int64)
@@ -119,9 +122,9 @@ def shrink(
     PLAIN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """``inner`` [parts, chunks of K, T, R] float32 gets ``x @ down.T`` of each chunk, zero beyond a delta's rank.
+    """Write ``x @ down.T`` of each chunk of K to ``inner`` [parts, chunks, T, R] float32, zero beyond a delta's rank.
 
-    What it multiplies with is on its way to the L2 while the launches ahead end.
+    Weights are prefetched to the L2 while the launches ahead end.
     """
     slot, first, end = load_item(items)
     part = tl.program_id(0) % PARTS
@@ -151,7 +154,7 @@ def shrink(
 
 @triton.jit
 def _rows(w, n, N, r, rank):
-    """Rows ``n`` of ``w`` [N, rank], columns ``r``, zero where there are none."""
+    """Rows ``n`` and columns ``r`` of ``w`` [N, rank], zero where it has none."""
     wanted = (n < N)[:, None] & (r < rank)[None, :]
     return tl.load(w + n.to(tl.int64)[:, None] * rank + r[None, :], mask=wanted, other=0.0)
 
@@ -174,9 +177,9 @@ def expand(
     PLAIN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Adds ``(sum of inner's chunks) @ up.T``; the sum is rounded to ``DTYPE`` first, as a linear's output is.
+    """Add ``(sum of inner's chunks) @ up.T`` to ``y``. The sum is rounded to DTYPE first, as a linear's output is.
 
-    The launch ahead is :func:`shrink`, which writes nothing that is read here before it has ended.
+    Weights are read before :func:`shrink`, the launch ahead, has ended: it does not write them.
     """
     slot, first, end = load_item(items)
     part, block, column, width = part_of(tl.program_id(0), ROWS, TILES)
@@ -187,7 +190,7 @@ def expand(
     r = tl.arange(0, R)
     w = tl.zeros((BN, R), dtype=DTYPE)
     if first < end:
-        if rank % 8 == 0:  # so that the compiler knows that 16 bytes can be read at once
+        if rank % 8 == 0:  # tells the compiler that it can read 16 bytes at once
             w = _rows(pointer(up, DTYPE), n, width, r, rank >> 3 << 3)
         else:
             w = _rows(pointer(up, DTYPE), n, width, r, rank)

@@ -1,7 +1,7 @@
 """The grouped delta product over packed codes: one launch over all segments, slots and stacked linears.
 
-A program owns BN outputs of one linear for BM rows of one segment and walks along K, two groups (256 columns) a step.
-Weights are the left operand, so that few rows of x fill a tensor-core tile.
+A program computes BN outputs of one linear for BM rows of one segment. It walks along K, two groups (256 columns) a
+step. Weights are the left operand of the tensor cores, so that a few rows of x fill a tile.
 """
 
 import triton
@@ -26,7 +26,7 @@ from deltazip_kernels.device.unpack import (
     unpack_sparse4,
 )
 
-# The ids of ``table.CODEC_IDS``, which a test compares.
+# The ids of ``table.CODEC_IDS``; a test compares them.
 INT4 = tl.constexpr(1)
 INT3 = tl.constexpr(2)
 INT2 = tl.constexpr(3)
@@ -35,12 +35,12 @@ SPARSE4 = tl.constexpr(5)
 SPARSE2 = tl.constexpr(6)
 
 MOST_SPLITS = tl.constexpr(4)
-"""Programs that may share a tile along K."""
+"""The maximum number of programs that share a tile along K."""
 
 
 @triton.constexpr_function
 def unit(codec):
-    """How many units of an unpacked int8 make one step of the codec: ``layout.Codec.unit``."""
+    """What a code of one is as an unpacked int8: ``layout.Codec.unit``."""
     return {1: 16, 2: 32, 3: 64, 4: 128, 5: 16, 6: 64}[codec]
 
 
@@ -62,13 +62,13 @@ def _weights(codes, extra, CODEC: tl.constexpr, ODD: tl.constexpr, BN: tl.conste
         else:
             p0, p1, p2, p3 = unpack_sparse2(codes, extra, ODD, PLAIN)
         w = tl.permute(tl.join(tl.join(p0, p2), tl.join(p1, p3)), (0, 2, 3, 1))
-    # The tensor cores' operand layout holds the planes in other registers of the same threads: nothing moves.
+    # Moves nothing: in the tensor cores' layout the planes are in registers of the same threads.
     return tl.reshape(w, (BN, 128))
 
 
 @triton.jit
 def row_scales(pairs, BN: tl.constexpr):
-    """Words [BN / 2] of two bf16, rows r and r + 8 of 16, to float32 [BN]."""
+    """Scales float32 [BN] from words [BN / 2], each with those of rows r and r + 8 in bf16."""
     low = (pairs << 16).to(tl.float32, bitcast=True)
     high = (pairs & -65536).to(tl.float32, bitcast=True)
     return tl.reshape(tl.permute(tl.reshape(tl.join(low, high), (BN // 16, 8, 2)), (0, 2, 1)), (BN,))
@@ -99,7 +99,7 @@ def _product(
     STAGES: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """float32 [BN, BM]: the walk of one tile along K, or with SPLIT along this program's share of it."""
+    """The product of one tile, float32 [BN, BM], over all of K, or with SPLIT over this program's share of K."""
     LANES: tl.constexpr = 64 if CODEC == INT4 else 32
     SHARED: tl.constexpr = CODEC == INT1 or CODEC == SPARSE2  # codes of two groups in one byte
     EXTRA: tl.constexpr = CODEC == INT3 or CODEC == SPARSE4 or CODEC == SPARSE2
@@ -142,8 +142,10 @@ def _product(
 
 @triton.jit
 def _sum_splits(acc, partials, arrived, BN: tl.constexpr, BM: tl.constexpr, WIDEST: tl.constexpr):
-    """The sum of ``acc`` over the programs of one tile, in the order of their shares, and whether this one came last:
-    in the others it is not complete. Each tile has room for WIDEST rows, so that none overlap."""
+    """Add up ``acc`` of all programs of a tile, in the order of their shares of K. Returns the sum, and whether this
+    program was the last to finish: for the others the sum is incomplete.
+
+    Each tile has room for WIDEST rows in ``partials``, so that tiles of different numbers of rows do not overlap."""
     splits = tl.num_programs(2)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     at = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
@@ -186,17 +188,17 @@ def _add_rows(
     STAGES: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """Block ``block`` of a linear's outputs for up to BM rows."""
+    """Add block ``block`` of a linear's outputs for rows ``first:end``, at most BM, to ``y``."""
     n = block * BN + tl.arange(0, BN)
     words = block * (BN // 2) + tl.arange(0, BN // 2)
-    last_tile = (width - 1) >> 6  # blocks reach beyond the last tile where BN is more than one
+    last_tile = (width - 1) >> 6  # a block of several tiles may reach beyond the last one
     tile = tl.minimum(n >> 6, last_tile)
     scale_tile = tl.minimum(words >> 5, last_tile)
     m = first + tl.arange(0, BM)
     live = m < end
     x = values + m.to(tl.int64)[None, :] * (GROUPS * 128)
     x_scale = tl.load(x_scales + m, mask=live, other=0.0)
-    EARLY: tl.constexpr = BM <= 16 and not SPLIT  # more rows would hold too many registers through the walk
+    EARLY: tl.constexpr = BM <= 16 and not SPLIT  # with more rows ``before`` would hold too many registers meanwhile
     if EARLY:
         before = load_outputs(y, y_stride, m, column + n, live, n < width)
     acc = tl.zeros((BN, BM), dtype=tl.float32)
@@ -237,10 +239,10 @@ def grouped(
     PLAIN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Adds the products of quantized rows with packed deltas; CODECS are the ids that may occur.
+    """Add the products of rounded rows with packed deltas to ``y``. CODECS are the ids that may occur.
 
-    An item takes the narrowest of BATCHES, ascending, that holds its rows. Where programs share a tile (SPLIT), the
-    last one to come adds up what they left in ``partials``; the counters ``arrived`` are zero before and after.
+    An item is computed with the least of BATCHES, which ascend, that holds its rows. With SPLIT, several programs share
+    a tile; the last one to finish adds up their ``partials``. The counters ``arrived`` are zero before and after.
     """
     slot, first, end = load_item(items)
     part, block, column, width = part_of(tl.program_id(0), widths, tiles)

@@ -1,4 +1,4 @@
-"""What every grouped kernel does first: find its rows, its linear and its delta."""
+"""What every grouped kernel does first: find its rows, its linear and its delta, and wait for launches ahead."""
 
 import triton
 import triton.language as tl
@@ -7,16 +7,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def pointer(address, DTYPE: tl.constexpr):
-    """An address from the table as a pointer whose alignment the compiler may count on."""
+    """An address from the table as a pointer, which the compiler may take as aligned to 16 bytes."""
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit
 def wait(OVERLAP: tl.constexpr):
-    """Until all launches ahead have ended and what they wrote can be read.
+    """Wait until all launches ahead have ended, so that what they wrote can be read.
 
-    With OVERLAP a kernel may start before that. Each of its programs waits, even one with nothing to do: then a launch
-    that waits for this one has waited for all ahead of it.
+    With OVERLAP a kernel may start before that. Each of its programs has to wait, even one with nothing to do: only
+    then has a launch that waits for this one waited for all ahead of it.
     """
     if OVERLAP:
         gdc_wait()
@@ -24,10 +24,9 @@ def wait(OVERLAP: tl.constexpr):
 
 @triton.jit
 def let_next_start(OVERLAP: tl.constexpr):
-    """The next launch, if it overlaps, may start when all programs have come here.
+    """Let the next launch start, if it overlaps, once all programs have called this.
 
-    Before :func:`wait` it may start while the launches ahead of this one still run: it must not read what they write
-    before it has waited itself.
+    If that is before :func:`wait`, the next launch may start while those ahead of this one still run.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -35,9 +34,9 @@ def let_next_start(OVERLAP: tl.constexpr):
 
 @triton.jit
 def part_of(block, widths, tiles):
-    """The part that block ``block`` of a row of stacked linears falls into: part, block in it, first column, width.
+    """The part of a stack that block ``block`` of its outputs belongs to: part, block in it, first column, width.
 
-    ``widths[i]`` output columns belong to part ``i``, cut into ``tiles[i]`` blocks.
+    Part ``i`` has ``widths[i]`` output columns, cut into ``tiles[i]`` blocks.
     """
     part = 0
     column = 0
@@ -55,8 +54,8 @@ def part_of(block, widths, tiles):
 def load_item(items):
     """This program's work item: slot (-1: nothing to do), first row, end row.
 
-    Loads that do not depend on each other stand together here and in :func:`load_entry`: each wait for memory is a
-    large part of a short launch. What they read stays in the L2 while weights pass through it.
+    Here and in :func:`load_entry`, independent loads are issued together, as every wait for memory is a large part of a
+    short launch. What they read is kept in the L2 while weights pass through it.
     """
     item = items + tl.program_id(1) * 4
     return _kept(item), _kept(item + 1), _kept(item + 2)
@@ -64,7 +63,7 @@ def load_item(items):
 
 @triton.jit
 def load_entry(table, slot, part, parts):
-    """A table entry: codec, then three addresses or numbers."""
+    """An entry of a ``DeltaTable``: codec, then three addresses or numbers."""
     entry = table + (tl.maximum(slot, 0) * parts + part) * 4
     return _kept(entry), _kept(entry + 1), _kept(entry + 2), _kept(entry + 3)
 
@@ -76,13 +75,13 @@ def _kept(at):
 
 @triton.jit
 def load_outputs(y, y_stride, m, n, live, inside):
-    """[n, m] of ``y``, whose rows are ``m``."""
+    """Rows ``m`` and columns ``n`` of ``y``, as [n, m]."""
     at = y + m.to(tl.int64)[None, :] * y_stride + n[:, None]
     return tl.load(at, mask=live[None, :] & inside[:, None], other=0.0)
 
 
 @triton.jit
 def add_outputs(y, y_stride, m, n, live, inside, before, acc):
-    """Store ``before + acc`` to [n, m] of ``y``: touched by this program alone."""
+    """Store ``before + acc`` [n, m] to rows ``m`` and columns ``n`` of ``y``, which only this program writes."""
     at = y + m.to(tl.int64)[None, :] * y_stride + n[:, None]
     tl.store(at, (before.to(tl.float32) + acc).to(y.dtype.element_ty), mask=live[None, :] & inside[:, None])

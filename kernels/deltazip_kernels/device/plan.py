@@ -8,9 +8,9 @@ _CHUNK = tl.constexpr(32)
 
 @triton.jit(do_not_specialize=["starts", "slots", "S", "limit", "batch"])
 def write_items(starts, slots, items, arrived, S, limit, batch, WIDTH: tl.constexpr, COUNTERS: tl.constexpr):
-    """Cut S segments into blocks of ``batch`` rows, one item each; the others of ``limit`` are idle.
+    """Cut S segments into items of ``batch`` rows. The rest of the ``limit`` items are idle.
 
-    The COUNTERS ``arrived`` become zero.
+    Also sets the COUNTERS counters ``arrived`` to zero.
     """
     tl.store(arrived + tl.arange(0, COUNTERS), 0)
     s = tl.arange(0, WIDTH)

@@ -1,8 +1,8 @@
 """From packed bytes to int8 operands of the tensor cores, four codes in one 32-bit register.
 
-The unpackers take lanes of one group, bytes [n, 32] (int4: [n, 64]); ``ODD`` says which half of each byte where two
-groups share it. They return planes of int8 whose value is ``(code - zero) * 2**(8 - bits)``, see ``docs/layout.md``.
-``PLAIN`` selects arithmetic on single bytes instead of inline assembly, for Triton's interpreter.
+The unpackers take the lanes of one group, bytes [n, 32] (int4: [n, 64]). Where two groups share a byte, ODD selects the
+upper half. They return planes of int8, ``(code - zero) * 2**(8 - bits)``; ``docs/layout.md`` draws lanes and planes.
+PLAIN selects arithmetic on single bytes instead of inline assembly, for Triton's interpreter.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ import triton.language as tl
 
 
 def _move(target: str, source: str, left: int) -> str:
-    """Shift up by ``left`` bits (down if negative). What crosses into a neighbouring byte is masked later."""
+    """Shift left by ``left`` bits, or right if negative. Bits that cross into another byte are masked later."""
     return f"{'shl' if left >= 0 else 'shr'}.b32 {target}, {source}, {abs(left)};"
 
 
 def _take(target: str, source: str, first: int, bits: int, below: str) -> str:
-    """Move the field of ``bits`` bits at ``first`` to the top of each byte of ``target``, over the bits ``below``."""
+    """Move the ``bits`` bits at bit ``first`` of each byte to the top of the byte, and put ``below`` under them."""
     mask = "0x" + f"{0x100 - (1 << (8 - bits)):02X}" * 4
     left = 8 - bits - first
     shift = _move(target, source, left) if left else f"mov.b32 {target}, {source};"
@@ -29,7 +29,7 @@ def _dense(bits: int, first: int, outputs: Sequence[str], below: Sequence[str]) 
 
 
 def _choose(odd: bool) -> str:
-    """From the pair ``a`` (left), ``b`` (right) and the bitmap ``i`` to the planes $0..$3."""
+    """Planes $0..$3 from the kept pair ``a`` (left), ``b`` (right) and the bitmap ``i``."""
     # A byte's mask is its top bit, spread by prmt: a selector nibble of 8 + n repeats the sign of byte n.
     masks = "".join(f"{_move(f'm{p}', 'i', 7 - p - 4 * odd)}\nprmt.b32 m{p}, m{p}, 0, 0xBA98;\n" for p in range(4))
     return masks + (
@@ -52,7 +52,8 @@ _ONE, _TWO = "mov.b32 c, $4;\n", "mov.b32 c, $4;\nmov.b32 i, $5;\n"
 
 
 def _int3(odd: bool) -> str:
-    """The lowest bits, at bit ``p`` of each half byte of ``i``, to bit 5; then the upper two bits over them."""
+    """Move the lowest bit of plane ``p``, bit ``p`` of each half byte of ``i``, to bit 5, and put the upper two bits
+    above it."""
     low = "".join(
         f"{_move(f'm{p}', 'i', 5 - p - 4 * odd)}\nlop3.b32 m{p}, m{p}, 0x20202020, {_HALF3}, 0xEA;\n" for p in range(4)
     )
