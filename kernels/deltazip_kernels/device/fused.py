@@ -39,11 +39,12 @@ WAIT = gl.constexpr("griddepcontrol.wait;\nmov.b32 $0, 0;")
 
 @gluon.jit
 def find_tile(tile, tiles, linear):
-    """Where a tile lies: its first output, its block in its part, its first row, the end of its segment's rows; and the
-    codec, codes and scales of its slot's delta for that part.
+    """A tile's first output, its block within its part, its first row, and the end of its segment's rows; then codec,
+    codes and scales of its slot's delta for that part.
 
-    ``tiles``: [height, 4] int32, each row tile's slot, first row and end of its segment. ``linear``: the table of
-    deltas [slots, parts, 4], how many parts, blocks of outputs of all, the first ones of the second and third part.
+    ``tiles``: slot, first row and end of the segment of each row tile, [height, 4] int32, and their number. ``linear``:
+    the table of deltas [slots, parts, 4], the number of parts, the number of blocks of outputs of all parts, and the
+    first blocks of the second and third part.
     """
     rows, height = tiles
     table, parts, width, second, third = linear
@@ -66,7 +67,7 @@ def find_tile(tile, tiles, linear):
 
 @gluon.jit
 def prefetch(codes, scales, block, group, K, LANES: gl.constexpr):
-    """Ask for a group's codes and scales: until the multiplying warps load them they are in the L2."""
+    """Prefetch a group's codes and scales to the L2, from where the multiplying warps load them later."""
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     first = (block * 2 + lane // 16).to(gl.int64) * (K // 2) + group * 64
     at = codes + first * (LANES // 4) + lane % 16 * LANES
@@ -78,7 +79,7 @@ def prefetch(codes, scales, block, group, K, LANES: gl.constexpr):
 
 @gluon.jit
 def copy_tiles(x, base, linear, rings, kind, K, step, CODEC: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr):
-    """Copy what one kind of tiles needs, as far ahead as there is room; the number of steps so far."""
+    """Copy what this program's tiles of one kind need, as far ahead as rings have room. Returns all steps so far."""
     base_tiles, x_tiles, full, empty = rings
     tiles, dealt = kind
     LANES: gl.constexpr = 64 if CODEC == INT4 else 32
@@ -117,7 +118,7 @@ def prefetch_near(codes, block, group, K, LANES: gl.constexpr):
 
 @gluon.jit
 def flatten(acc, BM: gl.constexpr):
-    """A tile's sums [128, BM] in the order in which a thread stores 16 bytes at once."""
+    """A tile's sums [128, BM] in one dimension, in an order in which a thread stores 16 bytes at once."""
     parts = gl.permute(gl.reshape(acc, [8, 2, 8, BM // 8, 4, 2]), (3, 0, 2, 4, 1, 5))
     return gl.convert_layout(gl.reshape(parts, [BN * BM]), FLAT, assert_trivial=True)
 
@@ -131,16 +132,16 @@ def unflatten(values, LAYOUT: gl.constexpr, BM: gl.constexpr):
 
 @gluon.jit
 def leave(acc, sums, BM: gl.constexpr):
-    """Leave ``acc`` to the program that has the first columns of the tile."""
+    """Store ``acc`` for the program that has the tile's first columns, and tell it so."""
     partials, arrived = sums
     gl.store(partials + gl.program_id(0) * (BN * BM) + gl.arange(0, BN * BM, FLAT), flatten(acc, BM))
-    barrier()  # all threads have stored before one of them says so
+    barrier()  # all threads must have stored before one of them sets the flag
     gl.atomic_xchg(arrived + gl.program_id(0), 1, sem="release")
 
 
 @gluon.jit
 def collect(acc, sums, last, LAYOUT: gl.constexpr, BM: gl.constexpr):
-    """``acc`` and what the programs after this one, up to ``last``, have of the same tile, in their order."""
+    """Add the parts of the programs after this one, up to ``last``, to ``acc``, in their order; waits for each."""
     partials, arrived = sums
     inside = gl.arange(0, BN * BM, FLAT)
     for other in range(gl.program_id(0) + 1, last + 1):
@@ -156,14 +157,14 @@ def collect(acc, sums, last, LAYOUT: gl.constexpr, BM: gl.constexpr):
 
 @gluon.jit
 def store_rows(y, m, n, end, N, acc):
-    """128 rows of a tile up to row ``end``, as soon as the room in shared memory is free of those before."""
+    """Store 128 rows of a tile, those before row ``end``, once the rows before them have left shared memory."""
     copies, out, room = y
     tma.store_wait(0)
     room.permute((1, 0)).store(acc.to(gl.bfloat16))
     if m + LOW <= end:
         fence_async_shared()
         copy_out(copies, [m, n], room)
-    else:  # the rows after these are another segment's
+    else:  # rows from ``end`` on belong to another segment
         row = m + gl.arange(0, LOW, gl.SliceLayout(1, BY_ROWS))
         column = n + gl.arange(0, BN, gl.SliceLayout(0, BY_ROWS))
         at = out + row.to(gl.int64)[:, None] * N + column[None, :]
@@ -172,7 +173,7 @@ def store_rows(y, m, n, end, N, acc):
 
 @gluon.jit
 def store_tile(y, m, n, end, N, acc, BM: gl.constexpr):
-    """The tile's rows of ``y`` from row ``m`` on and before ``end``, columns from ``n`` on."""
+    """Store a tile to ``y``, from row ``m`` and column ``n`` on, without rows from ``end`` on."""
     if BM == LOW:
         store_rows(y, m, n, end, N, acc)
     else:
@@ -183,7 +184,7 @@ def store_tile(y, m, n, end, N, acc, BM: gl.constexpr):
 
 @gluon.jit
 def multiply_tiles(y, linear, rings, sums, kind, K, step, CODEC: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr):
-    """Multiply this program's share of one kind of tiles; the number of steps so far."""
+    """Multiply this program's share of one kind of tiles. Returns all steps so far."""
     base_tiles, x_tiles, full, empty = rings
     tiles, dealt = kind
     LANES: gl.constexpr = 64 if CODEC == INT4 else 32
@@ -234,7 +235,7 @@ def multiply_tiles(y, linear, rings, sums, kind, K, step, CODEC: gl.constexpr, B
 
 @gluon.jit
 def copy(x, base, linear, rings, tall, low, K, CODEC: gl.constexpr, STAGES: gl.constexpr):
-    """What the copying warp does. Until it has waited for the launch ahead, no tile is full, and nothing is written."""
+    """The copying warp. It waits for the launch ahead; before that no tile is full, so nothing is multiplied."""
     gl.inline_asm_elementwise(WAIT, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     step = copy_tiles(x, base, linear, rings, tall, K, gl.to_tensor(0), CODEC, TALL, STAGES)
     copy_tiles(x, base, linear, rings, low, K, step, CODEC, LOW, STAGES)
@@ -242,7 +243,7 @@ def copy(x, base, linear, rings, tall, low, K, CODEC: gl.constexpr, STAGES: gl.c
 
 @gluon.jit
 def multiply(y, linear, rings, sums, tall, low, K, CODEC: gl.constexpr, STAGES: gl.constexpr):
-    """What the multiplying warps do."""
+    """The multiplying warps."""
     partials, arrived = sums
     step = multiply_tiles(y, linear, rings, sums, tall, K, gl.to_tensor(0), CODEC, TALL, STAGES)
     programs = gl.num_programs(0)
@@ -277,13 +278,14 @@ def fused(
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """``out`` [T, N] = ``x`` [T, K] (``base`` [N, K] + delta) transposed, for the row tiles of ``rows``.
+    """``out`` [T, N] = ``x`` [T, K] times (``base`` [N, K] + delta) transposed, for the row tiles of ``rows``.
 
-    All bfloat16; ``y`` is the descriptor of ``out``, ``x`` and ``base`` are descriptors too. A tile has 128 outputs and
-    256 rows (``tall``), or 128 if it is one of the ``low`` last ones; tiles whose delta is in another codec are left
-    alone. Of a tile that several programs share, the one with its first columns adds up what the others leave in
-    ``partials`` [programs, 128 * 384], and announce in ``arrived`` [2, programs] (zero between launches). Each leaves
-    its part before it does anything else with tiles of that height, so who waits for it waits for no one who waits.
+    All are bfloat16; ``x`` and ``base`` are descriptors, ``y`` is that of ``out``. Tiles have 128 outputs; the first
+    ``tall`` row tiles have 256 rows, the other ``low`` ones 128. Tiles whose delta is in another codec are skipped. If
+    several programs share a tile, the one with its first columns adds up the parts that the others store in
+    ``partials`` [programs, 128 * 384] and announce in ``arrived`` [2, programs], which is zero between launches. A
+    program stores its part before it does anything else with tiles of that height, so no two programs wait for each
+    other.
     """
     gl.inline_asm_elementwise(LET_NEXT_START, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     base_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BN, BK], base.layout)

@@ -33,8 +33,8 @@ WORDS = gl.constexpr(
 
 
 def _add_int2() -> str:
-    """From $4..$7, pairs of the base's weights, to $0..$3, with the delta added: columns c, c + 1 of rows r and r + 8,
-    then c + 8, c + 9. Words of codes in $8 and $10, pairs of scales in $16 and $18, $24 rotates c's code to bit 1.
+    """$0..$3 = $4..$7, pairs of the base's weights, plus the delta: columns c, c + 1 of rows r and r + 8, then c + 8,
+    c + 9. Words of codes are in $8 and $10, pairs of scales in $16 and $18; $24 rotates the code of c to bit 1.
 
     A code and half a step below it become the mantissa of 128 + x, the right one of a pair four times as large.
     """
@@ -90,7 +90,7 @@ def point(block, group, codes, scales, K, LANES: gl.constexpr):
 
 @gluon.jit
 def load_words(words, CODEC: gl.constexpr):
-    """A step's words of codes; for int4 those of its even pairs' left columns and of the right ones."""
+    """A step's words of codes; for int4, those of the left columns of pairs, and those of the right ones."""
     left = gl.load(words)
     right = left
     if CODEC == INT4:
@@ -100,7 +100,7 @@ def load_words(words, CODEC: gl.constexpr):
 
 @gluon.jit
 def pair_of_scales(scale, CODEC: gl.constexpr):
-    """int32 [128]: what both halves of a pair of codes are multiplied with."""
+    """The factors of both codes of a pair, as two bf16 in an int32 [128]."""
     bits = scale.to(gl.int16, bitcast=True).to(gl.int32)
     CODE: gl.constexpr = TWICE if CODEC == INT4 else HALVED
     return gl.inline_asm_elementwise(CODE, "=r,r", [bits], dtype=gl.int32, is_pure=True, pack=1)
@@ -108,7 +108,7 @@ def pair_of_scales(scale, CODEC: gl.constexpr):
 
 @gluon.jit
 def merge(base, words, more, scale, LAYOUT: gl.constexpr, CODEC: gl.constexpr):
-    """The left operand of one step [128, 64]: ``base`` in shared memory plus the delta, rounded once."""
+    """The left operand of one step [128, 64]: ``base``, in shared memory, plus the delta, rounded once."""
     BY_WORD: gl.constexpr = gl.SliceLayout(2, OPERAND)
     weight = gl.convert_layout(gl.reshape(base.load(LAYOUT), [BN, 4, 16]), OPERAND, assert_trivial=True)
     words = gl.convert_layout(words, BY_WORD)[:, :, None]

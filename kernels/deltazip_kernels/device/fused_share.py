@@ -1,22 +1,22 @@
 """Which part of a fused product each program does, and in what order.
 
-Tiles are numbered so that those at work at the same time form a block about as high as it is wide: they read few rows
-and few outputs between them, and the L2 has most of what they read.
+Tiles are numbered so that those that run at the same time form a block about as high as it is wide. Together they read
+few rows and few outputs, most of them from the L2.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 TALL_COST, LOW_COST = gl.constexpr(3), gl.constexpr(2)
-"""What the same columns of a tile of 256 and of one of 128 rows take."""
+"""Relative costs of the same columns of a tile with 256 rows, and of one with 128."""
 BAND = gl.constexpr(8)
-"""Row tiles that are walked along together: eight of 256 rows by 16 blocks of 128 outputs occupy a GPU."""
+"""The height of a band of tiles: eight row tiles of 256 rows by 16 blocks of 128 outputs occupy a GPU."""
 
 
 @gluon.jit
 def kinds_of(tall, low, groups, programs, tall_shared, low_shared):
-    """How ``tall`` and ``low`` tiles of so many groups are dealt: all of both, how many of them ``programs`` share,
-    what lies before these in a line of all that is shared, what a group of theirs takes in it, and all of it."""
+    """How each kind of tiles is dealt out: (tiles, shared ones, where these begin in a line of all shared work, cost of
+    a group, length of that line, programs)."""
     before = tall_shared * groups * TALL_COST
     line = before + low_shared * groups * LOW_COST
     return (
@@ -27,7 +27,7 @@ def kinds_of(tall, low, groups, programs, tall_shared, low_shared):
 
 @gluon.jit
 def _reached(program, kind, groups):
-    """Groups of a kind's shared tiles that programs before this one do."""
+    """The number of groups of a kind's shared tiles that belong to programs before this one."""
     _, shared, before, cost, line, programs = kind
     at = (program * line // programs - before) // cost
     if at < 0:
@@ -39,8 +39,8 @@ def _reached(program, kind, groups):
 
 @gluon.jit
 def share_of(program, kind, groups):
-    """A program's units ``begin:end``, each a group of 128 columns of a tile; those before ``middle`` are of shared
-    tiles, of which every program has an even share. The others programs take whole, in turns."""
+    """A program's units of work ``begin:end``; a unit is a group of columns of a tile. Those before ``middle`` are of
+    shared tiles, of which every program has an even share; all other tiles are taken whole, in turns."""
     tiles, shared, _, _, _, programs = kind
     begin = _reached(program, kind, groups)
     middle = _reached(program + 1, kind, groups)
@@ -52,7 +52,7 @@ def share_of(program, kind, groups):
 
 @gluon.jit
 def find_piece(at, middle, program, kind, groups):
-    """What a program does from its unit ``at`` on: a tile, its first group of columns, and the end of them."""
+    """What a program does from its unit ``at`` on: a tile, its first group of columns, and their end."""
     _, shared, _, _, _, programs = kind
     tile = at // groups
     first = at - tile * groups
@@ -74,7 +74,7 @@ def last_sharer(tile, kind, groups):
 
 @gluon.jit
 def place(tile, height, width):
-    """Row tile and block of outputs of a tile, of ``height`` times ``width``: down each band first, then along it."""
+    """Row tile and block of outputs of a tile, of ``height`` by ``width``. They are numbered down bands, then along."""
     bands = (height + BAND - 1) // BAND
     band = (height + bands - 1) // bands
     before = tile // (band * width) * band
