@@ -44,7 +44,7 @@ class LaunchingRunner(FreeRunner):
     def launch(self, batch: Batch) -> FreeStep:
         """See FreeRunner."""
         for _ in range(self.launches):
-            self.logits[0].add_(0)
+            self.tokens.add_(0)
         return super().launch(batch)
 
 
