@@ -7,7 +7,7 @@ import http.client
 import socket
 import threading
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 
 class _InTime(http.client.HTTPConnection):
@@ -15,7 +15,7 @@ class _InTime(http.client.HTTPConnection):
 
     def getresponse(self) -> Any:
         late = threading.Event()
-        watch = threading.Timer(2 * (self.timeout or 0), _cut, (self.sock, late))
+        watch = threading.Timer(2 * cast("float", self.timeout), _cut, (self.sock, late))
         watch.daemon = True
         watch.start()
         try:
