@@ -216,11 +216,14 @@ async def test_a_stream_survives_its_replica(app: ServeApp, versions: dict[str |
 
 
 def _busy_replica(app: ServeApp) -> str:
-    def busy() -> list[str]:
-        return [replica for replica, running in app.by_replica("fake_engine_running").items() if running]
+    busy: list[str] = []
 
-    wait_until(lambda: len(busy()) == 1, timeout_s=3)
-    return busy()[0]
+    def is_one() -> bool:
+        busy[:] = [replica for replica, running in app.by_replica("fake_engine_running").items() if running]
+        return len(busy) == 1
+
+    wait_until(is_one, timeout_s=3)
+    return busy[0]
 
 
 def test_all_is_well_afterwards(app: ServeApp) -> None:
@@ -255,6 +258,7 @@ def routers(app: ServeApp) -> set[str]:
 
 async def test_an_update_lets_answers_finish(app: ServeApp, config: AppConfig, versions: dict[str | None, str]) -> None:
     """The old router finishes its answer, over new replicas, while a new router answers others."""
+    wait_until(lambda: sum(app.by_replica("fake_engine_running").values()) == 0)
     asked = {"model": "v2", "prompt": "abc", "max_tokens": 480}
     updated = config.model_copy(update={"router": RouterConfig(catalog_refresh_s=2)})
     async with httpx.AsyncClient(base_url=app.url, timeout=60) as client:
