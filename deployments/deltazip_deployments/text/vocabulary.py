@@ -1,6 +1,7 @@
 """Vocabularies for structured output."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import xgrammar
@@ -17,6 +18,7 @@ from deltazip_ray.errors import InvalidRequest, ManifestInvalid
 from deltazip_ray.once import Once
 
 _VOCABULARIES = 16  # about 10 MB each for 128,000 tokens
+_THREADS = 2  # more would compete with the engine's steps for the GIL
 
 
 class Vocabularies:
@@ -29,7 +31,8 @@ class Vocabularies:
         self._config = config
         self._base_digest = base_digest
         self._files = Once[None, VersionFiles](1)
-        self._made = Once[Files, Vocabulary](_VOCABULARIES)
+        pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="deltazip-vocabulary")
+        self._made = Once[Files, Vocabulary](_VOCABULARIES, pool)
 
     async def get(self, version: str | None) -> Vocabulary:
         """The vocabulary of ``version``; None: the base.
