@@ -6,7 +6,7 @@ _OURS = ("deltazip_deployments", "deltazip_ray", "deltazip_kernels")
 
 
 def log_with_serve() -> None:
-    """In a process of Serve: to the same file, in the same format and from the same level as Serve's own lines."""
+    """In a process of Serve: to the file and in the format of Serve's own lines, from its level at this time."""
     serves = logging.getLogger("ray.serve")
     for name in _OURS:
         ours = logging.getLogger(name)

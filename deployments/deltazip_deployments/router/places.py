@@ -1,8 +1,9 @@
 """Limits the outputs of each variant in a router, so that a flood of one does not keep the others out.
 
-Fair sharing happens in the engines, which do not see requests that a full router rejects. So the router never fills up:
-a variant may have twice as many places as are free, one for each output. One alone gets two thirds of all, two get two
-fifths each, and so on (dynamic thresholds: Choudhury and Hahne, 1998).
+Fair sharing happens in the engines, which do not see requests that a full router rejects. So a router keeps
+places free: a request is taken while its variant has less than twice as many places as are free, one for each output.
+One variant alone gets two thirds of all, two get two fifths each, and so on (dynamic thresholds: Choudhury and Hahne,
+1998), and the last request's other outputs beyond that.
 """
 
 from collections import Counter
